@@ -1,0 +1,221 @@
+// Vectors of the accumulator as GCC and Clang have them, one native register wide; 16-bit weights are widened as they are loaded.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "../values.h"
+
+namespace r2 {
+inline namespace R2_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct Accumulator {
+  using type = float;
+};
+template <>
+struct Accumulator<double> {
+  using type = double;
+};
+template <class T>
+using Acc = typename Accumulator<T>::type;
+
+template <class A>
+struct Vector;
+template <>
+struct Vector<float> {
+  typedef float type __attribute__((vector_size(kBytes)));
+  typedef int32_t bits __attribute__((vector_size(kBytes)));
+  typedef uint16_t half __attribute__((vector_size(kBytes / 2)));
+};
+template <>
+struct Vector<double> {
+  typedef double type __attribute__((vector_size(kBytes)));
+  typedef int64_t bits __attribute__((vector_size(kBytes)));
+};
+template <class A>
+using Vec = typename Vector<A>::type;
+
+template <class V>
+constexpr int lanes = sizeof(V) / sizeof(typename Scalar<V>::type);
+
+template <class To, class From>
+R2_HD To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// float or double, or vectors of them, with integers of the same shape
+template <class V>
+struct Lane;
+template <>
+struct Lane<float> {
+  using A = float;
+  using bits = int32_t;
+};
+template <>
+struct Lane<double> {
+  using A = double;
+  using bits = int64_t;
+};
+template <>
+struct Lane<Vec<float>> {
+  using A = float;
+  using bits = Vector<float>::bits;
+};
+template <>
+struct Lane<Vec<double>> {
+  using A = double;
+  using bits = Vector<double>::bits;
+};
+
+template <class V, class = std::enable_if_t<!std::is_arithmetic<V>::value>>
+R2_HD V abs_(V x) {
+  using bits = typename Lane<V>::bits;
+  constexpr auto most = sizeof(typename Lane<V>::A) == 4 ? INT32_MAX : INT64_MAX;
+  return bit_cast<V>(bit_cast<bits>(x) & (bits{} + static_cast<std::remove_reference_t<decltype(bits{}[0])>>(most)));
+}
+
+// 2^x for x <= 126 (1022): minimax polynomials of 2^f, |f| <= 1/2, of relative error 2e-9 (3e-18); below the normal numbers their least
+template <class V>
+R2_HD V exp2_fast(V x) {
+  using A = typename Lane<V>::A;
+  using bits = typename Lane<V>::bits;
+  constexpr bool single = sizeof(A) == 4;
+  const V least = splat<V>(A(single ? -125 : -1021)), round = splat<V>(A(single ? 12582912.0 : 6755399441055744.0));
+  x = x < least ? least : x;
+  V shifted = x + round, f = x - (shifted - round), p;
+  if constexpr (single) {
+    p = splat<V>(1.534581216e-4f);
+    for (float c : {1.339993118e-3f, 9.618488956e-3f, 5.550328777e-2f, 2.402264689e-1f, 6.931472057e-1f, 1.0f}) p = p * f + c;
+    return bit_cast<V>(bit_cast<bits>(p) + (bit_cast<bits>(shifted) << 23));
+  } else {
+    p = splat<V>(4.43528270695727715e-10);
+    for (double c : {7.0741056135081428e-9, 1.01781980216719308e-7, 1.32154330896763992e-6, 1.52527334899885256e-5, 1.54035304625144321e-4,
+                     1.33335581467899217e-3, 9.61812910758833524e-3, 5.55041086648199216e-2, 2.40226506959101562e-1, 6.9314718055994533e-1, 1.0})
+      p = p * f + c;
+    return bit_cast<V>(bit_cast<bits>(p) + (bit_cast<bits>(shifted) << 52));
+  }
+}
+R2_HD float exp2_(float x) { return exp2_fast(x); }
+R2_HD Vec<float> exp2_(Vec<float> x) { return exp2_fast(x); }
+R2_HD Vec<double> exp2_(Vec<double> x) { return exp2_fast(x); }
+
+R2_HD float widen(bf16 w) { return bit_cast<float>(uint32_t(w.bits) << 16); }
+R2_HD float widen(f16 w) {
+  // exponent moved by a multiplication, which also normalises subnormals; infinities and NaN come out above 2^16
+  float x = bit_cast<float>(uint32_t(w.bits & 0x7fff) << 13) * 0x1p112f;
+  uint32_t bits = bit_cast<uint32_t>(x) | (x >= 65536.0f ? 0x7f800000u : 0u) | uint32_t(w.bits & 0x8000) << 16;
+  return bit_cast<float>(bits);
+}
+R2_HD float widen(float w) { return w; }
+R2_HD double widen(double w) { return w; }
+
+// to nearest, ties to even; NaN stays NaN
+template <class T>
+R2_HD T narrow(Acc<T> x);
+template <>
+R2_HD float narrow<float>(float x) {
+  return x;
+}
+template <>
+R2_HD double narrow<double>(double x) {
+  return x;
+}
+template <>
+R2_HD bf16 narrow<bf16>(float x) {
+  uint32_t u = bit_cast<uint32_t>(x);
+  return {uint16_t(x == x ? (u + 0x7fff + (u >> 16 & 1)) >> 16 : 0x7fc0)};
+}
+template <>
+R2_HD f16 narrow<f16>(float x) {
+  uint32_t u = bit_cast<uint32_t>(x), sign = u >> 16 & 0x8000;
+  u &= 0x7fffffff;
+  if (u >= 0x47800000) return {uint16_t(sign | (u > 0x7f800000 ? 0x7e00 : 0x7c00))};
+  if (u < 0x38800000) return {uint16_t(sign | (bit_cast<uint32_t>(bit_cast<float>(u) + 0.5f) - 0x3f000000))};  // subnormal: rounded by the addition
+  return {uint16_t(sign | ((u + 0xc8000fff + (u >> 13 & 1)) >> 13))};
+}
+
+template <class V, class T>
+R2_HD V load(const T* p) {
+  if constexpr (sizeof(V) == sizeof(typename Lane<V>::A)) {
+    return widen(*p);
+  } else if constexpr (std::is_same<T, bf16>::value) {
+    Vector<float>::half half;
+    std::memcpy(&half, p, sizeof(half));
+    return bit_cast<V>(__builtin_convertvector(half, Vector<float>::bits) << 16);
+  } else if constexpr (std::is_same<T, f16>::value) {
+#if defined(__AVX512F__)
+    return bit_cast<V>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__AVX2__)
+    return bit_cast<V>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+    V v;
+    for (int i = 0; i < lanes<V>; ++i) v[i] = widen(p[i]);
+    return v;
+#endif
+  } else {
+    V v;
+    std::memcpy(&v, p, sizeof(v));
+    return v;
+  }
+}
+
+template <class V, class T>
+R2_HD void store(T* p, V v) {
+  if constexpr (sizeof(V) == sizeof(typename Lane<V>::A)) {
+    *p = narrow<T>(v);
+  } else if constexpr (std::is_same<T, bf16>::value) {
+    auto u = bit_cast<Vector<float>::bits>(v);
+    auto rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
+    auto half = __builtin_convertvector(v == v ? rounded : rounded - rounded + 0x7fc0, Vector<float>::half);
+    std::memcpy(p, &half, sizeof(half));
+  } else if constexpr (std::is_same<T, f16>::value) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int i = 0; i < lanes<V>; ++i) p[i] = narrow<T>(v[i]);
+#endif
+  } else {
+    std::memcpy(p, &v, sizeof(v));
+  }
+}
+
+template <class V>
+R2_HD double sum(V v) {
+  double s = 0;
+  for (int i = 0; i < lanes<V>; ++i) s += v[i];
+  return s;
+}
+template <>
+R2_HD double sum(float v) {
+  return v;
+}
+template <>
+R2_HD double sum(double v) {
+  return v;
+}
+
+}  // namespace R2_ISA
+}  // namespace r2

@@ -1,0 +1,165 @@
+// Reduce a list to per-column results; map a list elementwise. An op says what to do with one chunk; chunks are cut and merged in a fixed
+// order, so the result is the same bits for any number of threads.
+#pragma once
+#include <cstdlib>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "simd.h"
+
+#include "../math.h"
+
+namespace r2 {
+inline namespace R2_ISA {
+
+constexpr int kMostChunk = 16384;                 // rows: bounds the scratch of one column of several
+constexpr int64_t kHuge = 2 << 20;                // bytes of a huge page
+constexpr int64_t kAskForHuge = 4 * kHuge;        // from here on fresh pages cost more than asking for huge ones
+
+// Rows [row, row + n) of one column.
+struct Chunk {
+  int64_t tensor, row, n;
+  int column;
+};
+
+inline Chunk chunk_at(const List& list, int64_t i) {
+  int64_t t = list.owner[i], j = i - list.tensors[t].first, row = j / list.d * list.chunk, left = list.tensors[t].rows - row;
+  return {t, row, left < list.chunk ? left : list.chunk, int(j % list.d)};
+}
+
+template <class A>
+inline Column column_at(const List& list, const void* first, const void* second, int64_t tensor, int column) {
+  int64_t at = tensor * list.d + column;
+  return {first ? double(static_cast<const A*>(first)[at]) : 0, second ? double(static_cast<const A*>(second)[at]) : 0, double(list.tensors[tensor].rows)};
+}
+
+// Calls visit(memory index, row within the chunk, length) for each run of consecutive memory of the chunk.
+template <class Visit>
+inline void each_run(const Tensor& tensor, int d, const Chunk& c, Visit visit) {
+  int64_t k = c.row, end = c.row + c.n;
+  while (k < end) {
+    int64_t within = k % tensor.run, length = tensor.run - within < end - k ? tensor.run - within : end - k;
+    visit(k / tensor.run * d * tensor.run + c.column * tensor.run + within, k - c.row, length);
+    k += length;
+  }
+}
+
+template <class T, class Op>
+void reduce(const List& list, const Forward& f, int threads) {
+  using A = Acc<T>;
+  A* partial = static_cast<A*>(f.partial);
+#pragma omp parallel for schedule(static) num_threads(threads) if (list.chunks > 1)
+  for (int64_t i = 0; i < list.chunks; ++i) {
+    Chunk c = chunk_at(list, i);
+    const Tensor& tensor = list.tensors[c.tensor];
+    const T* w = reinterpret_cast<const T*>(list.pointers[c.tensor]);
+    Column column = column_at<A>(list, f.first, f.second, c.tensor, c.column);
+    if (list.d == 1) {
+      Op::chunk(w + c.row, c.n, column, f.flag, partial + i * kState);
+    } else {
+      T scratch[kMostChunk];
+      each_run(tensor, list.d, c, [&](int64_t at, int64_t row, int64_t length) { std::memcpy(scratch + row, w + at, length * sizeof(T)); });
+      Op::chunk(scratch, c.n, column, f.flag, partial + i * kState);
+    }
+  }
+#pragma omp parallel for schedule(static) num_threads(threads) if (list.count > 256)
+  for (int64_t t = 0; t < list.count; ++t) {
+    int64_t first = list.tensors[t].first, rows = list.tensors[t].rows, parts = (rows + list.chunk - 1) / list.chunk;
+    double total = 0;
+    for (int c = 0; c < list.d; ++c) {
+      Column column = column_at<A>(list, f.first, f.second, t, c);
+      double state[kState];
+      for (int s = 0; s < kState; ++s) state[s] = double(partial[(first + c) * kState + s]);
+      for (int64_t part = 1; part < parts; ++part) Op::merge(state, partial + (first + part * list.d + c) * kState, column, sizeof(A) == 4);
+      total += Op::finish(state, column, list, f, t * list.d + c, static_cast<A*>(f.saved), static_cast<A*>(f.out));
+    }
+    if (Op::kLoss) static_cast<A*>(f.out)[t] = A(total);
+  }
+}
+
+template <bool kAdd, class T, class G>
+inline void map_run(const T* w, T* out, int64_t n, const G& wide, const typename G::Tail& tail) {
+  using V = Vec<Acc<T>>;
+  int64_t i = 0;
+  for (; i + lanes<V> <= n; i += lanes<V>) {
+    V g = wide(load<V>(w + i));
+    store(out + i, kAdd ? load<V>(out + i) + g : g);
+  }
+  for (; i < n; ++i) {
+    Acc<T> g = tail(widen(w[i]));
+    out[i] = narrow<T>(kAdd ? widen(out[i]) + g : g);
+  }
+}
+
+// The same gradient formula for vectors and for the last few numbers.
+template <class A, template <class> class G>
+struct Slope : G<Vec<A>> {
+  using Tail = G<A>;
+  Tail tail;
+  template <class... Args>
+  explicit Slope(Args... args) : G<Vec<A>>(args...), tail(args...) {}
+};
+
+inline void ask_for_huge_pages(void* p, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  if (bytes < kAskForHuge) return;
+  uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + kHuge - 1) / kHuge * kHuge, end = (reinterpret_cast<uintptr_t>(p) + bytes) / kHuge * kHuge;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+template <class T, class Op, bool kAdd>
+void map(const List& list, const Backward& b, int threads) {
+  using A = Acc<T>;
+  const int64_t* targets = static_cast<const int64_t*>(b.target);
+  if (!kAdd)
+    for (int64_t t = 0; t < list.count; ++t) ask_for_huge_pages(reinterpret_cast<void*>(targets[t]), list.tensors[t].numel * sizeof(T));
+#pragma omp parallel for schedule(static) num_threads(threads) if (list.chunks > 1)
+  for (int64_t i = 0; i < list.chunks; ++i) {
+    Chunk c = chunk_at(list, i);
+    const Tensor& tensor = list.tensors[c.tensor];
+    const T* w = reinterpret_cast<const T*>(list.pointers[c.tensor]);
+    T* out = reinterpret_cast<T*>(targets[c.tensor]);
+    Column column = column_at<A>(list, b.first, b.second, c.tensor, c.column);
+    int64_t at = c.tensor * list.d + c.column;
+    const A* saved = static_cast<const A*>(b.saved) + at * Op::kSaved;
+    auto slope = Op::template slope<A>(list, b, c.tensor, at, column, saved);
+    if (list.d == 1) {
+      map_run<kAdd>(w + c.row, out + c.row, c.n, slope, slope.tail);
+    } else {
+      each_run(tensor, list.d, c, [&](int64_t j, int64_t, int64_t length) { map_run<kAdd>(w + j, out + j, length, slope, slope.tail); });
+    }
+    if (c.row == 0 && c.column == 0 && !kAdd)
+      for (int64_t j = tensor.rows * list.d; j < tensor.numel; ++j) out[j] = narrow<T>(A(0));
+    if (c.row == 0 && b.parameter_gradient) static_cast<A*>(b.parameter_gradient)[at] = A(Op::parameter_gradient(list, b, c.tensor, at, column, saved));
+  }
+}
+
+template <class Op>
+void forward(const List& list, const Forward& f, int threads) {
+  switch (list.dtype) {
+    case Dtype::f64: return reduce<double, Op>(list, f, threads);
+    case Dtype::f32: return reduce<float, Op>(list, f, threads);
+    case Dtype::bf16: return reduce<bf16, Op>(list, f, threads);
+    case Dtype::f16: return reduce<f16, Op>(list, f, threads);
+  }
+}
+
+template <class T, class Op>
+void map_into(const List& list, const Backward& b, int threads) {
+  b.add ? map<T, Op, true>(list, b, threads) : map<T, Op, false>(list, b, threads);
+}
+
+template <class Op>
+void backward(const List& list, const Backward& b, int threads) {
+  switch (list.dtype) {
+    case Dtype::f64: return map_into<double, Op>(list, b, threads);
+    case Dtype::f32: return map_into<float, Op>(list, b, threads);
+    case Dtype::bf16: return map_into<bf16, Op>(list, b, threads);
+    case Dtype::f16: return map_into<f16, Op>(list, b, threads);
+  }
+}
+
+}  // namespace R2_ISA
+}  // namespace r2

@@ -1,0 +1,18 @@
+// The GPU's half of the extension. Functions throw std::runtime_error with CUDA's message; they only launch, and never wait for the device.
+#pragma once
+#include <string>
+
+#include "../r2.h"
+
+namespace r2::cuda {
+
+std::string problem();       // why no kernel can run on this machine; empty if one can
+std::string architectures();  // that the kernels were compiled for
+
+using ForwardFunction = void(const List&, const Forward&, int device, uintptr_t stream);
+using BackwardFunction = void(const List&, const Backward&, int device, uintptr_t stream);
+
+ForwardFunction l_inf_fwd, margin_fwd, soft_min_max_fwd, soft_extrema_fwd, kure_fwd, weight_stats_fwd;
+BackwardFunction l_inf_bwd, margin_bwd, soft_min_max_bwd, soft_extrema_bwd, kure_bwd;
+
+}  // namespace r2::cuda

@@ -1,0 +1,269 @@
+// Every formula once, for host and device. V is the accumulator A (float, double), or on the CPU a vector of them (cpu/simd.h, to be
+// included first); vectors and scalars share the operators, `c ? a : b`, and the functions splat, exp2_ and abs_.
+#pragma once
+#include "values.h"
+
+namespace r2 {
+inline namespace R2_ISA {
+
+constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
+
+// sign(x), and x itself where that is 0 or NaN
+template <class V>
+R2_HD V sign_(V x) {
+  return x > splat<V>(0) ? splat<V>(1) : x < splat<V>(0) ? splat<V>(-1) : x;
+}
+
+// What a column is given: its parameters as the op takes them, and its number of rows.
+struct Column {
+  double first, second, rows;
+};
+
+// max|w|. State: the maximum, how many attain it. A NaN stays the maximum.
+struct LInf {
+  static constexpr int kSaved = 2;
+
+  template <class V>
+  struct Lanes {
+    V top, ties;
+    R2_HD void add(V w) {
+      V v = abs_(w);
+      ties = v > top ? splat<V>(1) : v == top ? ties + splat<V>(1) : ties;
+      top = top >= v ? top : (top == top ? v : top);
+    }
+  };
+
+  template <class S>
+  R2_HD static void merge(double* into, const S* state) {
+    if (into[0] == state[0]) {
+      into[1] += state[1];
+    } else if (!(into[0] > state[0]) && into[0] == into[0]) {
+      into[0] = state[0], into[1] = state[1];
+    }
+  }
+
+  template <class A>
+  R2_HD static double finish(const double* state, Column, A* saved) {
+    saved[0] = A(state[0]), saved[1] = A(state[1]);
+    return state[0];
+  }
+
+  template <class V>
+  struct Gradient {
+    V top, slope;
+    template <class A>
+    R2_HD Gradient(double grad, Column, const A* saved) : top(splat<V>(saved[0])), slope(splat<V>(A(grad / saved[1]))) {}
+    R2_HD V operator()(V w) const { return (abs_(w) == top ? sign_(w) : splat<V>(0)) * slope; }
+  };
+};
+
+// |M| + sum relu(|w| - |M|) / k. State: the excess, how many lie outside.
+struct Margin {
+  static constexpr int kSaved = 1;
+
+  template <class V>
+  struct Lanes {
+    V excess, outside;
+    R2_HD void add(V w, V M) {
+      V v = abs_(w) - M;
+      excess += v <= splat<V>(0) ? splat<V>(0) : v;
+      outside += v > splat<V>(0) ? splat<V>(1) : splat<V>(0);
+    }
+  };
+
+  template <class S>
+  R2_HD static void merge(double* into, const S* state) {
+    into[0] += state[0], into[1] += state[1];
+  }
+
+  // k, or k times the rows where it is a fraction; NaN where it is not positive
+  R2_HD static double divisor(Column c) { return c.second > 0 ? (c.second < 1 ? c.second * c.rows : c.second) : NAN; }
+
+  template <class A>
+  R2_HD static double finish(const double* state, Column c, A* saved) {
+    saved[0] = A(state[1]);
+    return fabs(c.first) + state[0] / divisor(c);
+  }
+
+  template <class A>
+  R2_HD static double parameter_gradient(double grad, Column c, const A* saved) {
+    return grad * sign_(c.first) * (1 - double(saved[0]) / divisor(c));
+  }
+
+  template <class V>
+  struct Gradient {
+    V M, slope;
+    template <class A>
+    R2_HD Gradient(double grad, Column c, const A*) : M(splat<V>(A(fabs(c.first)))), slope(splat<V>(A(grad / divisor(c)))) {}
+    R2_HD V operator()(V w) const { return (abs_(w) > M ? sign_(w) : splat<V>(0)) * slope; }
+  };
+};
+
+// Soft extremes, in units of the exponent: k = |alpha| log2(e), delta = k (w - M) <= 0 for the maximum side, -k (w - m) for the minimum side.
+// State: (M, S0, S1, S2) with Sn = sum delta^n 2^delta, then the same around the minimum m.
+struct Soft {
+  static constexpr int kSaved = 8;
+
+  // alpha = 0 is taken as this, which is zero to the result and spares a special case
+  R2_HD static double scale(double alpha, bool single) {
+    double least = single ? 1e-15 : 1e-100;
+    return (fabs(alpha) < least ? least : fabs(alpha)) * kLog2e;
+  }
+
+  template <class V>
+  struct Sums {
+    V s0, s1, s2;
+    template <bool kVariance>
+    R2_HD void add(V delta) {
+      V e = exp2_(delta), t = delta * e;
+      s0 += e, s1 += t;
+      if (kVariance) s2 += delta * t;
+    }
+  };
+
+  // One side to the extreme of both; `k` is negative for the minimum side.
+  template <class S>
+  R2_HD static void merge_side(double* into, const S* state, double k) {
+    double d = k * (double(state[0]) - into[0]), s[3] = {double(state[1]), double(state[2]), double(state[3])};
+    if (d > 0) {
+      move(into + 1, -d);
+      into[0] = state[0];
+    } else {
+      move(s, d);
+    }
+    into[1] += s[0], into[2] += s[1], into[3] += s[2];
+  }
+
+  // Sums relative to an extreme that lies d above the present one, in units of the exponent, seen from there.
+  R2_HD static void move(double* s, double d) {
+    double r = exp2_(d);
+    s[2] = r * (s[2] + d * (2 * s[1] + d * s[0]));
+    s[1] = r * (s[1] + d * s[0]);
+    s[0] = r * s[0];
+  }
+
+  template <class S>
+  R2_HD static void merge(double* into, const S* state, double k) {
+    merge_side(into, state, k);
+    merge_side(into + 4, state + 4, -k);
+  }
+
+  // (shift, 1 / S0, soft extreme - shift, variance); k is negative for the minimum side
+  template <class A>
+  R2_HD static double finish_side(const double* s, double k, A* saved) {
+    double mean = s[2] / s[1];
+    saved[0] = A(s[0]), saved[1] = A(1 / s[1]), saved[2] = A(mean / k), saved[3] = A((s[3] / s[1] - mean * mean) / (k * k));
+    return mean / k;
+  }
+
+  // extremes: soft minimum, soft maximum. For alpha < 0 the softmax of alpha w is the side of the minimum.
+  template <class A>
+  R2_HD static double finish(const double* state, Column c, double k, A* saved, double* extremes) {
+    const double *high = state, *low = state + 4;
+    double up = finish_side(high, k, saved + (c.first < 0 ? 4 : 0)), down = finish_side(low, -k, saved + (c.first < 0 ? 0 : 4));
+    double top = high[0] + up, bottom = low[0] + down;
+    extremes[0] = c.first < 0 ? top : bottom, extremes[1] = c.first < 0 ? bottom : top;
+    double range = (high[0] - low[0]) + (up - down);
+    return (c.first < 0 ? -range : range) + exp(-c.first);
+  }
+
+  template <class A>
+  R2_HD static double parameter_gradient(double g_max, double g_min, const A* saved) {
+    return g_max * saved[3] - g_min * saved[7];
+  }
+
+  // g_max p (1 + alpha (w - s_max)) + g_min q (1 - alpha (w - s_min)), each side as 2^delta (a + b delta)
+  template <class V>
+  struct Side {
+    V shift, k, a, b;
+    template <class A>
+    R2_HD Side(double g, double alpha, const A* saved)
+        : shift(splat<V>(saved[0])), k(splat<V>(A(alpha * kLog2e))), a(splat<V>(A(g * saved[1] * (1 - alpha * saved[2])))), b(splat<V>(A(g * saved[1] * kLn2))) {}
+    R2_HD V operator()(V w) const {
+      V delta = k * (w - shift);
+      return exp2_(delta) * (a + b * delta);
+    }
+  };
+
+  template <class V>
+  struct Gradient {
+    Side<V> p, q;
+    template <class A>
+    R2_HD Gradient(double g_max, double g_min, Column c, const A* saved) : p(g_max, c.first, saved), q(g_min, -c.first, saved + 4) {}
+    R2_HD V operator()(V w) const { return p(w) + q(w); }
+  };
+};
+
+// Central moments. State: n, mean, M2, M3, M4, min, max; a NaN is minimum and maximum.
+struct Moments {
+  static constexpr int kSaved = 4;
+
+  template <class V>
+  struct Lanes {
+    V m1, m2, m3, m4;
+    R2_HD void add(V z) {
+      V square = z * z;
+      m1 += z, m2 += square, m3 += square * z, m4 += square * square;
+    }
+  };
+
+  template <class S>
+  R2_HD static void merge(double* into, const S* s) {
+    double na = into[0], nb = s[0], n = na + nb, d = s[1] - into[1], e = d / n, both = na * nb * d * e;
+    double m2 = into[2], m3 = into[3];
+    into[4] += s[4] + both * e * e * (na * na - na * nb + nb * nb) + 6 * e * e * (na * na * s[2] + nb * nb * m2) + 4 * e * (na * s[3] - nb * m3);
+    into[3] += s[3] + both * e * (na - nb) + 3 * e * (na * s[2] - nb * m2);
+    into[2] += s[2] + both;
+    into[1] = (na * into[1] + nb * s[1]) / n;
+    into[0] = n;
+    into[5] = into[5] <= s[5] || into[5] != into[5] ? into[5] : s[5];
+    into[6] = into[6] >= s[6] || into[6] != into[6] ? into[6] : s[6];
+  }
+
+  struct Shape {
+    double mean, std, skew, kurtosis;
+    R2_HD explicit Shape(const double* s) : mean(s[1]), std(0), skew(0), kurtosis(0) {
+      if (s[5] == s[6]) return;
+      double n = s[0], variance = s[2] / (n - 1);
+      std = sqrt(variance);
+      skew = s[3] / (n * variance * std), kurtosis = s[4] / (n * variance * variance);
+    }
+  };
+};
+
+// (kurtosis - target)^2
+struct Kure : Moments {
+  template <class A>
+  R2_HD static double finish(const double* state, Column c, A* saved) {
+    Shape shape(state);
+    saved[0] = A(shape.mean), saved[1] = A(shape.std == 0 ? 0 : 1 / shape.std), saved[2] = A(shape.skew), saved[3] = A(shape.kurtosis);
+    return shape.std == 0 ? 0 : (shape.kurtosis - c.first) * (shape.kurtosis - c.first);
+  }
+
+  template <class V>
+  struct Gradient {
+    V mean, rstd, skew, linear, slope;
+    template <class A>
+    R2_HD Gradient(double grad, Column c, const A* saved)
+        : mean(splat<V>(saved[0])), rstd(splat<V>(saved[1])), skew(splat<V>(saved[2])),
+          linear(splat<V>(A(c.rows > 1 ? c.rows / (c.rows - 1) * saved[3] : 0))),
+          slope(splat<V>(A(grad * 8 * (saved[3] - c.first) / c.rows * saved[1]))) {}
+    R2_HD V operator()(V w) const {
+      V z = (w - mean) * rstd;
+      return slope * (z * (z * z - linear) - skew);
+    }
+  };
+};
+
+struct WeightStats : Moments {
+  template <class A>
+  R2_HD static void finish(const double* state, A* row) {
+    Shape shape(state);
+    double low = state[5], high = state[6];
+    row[0] = A(low), row[1] = A(high), row[2] = A(shape.mean), row[3] = A(shape.std), row[4] = A(shape.kurtosis);
+    row[5] = A(!(fabs(low) < fabs(high)) ? fabs(low) : fabs(high));
+  }
+};
+
+}  // namespace R2_ISA
+}  // namespace r2

@@ -1,0 +1,46 @@
+// What the formulas are written in: R2_HD, splat, and the functions of a single number.
+#pragma once
+#include <cmath>
+#include <type_traits>
+#include <utility>
+
+#include "r2.h"
+
+#if defined(__CUDACC__)
+#define R2_HD __host__ __device__ __forceinline__
+#else
+#define R2_HD inline __attribute__((always_inline))
+#endif
+
+// The host's kernels are compiled once for each instruction set; each keeps its own copy of what is inlined.
+#if !defined(R2_ISA)
+#define R2_ISA portable
+#endif
+
+namespace r2 {
+inline namespace R2_ISA {
+
+template <class V>
+struct Scalar {
+  using type = std::remove_reference_t<decltype(std::declval<V&>()[0])>;
+};
+template <>
+struct Scalar<float> {
+  using type = float;
+};
+template <>
+struct Scalar<double> {
+  using type = double;
+};
+
+template <class V>
+R2_HD V splat(typename Scalar<V>::type a) {
+  return V{} + a;
+}
+
+R2_HD float abs_(float x) { return fabsf(x); }
+R2_HD double abs_(double x) { return fabs(x); }
+R2_HD double exp2_(double x) { return exp2(x); }
+
+}  // namespace R2_ISA
+}  // namespace r2

@@ -1,0 +1,168 @@
+"""What a call was given: every argument checked before any work, and brought to the one form that the ops take."""
+import math
+import numbers
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LAYOUTS = ("output", "contiguous")
+_PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_constants: dict = {}
+_MOST_CONSTANTS = 4096
+
+
+def accumulator(dtype):
+    """The dtype of sums, losses and parameters beside weights of `dtype`."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def weights(W, cluster_dim=1, layout="output"):
+    """(list of tensors, whether W was a single tensor); TypeError or ValueError says what is wrong with which one."""
+    if isinstance(cluster_dim, bool) or not isinstance(cluster_dim, int):
+        raise TypeError(f"cluster_dim must be an int >= 1, got {cluster_dim!r}")
+    if cluster_dim < 1:
+        raise ValueError(f"cluster_dim must be an int >= 1, got {cluster_dim}")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
+    single = isinstance(W, Tensor)
+    if single:
+        ws = [W]
+    elif isinstance(W, (str, bytes, dict)) or not hasattr(W, "__iter__"):
+        raise TypeError(f"W must be a floating-point tensor or a sequence of them, got {type(W).__name__}")
+    else:
+        ws = list(W)
+    if not ws:
+        raise ValueError("W is an empty sequence; it must hold at least one tensor")
+    dtype, device = getattr(ws[0], "dtype", None), getattr(ws[0], "device", None)
+    for i, w in enumerate(ws):
+        if type(w) not in _PLAIN:
+            _check_kind(w, _name(i, single))
+        if w.dtype != dtype or w.device != device or w.dtype not in DTYPES or w.numel() < cluster_dim or w.layout != torch.strided:
+            _reject(w, _name(i, single), ws[0], cluster_dim)
+    return ws, single
+
+
+def _name(i, single):
+    return "W" if single else f"W[{i}]"
+
+
+def _check_kind(w, name):
+    if not isinstance(w, Tensor):
+        raise TypeError(f"{name} must be a floating-point tensor, got {type(w).__name__}")
+    if isinstance(w, torch.nn.parameter.UninitializedTensorMixin):
+        raise TypeError(f"{name} is an uninitialized parameter; run the model once before its weights are used")
+    if not isinstance(w, torch._subclasses.fake_tensor.FakeTensor):
+        raise TypeError(f"{name} is a {type(w).__name__}; only plain tensors and parameters are supported (of a sharded tensor pass the local shard or the full tensor)")
+
+
+def _reject(w, name, first, cluster_dim):
+    if w.dtype not in DTYPES:
+        raise TypeError(f"{name} has dtype {w.dtype}; allowed are float64, float32, bfloat16 and float16")
+    if w.layout != torch.strided:
+        raise TypeError(f"{name} has layout {w.layout}; only dense (strided) tensors are supported")
+    if w.dtype != first.dtype:
+        raise TypeError(f"{name} has dtype {w.dtype} but W[0] has {first.dtype}; a sequence must have one dtype")
+    if w.device != first.device:
+        raise ValueError(f"{name} is on {w.device} but W[0] is on {first.device}; a sequence must be on one device")
+    if w.numel() == 0:
+        raise ValueError(f"{name} is empty (shape {tuple(w.shape)}); it must have at least one element")
+    raise ValueError(f"{name} has {w.numel()} elements, fewer than cluster_dim={cluster_dim}")
+
+
+def number(name, value, allowed="a finite number", ok=math.isfinite):
+    """A Python number as a float, or an error that names it."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
+    value = float(value)
+    if not ok(value):
+        raise ValueError(f"{name} must be {allowed}, got {value:g}")
+    return value
+
+
+def parameter(name, value, count, single, d, like, *, differentiable=True, allowed="a finite number", ok=math.isfinite):
+    """One number per tensor and column, as a contiguous (count, d) tensor of the accumulator's dtype on the device of `like`.
+
+    Accepts a number; a 0-dim tensor; for a tensor W also shape (d,); for a sequence also (L,), (L, d) or a sequence of L numbers.
+    Under autograd the result is connected to `value`.
+    """
+    dtype = accumulator(like.dtype)
+    if isinstance(value, Tensor):
+        check_parameter(name, value, count, single, d, like, differentiable)
+        if value.dtype != dtype:
+            value = value.to(dtype)
+        if value.dim() == 1:
+            value = value.unsqueeze(0 if single else 1)
+        return value.expand(count, d).contiguous()
+    if isinstance(value, (list, tuple)):
+        if single or len(value) != count:
+            raise ValueError(f"{name} has {len(value)} values; allowed is " + ("a number or a tensor" if single else f"one number, or {count}, one for each tensor of W"))
+        key = tuple([number(f"{name}[{i}]", v, allowed, ok) for i, v in enumerate(value)])
+    else:
+        key = number(name, value, allowed, ok)
+    return _constant(key, count, d, dtype, like.device)
+
+
+def margin_k(k, ws, single, d):
+    """k of the margin loss as an (L, d) tensor: a count of weights, or below 1 a fraction of them."""
+    return parameter("k", k, len(ws), single, d, ws[0], differentiable=False, allowed="an int >= 1, or a fraction in (0, 1)",
+                     ok=lambda v: 0 < v < 1 or (v >= 1 and v.is_integer()))
+
+
+class WeightStats(NamedTuple):
+    """0-dim tensors for a tensor, (L,) tensors for a sequence; `numel` an int, or a tuple of ints."""
+    min: Tensor
+    max: Tensor
+    mean: Tensor
+    std: Tensor
+    kurtosis: Tensor
+    abs_max: Tensor
+    numel: int | tuple
+
+    @classmethod
+    def of(cls, table, ws, single):
+        numel = tuple([w.numel() for w in ws])
+        return cls(*(table[0] if single else table).unbind(-1), numel[0] if single else numel)
+
+
+def check_parameter(name, value, count, single, d, like, differentiable=True):
+    """A tensor given for a parameter has an allowed shape, dtype and device; its values are never read."""
+    if not differentiable and value.requires_grad:
+        raise ValueError(f"{name} requires grad, but no gradient is defined for it; pass {name}.detach() or a number")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name} has dtype {value.dtype}; allowed are float64, float32, bfloat16 and float16")
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device} but W is on {like.device}")
+    shapes = [(), (d,)] if single else [(), (count,), (count, d)]
+    if tuple(value.shape) not in shapes:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; allowed are " + ", ".join(map(str, shapes)))
+
+
+def parameter_gradient(grad, value, single):
+    """The (count, d) gradient summed back to the shape and dtype of the `value` that `parameter` expanded."""
+    if value.dim() == 0:
+        grad = grad.sum() if grad.numel() > 1 else grad.reshape(())
+    elif value.dim() == 1 and not single:
+        grad = grad.sum(1) if grad.shape[1] > 1 else grad.reshape(-1)
+    return grad.reshape(value.shape).to(value.dtype)
+
+
+def _constant(key, count, d, dtype, device):
+    if torch.compiler.is_compiling():
+        return _fill(key, count, d, dtype, device)
+    # Kept for good: a captured CUDA graph may read it at every replay.
+    full = (key, count, d, dtype, device)
+    value = _constants.get(full)
+    if value is None:
+        value = _fill(key, count, d, dtype, device)
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if len(_constants) < _MOST_CONSTANTS and not capturing:
+            _constants[full] = value
+    return value
+
+
+def _fill(key, count, d, dtype, device):
+    if isinstance(key, tuple):
+        return torch.tensor(key, dtype=dtype, device=device).unsqueeze(1).expand(count, d).contiguous()
+    return torch.full((count, d), key, dtype=dtype, device=device)

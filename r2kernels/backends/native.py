@@ -1,0 +1,116 @@
+"""Launchers onto the extension: the same lines for `_C.cpu` and `_C.cuda`. The only caller of `_C`."""
+import importlib
+
+import torch
+
+from .. import weights as lists
+from ..arguments import accumulator
+
+_DTYPE = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+STATE = 8                   # numbers in a chunk's partial state
+SAVED = {"l_inf": 2, "margin": 1, "soft_min_max": 8, "soft_extrema": 8, "kure": 4}
+
+
+def load(name):
+    try:
+        extension = importlib.import_module("r2kernels._C")
+    except ModuleNotFoundError as error:
+        raise ImportError("the extension was not built: at installation no C++ compiler was found, or the build was cut off") from error
+    if name == "cpu":
+        return Native(extension.cpu, "cpu")
+    if not hasattr(extension, "cuda"):
+        raise ImportError("the extension was built without CUDA: no nvcc was found then, or R2KERNELS_CUDA=0 was set")
+    problem = extension.cuda.problem()
+    if problem:
+        raise RuntimeError(problem)
+    return Native(extension.cuda, "cuda")
+
+
+class Native:
+    """The ops of one half of the extension."""
+
+    def __init__(self, library, kind):
+        self.library, self.devices, self.on_gpu = library, (kind,), kind == "cuda"
+
+    def _queue(self, device):
+        """(device index, stream) on a GPU, (0, number of threads) on the CPU."""
+        if self.on_gpu:
+            index = device.index if device.index is not None else torch.cuda.current_device()
+            return index, torch._C._cuda_getCurrentRawStream(index)
+        return 0, torch.get_num_threads()
+
+    def _list(self, weights, d, layout):
+        """(arguments that describe the list to the extension, plan, what must stay alive during the call)."""
+        device = weights[0].device
+        tensors, runs = lists.dense(weights, d, layout)
+        plan = lists.plan(tensors, runs, d, device)
+        table = lists.device_table(tensors, device) if self.on_gpu else lists.host_table(tensors)
+        described = (_address(table), plan.tensors.data_ptr(), plan.owner.data_ptr(), plan.count, plan.chunks, plan.chunk, d, _DTYPE[weights[0].dtype])
+        return described, plan, (tensors, table)
+
+    def _forward(self, op, weights, d, layout, out, saved, first=None, second=None, flag=False):
+        described, plan, alive = self._list(weights, d, layout)
+        partial = torch.empty(plan.chunks, STATE, dtype=out.dtype, device=out.device)
+        getattr(self.library, op + "_fwd")(described, _pointer(first), _pointer(second), flag, partial.data_ptr(), out.data_ptr(), _pointer(saved), *self._queue(out.device))
+        del alive
+        return out, saved
+
+    def _backward(self, op, grad, weights, d, layout, saved, out, first=None, second=None, parameter_gradient=None):
+        described, _, alive = self._list(weights, d, layout)
+        gradients = lists.empty_gradients(weights, d, layout) if out is None else out
+        flat = self.on_gpu and out is None
+        table = None if flat else lists.device_table(gradients, grad.device) if self.on_gpu else lists.host_table(gradients)
+        target = gradients[0].data_ptr() if flat else _address(table)
+        if grad.dim() > 1:
+            grad = grad.contiguous()
+        getattr(self.library, op + "_bwd")(
+            described, grad.data_ptr(), grad.stride(-1) if grad.dim() == 1 else 1, _pointer(first), _pointer(second), saved.data_ptr(),
+            target, out is not None, _pointer(parameter_gradient), *self._queue(grad.device))
+        del alive
+        return gradients
+
+    def l_inf_fwd(self, weights, d, layout):
+        return self._forward("l_inf", weights, d, layout, *lists.empty_state(weights, d, SAVED["l_inf"]))
+
+    def l_inf_bwd(self, grad, weights, saved, d, layout, out=None):
+        return self._backward("l_inf", grad, weights, d, layout, saved, out)
+
+    def margin_fwd(self, weights, M, k, d, layout):
+        return self._forward("margin", weights, d, layout, *lists.empty_state(weights, d, SAVED["margin"]), M, k)
+
+    def margin_bwd(self, grad, weights, M, k, saved, d, layout, out=None):
+        g_M = torch.empty_like(M)
+        return self._backward("margin", grad, weights, d, layout, saved, out, M, k, g_M), g_M
+
+    def soft_min_max_fwd(self, weights, alpha, alpha_grad, d, layout):
+        return self._forward("soft_min_max", weights, d, layout, *lists.empty_state(weights, d, SAVED["soft_min_max"]), alpha, None, alpha_grad)
+
+    def soft_min_max_bwd(self, grad, weights, alpha, saved, d, layout, out=None):
+        g_alpha = torch.empty_like(alpha)
+        return self._backward("soft_min_max", grad, weights, d, layout, saved, out, alpha, None, g_alpha), g_alpha
+
+    def soft_extrema_fwd(self, weights, alpha, alpha_grad, d, layout):
+        extrema = torch.empty(2, len(weights), d, dtype=alpha.dtype, device=alpha.device)
+        return self._forward("soft_extrema", weights, d, layout, extrema, lists.empty_state(weights, d, SAVED["soft_extrema"])[1], alpha, None, alpha_grad)
+
+    def soft_extrema_bwd(self, grad, weights, alpha, saved, d, layout, out=None):
+        g_alpha = torch.empty_like(alpha)
+        return self._backward("soft_extrema", grad, weights, d, layout, saved, out, alpha, None, g_alpha), g_alpha
+
+    def kure_fwd(self, weights, target):
+        return self._forward("kure", weights, 1, "output", *lists.empty_state(weights, 1, SAVED["kure"]), target)
+
+    def kure_bwd(self, grad, weights, target, saved, out=None):
+        return self._backward("kure", grad, weights, 1, "output", saved, out, target)
+
+    def weight_stats_fwd(self, weights):
+        out = torch.empty(len(weights), 6, dtype=accumulator(weights[0].dtype), device=weights[0].device)
+        return self._forward("weight_stats", weights, 1, "output", out, None)[0]
+
+
+def _pointer(tensor):
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _address(table):
+    return table.data_ptr() if isinstance(table, torch.Tensor) else table.buffer_info()[0]

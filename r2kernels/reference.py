@@ -1,0 +1,219 @@
+"""The specification, in plain eager PyTorch: `<op>_fwd` and `<op>_bwd` as every backend has them, and the public functions.
+
+Equations: R2 (arXiv 2303.08253), eqs. 1-3; KURE (Shkolnik et al. 2020). Rows x of a weight are (d, N): column c of `cluster_dim` in
+row c, leftovers dropped. In `<op>_fwd(weights, ...) -> (loss, saved)` and `<op>_bwd(grad, weights, ..., saved, ...)` the
+parameters are (L, d) tensors of the accumulator's dtype; `saved` is (L, d, numbers per column). No branch depends on a value.
+"""
+import torch
+
+from . import arguments
+from .arguments import accumulator
+
+
+def columns(w, d=1, layout="output"):
+    """(d, N): the d columns of the N rows that DKM's layout reads from w, in the accumulator's dtype."""
+    if d == 1:
+        return w.reshape(1, -1).to(accumulator(w.dtype))
+    flat = (w.transpose(0, -1) if layout == "output" and w.dim() > 1 else w).reshape(-1)
+    n = w.numel() // d
+    return flat[: n * d].reshape(n, d).t().to(accumulator(w.dtype))
+
+
+def from_columns(x, w, d=1, layout="output"):
+    """The inverse of `columns`: a tensor like w, zero where w had leftovers."""
+    x = x.to(w.dtype)
+    if d == 1:
+        return x.reshape(w.shape)
+    flat = torch.cat([x.t().reshape(-1), x.new_zeros(w.numel() % d)])
+    if layout == "output" and w.dim() > 1:
+        return flat.reshape(w.transpose(0, -1).shape).transpose(0, -1)
+    return flat.reshape(w.shape)
+
+
+def _each(weights, d, layout):
+    return enumerate(columns(w, d, layout) for w in weights)
+
+
+def _gradients(weights, d, layout, formula):
+    return [from_columns(formula(i, columns(w, d, layout)), w, d, layout) for i, w in enumerate(weights)]
+
+
+def _ratio(k, n):
+    """The divisor of the margin's sum: k itself, or k times the n rows where k is a fraction; NaN where k is not positive."""
+    return torch.where(k > 0, torch.where(k < 1, k * n, k), torch.nan)
+
+
+# saved: max|x|, how many attain it
+def l_inf_fwd(weights, d=1, layout="output"):
+    saved = []
+    for _, x in _each(weights, d, layout):
+        top = x.abs().amax(1)
+        saved.append(torch.stack([top, (x.abs() == top[:, None]).sum(1).to(x.dtype)], 1))
+    saved = torch.stack(saved)
+    return saved[..., 0].sum(1), saved
+
+
+def l_inf_bwd(grad, weights, saved, d=1, layout="output"):
+    def formula(i, x):
+        top, ties = saved[i].unbind(1)
+        return torch.where(x.abs() == top[:, None], x.sign(), 0) * (grad[i] / ties)[:, None]
+    return _gradients(weights, d, layout, formula)
+
+
+# saved: how many lie outside the margin
+def margin_fwd(weights, M, k, d=1, layout="output"):
+    loss, saved = [], []
+    for i, x in _each(weights, d, layout):
+        m = M[i].abs()
+        loss.append((m + (x.abs() - m[:, None]).relu().sum(1) / _ratio(k[i], x.shape[1])).sum())
+        saved.append((x.abs() > m[:, None]).sum(1, keepdim=True).to(x.dtype))
+    return torch.stack(loss), torch.stack(saved)
+
+
+def margin_bwd(grad, weights, M, k, saved, d=1, layout="output"):
+    rows = torch.stack([_ratio(k[i], w.numel() // d) for i, w in enumerate(weights)])
+    def formula(i, x):
+        return torch.where(x.abs() > M[i].abs()[:, None], x.sign(), 0) * (grad[i] / rows[i])[:, None]
+    return _gradients(weights, d, layout, formula), grad[:, None] * M.sign() * (1 - saved[..., 0] / rows)
+
+
+# saved: for p = softmax(alpha x), then for q = softmax(-alpha x): a shift near the extreme, 1 / sum of exponentials
+# relative to it, the soft extreme minus the shift, the variance (which a backend may leave out where alpha_grad is False)
+def _soft_extremes(weights, alpha, d, layout):
+    saved = []
+    for i, x in _each(weights, d, layout):
+        a = alpha[i]
+        high, low = torch.where(a >= 0, x.amax(1), x.amin(1)), torch.where(a >= 0, x.amin(1), x.amax(1))
+        sides = []
+        for sign, shift in ((a, high), (-a, low)):
+            delta = x - shift[:, None]
+            e = (sign[:, None] * delta).exp()
+            total = e.sum(1)
+            mean = (delta * e).sum(1) / total
+            sides += [shift, 1 / total, mean, ((delta - mean[:, None]).square() * e).sum(1) / total]
+        saved.append(torch.stack(sides, 1))
+    return torch.stack(saved)
+
+
+def _soft_gradients(g_max, g_min, weights, alpha, saved, d, layout):
+    def formula(i, x):
+        a = alpha[i, :, None]
+        top, rp, up, _, bottom, rq, uq, _ = saved[i, :, :, None].unbind(1)
+        p, q = (a * (x - top)).exp() * rp, (-a * (x - bottom)).exp() * rq
+        return g_max[i, :, None] * p * (1 + a * (x - top - up)) + g_min[i, :, None] * q * (1 - a * (x - bottom - uq))
+    return _gradients(weights, d, layout, formula), g_max * saved[..., 3] - g_min * saved[..., 7]
+
+
+def soft_min_max_fwd(weights, alpha, alpha_grad=True, d=1, layout="output"):
+    saved = _soft_extremes(weights, alpha, d, layout)
+    return ((saved[..., 0] - saved[..., 4]) + (saved[..., 2] - saved[..., 6]) + (-alpha).exp()).sum(1), saved
+
+
+def soft_min_max_bwd(grad, weights, alpha, saved, d=1, layout="output"):
+    g = grad[:, None].expand_as(alpha)
+    gradients, g_alpha = _soft_gradients(g, -g, weights, alpha, saved, d, layout)
+    return gradients, g_alpha - g * (-alpha).exp()
+
+
+# loss: (2, L, d), the soft minima and the soft maxima
+def soft_extrema_fwd(weights, alpha, alpha_grad=True, d=1, layout="output"):
+    saved = _soft_extremes(weights, alpha, d, layout)
+    return torch.stack([saved[..., 4] + saved[..., 6], saved[..., 0] + saved[..., 2]]), saved
+
+
+def soft_extrema_bwd(grad, weights, alpha, saved, d=1, layout="output"):
+    return _soft_gradients(grad[1], grad[0], weights, alpha, saved, d, layout)
+
+
+def _moments(x):
+    """min, max, mean, unbiased std, and mean z^3, mean z^4 with that std; spread, skew and kurtosis are 0 for a constant x."""
+    low, high, mean = x.amin(), x.amax(), x.mean()
+    centred = torch.where(high == low, 0, x - mean)
+    std = (centred.square().sum() / max(x.numel() - 1, 1)).sqrt()
+    z = centred / torch.where(high == low, 1, std)
+    return low, high, mean, std, z.pow(3).mean(), z.pow(4).mean()
+
+
+# saved: mean, 1 / std (0 for a constant tensor), mean z^3, kurtosis
+def kure_fwd(weights, target):
+    saved = []
+    for _, x in _each(weights, 1, "output"):
+        _, _, mean, std, skew, kurtosis = _moments(x)
+        saved.append(torch.stack([mean, torch.where(std == 0, 0, 1 / std), skew, kurtosis])[None])
+    saved = torch.stack(saved)
+    return torch.where(saved[:, 0, 1] == 0, 0, (saved[:, 0, 3] - target[:, 0]).square()), saved
+
+
+def kure_bwd(grad, weights, target, saved):
+    def formula(i, x):
+        mean, rstd, skew, kurtosis = saved[i, 0].unbind()
+        n, z = x.numel(), (x - mean) * rstd
+        return grad[i] * 2 * (kurtosis - target[i]) * 4 / n * rstd * (z.pow(3) - skew - n / max(n - 1, 1) * kurtosis * z)
+    return _gradients(weights, 1, "output", formula)
+
+
+def weight_stats_fwd(weights):
+    """(L, 6): min, max, mean, unbiased std, kurtosis, max|x|."""
+    rows = []
+    for _, x in _each(weights, 1, "output"):
+        low, high, mean, std, _, kurtosis = _moments(x)
+        rows.append(torch.stack([low, high, mean, std, kurtosis, x.abs().amax()]))
+    return torch.stack(rows)
+
+
+def _stack(losses, single):
+    return losses[0] if single else torch.stack(losses)
+
+
+def l_inf(W, *, cluster_dim=1, layout="output"):
+    ws, single = arguments.weights(W, cluster_dim, layout)
+    return _stack([columns(w, cluster_dim, layout).abs().amax(1).sum() for w in ws], single)
+
+
+def margin(W, M, *, k=1, cluster_dim=1, layout="output"):
+    ws, single = arguments.weights(W, cluster_dim, layout)
+    k = arguments.margin_k(k, ws, single, cluster_dim)
+    M = arguments.parameter("M", M, len(ws), single, cluster_dim, ws[0])
+    losses = []
+    for i, x in _each(ws, cluster_dim, layout):
+        m = M[i].abs()
+        losses.append((m + (x.abs() - m[:, None]).relu().sum(1) / _ratio(k[i], x.shape[1])).sum())
+    return _stack(losses, single)
+
+
+def soft_extrema(W, alpha, *, cluster_dim=1, layout="output"):
+    ws, single = arguments.weights(W, cluster_dim, layout)
+    alpha = arguments.parameter("alpha", alpha, len(ws), single, cluster_dim, ws[0])
+    low, high = [], []
+    for i, x in _each(ws, cluster_dim, layout):
+        z = alpha[i, :, None] * x
+        high.append((z.softmax(1) * x).sum(1))
+        low.append(((-z).softmax(1) * x).sum(1))
+    low, high = _stack(low, single), _stack(high, single)
+    return (low, high) if cluster_dim > 1 else (low.squeeze(-1), high.squeeze(-1))
+
+
+def soft_min_max(W, alpha, *, cluster_dim=1, layout="output"):
+    ws, single = arguments.weights(W, cluster_dim, layout)
+    alpha = arguments.parameter("alpha", alpha, len(ws), single, cluster_dim, ws[0])
+    losses = []
+    for i, x in _each(ws, cluster_dim, layout):
+        z = alpha[i, :, None] * x
+        losses.append((((z.softmax(1) - (-z).softmax(1)) * x).sum(1) + (-alpha[i]).exp()).sum())
+    return _stack(losses, single)
+
+
+def kure(W, *, target=1.8):
+    ws, single = arguments.weights(W)
+    target = arguments.parameter("target", target, len(ws), single, 1, ws[0], differentiable=False)
+    losses = []
+    for i, x in _each(ws, 1, "output"):
+        *_, std, _, kurtosis = _moments(x)
+        losses.append(torch.where(std == 0, 0, (kurtosis - target[i, 0]).square()))
+    return _stack(losses, single)
+
+
+def weight_stats(W):
+    ws, single = arguments.weights(W)
+    with torch.no_grad():
+        return arguments.WeightStats.of(weight_stats_fwd(ws), ws, single)

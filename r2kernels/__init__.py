@@ -2,8 +2,9 @@
 from . import reference
 from .backends import backends, use_backend
 from .functional import WeightStats, kure, l_inf, margin, soft_extrema, soft_min_max, weight_stats
+from .nn import RangeRegularizer
 from .version import __version__
 
 __all__ = [
-    "WeightStats", "__version__", "backends", "kure", "l_inf", "margin", "reference", "soft_extrema", "soft_min_max", "use_backend", "weight_stats",
+    "RangeRegularizer", "WeightStats", "__version__", "backends", "kure", "l_inf", "margin", "reference", "soft_extrema", "soft_min_max", "use_backend", "weight_stats",
 ]

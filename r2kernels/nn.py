@@ -1,0 +1,275 @@
+"""Modules that attach the range losses to a model."""
+import fnmatch
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import arguments, functional
+from .weights import is_dense, memory_order
+
+LOSSES = ("soft_min_max", "margin", "l_inf", "kure")
+_KERNELS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
+_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+class _Group(NamedTuple):
+    """The weights of one dtype and device: their places in the regularizer's order, and themselves."""
+    places: list
+    weights: list
+
+
+def select_weights(model, include=None, exclude=None):
+    """(name, module, attribute) of every conv, linear and attention weight of the model, each shared weight once.
+
+    `include` adds other parameters of two or more dimensions (embeddings, recurrent weights), `exclude` drops some: a pattern of the parameter's
+    or its module's name ("*.head", "layer1.*"), a list of patterns, or a predicate (name, parameter) -> bool.
+    """
+    included, excluded = _matcher("include", include), _matcher("exclude", exclude)
+    found, seen, dropped, added = [], set(), 0, 0
+    for path, module in model.named_modules():
+        for attribute, p in module._parameters.items():
+            name = f"{path}.{attribute}" if path else attribute
+            if p is None or id(p) in seen or not p.is_floating_point() or p.dim() < 2:
+                continue
+            usual = attribute == "weight" and isinstance(module, _KERNELS) or attribute in _ATTENTION and isinstance(module, nn.MultiheadAttention)
+            wanted = included(path, name, p)
+            if not (usual or wanted):
+                continue
+            added += wanted
+            if excluded(path, name, p):
+                dropped += 1
+                continue
+            seen.add(id(p))
+            found.append((name, module, attribute))
+    if include is not None and not added:
+        raise ValueError(f"include={include!r} matches no parameter of two or more dimensions")
+    if exclude is not None and not dropped:
+        warnings.warn(f"exclude={exclude!r} matches none of the model's weights", stacklevel=3)
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no conv, linear or attention weight" + ("" if exclude is None else f" left after exclude={exclude!r}") + "; use include=")
+    return found
+
+
+def _matcher(argument, rule):
+    if rule is None:
+        return lambda path, name, p: False
+    if callable(rule):
+        return lambda path, name, p: bool(rule(name, p))
+    patterns = [rule] if isinstance(rule, str) else list(rule)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"{argument} must be a name pattern, a list of them, or a predicate (name, parameter) -> bool, got {rule!r}")
+    return lambda path, name, p: any(fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+
+
+class RangeRegularizer(nn.Module):
+    """`reg()` = weight * (sum of a range loss over the layers of `model`), a scalar to add to the training loss (R2, arXiv 2303.08253).
+
+    loss: "soft_min_max" (eq. 3), "margin" (eq. 2), "l_inf" (eq. 1) or "kure".
+    weight: the coefficient; `reg.weight` may be changed at any time.
+    alpha: of soft_min_max, a number or one for each layer; learned unless `learn=False`. `alpha_unit="raw"` is the paper's alpha; with "std" the exponents
+        use alpha / std(W) (std without gradient) and the penalty stays exp(-alpha), so that one alpha fits layers of every scale.
+    margin_std: M of margin starts at margin_std * std(W); learned unless `learn=False`. k: its divisor, an int >= 1 or a fraction of each layer.
+    cluster_dim, layout: as in `r2kernels.soft_min_max`. include, exclude: as in `select_weights`.
+
+    Weights are looked up at every call, so `.to()`, `load_state_dict` and replaced parameters are followed. Several dtypes or devices are grouped.
+    Alpha or M are in `state_dict`; give them to the optimizer by `param_groups()`, without weight decay.
+    """
+
+    def __init__(self, model, loss="soft_min_max", weight=0.01, *, alpha=0.1, margin_std=2.0, k=1, alpha_unit="raw", learn=True,
+                 cluster_dim=1, layout="output", include=None, exclude=None):
+        super().__init__()
+        if loss not in LOSSES:
+            raise ValueError(f"loss must be one of {LOSSES}, got {loss!r}")
+        if alpha_unit not in ("raw", "std"):
+            raise ValueError(f"alpha_unit must be 'raw' or 'std', got {alpha_unit!r}")
+        if loss == "kure" and cluster_dim != 1:
+            raise ValueError(f"cluster_dim must be 1 for loss='kure', got {cluster_dim}")
+        self.loss, self.alpha_unit, self.k = loss, alpha_unit, k
+        self.weight = arguments.number("weight", weight)
+        self.cluster_dim, self.layout = cluster_dim, layout
+        found = select_weights(model, include, exclude)
+        self.names = [name for name, _, _ in found]
+        self._places = [(module, attribute) for _, module, attribute in found]
+        weights = [w for group in self._groups() for w in arguments.weights(group.weights, cluster_dim, layout)[0]]
+        if loss == "margin":
+            arguments.margin_k(k, weights, False, cluster_dim)
+            self._own("M", self._initial_margins(arguments.number("margin_std", margin_std, "a number > 0", lambda v: v > 0)), learn)
+        elif loss == "soft_min_max":
+            self._own("alpha", self._initial_alphas(alpha, weights[0].device), learn)
+
+    def _own(self, name, value, learn):
+        if learn:
+            self.register_parameter(name, nn.Parameter(value))
+        else:
+            self.register_buffer(name, value)
+
+    def _initial_alphas(self, alpha, device):
+        count = len(self.names)
+        if not isinstance(alpha, Tensor):
+            if isinstance(alpha, (list, tuple)) and len(alpha) != count:
+                raise ValueError(f"alpha has {len(alpha)} values, the model has {count} weights")
+            values = alpha if isinstance(alpha, (list, tuple)) else [alpha] * count
+            alpha = torch.tensor([arguments.number("alpha", a) for a in values])
+        elif tuple(alpha.shape) not in ((), (count,)):
+            raise ValueError(f"alpha has shape {tuple(alpha.shape)}; allowed are () and ({count},)")
+        return alpha.detach().to(device, torch.float32).expand(count).clone()
+
+    @torch.no_grad()
+    def _initial_margins(self, margin_std):
+        groups = self._groups()
+        device = groups[0].weights[0].device
+        values = torch.empty(len(self.names), device=device)
+        for places, weights in groups:
+            values[places] = (margin_std * functional.weight_stats(weights).std).to(device, torch.float32)
+        return values
+
+    def _groups(self):
+        """The weights as they are now, by dtype and device."""
+        weights = [module._parameters.get(attribute) for module, attribute in self._places]
+        if any(w is None for w in weights):
+            weights = [getattr(module, attribute) if w is None else w for w, (module, attribute) in zip(weights, self._places, strict=True)]
+        first = weights[0]
+        if all(w.dtype == first.dtype and w.device == first.device for w in weights):
+            return [_Group(list(range(len(weights))), weights)]
+        groups = {}
+        for i, w in enumerate(weights):
+            group = groups.setdefault((w.dtype, w.device), _Group([], []))
+            group.places.append(i)
+            group.weights.append(w)
+        return list(groups.values())
+
+    def _parameter(self, group):
+        """Alpha or M of a group, on its device."""
+        value = self.alpha if self.loss == "soft_min_max" else self.M
+        if len(group.places) < len(self.names):
+            value = value[group.places]
+        return value.to(group.weights[0].device)
+
+    def _scaled(self, alpha, weights):
+        """alpha / std(W), and 0 for a constant weight, whose range is 0 with any alpha."""
+        with torch.no_grad():
+            std = functional.weight_stats(weights).std
+            scale = torch.where(std == 0, 0, 1 / std)
+        return alpha * scale, scale
+
+    def _losses(self, group):
+        """(L,) losses of one group."""
+        columns = dict(cluster_dim=self.cluster_dim, layout=self.layout)
+        if self.loss == "l_inf":
+            return functional.l_inf(group.weights, **columns)
+        if self.loss == "kure":
+            return functional.kure(group.weights)
+        parameter = self._parameter(group)
+        if self.loss == "margin":
+            return functional.margin(group.weights, parameter, k=self.k, **columns)
+        if self.alpha_unit == "raw":
+            return functional.soft_min_max(group.weights, parameter, **columns)
+        low, high = functional.soft_extrema(group.weights, self._scaled(parameter, group.weights)[0], **columns)
+        return (high - low).reshape(len(group.weights), -1).sum(1) + self.cluster_dim * (-parameter).exp()
+
+    def forward(self):
+        groups = self._groups()
+        device = groups[0].weights[0].device
+        total = self._losses(groups[0]).sum()
+        for group in groups[1:]:
+            total = total + self._losses(group).sum().to(device)
+        return self.weight * total
+
+    @torch.no_grad()
+    def losses(self):
+        """name -> loss of that layer (not times `weight`), 0-dim tensors without gradient."""
+        values = [None] * len(self.names)
+        for group in self._groups():
+            for place, value in zip(group.places, self._losses(group).unbind(), strict=True):
+                values[place] = value
+        return dict(zip(self.names, values, strict=True))
+
+    def param_groups(self, **options):
+        """The learned alpha or M as a list of parameter groups for an optimizer, `weight_decay=0` unless `options` say otherwise."""
+        own = list(self.parameters())
+        return [{"params": own, "weight_decay": 0.0, **options}] if own else []
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def accumulate_grad_(self, scale=1.0):
+        """Adds scale * weight * dL/dW to the `.grad` of the weights, and of alpha or M, in place and without a graph; returns `reg()`'s value.
+
+        Call it between `loss.backward()` and `optimizer.step()`; with a GradScaler pass its scale. `scale`: a number or a 0-dim tensor.
+        A `.grad` that is None is made first. Frozen weights are left alone. RuntimeError where a weight has no `.grad` of its own (a parametrization).
+        """
+        groups = self._groups()
+        device = groups[0].weights[0].device
+        factor = scale * self.weight if isinstance(scale, Tensor) else arguments.number("scale", scale) * self.weight
+        total = None
+        for group in groups:
+            loss = self._accumulate(group, factor).sum().to(device)
+            total = loss if total is None else total + loss
+        return self.weight * total
+
+    def _accumulate(self, group, factor):
+        weights, _ = arguments.weights(group.weights, self.cluster_dim, self.layout)
+        targets, late = self._targets(group)
+        shape = (len(weights), False, self.cluster_dim, weights[0])
+        grad = arguments.parameter("scale", factor, len(weights), False, 1, weights[0])[:, 0]
+        op, value, scale, parameters = self.loss, None, None, []
+        if op in ("soft_min_max", "margin"):
+            value = self._parameter(group)
+            if op == "soft_min_max" and self.alpha_unit == "std":
+                op = "soft_extrema"
+                scaled, scale = self._scaled(value, weights)
+                grad = torch.stack([-grad, grad]).unsqueeze(2).expand(2, len(weights), self.cluster_dim).contiguous()
+            parameters = [arguments.parameter("alpha", value if scale is None else scaled, *shape)]
+        if op == "margin":
+            parameters.append(arguments.margin_k(self.k, weights, False, self.cluster_dim))
+        if op == "kure":
+            parameters.append(arguments.parameter("target", 1.8, *shape))
+        learned = value is not None and bool(list(self.parameters()))
+        loss, g = functional.add_gradients_(op, weights, targets, grad, parameters, alpha_grad=learned, geometry=(self.cluster_dim, self.layout))
+        for p, target in late:
+            p.grad.add_(target)
+        if scale is not None:
+            loss = (loss[1] - loss[0]).sum(1) + self.cluster_dim * (-value).exp()
+            g = g * scale[:, None] if learned else None
+        if learned:
+            g = g.sum(1)
+            if scale is not None:
+                g = g - factor * self.cluster_dim * (-value).exp()
+            self._add_own_gradient(group, g)
+        return loss
+
+    def _targets(self, group):
+        """What the kernel adds to: each weight's `.grad`, or zeros where that lies in another order of memory (then added later) or the weight is frozen."""
+        targets, late = [], []
+        for place, w in zip(group.places, group.weights, strict=True):
+            if not w.requires_grad:
+                targets.append(torch.zeros_like(w))
+                continue
+            if not w.is_leaf:
+                raise RuntimeError(f"{self.names[place]} is computed from other parameters (a parametrization) and has no .grad; use reg() and backward() instead")
+            if w.grad is None:
+                w.grad = torch.zeros_like(w)
+            g = w.grad
+            if g.layout != torch.strided or type(g) is not Tensor:
+                raise RuntimeError(f"the gradient of {self.names[place]} is {g.layout} of type {type(g).__name__}; accumulate_grad_ adds to plain dense gradients only")
+            if g.dtype == w.dtype and g.stride() == w.stride() and (w.is_contiguous() or is_dense(w)) and (self.cluster_dim == 1 or memory_order(w, self.cluster_dim, self.layout)[0] == w.stride()):
+                targets.append(g)
+            else:
+                targets.append(torch.empty_strided(w.shape, memory_order(w, self.cluster_dim, self.layout)[0], dtype=w.dtype, device=w.device).zero_())
+                late.append((w, targets[-1]))
+        return targets, late
+
+    def _add_own_gradient(self, group, g):
+        p = next(self.parameters())
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        g = g.to(p.device, p.dtype)
+        if len(group.places) == len(self.names):
+            p.grad.add_(g)
+        else:
+            p.grad.index_add_(0, torch.tensor(group.places, device=p.device), g)
+
+    def extra_repr(self):
+        unit = f", alpha_unit={self.alpha_unit!r}" if self.loss == "soft_min_max" else ""
+        return f"loss={self.loss!r}, weight={self.weight:g}, layers={len(self.names)}, cluster_dim={self.cluster_dim}{unit}"

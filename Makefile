@@ -1,0 +1,41 @@
+# Each target sets itself up on a fresh machine: a virtual environment, the packages, the build.
+PYTHON ?= python3
+VENV ?= .venv
+TRITON36 := .venv-triton36
+# The GPU that is present, or sm_90 alone where there is nvcc but no GPU.
+ARCH := $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u | paste -sd';'),90)
+export R2KERNELS_CUDA_ARCH ?= $(ARCH)
+SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+
+.PHONY: demo test bench gpu-check lint clean
+
+demo: $(VENV)/.built
+	$(VENV)/bin/r2kernels demo --force
+
+test: $(VENV)/.built $(TRITON36)/.built
+	$(VENV)/bin/python -m pytest tests
+
+bench: $(VENV)/.built
+	$(VENV)/bin/python -m pytest benchmarks
+	$(VENV)/bin/python benchmarks/report.py --readme
+
+lint: $(VENV)/.built
+	$(VENV)/bin/ruff check .
+
+# On a machine with a GPU, with the interpreter it is given (torch, triton, setuptools, pybind11, ninja, pytest); fetches nothing.
+gpu-check:
+	$(PYTHON) setup.py build_ext --inplace || echo "the extension could not be built; its rows will be skipped"
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu_check.py
+
+$(VENV)/.built: $(SOURCES)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --disable-pip-version-check -q -c constraints.txt -e '.[test,bench]'
+	touch $@
+
+# Register counts and instruction counts differ between Triton versions; the tests hold the one that GPUs run today.
+$(TRITON36)/.built:
+	test -x $(TRITON36)/bin/python || $(PYTHON) -m venv $(TRITON36)
+	$(TRITON36)/bin/pip install --disable-pip-version-check -q triton==3.6.0 && touch $@ || echo "triton 3.6.0 could not be installed; the tests will use the installed Triton"
+
+clean:
+	rm -rf $(VENV) $(TRITON36) build *.egg-info r2kernels/*.so

@@ -115,9 +115,22 @@ struct Soft {
     V s0, s1, s2;
     template <bool kVariance>
     R2_HD void add(V delta) {
-      V e = exp2_(delta), t = delta * e;
+      add<kVariance>(delta, exp2_(delta));
+    }
+    template <bool kVariance>
+    R2_HD void add(V delta, V e) {
+      V t = delta * e;
       s0 += e, s1 += t;
       if (kVariance) s2 += delta * t;
+    }
+    template <bool kVariance>
+    R2_HD static Sums of(V delta) {
+      V e = exp2_(delta), t = delta * e;
+      return {e, t, kVariance ? delta * t : splat<V>(0)};
+    }
+    R2_HD Sums& operator+=(const Sums& o) {
+      s0 += o.s0, s1 += o.s1, s2 += o.s2;
+      return *this;
     }
   };
 
@@ -135,11 +148,21 @@ struct Soft {
   }
 
   // Sums relative to an extreme that lies d above the present one, in units of the exponent, seen from there.
-  R2_HD static void move(double* s, double d) {
-    double r = exp2_(d);
+  template <class A>
+  R2_HD static void move(A* s, A d) {
+    A r = exp2_(d);
     s[2] = r * (s[2] + d * (2 * s[1] + d * s[0]));
     s[1] = r * (s[1] + d * s[0]);
     s[0] = r * s[0];
+  }
+
+  // One side of a state, from sums relative to `shift`. They are rounded where that costs the variance least: relative to their mean.
+  template <class A>
+  R2_HD static void settle(double shift, const double* sums, double k, A* state) {
+    state[0] = A(shift + sums[1] / (sums[0] * k));
+    double s[3] = {sums[0], sums[1], sums[2]};
+    move(s, k * (shift - double(state[0])));
+    state[1] = A(s[0]), state[2] = A(s[1]), state[3] = A(s[2]);
   }
 
   template <class S>
@@ -206,6 +229,14 @@ struct Moments {
       m1 += z, m2 += square, m3 += square * z, m4 += square * square;
     }
   };
+
+  // n, mean, M2, M3, M4 from the sums of the powers of what n weights are above a pivot near their mean
+  template <class A>
+  R2_HD static void centre(double n, double pivot, const A* sums, A* state) {
+    double e = double(sums[0]) / n, s2 = sums[1], s3 = sums[2], s4 = sums[3];
+    state[0] = A(n), state[1] = A(pivot + e), state[2] = A(s2 - n * e * e);
+    state[3] = A(s3 - e * (3 * s2 - 2 * n * e * e)), state[4] = A(s4 - e * (4 * s3 - e * (6 * s2 - 3 * n * e * e)));
+  }
 
   template <class S>
   R2_HD static void merge(double* into, const S* s) {

@@ -12,8 +12,10 @@
 #define R2_HD inline __attribute__((always_inline))
 #endif
 
-// The host's kernels are compiled once for each instruction set; each keeps its own copy of what is inlined.
-#if !defined(R2_ISA)
+// The host's kernels are compiled once for each instruction set; each, and the device's, keeps its own copy of what is inlined.
+#if defined(__CUDACC__)
+#define R2_ISA device
+#elif !defined(R2_ISA)
 #define R2_ISA portable
 #endif
 
@@ -41,6 +43,18 @@ R2_HD V splat(typename Scalar<V>::type a) {
 R2_HD float abs_(float x) { return fabsf(x); }
 R2_HD double abs_(double x) { return fabs(x); }
 R2_HD double exp2_(double x) { return exp2(x); }
+#if defined(__CUDACC__)
+// one instruction, accurate to 2 ulp
+R2_HD float exp2_(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
+#endif
+}
+#endif
 
 }  // namespace R2_ISA
 }  // namespace r2

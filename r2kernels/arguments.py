@@ -71,7 +71,11 @@ def _reject(w, name, first, cluster_dim):
     raise ValueError(f"{name} has {w.numel()} elements, fewer than cluster_dim={cluster_dim}")
 
 
-def number(name, value, allowed="a finite number", ok=math.isfinite):
+def is_finite(v):
+    return -math.inf < v < math.inf         # math.isfinite cannot be traced for a symbolic number
+
+
+def number(name, value, allowed="a finite number", ok=is_finite):
     """A Python number as a float, or an error that names it."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
@@ -81,7 +85,7 @@ def number(name, value, allowed="a finite number", ok=math.isfinite):
     return value
 
 
-def parameter(name, value, count, single, d, like, *, differentiable=True, allowed="a finite number", ok=math.isfinite):
+def parameter(name, value, count, single, d, like, *, differentiable=True, allowed="a finite number", ok=is_finite):
     """One number per tensor and column, as a contiguous (count, d) tensor of the accumulator's dtype on the device of `like`.
 
     Accepts a number; a 0-dim tensor; for a tensor W also shape (d,); for a sequence also (L,), (L, d) or a sequence of L numbers.
@@ -107,7 +111,7 @@ def parameter(name, value, count, single, d, like, *, differentiable=True, allow
 def margin_k(k, ws, single, d):
     """k of the margin loss as an (L, d) tensor: a count of weights, or below 1 a fraction of them."""
     return parameter("k", k, len(ws), single, d, ws[0], differentiable=False, allowed="an int >= 1, or a fraction in (0, 1)",
-                     ok=lambda v: 0 < v < 1 or (v >= 1 and v.is_integer()))
+                     ok=lambda v: 0 < v < 1 or (v >= 1 and v % 1 == 0))
 
 
 class WeightStats(NamedTuple):
@@ -149,13 +153,14 @@ def parameter_gradient(grad, value, single):
 
 
 def _constant(key, count, d, dtype, device):
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():       # what a FakeTensorMode makes is fake
         return _fill(key, count, d, dtype, device)
     # Kept for good: a captured CUDA graph may read it at every replay.
     full = (key, count, d, dtype, device)
     value = _constants.get(full)
     if value is None:
-        value = _fill(key, count, d, dtype, device)
+        with torch.inference_mode(False):       # a tensor of inference mode could not be saved for backward later
+            value = _fill(key, count, d, dtype, device)
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if len(_constants) < _MOST_CONSTANTS and not capturing:
             _constants[full] = value

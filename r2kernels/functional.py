@@ -27,7 +27,7 @@ class _RangeLoss(torch.autograd.Function):
     def forward(ctx, op, single, geometry, value, first, second, *weights):
         parameters = _parameters(op, single, geometry, value, first, second, weights)
         extra = (value is not None and value.requires_grad,) if op in _SOFT else ()
-        loss, saved = ops.op[op + "_fwd"](weights, *parameters, *extra, *geometry)
+        loss, saved = ops.run(op + "_fwd", weights, *parameters, *extra, *geometry)
         ctx.save_for_backward(saved, value, *parameters, *weights)
         ctx.call = op, single, geometry, len(parameters)
         ctx.backend = None if torch.compiler.is_compiling() else chosen()
@@ -42,10 +42,10 @@ class _RangeLoss(torch.autograd.Function):
         parameters, weights = rest[:n], rest[n:]
         grad = grad.reshape(2, len(weights), -1) if op == "soft_extrema" else grad.reshape(-1)
         if ctx.backend is None:
-            result = ops.op[op + "_bwd"](grad, weights, *parameters, saved, *geometry)
+            result = ops.run(op + "_bwd", grad, weights, *parameters, saved, *geometry)
         else:
             with use_backend(ctx.backend):
-                result = ops.op[op + "_bwd"](grad, weights, *parameters, saved, *geometry)
+                result = ops.run(op + "_bwd", grad, weights, *parameters, saved, *geometry)
         buffers, g_value = result if isinstance(result, tuple) else (result, None)
         needed = ctx.needs_input_grad
         if needed[3]:
@@ -141,19 +141,14 @@ def weight_stats(W) -> WeightStats:
     """
     ws, single = arguments.weights(W)
     with torch.no_grad():
-        return WeightStats.of(ops.op["weight_stats_fwd"](ws), ws, single)
+        return WeightStats.of(ops.run("weight_stats_fwd", ws), ws, single)
 
 
-def add_gradients_(op, weights, gradients, scale, value=None, second=None):
-    """Adds scale * dL/dW to each of `gradients` (stored like the weights), without a graph, and returns (loss (L,), scale * dL/dvalue or None).
-
-    `value` is a number or tensor as the public functions take it for a sequence, `second` the margin's (L, 1) k. One column only.
-    """
-    geometry = () if op == "kure" else (1, "output")
-    first = None if value is None else arguments.parameter("parameter", value, len(weights), False, 1, weights[0])
-    parameters = [p for p in (first, second) if p is not None]
-    extra = (isinstance(value, Tensor) and value.requires_grad,) if op in _SOFT else ()
+def add_gradients_(op, weights, gradients, grad, parameters, *, alpha_grad=False, geometry=(1, "output")):
+    """The forward and backward of an op without a graph: adds to `gradients`, which lie in memory as the weights do, and returns
+    (loss, gradient of the first parameter or None). `grad` is the gradient of the loss: (L,), or (2, L, d) for soft_extrema."""
+    extra = (alpha_grad,) if op in _SOFT else ()
+    geometry = () if op == "kure" else geometry
     loss, saved = ops.call[op + "_fwd"](weights, *parameters, *extra, *geometry)
-    grad = arguments.parameter("scale", scale, len(weights), False, 1, weights[0])[:, 0]
     result = ops.call[op + "_bwd"](grad, weights, *parameters, saved, *geometry, out=gradients)
-    return loss, arguments.parameter_gradient(result[1], value, False) if isinstance(result, tuple) and isinstance(value, Tensor) else None
+    return loss, result[1] if isinstance(result, tuple) else None

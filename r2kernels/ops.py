@@ -54,8 +54,15 @@ def _dispatch(name):
     return run
 
 
-call = {}       # name -> the kernel itself, without the dispatcher: for in-place use (`out=`: add the gradients to these tensors)
+call = {}       # name -> the kernel itself, without the dispatcher; takes `out=`: add the gradients to these tensors
 op = {}         # name -> the op
+
+
+def run(name, *args):
+    """The op; where nothing traces, the kernel itself, which saves 3 us a call."""
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    return (op if traced else call)[name](*args)
+
 
 for _schema in SCHEMAS.strip().splitlines():
     _name = _schema.split("(", 1)[0]

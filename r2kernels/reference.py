@@ -74,7 +74,8 @@ def margin_bwd(grad, weights, M, k, saved, d=1, layout="output"):
     rows = torch.stack([_ratio(k[i], w.numel() // d) for i, w in enumerate(weights)])
     def formula(i, x):
         return torch.where(x.abs() > M[i].abs()[:, None], x.sign(), 0) * (grad[i] / rows[i])[:, None]
-    return _gradients(weights, d, layout, formula), grad[:, None] * M.sign() * (1 - saved[..., 0] / rows)
+    sign = torch.where(M.isnan(), M, M.sign())      # torch.sign(NaN) is 0
+    return _gradients(weights, d, layout, formula), grad[:, None] * sign * (1 - saved[..., 0] / rows)
 
 
 # saved: for p = softmax(alpha x), then for q = softmax(-alpha x): a shift near the extreme, 1 / sum of exponentials

@@ -95,27 +95,67 @@ R2_HD V abs_(V x) {
   return bit_cast<V>(bit_cast<bits>(x) & (bits{} + static_cast<std::remove_reference_t<decltype(bits{}[0])>>(most)));
 }
 
-// 2^x for x <= 126 (1022): minimax polynomials of 2^f, |f| <= 1/2, of relative error 2e-9 (3e-18); below the normal numbers their least
+// max(x, least), NaN where x is
+template <class V>
+R2_HD V at_least(V x, V least) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same<V, Vec<float>>::value) return bit_cast<V>(_mm512_max_ps(bit_cast<__m512>(least), bit_cast<__m512>(x)));
+  if constexpr (std::is_same<V, Vec<double>>::value) return bit_cast<V>(_mm512_max_pd(bit_cast<__m512d>(least), bit_cast<__m512d>(x)));
+#endif
+  return x < least ? least : x;
+}
+
+// Minimax polynomials of 2^f for |f| <= 1/2, highest power first: relative error 2e-9, 3e-18.
+template <class A>
+struct Exp2;
+template <>
+struct Exp2<float> {
+  static constexpr int degree = 6, mantissa = 23;
+  static constexpr float least = -125, round = 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer, in the lowest bits
+  static constexpr float c[degree + 1] = {1.534581216e-4f, 1.339993118e-3f, 9.618488956e-3f, 5.550328777e-2f, 2.402264689e-1f, 6.931472057e-1f, 1.0f};
+};
+template <>
+struct Exp2<double> {
+  static constexpr int degree = 11, mantissa = 52;
+  static constexpr double least = -1021, round = 6755399441055744.0;
+  static constexpr double c[degree + 1] = {4.43528270695727715e-10, 7.0741056135081428e-9,  1.01781980216719308e-7, 1.32154330896763992e-6,
+                                           1.52527334899885256e-5,  1.54035304625144321e-4, 1.33335581467899217e-3, 9.61812910758833524e-3,
+                                           5.55041086648199216e-2,  2.40226506959101562e-1, 6.9314718055994533e-1,  1.0};
+};
+
+// Powers begin, begin + 2, ... of the polynomial (or all, with stride 1), in x.
+template <int kFrom, int kStride, class V>
+R2_HD V horner(V x) {
+  using E = Exp2<typename Lane<V>::A>;
+  V p = splat<V>(E::c[kFrom]);
+  for (int i = kFrom + kStride; i <= E::degree; i += kStride) p = p * x + E::c[i];
+  return p;
+}
+
+// 2^x for x <= 126 (1022); below the normal numbers their least
 template <class V>
 R2_HD V exp2_fast(V x) {
-  using A = typename Lane<V>::A;
+  using E = Exp2<typename Lane<V>::A>;
   using bits = typename Lane<V>::bits;
-  constexpr bool single = sizeof(A) == 4;
-  const V least = splat<V>(A(single ? -125 : -1021)), round = splat<V>(A(single ? 12582912.0 : 6755399441055744.0));
-  x = x < least ? least : x;
-  V shifted = x + round, f = x - (shifted - round), p;
-  if constexpr (single) {
-    p = splat<V>(1.534581216e-4f);
-    for (float c : {1.339993118e-3f, 9.618488956e-3f, 5.550328777e-2f, 2.402264689e-1f, 6.931472057e-1f, 1.0f}) p = p * f + c;
-    return bit_cast<V>(bit_cast<bits>(p) + (bit_cast<bits>(shifted) << 23));
-  } else {
-    p = splat<V>(4.43528270695727715e-10);
-    for (double c : {7.0741056135081428e-9, 1.01781980216719308e-7, 1.32154330896763992e-6, 1.52527334899885256e-5, 1.54035304625144321e-4,
-                     1.33335581467899217e-3, 9.61812910758833524e-3, 5.55041086648199216e-2, 2.40226506959101562e-1, 6.9314718055994533e-1, 1.0})
-      p = p * f + c;
-    return bit_cast<V>(bit_cast<bits>(p) + (bit_cast<bits>(shifted) << 52));
-  }
+  x = at_least(x, splat<V>(E::least));
+  V shifted = x + E::round, f = x - (shifted - E::round);
+  return bit_cast<V>(bit_cast<bits>(horner<0, 1>(f)) + (bit_cast<bits>(shifted) << E::mantissa));
 }
+
+// 2^y and 2^-y for |y| < 120 (1000), from one reduction and one polynomial: its even and odd halves
+template <class V>
+struct Exp2Pair {
+  V up, down;
+  R2_HD explicit Exp2Pair(V y) {
+    using E = Exp2<typename Lane<V>::A>;
+    using bits = typename Lane<V>::bits;
+    V shifted = y + E::round, f = y - (shifted - E::round), square = f * f;
+    V even = horner<E::degree % 2, 2>(square), odd = horner<1 - E::degree % 2, 2>(square) * f;
+    bits exponent = bit_cast<bits>(shifted) << E::mantissa;
+    up = bit_cast<V>(bit_cast<bits>(even + odd) + exponent), down = bit_cast<V>(bit_cast<bits>(even - odd) - exponent);
+  }
+};
+
 R2_HD float exp2_(float x) { return exp2_fast(x); }
 R2_HD Vec<float> exp2_(Vec<float> x) { return exp2_fast(x); }
 R2_HD Vec<double> exp2_(Vec<double> x) { return exp2_fast(x); }

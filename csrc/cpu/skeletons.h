@@ -1,4 +1,4 @@
-// Reduce a list to per-column results; map a list elementwise. An op says what to do with one chunk; chunks are cut and merged in a fixed
+// Reduce a list to per-column results; map a list elementwise. A reader makes the state of one chunk; chunks are cut and merged in a fixed
 // order, so the result is the same bits for any number of threads.
 #pragma once
 #include <cstdlib>
@@ -8,7 +8,7 @@
 
 #include "simd.h"
 
-#include "../math.h"
+#include "../ops.h"
 
 namespace r2 {
 inline namespace R2_ISA {
@@ -16,23 +16,6 @@ inline namespace R2_ISA {
 constexpr int kMostChunk = 16384;                 // rows: bounds the scratch of one column of several
 constexpr int64_t kHuge = 2 << 20;                // bytes of a huge page
 constexpr int64_t kAskForHuge = 4 * kHuge;        // from here on fresh pages cost more than asking for huge ones
-
-// Rows [row, row + n) of one column.
-struct Chunk {
-  int64_t tensor, row, n;
-  int column;
-};
-
-inline Chunk chunk_at(const List& list, int64_t i) {
-  int64_t t = list.owner[i], j = i - list.tensors[t].first, row = j / list.d * list.chunk, left = list.tensors[t].rows - row;
-  return {t, row, left < list.chunk ? left : list.chunk, int(j % list.d)};
-}
-
-template <class A>
-inline Column column_at(const List& list, const void* first, const void* second, int64_t tensor, int column) {
-  int64_t at = tensor * list.d + column;
-  return {first ? double(static_cast<const A*>(first)[at]) : 0, second ? double(static_cast<const A*>(second)[at]) : 0, double(list.tensors[tensor].rows)};
-}
 
 // Calls visit(memory index, row within the chunk, length) for each run of consecutive memory of the chunk.
 template <class Visit>
@@ -45,25 +28,32 @@ inline void each_run(const Tensor& tensor, int d, const Chunk& c, Visit visit) {
   }
 }
 
-template <class T, class Op>
+// As many threads as have this much to do; waking one costs more than a smaller share saves.
+inline int threads_for(const List& list, int threads) {
+  int64_t useful = list.chunks * list.chunk / 16384;
+  return useful < 1 ? 1 : useful < threads ? int(useful) : threads;
+}
+
+template <class T, class Reader, class Op>
 void reduce(const List& list, const Forward& f, int threads) {
   using A = Acc<T>;
   A* partial = static_cast<A*>(f.partial);
-#pragma omp parallel for schedule(static) num_threads(threads) if (list.chunks > 1)
+  threads = threads_for(list, threads);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < list.chunks; ++i) {
     Chunk c = chunk_at(list, i);
     const Tensor& tensor = list.tensors[c.tensor];
     const T* w = reinterpret_cast<const T*>(list.pointers[c.tensor]);
     Column column = column_at<A>(list, f.first, f.second, c.tensor, c.column);
     if (list.d == 1) {
-      Op::chunk(w + c.row, c.n, column, f.flag, partial + i * kState);
+      Reader::read(w + c.row, c.n, column, f.flag, partial + i * kState);
     } else {
       T scratch[kMostChunk];
       each_run(tensor, list.d, c, [&](int64_t at, int64_t row, int64_t length) { std::memcpy(scratch + row, w + at, length * sizeof(T)); });
-      Op::chunk(scratch, c.n, column, f.flag, partial + i * kState);
+      Reader::read(scratch, c.n, column, f.flag, partial + i * kState);
     }
   }
-#pragma omp parallel for schedule(static) num_threads(threads) if (list.count > 256)
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && list.count > 256)
   for (int64_t t = 0; t < list.count; ++t) {
     int64_t first = list.tensors[t].first, rows = list.tensors[t].rows, parts = (rows + list.chunk - 1) / list.chunk;
     double total = 0;
@@ -72,14 +62,14 @@ void reduce(const List& list, const Forward& f, int threads) {
       double state[kState];
       for (int s = 0; s < kState; ++s) state[s] = double(partial[(first + c) * kState + s]);
       for (int64_t part = 1; part < parts; ++part) Op::merge(state, partial + (first + part * list.d + c) * kState, column, sizeof(A) == 4);
-      total += Op::finish(state, column, list, f, t * list.d + c, static_cast<A*>(f.saved), static_cast<A*>(f.out));
+      total += Op::finish(state, column, list, t * list.d + c, static_cast<A*>(f.saved), static_cast<A*>(f.out));
     }
     if (Op::kLoss) static_cast<A*>(f.out)[t] = A(total);
   }
 }
 
-template <bool kAdd, class T, class G>
-inline void map_run(const T* w, T* out, int64_t n, const G& wide, const typename G::Tail& tail) {
+template <bool kAdd, class T, class Wide, class Tail>
+inline void map_run(const T* w, T* out, int64_t n, const Wide& wide, const Tail& tail) {
   using V = Vec<Acc<T>>;
   int64_t i = 0;
   for (; i + lanes<V> <= n; i += lanes<V>) {
@@ -91,15 +81,6 @@ inline void map_run(const T* w, T* out, int64_t n, const G& wide, const typename
     out[i] = narrow<T>(kAdd ? widen(out[i]) + g : g);
   }
 }
-
-// The same gradient formula for vectors and for the last few numbers.
-template <class A, template <class> class G>
-struct Slope : G<Vec<A>> {
-  using Tail = G<A>;
-  Tail tail;
-  template <class... Args>
-  explicit Slope(Args... args) : G<Vec<A>>(args...), tail(args...) {}
-};
 
 inline void ask_for_huge_pages(void* p, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -113,9 +94,10 @@ template <class T, class Op, bool kAdd>
 void map(const List& list, const Backward& b, int threads) {
   using A = Acc<T>;
   const int64_t* targets = static_cast<const int64_t*>(b.target);
+  threads = threads_for(list, threads);
   if (!kAdd)
     for (int64_t t = 0; t < list.count; ++t) ask_for_huge_pages(reinterpret_cast<void*>(targets[t]), list.tensors[t].numel * sizeof(T));
-#pragma omp parallel for schedule(static) num_threads(threads) if (list.chunks > 1)
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < list.chunks; ++i) {
     Chunk c = chunk_at(list, i);
     const Tensor& tensor = list.tensors[c.tensor];
@@ -124,11 +106,12 @@ void map(const List& list, const Backward& b, int threads) {
     Column column = column_at<A>(list, b.first, b.second, c.tensor, c.column);
     int64_t at = c.tensor * list.d + c.column;
     const A* saved = static_cast<const A*>(b.saved) + at * Op::kSaved;
-    auto slope = Op::template slope<A>(list, b, c.tensor, at, column, saved);
+    auto wide = Op::template gradient<Vec<A>>(list, b, c.tensor, at, column, saved);
+    auto tail = Op::template gradient<A>(list, b, c.tensor, at, column, saved);
     if (list.d == 1) {
-      map_run<kAdd>(w + c.row, out + c.row, c.n, slope, slope.tail);
+      map_run<kAdd>(w + c.row, out + c.row, c.n, wide, tail);
     } else {
-      each_run(tensor, list.d, c, [&](int64_t j, int64_t, int64_t length) { map_run<kAdd>(w + j, out + j, length, slope, slope.tail); });
+      each_run(tensor, list.d, c, [&](int64_t j, int64_t, int64_t length) { map_run<kAdd>(w + j, out + j, length, wide, tail); });
     }
     if (c.row == 0 && c.column == 0 && !kAdd)
       for (int64_t j = tensor.rows * list.d; j < tensor.numel; ++j) out[j] = narrow<T>(A(0));
@@ -136,13 +119,13 @@ void map(const List& list, const Backward& b, int threads) {
   }
 }
 
-template <class Op>
+template <class Reader, class Op>
 void forward(const List& list, const Forward& f, int threads) {
   switch (list.dtype) {
-    case Dtype::f64: return reduce<double, Op>(list, f, threads);
-    case Dtype::f32: return reduce<float, Op>(list, f, threads);
-    case Dtype::bf16: return reduce<bf16, Op>(list, f, threads);
-    case Dtype::f16: return reduce<f16, Op>(list, f, threads);
+    case Dtype::f64: return reduce<double, Reader, Op>(list, f, threads);
+    case Dtype::f32: return reduce<float, Reader, Op>(list, f, threads);
+    case Dtype::bf16: return reduce<bf16, Reader, Op>(list, f, threads);
+    case Dtype::f16: return reduce<f16, Reader, Op>(list, f, threads);
   }
 }
 

@@ -44,29 +44,32 @@ def _environment():
     return name
 
 
-def select(device):
-    """The backend for tensors on `device`: an object with the ops as functions, or None for the reference."""
+def serving(device):
+    """The name of the backend that serves tensors on `device`; RuntimeError where the one chosen explicitly cannot."""
     name = getattr(_chosen, "name", None) or _environment()
     if name is None:
         return _default(device.type)
-    if name == "reference":
-        return None
     backend, reason = _load(name)
-    if reason is None and device.type not in backend.devices:
+    if reason is None and backend is not None and device.type not in backend.devices:
         reason = f"it serves {' and '.join(backend.devices)} tensors, W is on {device}"
     if reason is not None:
         raise RuntimeError(f"backend {name!r} was chosen explicitly but cannot be used: {reason}")
-    return backend
+    return name
+
+
+def select(device):
+    """The backend for tensors on `device`: an object with the ops as functions, or None for the reference."""
+    return _load(serving(device))[0]
 
 
 @functools.cache
 def _default(kind):
     for name in _DEFAULTS.get(kind, ()):
-        backend, reason = _load(name)
+        reason = _load(name)[1]
         if reason is None:
-            return backend
+            return name
         warnings.warn(f"r2kernels: backend {name!r} is not usable ({reason}); {kind} tensors fall back to a slower one. `r2kernels info` shows all.", RuntimeWarning, stacklevel=2)
-    return None
+    return "reference"
 
 
 @functools.cache

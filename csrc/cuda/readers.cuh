@@ -1,0 +1,217 @@
+// How a block reads one chunk: what each thread keeps, and the partial state that the block makes of it. `take` gets as many numbers as the
+// thread has loaded at once.
+#pragma once
+#include "skeletons.cuh"
+
+namespace r2::cuda {
+
+template <class A>
+struct LInfLane {
+  A top = 0, ties = 0;
+
+  template <int n>
+  __device__ void take(const A (&w)[n]) {
+    A best = abs_(w[0]);
+#pragma unroll
+    for (int j = 1; j < n; ++j) best = max_nan(best, abs_(w[j]));
+    if (best < top || top != top) return;
+    if (!(best == top)) top = best, ties = 0;
+#pragma unroll
+    for (int j = 0; j < n; ++j) ties += abs_(w[j]) == top ? A(1) : A(0);
+  }
+};
+
+struct LInfReader {
+  template <class T, class A = Acc<T>>
+  static __device__ void chunk(const Rows<T>& rows, Column, A* partial) {
+    LInfLane<A> lane;
+    sweep(rows, lane);
+    A top[1] = {lane.top};
+    block_reduce<Max>(top);
+    A ties[1] = {lane.top == top[0] ? lane.ties : 0};
+    block_reduce<Sum>(ties);
+    if (threadIdx.x == 0) partial[0] = top[0], partial[1] = ties[0];
+  }
+};
+
+template <class A>
+struct MarginLane {
+  Margin::Lanes<A> sums;
+  A M;
+
+  template <int n>
+  __device__ void take(const A (&w)[n]) {
+#pragma unroll
+    for (int j = 0; j < n; ++j) sums.add(w[j], M);
+  }
+};
+
+struct MarginReader {
+  template <class T, class A = Acc<T>>
+  static __device__ void chunk(const Rows<T>& rows, Column c, A* partial) {
+    MarginLane<A> lane = {{}, A(fabs(c.first))};
+    sweep(rows, lane);
+    A sums[2] = {lane.sums.excess, lane.sums.outside};
+    block_reduce<Sum>(sums);
+    if (threadIdx.x == 0) partial[0] = sums[0], partial[1] = sums[1];
+  }
+};
+
+// The first rows of a chunk, read ahead to find what its sums are taken relative to: all rows of a small chunk, a sixteenth of a large one.
+constexpr int kSample = 4096;
+
+template <class A>
+struct ExtremesLane {
+  A high = -INFINITY, low = INFINITY;
+
+  template <int n>
+  __device__ void take(const A (&w)[n]) {
+#pragma unroll
+    for (int j = 0; j < n; ++j) high = max_nan(high, w[j]), low = min_nan(low, w[j]);
+  }
+};
+
+// One side of the soft extremes, relative to a weight that is the extreme or near it; k is negative for the minimum side.
+template <class A, bool kVariance>
+struct SoftSide {
+  using Sums = Soft::Sums<A>;
+  A k, shift;
+  Sums total = {0, 0, 0};
+
+  __device__ SoftSide(A scale, A extreme) : k(scale), shift(extreme) {}
+
+  __device__ Sums of(A w) const { return Sums::template of<kVariance>(k * (w - shift)); }
+
+  // In groups: equal weights, usual in bfloat16, all round the same way when they are added to one long sum.
+  template <int n>
+  __device__ Sums of(const A (&w)[n]) const {
+    constexpr int group = 8;
+    Sums all;
+#pragma unroll
+    for (int i = 0; i < n; i += group) {
+      Sums some = of(w[i]);
+#pragma unroll
+      for (int j = i + 1; j < i + group && j < n; ++j) some += of(w[j]);
+      if (i == 0) all = some;
+      if (i != 0) all += some;
+    }
+    return all;
+  }
+
+  __device__ void move_to(A extreme) {
+    A s[3] = {total.s0, total.s1, total.s2};
+    Soft::move(s, k * (shift - extreme));
+    total = {s[0], s[1], s[2]}, shift = extreme;
+  }
+};
+
+template <class A, bool kVariance>
+struct SoftLane {
+  SoftSide<A, kVariance> high, low;
+
+  __device__ SoftLane(A k, A top, A bottom) : high(k, top), low(-k, bottom) {}
+
+  // No exponential is above 1 unless a weight passes a shift. A batch is summed first and looked at then, which costs nothing for each
+  // weight; if it passed by much, the shifts move and the batch is summed again.
+  template <int n>
+  __device__ void take(const A (&w)[n]) {
+    Soft::Sums<A> up, down;
+    do {
+      up = high.of(w), down = low.of(w);
+      pin(up.s1), pin(down.s1);
+      if (kVariance) pin(up.s2), pin(down.s2);
+    } while (__builtin_expect(fmax(up.s0, down.s0) > A(2 * n), false) && widen_range(w));
+    high.total += up, low.total += down;
+  }
+
+  // Whether a weight of the batch lies beyond a shift; so `take` goes round at most twice, NaN or not.
+  template <int n>
+  __device__ bool widen_range(const A (&w)[n]) {
+    A top = high.shift, bottom = low.shift;
+#pragma unroll
+    for (int j = 0; j < n; ++j) top = w[j] > top ? w[j] : top, bottom = w[j] < bottom ? w[j] : bottom;
+    const bool higher = top > high.shift, lower = bottom < low.shift;
+    if (higher) high.move_to(top);
+    if (lower) low.move_to(bottom);
+    return higher || lower;
+  }
+
+  // All threads of the block to the shifts that lie farthest out, if any has left those that all began with.
+  __device__ void meet(A top, A bottom) {
+    if (!__syncthreads_or(high.shift != top || low.shift != bottom)) return;
+    A ends[2] = {high.shift, -low.shift};
+    block_reduce<Max>(ends);
+    high.move_to(ends[0]), low.move_to(-ends[1]);
+  }
+};
+
+template <bool kVariance>
+struct SoftReader {
+  template <class T, class A = Acc<T>>
+  static __device__ void chunk(const Rows<T>& rows, Column c, A* partial) {
+    ExtremesLane<A> extremes;
+    sweep(rows.first(kSample), extremes);
+    A ends[2] = {extremes.high, -extremes.low};
+    block_reduce<Max>(ends);
+
+    SoftLane<A, kVariance> lane(A(Soft::scale(c.first, sizeof(A) == 4)), ends[0], -ends[1]);
+    sweep(rows, lane);
+    lane.meet(ends[0], -ends[1]);
+    const auto &up = lane.high.total, &down = lane.low.total;
+    double sums[6] = {up.s0, up.s1, up.s2, down.s0, down.s1, down.s2};
+    block_reduce<Sum>(sums);
+    if (threadIdx.x != 0) return;
+    Soft::settle(lane.high.shift, sums, lane.high.k, partial);
+    Soft::settle(lane.low.shift, sums + 3, lane.low.k, partial + 4);
+  }
+};
+
+template <class A>
+struct OffsetLane {
+  A origin, total = 0;
+
+  template <int n>
+  __device__ void take(const A (&w)[n]) {
+#pragma unroll
+    for (int j = 0; j < n; ++j) total += w[j] - origin;
+  }
+};
+
+template <class A>
+struct MomentsLane {
+  A pivot, low, high;
+  Moments::Lanes<A> sums;
+
+  template <int n>
+  __device__ void take(const A (&w)[n]) {
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      sums.add(w[j] - pivot);
+      low = min_nan(low, w[j]), high = max_nan(high, w[j]);
+    }
+  }
+};
+
+// Sums around the mean of the sample, near enough to the mean of all that float32 loses nothing.
+struct MomentsReader {
+  template <class T, class A = Acc<T>>
+  static __device__ void chunk(const Rows<T>& rows, Column, A* partial) {
+    const Rows<T> sample = rows.first(kSample);
+    OffsetLane<A> offset = {widen(rows.memory[rows.at(0)])};
+    sweep(sample, offset);
+    A mean[1] = {offset.total};
+    block_reduce<Sum>(mean);
+    const A pivot = offset.origin + mean[0] / sample.n;
+
+    MomentsLane<A> lane = {pivot, A(INFINITY), A(-INFINITY), {}};
+    sweep(rows, lane);
+    A ends[2] = {lane.high, -lane.low}, sums[4] = {lane.sums.m1, lane.sums.m2, lane.sums.m3, lane.sums.m4};
+    block_reduce<Max>(ends);
+    block_reduce<Sum>(sums);
+    if (threadIdx.x != 0) return;
+    Moments::centre(rows.n, pivot, sums, partial);
+    partial[5] = -ends[1], partial[6] = ends[0];
+  }
+};
+
+}  // namespace r2::cuda

@@ -16,8 +16,8 @@ test: $(VENV)/.built $(TRITON36)/.built
 	$(VENV)/bin/python -m pytest tests
 
 bench: $(VENV)/.built
-	$(VENV)/bin/python -m pytest benchmarks
-	$(VENV)/bin/python benchmarks/report.py --readme
+	$(VENV)/bin/python -m pytest benchmarks/bench_range.py -q --benchmark-quiet
+
 
 lint: $(VENV)/.built
 	$(VENV)/bin/ruff check .

@@ -48,16 +48,16 @@ def cudart(nvcc):
     return next((folder for folder in folders if (folder / "libcudart_static.a").exists()), None)
 
 
-def architectures():
-    """(flags for nvcc, their name)."""
+def architecture_flags():
+    """What nvcc is told to compile for."""
     choice = os.environ.get("R2KERNELS_CUDA_ARCH", "all-major")
     if choice == "all-major":
-        return "-arch=all-major", choice
+        return "-arch=all-major"
     numbers = choice.replace(",", ";").split(";")
     if not all(number.rstrip("af").isdigit() for number in numbers):
         raise SystemExit(f"R2KERNELS_CUDA_ARCH={choice!r} is neither all-major nor numbers such as 90 or 80;90")
     flags = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers] + [f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}"]
-    return " ".join(flags), " ".join(f"sm_{n}" for n in numbers)
+    return " ".join(flags)
 
 
 def escape(path):
@@ -104,10 +104,9 @@ class NinjaBuild(build_ext):
             lines.extend([f"build {objects[-1]}: {rule} {escape(source)}", f"  extra = {extra}"])
 
         if nvcc:
-            flags, named = architectures()
             libraries = f"-L{escape(cudart(nvcc))} -lcudart_static -lrt -lpthread -ldl"
             lines += [f"nvcc = {escape(nvcc)}", "rule nvcc", "  command = $nvcc -MD -MF $out.d $extra -c $in -o $out", "  depfile = $out.d", "  deps = gcc"]
-            extra = f"-std=c++17 -O3 {flags} -cudart static -Xcompiler -fPIC,-fvisibility=hidden,-Wall -DR2_WITH_CUDA -DR2_ARCHITECTURES='\\\"{named}\\\"'"
+            extra = f"-std=c++17 -O3 {architecture_flags()} -cudart static -Xfatbin=-compress-all -Xcompiler -fPIC,-fvisibility=hidden,-Wall"
             for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
                 compile_one("nvcc", source, f"cuda_{source.stem}", extra)
         for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):

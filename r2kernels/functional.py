@@ -24,7 +24,8 @@ class _RangeLoss(torch.autograd.Function):
     """One op over a list. `value` is the differentiable parameter as the user gave it (or None), `first` and `second` are (L, d) tensors."""
 
     @staticmethod
-    def forward(ctx, op, single, geometry, value, first, second, *weights):
+    def forward(ctx, *inputs):      # not spelled out: without gradients, torch.compile drops ctx where it counts as many inputs as names here
+        op, single, geometry, value, first, second, *weights = inputs
         parameters = _parameters(op, single, geometry, value, first, second, weights)
         extra = (value is not None and value.requires_grad,) if op in _SOFT else ()
         loss, saved = ops.run(op + "_fwd", weights, *parameters, *extra, *geometry)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import arguments, functional
-from .weights import is_dense, memory_order
+from .weights import memory_order
 
 LOSSES = ("soft_min_max", "margin", "l_inf", "kure")
 _KERNELS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
@@ -21,35 +21,33 @@ class _Group(NamedTuple):
 
 
 def select_weights(model, include=None, exclude=None):
-    """(name, module, attribute) of every conv, linear and attention weight of the model, each shared weight once.
+    """(name, module, attribute) of every conv, linear and attention weight of the model; a shared weight once, and not if any of its names is excluded.
 
     `include` adds other parameters of two or more dimensions (embeddings, recurrent weights), `exclude` drops some: a pattern of the parameter's
     or its module's name ("*.head", "layer1.*"), a list of patterns, or a predicate (name, parameter) -> bool.
     """
     included, excluded = _matcher("include", include), _matcher("exclude", exclude)
-    found, seen, dropped, added = [], set(), 0, 0
+    found, dropped, added = {}, set(), 0
     for path, module in model.named_modules():
         for attribute, p in module._parameters.items():
             name = f"{path}.{attribute}" if path else attribute
-            if p is None or id(p) in seen or not p.is_floating_point() or p.dim() < 2:
+            if p is None or not p.is_floating_point() or p.dim() < 2:
                 continue
-            usual = attribute == "weight" and isinstance(module, _KERNELS) or attribute in _ATTENTION and isinstance(module, nn.MultiheadAttention)
-            wanted = included(path, name, p)
-            if not (usual or wanted):
-                continue
-            added += wanted
             if excluded(path, name, p):
-                dropped += 1
-                continue
-            seen.add(id(p))
-            found.append((name, module, attribute))
+                dropped.add(id(p))
+            usual = (attribute == "weight" and isinstance(module, _KERNELS)) or (attribute in _ATTENTION and isinstance(module, nn.MultiheadAttention))
+            wanted = included(path, name, p)
+            added += wanted
+            if usual or wanted:
+                found.setdefault(id(p), (name, module, attribute))
     if include is not None and not added:
         raise ValueError(f"include={include!r} matches no parameter of two or more dimensions")
-    if exclude is not None and not dropped:
+    if exclude is not None and not dropped & found.keys():
         warnings.warn(f"exclude={exclude!r} matches none of the model's weights", stacklevel=3)
-    if not found:
+    kept = [place for key, place in found.items() if key not in dropped]
+    if not kept:
         raise ValueError(f"{type(model).__name__} has no conv, linear or attention weight" + ("" if exclude is None else f" left after exclude={exclude!r}") + "; use include=")
-    return found
+    return kept
 
 
 def _matcher(argument, rule):
@@ -57,8 +55,8 @@ def _matcher(argument, rule):
         return lambda path, name, p: False
     if callable(rule):
         return lambda path, name, p: bool(rule(name, p))
-    patterns = [rule] if isinstance(rule, str) else list(rule)
-    if not all(isinstance(pattern, str) for pattern in patterns):
+    patterns = [rule] if isinstance(rule, str) else rule
+    if not isinstance(patterns, (list, tuple, set, frozenset)) or not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"{argument} must be a name pattern, a list of them, or a predicate (name, parameter) -> bool, got {rule!r}")
     return lambda path, name, p: any(fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
 
@@ -128,10 +126,9 @@ class RangeRegularizer(nn.Module):
     def _groups(self):
         """The weights as they are now, by dtype and device."""
         weights = [module._parameters.get(attribute) for module, attribute in self._places]
-        if any(w is None for w in weights):
+        if None in [w if w is None else 0 for w in weights]:
             weights = [getattr(module, attribute) if w is None else w for w, (module, attribute) in zip(weights, self._places, strict=True)]
-        first = weights[0]
-        if all(w.dtype == first.dtype and w.device == first.device for w in weights):
+        if len({w.dtype for w in weights}) == 1 and len({w.device for w in weights}) == 1:
             return [_Group(list(range(len(weights))), weights)]
         groups = {}
         for i, w in enumerate(weights):
@@ -241,24 +238,45 @@ class RangeRegularizer(nn.Module):
 
     def _targets(self, group):
         """What the kernel adds to: each weight's `.grad`, or zeros where that lies in another order of memory (then added later) or the weight is frozen."""
+        if self._all_in_place(group.weights):
+            return [w.grad for w in group.weights], []
         targets, late = [], []
         for place, w in zip(group.places, group.weights, strict=True):
-            if not w.requires_grad:
-                targets.append(torch.zeros_like(w))
-                continue
-            if not w.is_leaf:
-                raise RuntimeError(f"{self.names[place]} is computed from other parameters (a parametrization) and has no .grad; use reg() and backward() instead")
-            if w.grad is None:
-                w.grad = torch.zeros_like(w)
-            g = w.grad
-            if g.layout != torch.strided or type(g) is not Tensor:
-                raise RuntimeError(f"the gradient of {self.names[place]} is {g.layout} of type {type(g).__name__}; accumulate_grad_ adds to plain dense gradients only")
-            if g.dtype == w.dtype and g.stride() == w.stride() and (w.is_contiguous() or is_dense(w)) and (self.cluster_dim == 1 or memory_order(w, self.cluster_dim, self.layout)[0] == w.stride()):
+            g = w.grad if w.requires_grad and isinstance(w, nn.Parameter) else None
+            if g is None or type(g) is not Tensor or g.layout != torch.strided:
+                g = self._gradient_of(w, self.names[place])
+            if g.dtype == w.dtype and self._lie_alike(g, w):
                 targets.append(g)
             else:
                 targets.append(torch.empty_strided(w.shape, memory_order(w, self.cluster_dim, self.layout)[0], dtype=w.dtype, device=w.device).zero_())
-                late.append((w, targets[-1]))
+                if w.requires_grad:
+                    late.append((w, targets[-1]))
         return targets, late
+
+    def _all_in_place(self, weights):
+        """Whether nothing but contiguous parameters with dense gradients is there: asked of a long list at once, in a third of the time."""
+        grads = [w.grad for w in weights]
+        return ({*map(type, weights)} == {nn.Parameter} and {*map(type, grads)} == {Tensor} and {g.layout for g in grads} == {torch.strided}
+                and {g.dtype for g in grads} == {weights[0].dtype} and all([w.requires_grad for w in weights]) and self.cluster_dim == 1
+                and all([w.is_contiguous() for w in weights]) and all([g.is_contiguous() for g in grads]))
+
+    @staticmethod
+    def _gradient_of(w, name):
+        if not isinstance(w, nn.Parameter):
+            raise RuntimeError(f"{name} is computed from other parameters (a parametrization) and has no .grad; use reg() and backward() instead")
+        if not w.requires_grad:
+            return torch.zeros_like(w)
+        if w.grad is None:
+            w.grad = torch.zeros_like(w)
+        if type(w.grad) is not Tensor or w.grad.layout != torch.strided:
+            raise RuntimeError(f"the gradient of {name} is {w.grad.layout} of type {type(w.grad).__name__}; accumulate_grad_ adds to plain dense gradients only")
+        return w.grad
+
+    def _lie_alike(self, g, w):
+        """Whether a kernel that reads w in place can add to g in place."""
+        if self.cluster_dim == 1 and w.is_contiguous():
+            return g.is_contiguous()
+        return g.stride() == w.stride() == memory_order(w, self.cluster_dim, self.layout)[0]
 
     def _add_own_gradient(self, group, g):
         p = next(self.parameters())

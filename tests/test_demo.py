@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 
 from r2kernels import RangeRegularizer, cli, demo, report
+from r2kernels.backends import serving
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def test_the_tables_hold_the_numbers_of_the_run(short):
     assert report.number(result.trained["no R2"][0].ranges[3]) in shown
     assert report.number(sum(result.trained["L-infinity"][0].ranges) / 10) in shown
     assert f"{result.trained['margin, top 1 %'][0].accuracy[2]:.3f}" in shown
-    assert f"backend {demo.backend_name(torch.device('cpu'))}" in shown
+    assert f"backend {serving(torch.device('cpu'))}" in shown
     assert "1 seed, 1 epoch" in shown
 
 

@@ -32,10 +32,10 @@ R2_HD Extremes<T> extremes(const T* w, int64_t n) {
     low0 = a < low0 ? a : low0, high0 = a > high0 ? a : high0;
     low1 = b < low1 ? b : low1, high1 = b > high1 ? b : high1;
   }
-  Extremes<T> e = {A(INFINITY), A(-INFINITY)};
-  auto take = [&](A a, A b) { e.low = a < e.low ? a : e.low, e.high = b > e.high ? b : e.high; };
-  for (int l = 0; l < step; ++l) take(low0[l], high0[l]), take(low1[l], high1[l]);
-  for (; i < n; ++i) take(widen(w[i]), widen(w[i]));
+  auto less = [](auto a, auto b) { return a < b ? a : b; };
+  auto more = [](auto a, auto b) { return a > b ? a : b; };
+  Extremes<T> e = {fold<A>(less(low0, low1), less), fold<A>(more(high0, high1), more)};
+  for (; i < n; ++i) e = {less(A(widen(w[i])), e.low), more(A(widen(w[i])), e.high)};
   return e;
 }
 

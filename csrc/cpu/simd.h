@@ -242,19 +242,18 @@ R2_HD void store(T* p, V v) {
   }
 }
 
+// The lanes of v as numbers of type R, two by two: a chain of log2(lanes) steps.
+template <class R, class V, class F>
+R2_HD R fold(V v, F f) {
+  R r[lanes<V>];
+  for (int i = 0; i < lanes<V>; ++i) r[i] = v[i];
+  for (int half = lanes<V> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) r[i] = f(r[i], r[i + half]);
+  return r[0];
+}
 template <class V>
 R2_HD double sum(V v) {
-  double s = 0;
-  for (int i = 0; i < lanes<V>; ++i) s += v[i];
-  return s;
-}
-template <>
-R2_HD double sum(float v) {
-  return v;
-}
-template <>
-R2_HD double sum(double v) {
-  return v;
+  return fold<double>(v, [](double a, double b) { return a + b; });
 }
 
 }  // namespace R2_ISA

@@ -12,20 +12,22 @@ inline void check(const char* what, cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": CUDA error: " + cudaGetErrorString(error));
 }
 
+// Makes a device the current one, and the one before it again at the end.
 class OnDevice {
  public:
-  OnDevice(const char* op, int device) {
+  OnDevice(const char* op, int device) : device_(device) {
     check(op, cudaGetDevice(&before_));
-    if (before_ != device) check(op, cudaSetDevice(device));
+    if (before_ != device_) check(op, cudaSetDevice(device_));
   }
-  ~OnDevice() { cudaSetDevice(before_); }
+  ~OnDevice() {
+    if (before_ != device_) cudaSetDevice(before_);
+  }
   OnDevice(const OnDevice&) = delete;
 
  private:
-  int before_;
+  int device_, before_;
 };
 
-// One of these for each launch sequence on a device and a stream.
 struct Queue {
   const char* op;
   OnDevice device;

@@ -1,0 +1,180 @@
+"""The range losses, every contender of a case side by side: `pytest benchmarks/bench_range.py`.
+
+A case is an op, a model's shapes and a kind of work. All its contenders are measured together, round by round (measure.py), at the first test that
+asks for one of them; each test then reports one contender's samples through pytest-benchmark by replaying them on a clock of its own.
+"""
+import functools
+import statistics
+import time
+
+import cases
+import pytest
+import report
+import torch
+from contenders import ACCUMULATE, BACKWARD, BOTH, FORWARD, MOVES, OPS, Case, Inputs, check, contenders, copy, floors, line
+from measure import extra_memory, interleave, launches, sample
+
+COMPILE_LEAST = 90          # seconds that must be left of the budget to start compiling a list
+L2_SETS = 2.5               # inputs on a GPU rotate among sets of so many times its L2 cache
+MOST_SETS = 32
+
+
+def names(device):
+    ours = ("triton", "cuda", "CUDA graph") if device == "cuda" else ("cpu",)
+    return ("eager", "torch.compile", *ours, "floor", "copy")
+
+
+SHAPES = ("ResNet-18", "Llama-7B block", "one tensor 11.7M", "1,000 x 1,000", "one tensor 10k", "MobileNet-V2")
+
+
+def in_order(device):
+    """The ops and shapes that have targets first: a run that is cut short has them."""
+    wanted = {(op, table) for op, table, *_ in report.TARGETS[device]}
+    return sorted(all_cases(device), key=lambda case: (case.op.label, case.shape) not in wanted)
+
+
+def all_cases(device):
+    for op in OPS:
+        for shape in SHAPES:
+            if shape == "Llama-7B block" and device == "cpu":
+                continue
+            for work in (FORWARD, BOTH, ACCUMULATE):
+                yield Case(op, shape, work, device)
+            if device == "cuda" and shape == "Llama-7B block":
+                yield Case(op, shape, BACKWARD, device)
+        if device == "cuda" and op.label == "soft_min_max":
+            yield from (Case(op, "ResNet-18", work, device, cached=True) for work in (FORWARD, BOTH, ACCUMULATE))
+            for shape in ("ResNet-18", "Llama-7B block"):
+                yield from (Case(op, shape, work, device, torch.bfloat16) for work in (FORWARD, BOTH, ACCUMULATE))
+
+
+def not_compiled(case, left):
+    """Why torch.compile of the reference is left out of this case, or None. A list is one graph with every tensor's operations in it."""
+    count = len(cases.MODELS[case.shape]())
+    if case.work == BACKWARD:
+        return "it frees its buffers in the first backward; forward + backward has it"
+    if count > 100:
+        return f"compiling a graph of {count:,} tensors takes minutes"
+    if count > 1 and (case.op.learn or case.op.label == "kure"):
+        return "compiled for single tensors only: a list takes a minute or more for every op"
+    if count > 40 and (case.op.label != "soft_min_max" or case.work == FORWARD):
+        return f"a list of {count} tensors is compiled for soft_min_max forward + backward only: it takes a minute or more"
+    if left < COMPILE_LEAST and count > 1:
+        return "too little was left of the run's time budget to compile it"
+    return None
+
+
+@functools.lru_cache(maxsize=1)
+def input_sets(case):
+    """One set of inputs; on a GPU so many that they do not stay in its L2 cache."""
+    first = Inputs(case)
+    if case.device == "cpu" or case.cached:
+        return [first]
+    count = int(L2_SETS * torch.cuda.get_device_properties(0).L2_cache_size / first.bytes) + 1
+    return [first, *(Inputs(case, seed) for seed in range(1, min(count, MOST_SETS)))]
+
+
+@functools.lru_cache(maxsize=1)
+def measured(case, deadline, seconds):
+    """name -> the row of that contender, with `samples` where it was measured and `absent` where not."""
+    rows = {name: {"table": case.table, "op": case.op.label, "work": case.work, "contender": name, "absent": "not usable here"} for name in names(case.device)}
+    if time.monotonic() > deadline:
+        for row in rows.values():
+            row["absent"] = "the run's time budget was spent"
+        return rows
+    synchronize = torch.cuda.synchronize if case.device == "cuda" else lambda: None
+    inputs = input_sets(case._replace(work=""))
+    found, absent = contenders(case, inputs, not_compiled(case, deadline - time.monotonic()))
+    default = next((name for name in found if name in ("triton", "cuda", "cpu")), None)
+    for name, contender in list(found.items()):
+        try:
+            sample(contender, inputs[:1], 1, synchronize)
+        except Exception as error:
+            absent[name] = line(error)
+            del found[name]
+    wrong = check(case, inputs[0], found) if "eager" in found else {}
+    for name in wrong:
+        del found[name]
+    ways = floors(case)
+    for way in ways.values():
+        sample(way, inputs[:1], 1, synchronize)
+    found["floor"] = min(ways.values(), key=lambda way: min(sample(way, inputs, len(inputs), synchronize) for _ in range(3)))
+    found["copy"] = copy(case, inputs)
+    timed = interleave(found, inputs, seconds, synchronize)
+    for name, (samples, calls) in timed.items():
+        rows[name].update(_numbers(case, inputs[0], name, found[name], timed), samples=samples, calls=calls, default=name == default)
+        del rows[name]["absent"]
+    for name, reason in absent.items():
+        rows.setdefault(name, {**rows["eager"], "contender": name})["absent"] = reason
+    for name, reason in wrong.items():
+        rows[name]["absent"] = rows[name]["wrong"] = f"not timed, its numbers are wrong: {reason}"
+    return rows
+
+
+def _numbers(case, inputs, name, contender, timed):
+    samples = timed[name][0]
+    moved = inputs.bytes * (2 if name == "copy" else MOVES[case.work])
+    quartiles = statistics.quantiles(samples, n=4)
+    median = statistics.median(samples)
+    ratios = {
+        "to_floor": _ratios(timed, name, "floor"), "to_copy": _ratios(timed, name, "copy", moved / (2 * inputs.bytes)),
+        "over_eager": _ratios(timed, "eager", name), "over_compile": _ratios(timed, "torch.compile", name),
+    }
+    numbers = {
+        "median_ms": median * 1e3, "iqr_ms": (quartiles[2] - quartiles[0]) * 1e3, "rounds": len(samples), "bytes": moved, "gb_per_s": moved / median / 1e9,
+        **{ratio: values and values[1] for ratio, values in ratios.items()}, "quartiles": {ratio: values and values[::2] for ratio, values in ratios.items()},
+    }
+    if name not in ("floor", "copy"):
+        gradients = inputs.bytes if case.work in (BOTH, BACKWARD) else 0
+        numbers["extra_bytes"] = max(extra_memory(contender, inputs) - gradients, 0)
+    if case.device == "cuda":
+        numbers["launches"] = launches(contender, inputs)
+    return numbers
+
+
+def _ratios(timed, a, b, times=1.0):
+    """The quartiles of the rounds' ratios: how many times longer a took than `times` b."""
+    if a not in timed or b not in timed:
+        return None
+    return statistics.quantiles([x / (times * y) for x, y in zip(timed[a][0], timed[b][0], strict=True)], n=4)
+
+
+class Clock:
+    """Time that passes only as samples are replayed."""
+    __name__ = "interleaved_clock"
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def replay(self, samples):
+        samples = iter(samples)
+
+        def advance():
+            self.now += next(samples)
+        return advance
+
+
+clock = Clock()
+
+
+def pytest_generate_tests(metafunc):
+    device = metafunc.config.getoption("bench_device")
+    rows = [(case, name) for case in in_order(device) for name in names(device)]
+    metafunc.parametrize("case, contender", rows, ids=[f"{case.op.label}, {case.table}, {case.work}, {name}" for case, name in rows])
+
+
+@pytest.mark.benchmark(timer=clock)
+def test_range_loss(case, contender, results, benchmark):
+    rows = measured(case, results.deadline, results.seconds)
+    results.add(rows)
+    row = rows[contender]
+    if "wrong" in row:
+        pytest.fail(row["absent"], pytrace=False)
+    if "absent" in row:
+        pytest.skip(row["absent"])
+    benchmark.group = f"{case.op.label}, {case.table}, {case.work}"
+    benchmark.extra_info.update({k: v for k, v in row.items() if k != "samples"})
+    benchmark.pedantic(clock.replay(row["samples"]), rounds=len(row["samples"]))

@@ -1,0 +1,121 @@
+"""Options and fixtures. `cases` and `budget` beside this file are importable because pytest puts its folder on the path.
+
+    pytest                              the CPU: the extension with every instruction set, the reference, Triton in its interpreter
+    pytest --device cuda                the same tests on CUDA tensors: Triton, the extension, the reference
+    pytest --backend NAME               these backends alone (may be repeated); an error where one is not usable
+
+The interpreter must be on before triton is imported, for the whole process: `test_triton_interpreter.py` starts a pytest with
+TRITON_INTERPRET=1 and `--backend triton`.
+"""
+import contextlib
+import importlib
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from r2kernels import backends, use_backend
+
+_SERVES = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", choices=tuple(_SERVES), help="where the tensors of the tests lie")
+    parser.addoption("--backend", action="append", choices=("triton", "cuda", "cpu", "reference"), help="test these instead of all that are usable")
+
+
+class Variant(NamedTuple):
+    """A backend, and for the extension on the CPU an instruction set."""
+    backend: str
+    isa: str | None = None
+
+    def __str__(self):
+        return self.backend if self.isa is None else f"{self.backend}-{self.isa}"
+
+    @contextlib.contextmanager
+    def chosen(self):
+        with use_backend(self.backend), _isa(self.isa):
+            yield self
+
+
+@contextlib.contextmanager
+def _isa(name):
+    if name is None:
+        yield
+        return
+    cpu = importlib.import_module("r2kernels._C").cpu
+    before = cpu.isa()
+    cpu.set_isa(name)
+    try:
+        yield
+    finally:
+        cpu.set_isa(before)
+
+
+def _variants(config):
+    """All that are to be tested."""
+    reasons, asked = backends(), config.getoption("--backend")
+    for name in asked or ():
+        if reasons[name] is not None:
+            raise pytest.UsageError(f"--backend {name}: {reasons[name]}")
+    found = []
+    for name in asked or [name for name in _SERVES[config.getoption("--device")] if reasons[name] is None]:
+        isas = importlib.import_module("r2kernels._C").cpu.isas() if name == "cpu" else [None]
+        found += [Variant(name, isa) for isa in isas]
+    return found
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "exhaustive: a table too long for Triton's interpreter")
+    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch finds no CUDA device")
+    config.variants = _variants(config)
+
+
+def pytest_generate_tests(metafunc):
+    if "variant" in metafunc.fixturenames:
+        metafunc.parametrize("variant", metafunc.config.variants, ids=str, indirect=True)
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    return request.config.getoption("--device")
+
+
+@pytest.fixture
+def variant(request):
+    """The test runs once with each backend and instruction set chosen."""
+    with request.param.chosen():
+        yield request.param
+
+
+@pytest.fixture(scope="session")
+def variants(request):
+    """All backends and instruction sets under test, but the reference."""
+    found = [v for v in request.config.variants if v.backend != "reference"]
+    return found or pytest.skip("no backend but the reference is usable here")
+
+
+@pytest.fixture(scope="session")
+def plain():
+    return Variant("reference")
+
+
+@pytest.fixture
+def one_thread():
+    """For many small calls. Results do not depend on it, which test_backends.py checks."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def nan_filled():
+    """torch.empty gives NaN, so that a number that no kernel wrote is seen."""
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = fill

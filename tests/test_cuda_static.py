@@ -1,0 +1,79 @@
+"""The CUDA kernels as compiled for sm_90: no spills, 128-bit accesses, and few instructions for each weight. Needs nvcc, but no GPU.
+
+At full bandwidth an H200 has time for 30 instructions per float32 weight that it reads, 15 per 16-bit one, and twice that where it writes too.
+"""
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import sass
+
+SOURCES = Path(__file__).parent.parent / "csrc"
+TYPES = {"float32": ("f", 4), "bfloat16": ("13__nv_bfloat16", 2), "float16": ("6__half", 2)}
+IN_FLIGHT = 4               # 128-bit loads of each array at a time
+
+# instructions per weight of a full tile: float32, 16 bit
+READ = {
+    "LInfReader": (2, 3),                           # and 2 more where the batch holds a new maximum
+    "MarginReader": (6, 7),
+    "SoftReader<false>": (11.5, 12.5),
+    "SoftReader<true>": (15.5, 16.5),
+    "MomentsReader": (9, 10),
+}
+WRITE = {"LInf": (7.5, 9), "Margin": (7.5, 9), "Soft<false>": (11.5, 13), "Soft<true>": (11.5, 13), "Kure": (6.5, 8)}
+
+
+def find_nvcc():
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    return shutil.which("nvcc", path=os.pathsep.join(f"{home}/bin" for home in homes if home)) or shutil.which("nvcc")
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    nvcc, cuobjdump = find_nvcc(), sass.find_cuobjdump()
+    if nvcc is None or cuobjdump is None:
+        pytest.skip("no nvcc was found" if nvcc is None else "no cuobjdump was found")
+    found = {}
+    for source in sorted((SOURCES / "cuda").glob("*.cu")):
+        cubin = tmp_path_factory.mktemp("cubin") / f"{source.stem}.cubin"
+        subprocess.run([nvcc, "-std=c++17", "-O3", "-DR2_WITH_CUDA", "-arch=sm_90", "-cubin", "-o", cubin, source], check=True, timeout=600)
+        found.update(sass.kernels(cubin, cuobjdump))
+    return found
+
+
+def find(kernels, kind, name, dtype, add=None):
+    """The one kernel with these template arguments, by its mangled name."""
+    name, _, flag = name.rstrip(">").partition("<")
+    argument = {"": "", "false": "ILb0E", "true": "ILb1E"}[flag]
+    pattern = rf"{kind}I.*\d{name}(Op)?{argument}E+{TYPES[dtype][0]}" + ("" if add is None else f"Lb{add:d}E") + "EEv"
+    found = [kernel for mangled, kernel in kernels.items() if re.search(pattern, mangled)]
+    assert len(found) == 1, pattern
+    return found[0]
+
+
+def test_nothing_spills(kernels):
+    assert len(kernels) > 50
+    assert [k.name for k in kernels.values() if k.spills or k.stack] == []
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("reader", READ)
+def test_forward(kernels, reader, dtype):
+    kernel, size = find(kernels, "partial_kernel", reader, dtype), TYPES[dtype][1]
+    loop = kernel.main_loop()
+    assert kernel.count("LDG", "128", loop) == kernel.count("LDG", path=loop) == IN_FLIGHT
+    assert kernel.per_weight(size) <= READ[reader][size == 2]
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("formula", WRITE)
+def test_backward(kernels, formula, dtype, add):
+    kernel, size = find(kernels, "map_kernel", formula, dtype, add), TYPES[dtype][1]
+    loop, arrays = kernel.main_loop(), 1 + add
+    assert kernel.count("LDG", "128", loop) == kernel.count("LDG", path=loop) == IN_FLIGHT * arrays
+    assert kernel.count("STG", "128", loop) == kernel.count("STG", path=loop) == IN_FLIGHT
+    assert kernel.per_weight(size, arrays) <= WRITE[formula][size == 2] + 3 * add

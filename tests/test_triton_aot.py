@@ -1,0 +1,71 @@
+"""What the compiler makes of the Triton kernels, without a GPU: no spills, 128-bit accesses, and as few instructions per weight as the memory allows.
+
+An H200 reads 4.3 fp32 or 8.6 16-bit weights per clock and multiprocessor, which issues 128 instructions: 30 or 15 a weight in a forward pass, twice that
+in a backward pass. Registers and instructions differ between versions of Triton, so the one that GPUs run today is asked where it is installed.
+"""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PINNED = ROOT / ".venv-triton36" / "bin" / "python"
+MOST = {            # instructions per fp32 weight, per 16-bit weight, on sm_90
+    ("reduce_chunks", "soft_min_max"): (13, 14), ("reduce_chunks", "frozen_soft_min_max"): (9, 10), ("reduce_chunks", "l_inf"): (4.5, 5),
+    ("reduce_chunks", "margin"): (7, 7.5), ("reduce_chunks", "kure"): (9, 10),
+    ("map_chunks", "soft_min_max"): (10.5, 13.5), ("map_chunks", "soft_extrema"): (10.5, 13.5), ("map_chunks", "l_inf"): (6.5, 9.5),
+    ("map_chunks", "margin"): (6.5, 9.5), ("map_chunks", "kure"): (6.5, 9.5),
+}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    python = str(PINNED) if PINNED.exists() else sys.executable
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    found = subprocess.run([python, "-c", "import triton; print(triton.__version__)"], env=environment, capture_output=True, text=True)
+    if found.returncode:
+        pytest.skip(f"{python} has no usable Triton: {found.stderr.strip().splitlines()[-1]}")
+    print(f"Triton {found.stdout.strip()}" + ("" if python == str(PINNED) else f" ({PINNED.relative_to(ROOT)} with Triton 3.6.0 is absent)"))
+    command = [python, str(ROOT / "tests" / "aot_check.py")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    runs = [subprocess.Popen([*command, *architectures], env=environment, **pipes) for architectures in (("90",), ("80", "100"))]
+    rows = []
+    for run in runs:
+        output, errors = run.communicate()
+        assert run.returncode == 0, output[-4000:] + errors[-4000:]
+        rows += json.loads(output)
+    return rows
+
+
+def offenders(rows, wrong):
+    return [" ".join(map(str, row.values())) for row in rows if wrong(row)]
+
+
+def fast(row):
+    """One column, aligned memory: what speed is promised for."""
+    return row["kernel"] != "merge_chunks" and "d=" not in row["variant"] and "aligned" not in row["variant"]
+
+
+def test_every_kernel_compiles_for_every_architecture(rows):
+    assert {row["arch"] for row in rows} == {80, 90, 100}
+    assert {row["dtype"] for row in rows if row["arch"] == 90} == {"fp32", "fp64", "bf16", "fp16"}
+
+
+def test_no_kernel_spills(rows):
+    assert not offenders(filter(fast, rows), lambda row: row["stack"] or row["spills"])
+    assert not offenders(rows, lambda row: row["stack"] > 8)      # one number outside the loop, of which ptxas thinks more programs worth it
+
+
+def test_bulk_accesses_are_128_bits_wide_and_four_loads_are_in_flight(rows):
+    assert not offenders(filter(fast, rows), lambda row: row["loads128"] < 4 or row["other_loads"] or row["other_stores"])
+    assert not offenders(filter(fast, rows), lambda row: (row["stores128"] >= 4) != (row["kernel"] == "map_chunks"))
+
+
+def test_instructions_per_weight(rows):
+    single = [row for row in rows if fast(row) and row["arch"] == 90 and row["dtype"] != "fp64"]
+    assert len(single) >= 45
+    assert not offenders(single, lambda row: not row["per_weight"] <= MOST[row["kernel"], row["op"]][row["dtype"] != "fp32"])

@@ -18,7 +18,6 @@ test: $(VENV)/.built $(TRITON36)/.built
 bench: $(VENV)/.built
 	$(VENV)/bin/python -m pytest benchmarks/bench_range.py -q --benchmark-quiet
 
-
 lint: $(VENV)/.built
 	$(VENV)/bin/ruff check .
 

@@ -6,5 +6,6 @@ from .nn import RangeRegularizer
 from .version import __version__
 
 __all__ = [
-    "RangeRegularizer", "WeightStats", "__version__", "backends", "kure", "l_inf", "margin", "reference", "soft_extrema", "soft_min_max", "use_backend", "weight_stats",
+    "RangeRegularizer", "WeightStats", "__version__", "backends", "kure", "l_inf", "margin", "reference", "soft_extrema", "soft_min_max",
+    "use_backend", "weight_stats",
 ]

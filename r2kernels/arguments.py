@@ -68,7 +68,7 @@ def _check_kind(w, name):
     if isinstance(w, torch.nn.parameter.UninitializedTensorMixin):
         raise TypeError(f"{name} is an uninitialized parameter; run the model once before its weights are used")
     if not isinstance(w, torch._subclasses.fake_tensor.FakeTensor):
-        raise TypeError(f"{name} is a {type(w).__name__}; only plain tensors and parameters are supported (of a sharded tensor pass the local shard or the full tensor)")
+        raise TypeError(f"{name} is a {type(w).__name__}; only plain tensors and parameters are supported (of a sharded tensor pass the local shard)")
 
 
 def _reject(w, name, first, cluster_dim):
@@ -115,7 +115,8 @@ def parameter(name, value, count, single, d, like, *, differentiable=True, allow
         return value.expand(count, d).contiguous()
     if isinstance(value, (list, tuple)):
         if single or len(value) != count:
-            raise ValueError(f"{name} has {len(value)} values; allowed is " + ("a number or a tensor" if single else f"one number, or {count}, one for each tensor of W"))
+            lengths = "a number or a tensor" if single else f"one number, or {count}, one for each tensor of W"
+            raise ValueError(f"{name} has {len(value)} values; allowed is {lengths}")
         key = tuple([number(f"{name}[{i}]", v, allowed, ok) for i, v in enumerate(value)])
     else:
         key = number(name, value, allowed, ok)

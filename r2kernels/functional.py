@@ -53,7 +53,7 @@ class _RangeLoss(torch.autograd.Function):
             g_value = arguments.parameter_gradient(g_value, value, single)
         gradients = carve_gradients(buffers, weights, *geometry)
         if not all(needed[6:]):
-            gradients = [g if need else None for g, need in zip(gradients, needed[6:])]
+            gradients = [g if need else None for g, need in zip(gradients, needed[6:], strict=True)]
         return None, None, None, g_value if needed[3] else None, None, None, *gradients
 
 

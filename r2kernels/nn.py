@@ -46,7 +46,8 @@ def select_weights(model, include=None, exclude=None):
         warnings.warn(f"exclude={exclude!r} matches none of the model's weights", stacklevel=3)
     kept = [place for key, place in found.items() if key not in dropped]
     if not kept:
-        raise ValueError(f"{type(model).__name__} has no conv, linear or attention weight" + ("" if exclude is None else f" left after exclude={exclude!r}") + "; use include=")
+        left = "" if exclude is None else f" left after exclude={exclude!r}"
+        raise ValueError(f"{type(model).__name__} has no conv, linear or attention weight{left}; use include=")
     return kept
 
 
@@ -269,7 +270,8 @@ class RangeRegularizer(nn.Module):
         if w.grad is None:
             w.grad = torch.zeros_like(w)
         if type(w.grad) is not Tensor or w.grad.layout != torch.strided:
-            raise RuntimeError(f"the gradient of {name} is {w.grad.layout} of type {type(w.grad).__name__}; accumulate_grad_ adds to plain dense gradients only")
+            kind = f"{w.grad.layout} of type {type(w.grad).__name__}"
+            raise RuntimeError(f"the gradient of {name} is {kind}; accumulate_grad_ adds to plain dense gradients only")
         return w.grad
 
     def _lie_alike(self, g, w):

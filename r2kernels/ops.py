@@ -36,7 +36,7 @@ def _reference(name):
         result = op(grad, weights, *args)
         gradients = result[0] if isinstance(result, tuple) else result
         if out is not None:
-            packed = [o.add_(g) for o, g in zip(out, gradients)]
+            packed = [o.add_(g) for o, g in zip(out, gradients, strict=True)]
         else:
             packed = pack_gradients(gradients, weights, *args[-2:] if isinstance(args[-1], str) else ())
         return (packed, *result[1:]) if isinstance(result, tuple) else packed

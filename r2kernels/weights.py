@@ -37,7 +37,7 @@ def is_dense(w):
     if w.is_contiguous():
         return True
     size = 1
-    for stride, n in sorted((s, n) for n, s in zip(w.shape, w.stride()) if n != 1):
+    for stride, n in sorted((s, n) for n, s in zip(w.shape, w.stride(), strict=True) if n != 1):
         if stride != size:
             return False
         size *= n
@@ -150,17 +150,21 @@ def empty_gradients(weights, d=1, layout="output"):
     w = weights[0]
     if w.device.type == "cuda":
         return [torch.empty(gradient_offsets(weights)[-1], dtype=w.dtype, device=w.device)]
-    return [torch.empty_like(w) if d == 1 and w.is_contiguous() else torch.empty_strided(w.shape, memory_order(w, d, layout)[0], dtype=w.dtype, device=w.device) for w in weights]
+    return [torch.empty_like(w) if d == 1 and w.is_contiguous() else _empty_gradient(w, d, layout) for w in weights]
+
+
+def _empty_gradient(w, d, layout):
+    return torch.empty_strided(w.shape, memory_order(w, d, layout)[0], dtype=w.dtype, device=w.device)
 
 
 def pack_gradients(gradients, weights, d=1, layout="output"):
     """Gradients shaped like the weights, laid out as `empty_gradients` has them."""
     if weights[0].device.type == "cuda":
         flat = torch.zeros(gradient_offsets(weights)[-1], dtype=weights[0].dtype, device=weights[0].device)
-        for g, part in zip(gradients, carve_gradients([flat], weights, d, layout)):
+        for g, part in zip(gradients, carve_gradients([flat], weights, d, layout), strict=True):
             part.copy_(g)
         return [flat]
-    return [torch.empty_strided(w.shape, memory_order(w, d, layout)[0], dtype=w.dtype, device=w.device).copy_(g) for g, w in zip(gradients, weights)]
+    return [_empty_gradient(w, d, layout).copy_(g) for g, w in zip(gradients, weights, strict=True)]
 
 
 def carve_gradients(buffers, weights, d=1, layout="output"):
@@ -168,7 +172,7 @@ def carve_gradients(buffers, weights, d=1, layout="output"):
     if weights[0].device.type != "cuda":
         return buffers
     flat, offsets = buffers[0], gradient_offsets(weights)
-    return [flat.as_strided(w.shape, memory_order(w, d, layout)[0], offset) for w, offset in zip(weights, offsets)]
+    return [flat.as_strided(w.shape, memory_order(w, d, layout)[0], offset) for w, offset in zip(weights, offsets[:-1], strict=True)]
 
 
 def empty_state(weights, d, saved):

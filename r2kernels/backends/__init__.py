@@ -68,7 +68,8 @@ def _default(kind):
         reason = _load(name)[1]
         if reason is None:
             return name
-        warnings.warn(f"r2kernels: backend {name!r} is not usable ({reason}); {kind} tensors fall back to a slower one. `r2kernels info` shows all.", RuntimeWarning, stacklevel=2)
+        message = f"r2kernels: backend {name!r} is not usable ({reason}); {kind} tensors fall back to a slower one. `r2kernels info` shows all."
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
     return "reference"
 
 

@@ -51,7 +51,8 @@ class Native:
     def _forward(self, op, weights, d, layout, out, saved, first=None, second=None, flag=False):
         described, plan, alive = self._list(weights, d, layout)
         partial = torch.empty(plan.chunks, STATE, dtype=out.dtype, device=out.device)
-        getattr(self.library, op + "_fwd")(described, _pointer(first), _pointer(second), flag, partial.data_ptr(), out.data_ptr(), _pointer(saved), *self._queue(out.device))
+        getattr(self.library, op + "_fwd")(
+            described, _pointer(first), _pointer(second), flag, partial.data_ptr(), out.data_ptr(), _pointer(saved), *self._queue(out.device))
         del alive
         return out, saved
 

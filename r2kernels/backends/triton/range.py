@@ -73,7 +73,7 @@ def soft_extreme(b_w, k, extreme):
 def is_off(x, s0, s1, s2):
     """Whether a side's variance is lost to cancellation: the mean is more than four deviations, and more than rounding, from the shift."""
     mean = s1 / s0
-    return mean * mean > 4 * (s2 / s0 - mean * mean + x * x * 1e-12)
+    return mean * mean > 16 * (s2 / s0 - mean * mean + x * x * 1e-12)
 
 
 @triton.jit
@@ -136,15 +136,17 @@ def soft_merge_step(state, rows, constants, sums):
 
 
 @triton.jit
-def finished(states, shift, k, s0, s1, s2):
-    """What is saved of a side: shift, 1 / sum, soft extreme minus shift, variance. Of a constant column exactly 1 / rows, 0 and 0."""
-    eps = 2.0**-53 if states.ACC.is_fp64() else 2.0**-24
+def finished(shift, k, s0, s1, s2, eps):
+    """What is saved of a side: shift, 1 / sum, soft extreme minus shift, variance.
+
+    Where all weights that count lie at the shift, the last two are 0, not what rounding left, and the sum is their number.
+    """
     x = k * shift
     mean = s1 / s0
     variance = s2 / s0 - mean * mean
-    constant = (tl.abs(mean) <= 4 * eps * eps * tl.abs(x)) & (variance <= 4 * eps * eps * eps * x * x)
-    variance = tl.where(constant | (variance < 0), 0, variance / (k * k))
-    return shift, 1 / tl.where(constant, states.rows.to(tl.float64), s0), tl.where(constant, 0, mean / k), variance
+    hard = (tl.abs(mean) <= 64 * eps * eps * tl.abs(x)) & (variance <= 64 * eps * eps * eps * x * x)
+    s0 = tl.where(hard, tl.floor(s0 + 0.5), s0)
+    return shift, 1 / s0, tl.where(hard, 0, mean / k), tl.where(hard | (variance < 0), 0, variance / (k * k))
 
 
 @triton.jit
@@ -160,7 +162,8 @@ def soft_saved(states, p_alpha, column):
     x, y = k_wide * top, -k_wide * bottom
     constants = k, x, tl.fma(k_wide, top, -x), y, tl.fma(-k_wide, bottom, -y)
     s0, s1, s2, t0, t1, t2 = sum_each(fold_states(states, constants, (zero, zero, zero, zero, zero, zero), soft_merge_step))
-    high, low = finished(states, top, k_wide, s0, s1, s2), finished(states, bottom, -k_wide, t0, t1, t2)
+    eps = 2.0**-53 if states.ACC.is_fp64() else 2.0**-24
+    high, low = finished(top, k_wide, s0, s1, s2, eps), finished(bottom, -k_wide, t0, t1, t2, eps)
     p, q = (), ()
     for s in tl.static_range(4):
         p += (tl.where(alpha < 0, low[s], high[s]),)

@@ -44,7 +44,7 @@ struct LInf {
 
   template <class A>
   R2_HD static double finish(const double* state, Column, A* saved) {
-    saved[0] = A(state[0]), saved[1] = A(state[1]);
+    saved[0] = A(state[0]), saved[1] = A(state[0] == state[0] ? state[1] : 0);
     return state[0];
   }
 
@@ -69,6 +69,7 @@ struct Margin {
       excess += v <= splat<V>(0) ? splat<V>(0) : v;
       outside += v > splat<V>(0) ? splat<V>(1) : splat<V>(0);
     }
+    R2_HD void operator+=(const Lanes& o) { excess += o.excess, outside += o.outside; }
   };
 
   template <class S>
@@ -105,10 +106,23 @@ struct Soft {
   static constexpr int kSaved = 8;
 
   // alpha = 0 is taken as this, which is zero to the result and spares a special case
-  R2_HD static double scale(double alpha, bool single) {
+  R2_HD static double size(double alpha, bool single) {
     double least = single ? 1e-15 : 1e-100;
-    return (fabs(alpha) < least ? least : fabs(alpha)) * kLog2e;
+    return fabs(alpha) < least ? least : fabs(alpha);
   }
+  R2_HD static double scale(double alpha, bool single) { return size(alpha, single) * kLog2e; }
+
+  // Exponents from differences of weights. In double the rounding of alpha log2(e) is made good, or it would be the largest error.
+  template <class V>
+  struct Exponent {
+    using A = typename Scalar<V>::type;
+    V k, rest;
+    R2_HD explicit Exponent(double a) : k(splat<V>(A(a * kLog2e))), rest(splat<V>(A(fma(a, kLog2e, -(a * kLog2e)) + a * 2.0355273740931033e-17))) {}
+    R2_HD V operator()(V difference) const {
+      if constexpr (sizeof(A) == 8) return bounded_(k * difference + rest * difference);
+      return bounded_(k * difference);
+    }
+  };
 
   template <class V>
   struct Sums {
@@ -198,12 +212,13 @@ struct Soft {
   // g_max p (1 + alpha (w - s_max)) + g_min q (1 - alpha (w - s_min)), each side as 2^delta (a + b delta)
   template <class V>
   struct Side {
-    V shift, k, a, b;
+    V shift, a, b;
+    Exponent<V> exponent;
     template <class A>
     R2_HD Side(double g, double alpha, const A* saved)
-        : shift(splat<V>(saved[0])), k(splat<V>(A(alpha * kLog2e))), a(splat<V>(A(g * saved[1] * (1 - alpha * saved[2])))), b(splat<V>(A(g * saved[1] * kLn2))) {}
+        : shift(splat<V>(saved[0])), a(splat<V>(A(g * saved[1] * (1 - alpha * saved[2])))), b(splat<V>(A(g * saved[1] * kLn2))), exponent(alpha) {}
     R2_HD V operator()(V w) const {
-      V delta = k * (w - shift);
+      V delta = exponent(w - shift);
       return exp2_(delta) * (a + b * delta);
     }
   };
@@ -228,6 +243,7 @@ struct Moments {
       V square = z * z;
       m1 += z, m2 += square, m3 += square * z, m4 += square * square;
     }
+    R2_HD void operator+=(const Lanes& o) { m1 += o.m1, m2 += o.m2, m3 += o.m3, m4 += o.m4; }
   };
 
   // n, mean, M2, M3, M4 from the sums of the powers of what n weights are above a pivot near their mean

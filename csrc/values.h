@@ -44,6 +44,9 @@ R2_HD float abs_(float x) { return fabsf(x); }
 R2_HD double abs_(double x) { return fabs(x); }
 R2_HD double exp2_(double x) { return exp2(x); }
 #if defined(__CUDACC__)
+// exponents need no bound: powers below the normal numbers are 0
+R2_HD float bounded_(float x) { return x; }
+R2_HD double bounded_(double x) { return x; }
 // one instruction, accurate to 2 ulp
 R2_HD float exp2_(float x) {
 #if defined(__CUDA_ARCH__)

@@ -132,12 +132,17 @@ R2_HD V horner(V x) {
   return p;
 }
 
-// 2^x for x <= 126 (1022); below the normal numbers their least
+// An exponent whose power of two is a normal number; below, delta^n 2^delta is as good as 0.
+template <class V>
+R2_HD V bounded(V x) {
+  return at_least(x, splat<V>(Exp2<typename Lane<V>::A>::least));
+}
+
+// 2^x for bounded x <= 126 (1022)
 template <class V>
 R2_HD V exp2_fast(V x) {
   using E = Exp2<typename Lane<V>::A>;
   using bits = typename Lane<V>::bits;
-  x = at_least(x, splat<V>(E::least));
   V shifted = x + E::round, f = x - (shifted - E::round);
   return bit_cast<V>(bit_cast<bits>(horner<0, 1>(f)) + (bit_cast<bits>(shifted) << E::mantissa));
 }
@@ -156,6 +161,10 @@ struct Exp2Pair {
   }
 };
 
+R2_HD float bounded_(float x) { return bounded(x); }
+R2_HD double bounded_(double x) { return bounded(x); }
+R2_HD Vec<float> bounded_(Vec<float> x) { return bounded(x); }
+R2_HD Vec<double> bounded_(Vec<double> x) { return bounded(x); }
 R2_HD float exp2_(float x) { return exp2_fast(x); }
 R2_HD Vec<float> exp2_(Vec<float> x) { return exp2_fast(x); }
 R2_HD Vec<double> exp2_(Vec<double> x) { return exp2_fast(x); }

@@ -119,7 +119,9 @@ struct Soft {
     V k, rest;
     R2_HD explicit Exponent(double a) : k(splat<V>(A(a * kLog2e))), rest(splat<V>(A(fma(a, kLog2e, -(a * kLog2e)) + a * 2.0355273740931033e-17))) {}
     R2_HD V operator()(V difference) const {
+#if !defined(__CUDACC__)  // there the two registers would make the kernel spill
       if constexpr (sizeof(A) == 8) return bounded_(k * difference + rest * difference);
+#endif
       return bounded_(k * difference);
     }
   };
@@ -185,19 +187,19 @@ struct Soft {
     merge_side(into + 4, state + 4, -k);
   }
 
-  // (shift, 1 / S0, soft extreme - shift, variance); k is negative for the minimum side
+  // (shift, 1 / S0, soft extreme - shift, variance); unit = 1 / k is negative for the minimum side
   template <class A>
-  R2_HD static double finish_side(const double* s, double k, A* saved) {
+  R2_HD static double finish_side(const double* s, double unit, A* saved) {
     double mean = s[2] / s[1];
-    saved[0] = A(s[0]), saved[1] = A(1 / s[1]), saved[2] = A(mean / k), saved[3] = A((s[3] / s[1] - mean * mean) / (k * k));
-    return mean / k;
+    saved[0] = A(s[0]), saved[1] = A(1 / s[1]), saved[2] = A(mean * unit), saved[3] = A((s[3] / s[1] - mean * mean) * (unit * unit));
+    return mean * unit;
   }
 
   // extremes: soft minimum, soft maximum. For alpha < 0 the softmax of alpha w is the side of the minimum.
   template <class A>
-  R2_HD static double finish(const double* state, Column c, double k, A* saved, double* extremes) {
+  R2_HD static double finish(const double* state, Column c, double unit, A* saved, double* extremes) {
     const double *high = state, *low = state + 4;
-    double up = finish_side(high, k, saved + (c.first < 0 ? 4 : 0)), down = finish_side(low, -k, saved + (c.first < 0 ? 0 : 4));
+    double up = finish_side(high, unit, saved + (c.first < 0 ? 4 : 0)), down = finish_side(low, -unit, saved + (c.first < 0 ? 0 : 4));
     double top = high[0] + up, bottom = low[0] + down;
     extremes[0] = c.first < 0 ? top : bottom, extremes[1] = c.first < 0 ? bottom : top;
     double range = (high[0] - low[0]) + (up - down);

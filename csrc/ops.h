@@ -73,7 +73,7 @@ struct SoftOp : Soft {
   }
   template <class A>
   R2_HD static double finish(const double* state, Column c, const List& list, int64_t at, A* saved, A* out) {
-    double extremes[2], loss = Soft::finish(state, c, scale_of(c, sizeof(A) == 4), saved + at * kSaved, extremes);
+    double extremes[2], loss = Soft::finish(state, c, sizeof(A) == 4 ? 1 / scale_of(c, true) : kLn2 / size(c.first, false), saved + at * kSaved, extremes);
     if (kExtrema) out[at] = A(extremes[0]), out[list.count * list.d + at] = A(extremes[1]);
     return loss;
   }

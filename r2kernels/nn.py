@@ -189,7 +189,7 @@ class RangeRegularizer(nn.Module):
         own = list(self.parameters())
         return [{"params": own, "weight_decay": 0.0, **options}] if own else []
 
-    @torch.compiler.disable
+    @torch._disable_dynamo      # torch.compiler.disable would import torch._dynamo now, 1 s before anyone compiles
     @torch.no_grad()
     def accumulate_grad_(self, scale=1.0):
         """Adds scale * weight * dL/dW to the `.grad` of the weights, and of alpha or M, in place and without a graph; returns `reg()`'s value.

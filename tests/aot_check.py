@@ -30,6 +30,7 @@ REDUCE = ("soft_min_max", "frozen_soft_min_max", "l_inf", "margin", "kure")
 MERGE = ("soft_min_max", "soft_extrema", "l_inf", "margin", "kure", "weight_stats")
 MAP = ("soft_min_max", "soft_extrema", "l_inf", "margin", "kure")
 LOSSES = {"soft_extrema": 2, "weight_stats": 0}
+PARAMETERS = {"l_inf": 0, "weight_stats": 0, "margin": 2}      # else one
 
 
 def load_kernels():
@@ -47,6 +48,11 @@ def accumulator(dtype):
     return "fp64" if dtype == "fp64" else "fp32"
 
 
+def absent(op):
+    """The parameters that an op does not have."""
+    return dict.fromkeys(("p_first", "p_second")[PARAMETERS.get(op, 1):])
+
+
 def geometry(dtype, d, aligned):
     block, unroll = common.tile(DTYPES[dtype][1], d)
     return {"DT": DTYPES[dtype][0], "ACC": DTYPES[accumulator(dtype)][0], "D": d, "ALIGNED": aligned, "BLOCK": block, "UNROLL": unroll}
@@ -54,17 +60,17 @@ def geometry(dtype, d, aligned):
 
 def reduce_chunks(op, dtype, d=1, aligned=True):
     pointers = {"p_weights": "*i64", "p_tensors": "*i64", "p_owner": "*i32"}
-    return common.reduce_chunks, pointers, {"REDUCE": formulas[op + "_reduce"], **geometry(dtype, d, aligned)}
+    return common.reduce_chunks, pointers, {"REDUCE": formulas[op + "_reduce"], **absent(op), **geometry(dtype, d, aligned)}
 
 
 def merge_chunks(op, dtype, d=1):
-    constants = {"MERGE": formulas[op + "_merge"], "LOSSES": LOSSES.get(op, 1)}
+    constants = {"MERGE": formulas[op + "_merge"], "LOSSES": LOSSES.get(op, 1), **absent(op)}
     return common.merge_chunks, {"p_tensors": "*i64"}, {**constants, "ACC": DTYPES[accumulator(dtype)][0], "D": d, "LANES": common.MERGE_LANES}
 
 
 def map_chunks(op, dtype, target="FLAT", d=1, aligned=True):
     pointers = {"p_weights": "*i64", "p_tensors": "*i64", "p_owner": "*i32", "p_targets": "*" + dtype if target == "FLAT" else "*i64"}
-    constants = {"SETUP": formulas[op + "_setup"], "GRADIENT": formulas[op + "_gradient"], "TARGET": getattr(common, target)}
+    constants = {"SETUP": formulas[op + "_setup"], "GRADIENT": formulas[op + "_gradient"], "TARGET": getattr(common, target), **absent(op)}
     if op in ("l_inf", "kure"):
         constants["p_parameter_gradient"] = None
     return common.map_chunks, pointers, {**constants, **geometry(dtype, d, aligned)}
@@ -94,6 +100,7 @@ def variants(everything):
 def compile_kernel(kernel, pointers, constants, dtype, architecture):
     """`pointers`: those that are not to numbers of the accumulator's dtype."""
     number = "*" + accumulator(dtype)
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in constants else pointers.get(name, number if name.startswith("p_") else "i32") for name in kernel.arg_names}
     divisible = {(i,): [["tt.divisibility", 16]] for i, (name, kind) in enumerate(signature.items()) if kind.startswith("*") or name == "n_chunk"}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)

@@ -43,6 +43,7 @@ class Draw(NamedTuple):
     geometry: tuple = (1, "output")
     single: bool = False
     base: list | None = None        # add the gradients to these
+    learned: bool = True            # whether the parameter needs a gradient
 
     def to(self, dtype):
         """The same numbers in another dtype, rounded where that is narrower."""
@@ -60,11 +61,14 @@ def draws(op, names, dtype, device="cpu", **options):
 
 def draw(op, name, dtype, device="cpu", seed=0, geometry=(1, "output"), single=False, accumulate=False):
     """A draw of the input `name`; tensors smaller than a row of the geometry are left out."""
-    d, layout = geometry
-    g = torch.Generator().manual_seed(seed + 1000)
-    ws = [w for w in cases.make(name, dtype, device, seed) if w.numel() >= d]
-    ws = ws[:1] if single else ws
-    count, wide = len(ws), accumulator(dtype)
+    ws = [w for w in cases.make(name, dtype, device, seed) if w.numel() >= geometry[0]]
+    return with_weights(op, ws[:1] if single else ws, torch.Generator().manual_seed(seed + 1000), geometry, single, accumulate)
+
+
+def with_weights(op, ws, g, geometry=(1, "output"), single=False, accumulate=False):
+    """A draw of these weights, the rest from the generator."""
+    (d, layout), count, dtype, device = geometry, len(ws), ws[0].dtype, ws[0].device
+    wide = accumulator(dtype)
     shape = () if single else (count,)
     columns = (d,) if d > 1 else ()
     parameter = None
@@ -92,7 +96,7 @@ def evaluate(draw, layer=r2kernels):
         return _accumulate(draw)
     op, (d, layout) = draw.op, draw.geometry
     ws = [w.detach().requires_grad_() for w in draw.weights]
-    parameter = None if draw.parameter is None else draw.parameter.detach().requires_grad_()
+    parameter = None if draw.parameter is None else draw.parameter.detach().requires_grad_(draw.learned)
     options = {k: v for k, v in op.options.items() if k != op.parameter}
     if parameter is not None:
         options[op.parameter] = parameter
@@ -101,9 +105,9 @@ def evaluate(draw, layer=r2kernels):
     loss = getattr(layer, op.function)(ws[0] if draw.single else ws, **options)
     if isinstance(loss, tuple):
         loss = torch.stack(loss)
-    inputs = ws if parameter is None else [*ws, parameter]
-    grads = torch.autograd.grad(loss, inputs, draw.grad)
-    return Result(loss.detach(), list(grads[: len(ws)]), None if parameter is None else grads[-1])
+    learned = parameter is not None and parameter.requires_grad
+    grads = torch.autograd.grad(loss, [*ws, parameter] if learned else ws, draw.grad)
+    return Result(loss.detach(), list(grads[: len(ws)]), grads[-1] if learned else None)
 
 
 def contract(draw):
@@ -158,7 +162,7 @@ def truth(draw):
             variance = (x.amax(1) - x.amin(1)).square() / n
             parameters.append(high * (saved[:, 3] + variance) + low * (saved[:, 7] + variance) + (0 if op == "soft_extrema" else high * (-parameter[i]).exp()))
     losses = torch.stack(losses, 1) if op == "soft_extrema" else torch.stack(losses)
-    return exact, Result(losses.reshape(exact.loss.shape), weights, torch.stack(parameters).reshape(exact.parameter.shape) if parameters else None)
+    return exact, Result(losses.reshape(exact.loss.shape), weights, torch.stack(parameters).reshape(wide.parameter.shape) if parameters else None)
 
 
 def relative(error, scale):

@@ -131,4 +131,5 @@ MODELS = {
 def model_weights(name, dtype=torch.float32, device="cpu", seed=0):
     """Weights of a model's shapes, drawn with the usual 1/sqrt(fan-in) scale."""
     g = torch.Generator(device).manual_seed(seed)
-    return [torch.randn(s, generator=g, dtype=torch.float32, device=device).mul_((s[1:] and torch.Size(s[1:]).numel() or 400) ** -0.5).to(dtype) for s in MODELS[name]()]
+    fan_in = [torch.Size(s[1:]).numel() if len(s) > 1 else 400 for s in MODELS[name]()]
+    return [torch.randn(s, generator=g, device=device).mul_(n**-0.5).to(dtype) for s, n in zip(MODELS[name](), fan_in, strict=True)]

@@ -53,28 +53,39 @@ def _isa(name):
 
 
 def _variants(config):
-    """All that are to be tested."""
-    reasons, asked = backends(), config.getoption("--backend")
-    for name in asked or ():
-        if reasons[name] is not None:
-            raise pytest.UsageError(f"--backend {name}: {reasons[name]}")
-    found = []
-    for name in asked or [name for name in _SERVES[config.getoption("--device")] if reasons[name] is None]:
-        isas = importlib.import_module("r2kernels._C").cpu.isas() if name == "cpu" else [None]
-        found += [Variant(name, isa) for isa in isas]
-    return found
+    """All that are to be tested; found when the first test asks for them."""
+    if not hasattr(config, "variants"):
+        reasons, asked = backends(), config.getoption("--backend")
+        for name in asked or ():
+            if reasons[name] is not None:
+                raise pytest.UsageError(f"--backend {name}: {reasons[name]}")
+        names = asked or [name for name in _SERVES[config.getoption("--device")] if reasons[name] is None]
+        isas = importlib.import_module("r2kernels._C").cpu.isas() if "cpu" in names else []
+        config.variants = [Variant(name, isa) for name in names for isa in (isas if name == "cpu" else [None])]
+    return config.variants
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "exhaustive: a table too long for Triton's interpreter")
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch finds no CUDA device")
-    config.variants = _variants(config)
 
 
 def pytest_generate_tests(metafunc):
     if "variant" in metafunc.fixturenames:
-        metafunc.parametrize("variant", metafunc.config.variants, ids=str, indirect=True)
+        metafunc.parametrize("variant", _variants(metafunc.config), ids=str, indirect=True)
+
+
+def pytest_collection_finish(session):
+    """The tests in the interpreter run beside the others from now on."""
+    found = [item.module for item in session.items if item.path.name == "test_triton_interpreter.py"]
+    if found and found[0].wanted(session.config) and not session.config.getoption("collectonly"):
+        session.config.interpreter = found[0].Run()
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "interpreter"):
+        config.interpreter.stop()
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +103,7 @@ def variant(request):
 @pytest.fixture(scope="session")
 def variants(request):
     """All backends and instruction sets under test, but the reference."""
-    found = [v for v in request.config.variants if v.backend != "reference"]
+    found = [v for v in _variants(request.config) if v.backend != "reference"]
     return found or pytest.skip("no backend but the reference is usable here")
 
 

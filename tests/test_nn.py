@@ -10,6 +10,8 @@ import r2kernels as r2
 from r2kernels import reference
 from r2kernels.nn import select_weights
 
+pytestmark = pytest.mark.usefixtures("nan_filled", "one_thread")
+
 
 class Block(nn.Module):
     """Every kind of module that matters to the selection."""
@@ -49,6 +51,10 @@ def test_selection(rule, expected):
             select_weights(Block(), include=rule["include"], exclude=rule["exclude"])
     else:
         assert r2.RangeRegularizer(Block(), **rule).names == expected
+
+
+def test_a_lone_layer():
+    assert r2.RangeRegularizer(nn.Linear(3, 2)).names == ["weight"]
 
 
 BAD = [
@@ -265,7 +271,7 @@ def test_parametrized_later(device):
     assert_close(loss, reg.weight * sum(reference.soft_min_max(w, reg.alpha[i]) for i, w in enumerate(weights)))
     loss.backward()
     assert net[4].parametrizations.weight.original.grad.count_nonzero() > 0
-    with pytest.raises(RuntimeError, match=r"4\.weight is computed from other parameters \(a parametrization\) and has no \.grad; use reg\(\) and backward\(\)"):
+    with pytest.raises(RuntimeError, match=r"4\.weight is computed from other parameters \(a parametrization\) and has no \.grad; use reg\(\)"):
         reg.accumulate_grad_()
 
 

@@ -16,9 +16,10 @@ PINNED = ROOT / ".venv-triton36" / "bin" / "python"
 MOST = {            # instructions per fp32 weight, per 16-bit weight, on sm_90
     ("reduce_chunks", "soft_min_max"): (13, 14), ("reduce_chunks", "frozen_soft_min_max"): (9, 10), ("reduce_chunks", "l_inf"): (4.5, 5),
     ("reduce_chunks", "margin"): (7, 7.5), ("reduce_chunks", "kure"): (9, 10),
-    ("map_chunks", "soft_min_max"): (10.5, 13.5), ("map_chunks", "soft_extrema"): (10.5, 13.5), ("map_chunks", "l_inf"): (6.5, 9.5),
-    ("map_chunks", "margin"): (6.5, 9.5), ("map_chunks", "kure"): (6.5, 9.5),
+    ("map_chunks", "soft_min_max"): (11.5, 13), ("map_chunks", "soft_extrema"): (11.5, 13), ("map_chunks", "l_inf"): (5.5, 7),
+    ("map_chunks", "margin"): (5.5, 7), ("map_chunks", "kure"): (6.5, 8),
 }
+ADDED = (1.5, 3)    # more, where the old gradient is read and added to
 
 
 @pytest.fixture(scope="module")
@@ -68,4 +69,8 @@ def test_bulk_accesses_are_128_bits_wide_and_four_loads_are_in_flight(rows):
 def test_instructions_per_weight(rows):
     single = [row for row in rows if fast(row) and row["arch"] == 90 and row["dtype"] != "fp64"]
     assert len(single) >= 45
-    assert not offenders(single, lambda row: not row["per_weight"] <= MOST[row["kernel"], row["op"]][row["dtype"] != "fp32"])
+
+    def most(row):
+        wide = row["dtype"] == "fp32"
+        return MOST[row["kernel"], row["op"]][not wide] + ("ADD" in row["variant"]) * ADDED[not wide]
+    assert not offenders(single, lambda row: not row["per_weight"] <= most(row))

@@ -134,10 +134,13 @@ struct BothSums {
   R2_HD void operator+=(const BothSums& other) { side[0] += other.side[0], side[1] += other.side[1]; }
 };
 
-// Whether the variance of a side is lost to cancellation: its mean lies more than four deviations from the shift.
-inline bool is_off(const double* s) {
+// Whether the variance of a side suffers from cancellation: its mean lies more than so many deviations from the shift. Four cost float32 sums, which are
+// merged in float64, nothing; float64 has no wider type to merge in.
+template <class A>
+R2_HD bool is_off(const double* s) {
+  constexpr double deviations = sizeof(A) == 8 ? 1 : 4;
   double mean = s[1] / s[0];
-  return mean * mean > 16 * (s[2] / s[0] - mean * mean);
+  return mean * mean > deviations * deviations * (s[2] / s[0] - mean * mean);
 }
 
 template <bool kVariance, class Sides, class T, class A>
@@ -152,7 +155,7 @@ R2_HD void soft_sums(const T* w, int64_t n, Sides sides, A* state) {
       const auto& b = tail.side[i];
       s[i][0] = sum(a.s0) + b.s0, s[i][1] = sum(a.s1) + b.s1, s[i][2] = sum(a.s2) + b.s2;
     }
-    if (!kVariance || attempt == 1 || !(is_off(s[0]) || is_off(s[1]))) break;
+    if (!kVariance || attempt == 1 || !(is_off<A>(s[0]) || is_off<A>(s[1]))) break;
     sides.move(s);
   }
   sides.settle(s, state);

@@ -49,9 +49,7 @@ def serving(device):
     name = getattr(_chosen, "name", None) or _environment()
     if name is None:
         return _default(device.type)
-    backend, reason = _load(name)
-    if reason is None and backend is not None and device.type not in backend.devices:
-        reason = f"it serves {' and '.join(backend.devices)} tensors, W is on {device}"
+    reason = _why_not(name, device.type)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} was chosen explicitly but cannot be used: {reason}")
     return name
@@ -62,10 +60,18 @@ def select(device):
     return _load(serving(device))[0]
 
 
+def _why_not(name, kind):
+    """Why a backend cannot serve tensors of this kind of device, or None."""
+    backend, reason = _load(name)
+    if reason is None and backend is not None and kind not in backend.devices:
+        reason = f"it serves {' and '.join(backend.devices)} tensors here, W is on {kind}"
+    return reason
+
+
 @functools.cache
 def _default(kind):
     for name in _DEFAULTS.get(kind, ()):
-        reason = _load(name)[1]
+        reason = _why_not(name, kind)
         if reason is None:
             return name
         message = f"r2kernels: backend {name!r} is not usable ({reason}); {kind} tensors fall back to a slower one. `r2kernels info` shows all."

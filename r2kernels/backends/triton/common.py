@@ -58,7 +58,7 @@ def tile(itemsize, d=1, interpreted=False):
     addresses take registers. The interpreter's cost is per operation, so there a block is large."""
     if interpreted:
         return 2048, 2
-    return 32 * WARPS * 16 // itemsize, 2 if d > 1 else 4 if itemsize == 2 else 8
+    return 32 * WARPS * 16 // itemsize, 2 if d > 1 else 8 if itemsize == 4 else 4
 
 
 @triton.jit

@@ -71,9 +71,9 @@ def soft_extreme(b_w, k, extreme):
 
 @triton.jit
 def is_off(x, s0, s1, s2):
-    """Whether a side's variance is lost to cancellation: the mean is more than four deviations, and more than rounding, from the shift."""
+    """Whether a side's variance is lost to cancellation: the mean is more than two deviations, and more than rounding, from the shift."""
     mean = s1 / s0
-    return mean * mean > 16 * (s2 / s0 - mean * mean + x * x * 1e-12)
+    return mean * mean > 4 * (s2 / s0 - mean * mean + x * x * 1e-12)
 
 
 @triton.jit
@@ -162,7 +162,7 @@ def soft_saved(states, p_alpha, column):
     x, y = k_wide * top, -k_wide * bottom
     constants = k, x, tl.fma(k_wide, top, -x), y, tl.fma(-k_wide, bottom, -y)
     s0, s1, s2, t0, t1, t2 = sum_each(fold_states(states, constants, (zero, zero, zero, zero, zero, zero), soft_merge_step))
-    eps = 2.0**-53 if states.ACC.is_fp64() else 2.0**-24
+    eps = tl.full([], 2.0**-53 if states.ACC.is_fp64() else 2.0**-24, tl.float64)
     high, low = finished(top, k_wide, s0, s1, s2, eps), finished(bottom, -k_wide, t0, t1, t2, eps)
     p, q = (), ()
     for s in tl.static_range(4):

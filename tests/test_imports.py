@@ -1,0 +1,205 @@
+"""What importing does, in processes of their own; and the law of imports."""
+import ast
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import r2kernels
+
+PACKAGE = Path(r2kernels.__file__).parent
+ROOT = PACKAGE.parent
+
+# `blocked` names and packages are not found afterwards
+BLOCK = """
+import sys
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+PathFinder.find_spec = classmethod(lambda cls, name, path=None, target=None: None if {name, name.split(".")[0]} & blocked else find(name, path, target))
+"""
+
+
+def run(code, *, blocked=(), **environment):
+    """stdout of a fresh interpreter; its warnings are printed there too."""
+    program = f"blocked = {set(blocked)!r}\n" + BLOCK + "import warnings; warnings.simplefilter('always')\n" + textwrap.dedent(code)
+    inherited = {k: v for k, v in os.environ.items() if k not in ("R2KERNELS_BACKEND", "TRITON_INTERPRET")}
+    done = subprocess.run([sys.executable, "-c", program], env={**inherited, **environment}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_import_is_light():
+    """Neither Triton nor what draws pictures and tables, nor the extension, is loaded before it is used."""
+    found = run("""
+        import r2kernels
+        for name in ("triton", "matplotlib", "rich", "safetensors", "sklearn", "r2kernels._C", "r2kernels.backends.native", "torch._dynamo", "torch._inductor"):
+            print(name, name in sys.modules)
+    """)
+    assert "True" not in found and found.count("False") == 9
+
+
+@pytest.mark.parametrize("blocked", [("triton",), ("rich", "matplotlib", "safetensors", "sklearn")], ids=str)
+def test_optional_packages_are_optional(blocked):
+    found = run("""
+        import torch, r2kernels
+        w = torch.randn(5, 5, requires_grad=True)
+        r2kernels.soft_min_max([w, w], 0.5).sum().backward()
+        r2kernels.RangeRegularizer(torch.nn.Linear(3, 3)).accumulate_grad_()
+        print(w.grad.shape, r2kernels.backends()["triton"])
+    """, blocked=blocked)
+    assert "[5, 5]" in found and ("triton" not in blocked or "triton is not installed" in found)
+
+
+def test_without_the_extension_everything_works_and_one_warning_says_so():
+    found = run("""
+        import torch, r2kernels
+        for _ in range(3):
+            w = torch.randn(5, 5, requires_grad=True)
+            r2kernels.soft_min_max([w, w], 0.5).sum().backward()
+            r2kernels.weight_stats(w)
+        print("reason:", r2kernels.backends()["cpu"])
+    """, blocked=("r2kernels._C",))
+    assert found.count("RuntimeWarning: r2kernels: backend 'cpu' is not usable") == 1
+    assert "reason: the extension was not built" in found
+
+
+def test_without_the_extension_an_explicit_choice_raises():
+    for code, environment in (("with r2kernels.use_backend('cpu'):\n    call()", {}), ("call()", {"R2KERNELS_BACKEND": "cpu"})):
+        found = run("import torch, r2kernels\n" + textwrap.dedent("""
+            def call():
+                try:
+                    r2kernels.l_inf(torch.ones(3))
+                except RuntimeError as error:
+                    print(error)
+        """) + code, blocked=("r2kernels._C",), **environment)
+        assert "backend 'cpu' was chosen explicitly but cannot be used: the extension was not built" in found
+
+
+def test_a_broken_extension_is_named():
+    """One that is there and cannot be loaded: the loader's own words are the reason."""
+    found = run("""
+        class Broken:
+            def find_spec(self, name, path=None, target=None):
+                if name == "r2kernels._C":
+                    raise ImportError("libgomp.so.1: cannot open shared object file")
+        sys.meta_path.insert(0, Broken())
+        import torch, r2kernels
+        r2kernels.l_inf(torch.ones(3))
+    """)
+    assert "backend 'cpu' is not usable (libgomp.so.1: cannot open shared object file)" in found
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_environment_variable(backend):
+    if r2kernels.backends()[backend] is not None:
+        pytest.skip(r2kernels.backends()[backend])
+    found = run("""
+        import torch, r2kernels
+        r2kernels.l_inf(torch.ones(3))
+        print("r2kernels._C" in sys.modules)
+    """, R2KERNELS_BACKEND=backend)
+    assert str(backend == "cpu") in found
+
+
+@pytest.mark.parametrize("order", ["import torch, r2kernels", "import r2kernels, torch", "from r2kernels.backends import native; import torch, r2kernels"])
+def test_the_extension_and_torch_share_one_openmp(order):
+    """torch is imported first, whatever the order of the user's imports, so that its libgomp serves both."""
+    if r2kernels.backends()["cpu"] is not None or not sys.platform.startswith("linux"):
+        pytest.skip(r2kernels.backends()["cpu"] or "reads /proc")
+    found = run(order + """
+w = torch.randn(300, 300, requires_grad=True)
+r2kernels.l_inf(w).backward()
+print(len({line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line}), "copies")
+""")
+    assert "1 copies" in found
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_first_call_of_a_process_inside_compile(grad):
+    """Nothing that happens once, at the first call, breaks the graph."""
+    found = run(f"""
+        import torch, r2kernels
+        step = torch.compile(lambda ws: r2kernels.soft_min_max(ws, 0.5).sum() + r2kernels.margin(ws, 0.1, k=3).sum(), fullgraph=True, backend="aot_eager")
+        ws = [torch.linspace(-1, 1, 7, requires_grad={grad}), torch.linspace(0, 1, 5, requires_grad={grad})]
+        loss = step(ws)
+        if {grad}:
+            loss.backward()
+        print(torch.equal(loss, r2kernels.soft_min_max(ws, 0.5).sum() + r2kernels.margin(ws, 0.1, k=3).sum()))
+    """)
+    assert "True" in found
+
+
+# module -> the modules of the package that it may import
+LAW = {
+    "version": set(),
+    "arguments": set(),
+    "reference": {"arguments"},
+    "weights": {"arguments"},
+    "backends": set(),
+    "backends.native": {"weights", "arguments"},
+    "backends.triton": {"weights", "arguments", "backends.triton.common", "backends.triton.*"},
+    "backends.triton.*": {"backends.triton.common", "backends.triton.*"},
+    "ops": {"reference", "backends", "weights"},
+    "functional": {"arguments", "ops", "backends", "weights"},
+}
+MAY_IMPORT_FUNCTIONAL = {"", "nn", "report", "demo", "cli"}
+
+
+def module_name(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(path):
+    """The package's modules that a file imports, anywhere in it; '' is the package itself."""
+    package = module_name(path) if path.name == "__init__.py" else module_name(path).rpartition(".")[0]
+    modules = {module_name(p) for p in PACKAGE.rglob("*.py")}
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if package else []
+            base = [*base, *([node.module] if node.module else [])]
+            names = [".".join([*base, alias.name]) for alias in node.names]
+            found |= {name if name in modules else ".".join(base) for name in names}
+        elif isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "r2kernels":
+            base = node.module.split(".")[1:]
+            found |= {name if (name := ".".join([*base, alias.name])) in modules else ".".join(base) for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {".".join(alias.name.split(".")[1:]) for alias in node.names if alias.name.split(".")[0] == "r2kernels"}
+    return found
+
+
+def allowed_by(name):
+    family = name.rpartition(".")[0] + ".*"
+    return LAW.get(name, LAW.get(family))
+
+
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_law_of_imports(path):
+    name, found = module_name(path), imported(path)
+    law = allowed_by(name)
+    if law is not None:
+        broken = {m for m in found if m not in law and m.rpartition(".")[0] + ".*" not in law}
+        assert not broken, f"{name} imports {sorted(broken)}"
+    if "functional" in found:
+        assert name in MAY_IMPORT_FUNCTIONAL, f"{name} imports functional"
+
+
+def test_the_law_sees_imports():
+    """The walk itself: these are known."""
+    assert imported(PACKAGE / "functional.py") == {"arguments", "ops", "backends", "weights"}
+    assert imported(PACKAGE / "backends" / "native.py") >= {"weights", "arguments"}
+    assert "functional" in imported(PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", [p for p in [*PACKAGE.rglob("*"), *(ROOT / "csrc").rglob("*")] if p.suffix in (".py", ".h", ".cuh", ".cpp", ".cu")],
+                         ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_long_files(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 400

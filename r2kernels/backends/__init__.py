@@ -64,7 +64,7 @@ def _why_not(name, kind):
     """Why a backend cannot serve tensors of this kind of device, or None."""
     backend, reason = _load(name)
     if reason is None and backend is not None and kind not in backend.devices:
-        reason = f"it serves {' and '.join(backend.devices)} tensors here, W is on {kind}"
+        reason = f"it serves {' and '.join(backend.devices)} tensors, W is on {kind}"
     return reason
 
 

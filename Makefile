@@ -16,7 +16,7 @@ test: $(VENV)/.built $(TRITON36)/.built
 	$(VENV)/bin/python -m pytest tests
 
 bench: $(VENV)/.built
-	$(VENV)/bin/python -m pytest benchmarks/bench_range.py -q --benchmark-quiet
+	$(VENV)/bin/python -m pytest benchmarks/bench_range.py -q --benchmark-quiet -rs
 
 lint: $(VENV)/.built
 	$(VENV)/bin/ruff check .

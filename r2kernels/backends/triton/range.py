@@ -1,6 +1,7 @@
 """The formulas of the range losses: `<op>_reduce` and `<op>_merge` are the forward, `<op>_setup` and `<op>_gradient` the backward.
 
-soft_min_max runs on x = k w with k = |alpha| log2(e). Side P sums 2^(x - X) with the shift X = k top, side Q is side P of -w, around `bottom`.
+soft_min_max runs on exponents of 2: k (w - top) with k = |alpha| log2(e) on side P, k (bottom - w) on side Q. The difference comes first: folded into one
+fma(k, w, -k top) it costs an instruction less on each side, but rounds k top, which an alpha of 1e9, or a constant tensor, does not forgive.
 A shift need not be the maximum, only near the soft one: the first block of a chunk gives it. Only where an exponential passed 2^60, or the
 variance cancelled, the chunk is read again with a better one. So the loop has no comparison and no work across lanes.
 """
@@ -30,20 +31,16 @@ def scale(alpha):
 
 
 @triton.jit
-def exponential(w, k, x):
-    delta = tl.fma(w, k, -x)
-    return delta, tl.exp2(delta)
-
-
-@triton.jit
 def soft_step(b_w, constants, state):
-    k, x, y = constants
+    k, top, bottom = constants
     s0, s1, s2, t0, t1, t2 = state
     for u in tl.static_range(len(b_w)):
-        delta, e = exponential(b_w[u], k, x)
+        delta = k * (b_w[u] - top)
+        e = tl.exp2(delta)
         d = delta * e
         s0, s1, s2 = s0 + e, s1 + d, tl.fma(delta, d, s2)
-        delta, e = exponential(b_w[u], -k, y)
+        delta = k * (bottom - b_w[u])
+        e = tl.exp2(delta)
         d = delta * e
         t0, t1, t2 = t0 + e, t1 + d, tl.fma(delta, d, t2)
     return s0, s1, s2, t0, t1, t2
@@ -52,12 +49,14 @@ def soft_step(b_w, constants, state):
 @triton.jit
 def frozen_step(b_w, constants, state):
     """Without the second moments, which only the gradient of alpha needs."""
-    k, x, y = constants
+    k, top, bottom = constants
     s0, s1, t0, t1 = state
     for u in tl.static_range(len(b_w)):
-        delta, e = exponential(b_w[u], k, x)
+        delta = k * (b_w[u] - top)
+        e = tl.exp2(delta)
         s0, s1 = s0 + e, tl.fma(delta, e, s1)
-        delta, e = exponential(b_w[u], -k, y)
+        delta = k * (bottom - b_w[u])
+        e = tl.exp2(delta)
         t0, t1 = t0 + e, tl.fma(delta, e, t1)
     return s0, s1, t0, t1
 
@@ -70,10 +69,10 @@ def soft_extreme(b_w, k, extreme):
 
 
 @triton.jit
-def is_off(x, s0, s1, s2):
-    """Whether a side's variance is lost to cancellation: the mean is more than two deviations, and more than rounding, from the shift."""
+def is_off(s0, s1, s2):
+    """Whether a side's variance is lost to cancellation: the mean is more than two deviations from the shift."""
     mean = s1 / s0
-    return mean * mean > 4 * (s2 / s0 - mean * mean + x * x * 1e-12)
+    return mean * mean > 4 * (s2 / s0 - mean * mean)
 
 
 @triton.jit
@@ -85,17 +84,16 @@ def soft_sums(rows, p_alpha, column, VARIANCE: tl.constexpr):
     s0, s1, s2, t0, t1, t2 = none, none, none, none, none, none
     attempts = 3
     while attempts > 0:
-        x, y = k * top, -k * bottom
         if VARIANCE:
-            s0, s1, s2, t0, t1, t2 = sum_each(fold(rows, (k, x, y), (zero, zero, zero, zero, zero, zero), soft_step))
+            s0, s1, s2, t0, t1, t2 = sum_each(fold(rows, (k, top, bottom), (zero, zero, zero, zero, zero, zero), soft_step))
         else:
-            s0, s1, t0, t1 = sum_each(fold(rows, (k, x, y), (zero, zero, zero, zero), frozen_step))
+            s0, s1, t0, t1 = sum_each(fold(rows, (k, top, bottom), (zero, zero, zero, zero), frozen_step))
         attempts -= 1
         if attempts > 0:
             if tl.maximum(s0, t0) > MOST:
                 b_high, b_low = fold(rows, (), (zero + top, zero + bottom), extremes_step)
                 top, bottom = tl.max(b_high, 0), tl.min(b_low, 0)
-            elif VARIANCE and (is_off(x, s0, s1, s2) | is_off(y, t0, t1, t2)):
+            elif VARIANCE and (is_off(s0, s1, s2) | is_off(t0, t1, t2)):
                 top, bottom = top + s1 / s0 / k, bottom - t1 / t0 / k
             else:
                 attempts = 0
@@ -118,9 +116,9 @@ def shifts_step(state, rows, constants, sums):
 
 
 @triton.jit
-def moved(k, shift, s0, s1, s2, x, error):
-    """Sums relative to k shift, as the chunk rounded it, made relative to x + error."""
-    d = (k * shift).to(tl.float64) - x - error
+def moved(k, shift, s0, s1, s2, new):
+    """Sums relative to one shift, made relative to another."""
+    d = k * (shift.to(tl.float64) - new)
     r = tl.exp2(d)
     s0, s1, s2 = s0.to(tl.float64), s1.to(tl.float64), s2.to(tl.float64)
     return r * s0, r * (s1 + d * s0), r * (s2 + d * (2 * s1 + d * s0))
@@ -128,42 +126,31 @@ def moved(k, shift, s0, s1, s2, x, error):
 
 @triton.jit
 def soft_merge_step(state, rows, constants, sums):
-    k, x, x_error, y, y_error = constants
+    k, new_top, new_bottom = constants
     top, s0, s1, s2, bottom, t0, t1, t2 = state
-    s0, s1, s2 = moved(k, top, s0, s1, s2, x, x_error)
-    t0, t1, t2 = moved(-k, bottom, t0, t1, t2, y, y_error)
+    s0, s1, s2 = moved(k, top, s0, s1, s2, new_top)
+    t0, t1, t2 = moved(-k, bottom, t0, t1, t2, new_bottom)
     return sums[0] + s0, sums[1] + s1, sums[2] + s2, sums[3] + t0, sums[4] + t1, sums[5] + t2
 
 
 @triton.jit
-def finished(shift, k, s0, s1, s2, eps):
-    """What is saved of a side: shift, 1 / sum, soft extreme minus shift, variance.
-
-    Where all weights that count lie at the shift, the last two are 0, not what rounding left, and the sum is their number.
-    """
-    x = k * shift
+def finished(shift, k, s0, s1, s2):
+    """What is saved of a side: shift, 1 / sum, soft extreme minus shift, variance."""
     mean = s1 / s0
-    variance = s2 / s0 - mean * mean
-    hard = (tl.abs(mean) <= 64 * eps * eps * tl.abs(x)) & (variance <= 64 * eps * eps * eps * x * x)
-    s0 = tl.where(hard, tl.floor(s0 + 0.5), s0)
-    return shift, 1 / s0, tl.where(hard, 0, mean / k), tl.where(hard | (variance < 0), 0, variance / (k * k))
+    return shift, 1 / s0, mean / k, (s2 / s0 - mean * mean) / (k * k)
 
 
 @triton.jit
 def soft_saved(states, p_alpha, column):
     """(alpha, side p, side q): p is side P, or side Q where alpha is negative."""
     alpha = tl.load(p_alpha + column)
-    k = scale(alpha)
+    k = scale(alpha).to(tl.float64)
     inf = tl.full([states.LANES], float("inf"), states.ACC)
     b_top, b_bottom = fold_states(states, (), (-inf, inf), shifts_step)
     top, bottom = tl.max(b_top, 0).to(tl.float64), tl.min(b_bottom, 0).to(tl.float64)
     zero = tl.zeros([states.LANES], tl.float64)
-    k_wide = k.to(tl.float64)
-    x, y = k_wide * top, -k_wide * bottom
-    constants = k, x, tl.fma(k_wide, top, -x), y, tl.fma(-k_wide, bottom, -y)
-    s0, s1, s2, t0, t1, t2 = sum_each(fold_states(states, constants, (zero, zero, zero, zero, zero, zero), soft_merge_step))
-    eps = tl.full([], 2.0**-53 if states.ACC.is_fp64() else 2.0**-24, tl.float64)
-    high, low = finished(top, k_wide, s0, s1, s2, eps), finished(bottom, -k_wide, t0, t1, t2, eps)
+    s0, s1, s2, t0, t1, t2 = sum_each(fold_states(states, (k, top, bottom), (zero, zero, zero, zero, zero, zero), soft_merge_step))
+    high, low = finished(top, k, s0, s1, s2), finished(bottom, -k, t0, t1, t2)
     p, q = (), ()
     for s in tl.static_range(4):
         p += (tl.where(alpha < 0, low[s], high[s]),)

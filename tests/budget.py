@@ -146,7 +146,7 @@ def truth(draw):
         elif op == "soft_min_max":
             losses.append((x.amax(1) - x.amin(1) + (-parameter[i]).exp()).sum())
         elif op == "kure":
-            *_, std, _, kurtosis = reference._moments(x)
+            *_, std, _, kurtosis = reference.range._moments(x)
             losses.append((kurtosis + TARGET).square())
             worth = torch.where(std == 0, 0, worth * losses[-1] / std)
         else:
@@ -157,7 +157,7 @@ def truth(draw):
             outside = (x.abs() > parameter[i].abs()[:, None]).sum(1) / (k * n if k < 1 else k)
             parameters.append(upstream[i] * (1 + outside))
         elif parameter is not None:
-            saved = reference._soft_extremes([w], parameter[i : i + 1], *draw.geometry)[0]
+            saved = reference.range._soft_extremes([w], parameter[i : i + 1], *draw.geometry)[0]
             low, high = upstream[:, i] if op == "soft_extrema" else (upstream[i], upstream[i])
             variance = (x.amax(1) - x.amin(1)).square() / n
             parameters.append(high * (saved[:, 3] + variance) + low * (saved[:, 7] + variance) + (0 if op == "soft_extrema" else high * (-parameter[i]).exp()))

@@ -1,4 +1,4 @@
-"""The specification, in plain eager PyTorch: `<op>_fwd` and `<op>_bwd` as every backend has them, and the public functions.
+"""The range losses and weight statistics: `<op>_fwd` and `<op>_bwd` as every backend has them, and the public functions.
 
 Equations: R2 (arXiv 2303.08253), eqs. 1-3; KURE (Shkolnik et al. 2020). Rows x of a weight are (d, N): column c of `cluster_dim` in
 row c, leftovers dropped. In `<op>_fwd(weights, ...) -> (loss, saved)` and `<op>_bwd(grad, weights, ..., saved, ...)` the
@@ -6,28 +6,8 @@ parameters are (L, d) tensors of the accumulator's dtype; `saved` is (L, d, numb
 """
 import torch
 
-from . import arguments
-from .arguments import accumulator
-
-
-def columns(w, d=1, layout="output"):
-    """(d, N): the d columns of the N rows that DKM's layout reads from w, in the accumulator's dtype."""
-    if d == 1:
-        return w.reshape(1, -1).to(accumulator(w.dtype))
-    flat = (w.transpose(0, -1) if layout == "output" and w.dim() > 1 else w).reshape(-1)
-    n = w.numel() // d
-    return flat[: n * d].reshape(n, d).t().to(accumulator(w.dtype))
-
-
-def from_columns(x, w, d=1, layout="output"):
-    """The inverse of `columns`: a tensor like w, zero where w had leftovers."""
-    x = x.to(w.dtype)
-    if d == 1:
-        return x.reshape(w.shape)
-    flat = torch.cat([x.t().reshape(-1), x.new_zeros(w.numel() % d)])
-    if layout == "output" and w.dim() > 1:
-        return flat.reshape(w.transpose(0, -1).shape).transpose(0, -1)
-    return flat.reshape(w.shape)
+from .. import arguments
+from .columns import columns, from_columns
 
 
 def _each(weights, d, layout):

@@ -1,11 +1,12 @@
 """GPU kernels for training models that quantize and compress well: the R2 range losses, fused. See README.md."""
 from . import reference
 from .backends import backends, use_backend
+from .clustering import assign, dkm
 from .functional import WeightStats, kure, l_inf, margin, soft_extrema, soft_min_max, weight_stats
 from .nn import RangeRegularizer
 from .version import __version__
 
 __all__ = [
-    "RangeRegularizer", "WeightStats", "__version__", "backends", "kure", "l_inf", "margin", "reference", "soft_extrema", "soft_min_max",
+    "RangeRegularizer", "WeightStats", "__version__", "assign", "backends", "dkm", "kure", "l_inf", "margin", "reference", "soft_extrema", "soft_min_max",
     "use_backend", "weight_stats",
 ]

@@ -1,6 +1,7 @@
 """What a call was given: every argument checked before any work, and brought to the one form that the ops take."""
 import math
 import numbers
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -186,3 +187,71 @@ def _fill(key, count, d, dtype, device):
     if isinstance(key, tuple):
         return torch.tensor(key, dtype=dtype, device=device).unsqueeze(1).expand(count, d).contiguous()
     return torch.full((count, d), key, dtype=dtype, device=device)
+
+
+METRICS = ("euclidean", "sqeuclidean")
+GRADIENTS = ("unrolled", "last", "implicit")
+
+
+def centroids(value, ws, single, d):
+    """(list of centroid tensors as given, tuple of how many each has): (K,) for d = 1, else (K, d), one for each tensor of W."""
+    if single != isinstance(value, Tensor):
+        wanted = "a tensor" if single else f"a sequence of {len(ws)} tensors, one for each tensor of W"
+        raise TypeError(f"centroids must be {wanted}, got {type(value).__name__}")
+    given = [value] if single else list(value)
+    if len(given) != len(ws):
+        raise ValueError(f"centroids has {len(given)} tensors; W has {len(ws)}")
+    dtype, shape = accumulator(ws[0].dtype), "(K,)" if d == 1 else f"(K, {d})"
+    for i, (c, w) in enumerate(zip(given, ws, strict=True)):
+        name = "centroids" if single else f"centroids[{i}]"
+        if not isinstance(c, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(c).__name__}")
+        if c.dim() != (1 if d == 1 else 2) or c.shape[0] < 1 or (d > 1 and c.shape[1] != d):
+            raise ValueError(f"{name} has shape {tuple(c.shape)}; allowed is {shape} with K >= 1 for cluster_dim={d}")
+        if c.dtype != dtype:
+            raise TypeError(f"{name} has dtype {c.dtype}; allowed is {dtype} for W of {w.dtype}")
+        if c.device != w.device:
+            raise ValueError(f"{name} is on {c.device} but W is on {w.device}")
+        if c.shape[0] > w.numel() // d:
+            warnings.warn(f"{name} has {c.shape[0]} clusters for {w.numel() // d} rows of W: some will be empty or equal", stacklevel=4)
+    return given, tuple([c.shape[0] for c in given])
+
+
+def padded(given, d):
+    """(L, K, d): the centroids of all tensors, filled up with zeros."""
+    most = max([c.shape[0] for c in given])
+    rows = [c.reshape(-1, d) for c in given]
+    if any([c.shape[0] != most for c in rows]):
+        rows = [torch.cat([c, c.new_zeros(most - c.shape[0], d)]) for c in rows]
+    return torch.stack(rows)
+
+
+def temperature(tau, ws, single):
+    """tau as an (L,) tensor."""
+    return parameter("tau", tau, len(ws), single, 1, ws[0], differentiable=False, allowed="a finite number > 0", ok=lambda v: 0 < v < math.inf)[:, 0]
+
+
+def dkm_options(iterations, metric, gradient, tol, max_passes):
+    """ValueError or TypeError for an option of `dkm` that is not allowed."""
+    if metric not in METRICS:
+        raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
+    if gradient not in GRADIENTS:
+        raise ValueError(f"gradient must be one of {GRADIENTS}, got {gradient!r}")
+    for name, value, also in (("iterations", iterations, ' or "converge"'), ("max_passes", max_passes, "")):
+        if name == "iterations" and value == "converge":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int >= 1{also}, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name} must be an int >= 1{also}, got {value}")
+    if tol is not None:
+        if iterations != "converge":
+            raise ValueError(f'tol={tol!r} is only used with iterations="converge", got iterations={iterations!r}')
+        number("tol", tol, "a finite number > 0", lambda v: 0 < v < math.inf)
+
+
+def tolerance(tol, ws):
+    """(L,) float64: `tol`, by default 1e-6 of the range of each tensor."""
+    if tol is not None:
+        return torch.full((len(ws),), float(tol), dtype=torch.float64, device=ws[0].device)
+    return torch.stack([1e-6 * (w.amax().double() - w.amin().double()) for w in ws])

@@ -2,10 +2,15 @@
 
 `<op>_fwd(weights, parameters..., d, layout) -> (loss, saved)`; `<op>_bwd(grad, weights, parameters..., saved, d, layout)` gives the
 gradients as `weights.empty_gradients` lays them out, and the gradient of the differentiable parameter. Parameters are (L, d).
+
+DKM's ops run `iterations` and `fixed_point` over the passes of a backend, its `DKM`; W_hat is laid out as the gradients are. Centroids are (L, K, d), filled up
+with zeros where tensor t has fewer, clusters[t], than K; for d = 1 sorted, except for `assign_fwd`.
 """
+import functools
+
 import torch
 
-from . import reference
+from . import fixed_point, iterations, reference
 from .backends import select
 from .weights import pack_gradients
 
@@ -21,6 +26,12 @@ soft_extrema_bwd(Tensor grad, Tensor[] weights, Tensor alpha, Tensor saved, int 
 kure_fwd(Tensor[] weights, Tensor target) -> (Tensor, Tensor)
 kure_bwd(Tensor grad, Tensor[] weights, Tensor target, Tensor saved) -> Tensor[]
 weight_stats_fwd(Tensor[] weights) -> Tensor
+assign_fwd(Tensor[] weights, Tensor centroids, int[] clusters, int d, str layout) -> Tensor[]
+dkm_fwd(Tensor[] weights, Tensor centroids, int iterations, Tensor tau, int[] clusters, str metric, int d, str layout) -> (Tensor[], Tensor, Tensor)
+dkm_bwd(Tensor grad_centroids, Tensor[] weights, Tensor[] grads, Tensor history, Tensor moments, str gradient, bool centroid_grad, \
+Tensor tau, int[] clusters, str metric, int d, str layout) -> (Tensor[], Tensor)
+dkm_solve(Tensor[] weights, Tensor centroids, Tensor tol, int max_passes, bool accelerated, \
+Tensor tau, int[] clusters, str metric, int d, str layout) -> (Tensor, Tensor)
 """
 
 _library = torch.library.Library("r2kernels", "DEF")
@@ -43,14 +54,48 @@ def _reference(name):
     return backward
 
 
+class _DKM(reference.DKM):
+    """The reference's passes, W_hat and gradients laid out as the other backends have them."""
+
+    def output(self, c, new):
+        return pack_gradients(super().output(c, new), self.weights, *self.geometry)
+
+    def gradient(self, steps, grads):
+        return pack_gradients(super().gradient(steps, grads), self.weights, *self.geometry)
+
+
+def _dkm_fwd(DKM, weights, centroids, repeats, *problem):
+    return iterations.forward(DKM(weights, *problem), centroids, repeats)
+
+
+def _dkm_bwd(DKM, grad_centroids, weights, grads, history, moments, gradient, centroid_grad, *problem):
+    return iterations.backward(DKM(weights, *problem), grad_centroids, grads, history, moments, gradient, centroid_grad)
+
+
+def _dkm_solve(DKM, weights, centroids, tol, max_passes, accelerated, tau, clusters, *rest):
+    def passes_of(some):
+        return DKM([weights[i] for i in some], tau[some], tuple([clusters[i] for i in some]), *rest)
+    return fixed_point.solve(passes_of, centroids, tol, max_passes, accelerated)
+
+
+_ITERATED = {"dkm_fwd": _dkm_fwd, "dkm_bwd": _dkm_bwd, "dkm_solve": _dkm_solve}
+
+
+def _kernel(name, backend):
+    """The op of a backend; None is the reference."""
+    if name in _ITERATED:
+        return functools.partial(_ITERATED[name], _DKM if backend is None else backend.DKM)
+    return _reference(name) if backend is None else getattr(backend, name)
+
+
 def _dispatch(name):
     """The kernel of the backend that serves the device of the weights."""
-    fallback = _reference(name)
+    fallback = _kernel(name, None)
     at = 1 if name.endswith("_bwd") else 0
 
     def run(*args, **options):
         backend = select(args[at][0].device)
-        return (fallback if backend is None else getattr(backend, name))(*args, **options)
+        return (fallback if backend is None else _kernel(name, backend))(*args, **options)
     return run
 
 
@@ -64,11 +109,17 @@ def run(name, *args):
     return (op if traced else call)[name](*args)
 
 
-for _schema in SCHEMAS.strip().splitlines():
+for _schema in SCHEMAS.replace("\\\n", "").strip().splitlines():
     _name = _schema.split("(", 1)[0]
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
     call[_name] = _dispatch(_name)
-    _library.impl(_name, _reference(_name), "CompositeExplicitAutograd")
+    if _name != "dkm_solve":        # how often that goes round depends on values
+        _library.impl(_name, _kernel(_name, None), "CompositeExplicitAutograd")
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, call[_name], _key)
     op[_name] = getattr(torch.ops.r2kernels, _name).default
+
+
+@torch.library.register_fake("r2kernels::dkm_solve", lib=_library)
+def _solved(weights, centroids, *rest):
+    return torch.empty_like(centroids), torch.empty((), dtype=torch.int64, device="cpu")

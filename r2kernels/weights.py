@@ -16,13 +16,16 @@ CHUNK = 4096                # rows per chunk on the CPU: 16 KiB of float32 stay 
 BLOCK = 4096                # rows per step of a GPU program
 MOST_STEPS = 16             # steps per GPU program: few partial states for large lists,
 FEWEST_PROGRAMS = 1056      # but first enough programs to fill a GPU (8 for each of 132 multiprocessors)
+ROWS = 16384                # rows per chunk of whole rows on the CPU: sums over K clusters stay few beside them
+FEWEST_ROWS = 1024          # per program of a GPU, a multiple of it
 SEGMENT = 64                # elements: gradients of a list on a GPU start at multiples of it, so that 128-bit stores are aligned
 FIELDS = 5                  # of a tensor in Plan.tensors: rows N, elements, run, first chunk, gradient offset
 _kept: list = []            # tables that a captured CUDA graph reads at every replay
 
 
 class Plan(NamedTuple):
-    """Chunk i belongs to tensor t = owner[i]; with j = i - first chunk of t it is rows [j // d * chunk, ...) of column j % d."""
+    """Chunk i belongs to tensor t = owner[i]; with j = i - first chunk of t it is rows [j // d * chunk, ...) of column j % d.
+    In a plan of whole rows it is rows [j * chunk, ...) of all columns."""
     tensors: Tensor         # (L, FIELDS) int64
     owner: Tensor           # (chunks,) int32
     count: int              # L
@@ -83,20 +86,30 @@ def dense(weights, d=1, layout="output"):
 
 def plan(tensors, runs, d, device):
     """The plan for tensors of these sizes; made once for every list of sizes."""
-    value = _plan(tuple([t.numel() for t in tensors]), runs, d, device)
+    value = _plan(tuple([t.numel() for t in tensors]), runs, d, device, False)
+    _keep_if_captured(value, device)
+    return value
+
+
+def row_plan(tensors, runs, d, device):
+    """The plan of whole rows for tensors of these sizes."""
+    value = _plan(tuple([t.numel() for t in tensors]), runs, d, device, True)
     _keep_if_captured(value, device)
     return value
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(numels, runs, d, device):
+def _plan(numels, runs, d, device, whole):
     numel = torch.tensor(numels, dtype=torch.int64)
     rows = numel // d
-    chunk = CHUNK
-    if device.type == "cuda":
-        steps = int(rows.sum()) * d // (BLOCK * FEWEST_PROGRAMS)
-        chunk = BLOCK * min(max(steps, 1), MOST_STEPS)
-    chunks = d * ((rows + chunk - 1) // chunk)
+    if whole:
+        chunk = ROWS if device.type == "cpu" else FEWEST_ROWS * max(-(-int(rows.sum()) // (FEWEST_ROWS * FEWEST_PROGRAMS)), 1)
+    else:
+        chunk = CHUNK
+        if device.type == "cuda":
+            steps = int(rows.sum()) * d // (BLOCK * FEWEST_PROGRAMS)
+            chunk = BLOCK * min(max(steps, 1), MOST_STEPS)
+    chunks = (1 if whole else d) * ((rows + chunk - 1) // chunk)
     padded = (numel + SEGMENT - 1) // SEGMENT * SEGMENT
     first, offset = chunks.cumsum(0) - chunks, padded.cumsum(0) - padded
     run = torch.tensor(runs, dtype=torch.int64) if runs else torch.ones_like(numel)
@@ -173,6 +186,12 @@ def carve_gradients(buffers, weights, d=1, layout="output"):
         return buffers
     flat, offsets = buffers[0], gradient_offsets(weights)
     return [flat.as_strided(w.shape, memory_order(w, d, layout)[0], offset) for w, offset in zip(weights, offsets[:-1], strict=True)]
+
+
+def like_weights(others, tensors):
+    """`others`, shaped like the weights that `dense` gave as `tensors`, lying in memory as these do; copied only where they do not."""
+    return [o if o.stride() == w.stride() else torch.empty_strided(w.shape, w.stride(), dtype=w.dtype, device=w.device).copy_(o)
+            for o, w in zip(others, tensors, strict=True)]
 
 
 def empty_state(weights, d, saved):

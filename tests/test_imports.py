@@ -137,13 +137,16 @@ LAW = {
     "version": set(),
     "arguments": set(),
     "reference": {"reference.*"},
-    "reference.*": {"arguments", "reference.*"},
+    "reference.*": {"arguments", "fixed_point", "reference.*"},
+    "fixed_point": set(),
+    "iterations": {"fixed_point"},
     "weights": {"arguments"},
     "backends": set(),
     "backends.native": {"weights", "arguments"},
     "backends.triton": {"weights", "arguments", "backends.triton.common", "backends.triton.*"},
     "backends.triton.*": {"backends.triton.common", "backends.triton.*"},
-    "ops": {"reference", "backends", "weights"},
+    "ops": {"reference", "iterations", "fixed_point", "backends", "weights"},
+    "clustering": {"arguments", "ops", "backends", "weights"},
     "functional": {"arguments", "ops", "backends", "weights"},
 }
 MAY_IMPORT_FUNCTIONAL = {"", "nn", "report", "demo", "cli"}

@@ -1,0 +1,194 @@
+"""DKM, differentiable k-means (Cho et al. 2022, arXiv 2108.12659): `DKM` has the passes over the weights that every backend has, and the public functions.
+
+One iteration with centroids c: D_ij = dist(w_i, c_j), a_ij = softmax_j(-D_ij / tau), S_j = sum_i a_ij, c'_j = sum_i a_ij w_i / S_j; where S_j = 0, c'_j = c_j
+without gradient. Rows w_i have d numbers. Arrays of centroids are (L, K, d), filled up with zeros where tensor t has fewer than K; for d = 1 they are sorted.
+Slope: dD/dw = -dD/dc, which is 0 where w = c.
+"""
+import torch
+
+from .. import arguments, fixed_point
+from .columns import columns, from_columns
+
+
+def distance(x, c, metric):
+    """(N, K) distances between the rows of x (N, d) and c (K, d)."""
+    if x.shape[1] == 1:
+        difference = x - c.t()
+        return difference.abs() if metric == "euclidean" else difference.square()
+    if metric == "euclidean":
+        return torch.cdist(x, c, compute_mode="donot_use_mm_for_euclid_dist")
+    return (x[:, None] - c).square().sum(-1)
+
+
+def attention(x, c, tau, metric):
+    return torch.softmax(distance(x, c, metric) / -torch.where(tau > 0, tau, torch.nan), 1)
+
+
+def iterate(x, c, tau, metric):
+    """(attention, S, new centroids) of one iteration."""
+    a = attention(x, c, tau, metric)
+    S = a.sum(0)
+    empty = (S == 0)[:, None]
+    return a, S, torch.where(empty, c.detach(), a.t() @ x / torch.where(empty, 1, S[:, None]))
+
+
+def slope(x, c, metric):
+    """(N, K, d): dD/dw."""
+    difference = x[:, None] - c
+    if metric == "sqeuclidean":
+        return 2 * difference
+    if x.shape[1] == 1:
+        return difference.sign()
+    D = difference.square().sum(-1, keepdim=True).sqrt()
+    return difference / torch.where(D == 0, 1, D)
+
+
+class DKM:
+    """The passes over a list of weights; `weights` as the ops take them, tau (L,), clusters the number of centroids of each tensor."""
+
+    def __init__(self, weights, tau, clusters, metric, d, layout):
+        self.weights, self.tau, self.clusters, self.metric, self.geometry = weights, tau, clusters, metric, (d, layout)
+        self.signed = metric == "euclidean" and d == 1
+
+    def _rows(self, tensors):
+        """(index, rows, K) of each tensor"""
+        return [(i, columns(w, *self.geometry).t(), k) for i, (w, k) in enumerate(zip(tensors, self.clusters, strict=True))]
+
+    def _each(self, c):
+        """(index, rows, centroids (K, d), tau) of each tensor"""
+        return [(i, x, c[i, :k], self.tau[i]) for i, x, k in self._rows(self.weights)]
+
+    def _padded(self, rows, like):
+        """(L, K, ...) from the numbers of each tensor's centroids."""
+        most = like.shape[1]
+        return torch.stack([torch.cat([r, r.new_zeros(most - r.shape[0], *r.shape[1:])]) for r in rows])
+
+    def update(self, c):
+        """(new centroids, moments): S_j, and for scalars in the Euclidean metric sum_i sign(w_i - c_j) a_ij {1, w_i - c'_j}. (L, K, 3) or (L, K, 1)."""
+        fresh, moments = [], []
+        for _, x, ct, tau in self._each(c):
+            a, S, new = iterate(x, ct, tau, self.metric)
+            fresh.append(new)
+            columns_ = [S]
+            if self.signed:
+                signed = a * (x - ct.t()).sign()
+                columns_ += [signed.sum(0), (signed * (x - new.t())).sum(0)]
+            moments.append(torch.stack(columns_, 1))
+        return self._padded(fresh, c), self._padded(moments, c)
+
+    def output(self, c, new):
+        """W_hat = attention to c, applied to `new`; leftovers as they were."""
+        outputs = []
+        for i, x, ct, tau in self._each(c):
+            y = attention(x, ct, tau, self.metric) @ new[i, : ct.shape[0]]
+            outputs.append(self._with_leftovers(y, self.weights[i], self.weights[i]))
+        return outputs
+
+    def _with_leftovers(self, rows, w, leftovers):
+        """A tensor like w made of `rows`; past them, the numbers that `leftovers` has there."""
+        out = from_columns(rows.t(), w, *self.geometry)
+        if w.numel() % self.geometry[0] == 0:
+            return out
+        used = from_columns(torch.ones_like(rows.t()), w, *self.geometry) != 0
+        return torch.where(used, out, leftovers)
+
+    def upstream(self, c, grads):
+        """u_j = sum_i a_ij g_i for the gradients g of W_hat."""
+        us = []
+        for (_, x, ct, tau), (_, g, _) in zip(self._each(c), self._rows(grads), strict=True):
+            us.append(attention(x, ct, tau, self.metric).t() @ g)
+        return self._padded(us, c)
+
+    def _pull(self, x, ct, tau, new, u, S, g):
+        """(attention, v, Q, slope) of the backward of an iteration; g is None but in the last one, where W_hat depends on the attention as well."""
+        a, s = attention(x, ct, tau, self.metric), slope(x, ct, self.metric)
+        v = torch.where(S[:, None] == 0, 0, u / torch.where(S[:, None] == 0, 1, S[:, None]))
+        P = x @ v.t() - (new * v).sum(1)
+        if g is not None:
+            P = P + g @ new.t()
+        return a, v, a * (P - (a * P).sum(1, keepdim=True)), s
+
+    def _pulls(self, c, new, u, moments, grads):
+        gs = [None] * len(self.weights) if grads is None else [g for _, g, _ in self._rows(grads)]
+        for i, x, ct, tau in self._each(c):
+            k = ct.shape[0]
+            yield i, x, tau, self._pull(x, ct, tau, new[i, :k], u[i, :k], moments[i, :k, 0], gs[i])
+
+    def recur(self, c, new, u, moments, grads=None):
+        """dL/dc from u = dL/dnew; with `grads`, of the last iteration, for which `upstream(c, grads)` was called before."""
+        return self._padded([torch.einsum("nk,nkd->kd", Q, s) / tau for _, _, tau, (_, _, Q, s) in self._pulls(c, new, u, moments, grads)], c)
+
+    def gradient(self, steps, grads):
+        """dL/dW, summed over steps (c, new, u, moments, last)."""
+        total = [0] * len(self.weights)
+        for c, new, u, moments, last in steps:
+            for i, _, tau, (a, v, Q, s) in self._pulls(c, new, u, moments, grads if last else None):
+                total[i] = total[i] + a @ v - torch.einsum("nk,nkd->nd", Q, s) / tau
+        return [self._with_leftovers(rows, w, g) for rows, w, g in zip(total, self.weights, grads, strict=True)]
+
+    def jacobian(self, c, new, moments):
+        """(L, K, K) float64: dnew_j / dc_l, for scalars in the Euclidean metric (`signed`)."""
+        blocks = c.new_zeros(c.shape[0], c.shape[1], c.shape[1], dtype=torch.float64)
+        for i, x, ct, tau in self._each(c):
+            k = ct.shape[0]
+            a, s = attention(x, ct, tau, self.metric), slope(x, ct, self.metric)[..., 0]
+            pull = a * (x - new[i, :k].t())
+            S = moments[i, :k, :1]
+            J = (torch.diag((pull * s).sum(0)) - pull.t() @ (a * s)) / torch.where(S == 0, 1, S) / tau
+            blocks[i, :k, :k] = torch.where(S == 0, 0, J)
+        return blocks
+
+
+def assign_fwd(weights, centroids, clusters, d, layout):
+    """Codes (N,) of each tensor: uint8 up to 256 clusters, int32 above."""
+    codes = []
+    for i, w in enumerate(weights):
+        x, c = columns(w, d, layout).t(), centroids[i, : clusters[i]]
+        step = max(2**24 // clusters[i], 1)
+        best = torch.cat([distance(rows, c, "euclidean" if d == 1 else "sqeuclidean").argmin(1) for rows in x.split(step)])
+        best = torch.where(x.isnan().any(1), 0, best)
+        codes.append(best.to(torch.uint8 if clusters[i] <= 256 else torch.int32))
+    return codes
+
+
+def assign(W, centroids, *, cluster_dim=1, layout="output"):
+    ws, single = arguments.weights(W, cluster_dim, layout)
+    centroids, clusters = arguments.centroids(centroids, ws, single, cluster_dim)
+    codes = assign_fwd(ws, arguments.padded(centroids, cluster_dim), clusters, cluster_dim, layout)
+    return codes[0] if single else codes
+
+
+def dkm(W, centroids, tau, *, iterations=5, metric="euclidean", gradient="unrolled", cluster_dim=1, layout="output", tol=None, max_passes=100):
+    ws, single = arguments.weights(W, cluster_dim, layout)
+    centroids, clusters = arguments.centroids(centroids, ws, single, cluster_dim)
+    tau = arguments.temperature(tau, ws, single)
+    arguments.dkm_options(iterations, metric, gradient, tol, max_passes)
+    outputs, fresh = [], []
+    for i, (w, c0) in enumerate(zip(ws, centroids, strict=True)):
+        x, c = columns(w, cluster_dim, layout).t(), c0.reshape(-1, cluster_dim)
+        repeats = iterations
+        if iterations == "converge":
+            job = DKM([w.detach()], tau[i : i + 1], clusters[i : i + 1], metric, cluster_dim, layout)
+            limit = arguments.tolerance(tol, [w.detach()])
+            c_star, passes = fixed_point.solve(lambda _, job=job: job, c[None].detach(), limit, max_passes, gradient != "unrolled")
+            repeats, c = (int(passes), c) if gradient == "unrolled" else (1, c_star[0])
+        last = _differentiable_start(x, c, tau[i], repeats, metric, gradient)
+        a, _, c = iterate(x, last, tau[i], metric)
+        outputs.append(DKM([w], tau, clusters, metric, cluster_dim, layout)._with_leftovers(a @ c, w, w))
+        fresh.append(c.reshape(c0.shape))
+    return (outputs[0], fresh[0]) if single else (outputs, fresh)
+
+
+def _differentiable_start(x, c, tau, iterations, metric, gradient):
+    """The centroids that the last iteration starts from, with the dependence on W and c that `gradient` grants them."""
+    for _ in range(iterations - 1):
+        _, _, c = iterate(x, c, tau, metric)
+    if gradient == "unrolled":
+        return c
+    c = c.detach()
+    if gradient == "last" or not x.requires_grad:
+        return c
+    J = torch.autograd.functional.jacobian(lambda c: iterate(x.detach(), c, tau, metric)[2], c).reshape(c.numel(), c.numel())
+    moved = iterate(x, c, tau, metric)[2]
+    moved.register_hook(lambda u: torch.linalg.solve((torch.eye(c.numel()).to(J) - J).t(), u.reshape(-1)).reshape(u.shape))
+    return c + (moved - moved.detach())

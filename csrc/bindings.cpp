@@ -48,6 +48,21 @@ void def_backward(py::module_& m, const char* name, Run run) {
   });
 }
 
+using Clustered = std::tuple<Address, Address, int, int>;                                                                        // r2::Clusters
+using Passed = std::tuple<Address, Address, Address, Address, int, Address, Address, Address, Address, Address, Address>;  // r2::Pass
+
+// `run` takes (list, clusters, pass, device, queue)
+template <class Run>
+void def_pass(py::module_& m, const char* name, Run run) {
+  m.def(name, [run](const Described& l, const Clustered& c, const Passed& p, int device, Address queue) {
+    py::gil_scoped_release release;
+    r2::Clusters clusters = {at<const int32_t>(std::get<0>(c)), at<void>(std::get<1>(c)), std::get<2>(c), std::get<3>(c)};
+    r2::Pass pass = {at<void>(std::get<0>(p)), at<void>(std::get<1>(p)), at<void>(std::get<2>(p)), at<void>(std::get<3>(p)), std::get<4>(p), at<const int64_t>(std::get<5>(p)),
+                     at<void>(std::get<6>(p)), at<void>(std::get<7>(p)), at<void>(std::get<8>(p)), at<void>(std::get<9>(p)), at<void>(std::get<10>(p))};
+    run(list_of(l), clusters, pass, device, queue);
+  });
+}
+
 using r2::cpu::Kernels;
 
 // Those that this processor runs, the widest last.

@@ -40,4 +40,23 @@ struct Backward {
   void* parameter_gradient;
 };
 
+// The clusters of DKM. Centroid arrays are (count, most, d) of the accumulator's type, zeros behind the size[t] that tensor t has; sorted for d = 1.
+struct Clusters {
+  const int32_t* size;
+  const void* tau;  // (count)
+  int most;
+  int metric;  // 0: Euclidean distance, 1: its square
+};
+
+// A pass over a list in chunks of whole rows (row_plan). What it means is told in r2kernels/reference/dkm.py.
+struct Pass {
+  const void *old, *fresh, *upstream, *moments;  // centroids before and after an iteration, dL/dfresh, moments; `gradient` takes `steps` of each, the last iteration first
+  int steps;
+  const int64_t* grads;  // addresses of dL/dW_hat, lying as the weights do, or null
+  void* scratch;         // as many bytes for each chunk as dkm_scratch says
+  void* kept;            // what `upstream` leaves for `recur`: (count, most + 1, 4) float64
+  void *out, *out_moments;
+  void* target;  // of `output` and `gradient`: the address of a flat tensor on a GPU, of a table of addresses on the CPU; of `assign`: a table of addresses
+};
+
 }  // namespace r2

@@ -136,6 +136,18 @@ def _device_table(pointers, device):
     return torch.tensor(pointers, dtype=torch.int64).to(device, non_blocking=True)
 
 
+def sizes(counts, device):
+    """Numbers of clusters as an int32 tensor on the device."""
+    value = _sizes(counts, device)
+    _keep_if_captured(value, device)
+    return value
+
+
+@functools.lru_cache(maxsize=256)
+def _sizes(counts, device):
+    return torch.tensor(counts, dtype=torch.int32).to(device, non_blocking=True)
+
+
 def _keep_if_captured(value, device):
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         _kept.append(value)

@@ -6,6 +6,7 @@ namespace r2::cpu {
 
 using ForwardFunction = void (*)(const List&, const Forward&, int threads);
 using BackwardFunction = void (*)(const List&, const Backward&, int threads);
+using PassFunction = void (*)(const List&, const Clusters&, const Pass&, int threads);
 
 struct Kernels {
   const char* name;
@@ -13,15 +14,23 @@ struct Kernels {
   BackwardFunction l_inf_bwd, margin_bwd, soft_min_max_bwd, soft_extrema_bwd, kure_bwd;
 };
 
+struct DkmKernels {
+  PassFunction update, output, upstream, recur, gradient, jacobian, assign;
+  int64_t (*scratch)(int most, int d, int metric);
+};
+
 namespace portable {
 extern const Kernels kernels;
+extern const DkmKernels dkm;
 }
 #if defined(__x86_64__)
 namespace avx2 {
 extern const Kernels kernels;
+extern const DkmKernels dkm;
 }
 namespace avx512 {
 extern const Kernels kernels;
+extern const DkmKernels dkm;
 }
 #endif
 

@@ -39,11 +39,11 @@ class Native:
             return index, torch._C._cuda_getCurrentRawStream(index)
         return 0, torch.get_num_threads()
 
-    def _list(self, weights, d, layout):
+    def _list(self, weights, d, layout, plan_of=lists.plan):
         """(arguments that describe the list to the extension, plan, what must stay alive during the call)."""
         device = weights[0].device
         tensors, runs = lists.dense(weights, d, layout)
-        plan = lists.plan(tensors, runs, d, device)
+        plan = plan_of(tensors, runs, d, device)
         table = lists.device_table(tensors, device) if self.on_gpu else lists.host_table(tensors)
         described = (_address(table), plan.tensors.data_ptr(), plan.owner.data_ptr(), plan.count, plan.chunks, plan.chunk, d, _DTYPE[weights[0].dtype])
         return described, plan, (tensors, table)
@@ -107,6 +107,93 @@ class Native:
     def weight_stats_fwd(self, weights):
         out = torch.empty(len(weights), 6, dtype=accumulator(weights[0].dtype), device=weights[0].device)
         return self._forward("weight_stats", weights, 1, "output", out, None)[0]
+
+
+    def DKM(self, weights, tau, clusters, metric, d, layout):
+        return DKM(self, weights, tau, clusters, metric, d, layout)
+
+    def assign_fwd(self, weights, centroids, clusters, d, layout):
+        return DKM(self, weights, None, clusters, "euclidean", d, layout).assign(centroids)
+
+
+class DKM:
+    """The passes of `reference.DKM` over a list."""
+
+    def __init__(self, native, weights, tau, clusters, metric, d, layout):
+        self.native, self.weights, self.clusters, self.geometry = native, weights, clusters, (d, layout)
+        self.signed = metric == "euclidean" and d == 1
+        self.device = weights[0].device
+        self.described, self.plan, self.alive = native._list(weights, d, layout, lists.row_plan)
+        self.tensors, self.most, self.squared = self.alive[0], max(clusters), int(metric == "sqeuclidean")
+        self.tau = None if tau is None else tau.contiguous()
+        self.sizes = lists.sizes(tuple(clusters), self.device)
+        self.kept = None
+
+    def _run(self, name, old, fresh=None, upstream=None, moments=None, steps=1, grads=None, out=None, out_moments=None, target=0, scratch=False):
+        native, most = self.native, self.most
+        room = None
+        if scratch:
+            size = native.library.dkm_scratch(most, self.geometry[0], self.squared)
+            room = torch.empty(self.plan.chunks * size, dtype=torch.uint8, device=self.device)
+        inputs = [None if t is None else t.contiguous() for t in (old, fresh, upstream, moments)]
+        passed = (*map(_pointer, inputs), steps, 0 if grads is None else _address(grads), *map(_pointer, (room, self.kept, out, out_moments)), target)
+        clusters = self.sizes.data_ptr(), _pointer(self.tau), most, self.squared
+        getattr(native.library, "dkm_" + name)(self.described, clusters, passed, *native._queue(self.device))
+
+    def _table(self, tensors):
+        return lists.device_table(tensors, self.device) if self.native.on_gpu else lists.host_table(tensors)
+
+    def _incoming(self, grads):
+        """(table of addresses, what must stay alive) of gradients laid out as the weights"""
+        grads = lists.like_weights(grads, self.tensors)
+        return self._table(grads), grads
+
+    def _map(self, name, *args, **options):
+        made = lists.empty_gradients(self.weights, *self.geometry)
+        table = None if self.native.on_gpu else self._table(made)
+        self._run(name, *args, **options, target=made[0].data_ptr() if table is None else _address(table))
+        return made
+
+    def update(self, c):
+        new, moments = torch.empty_like(c), c.new_empty(*c.shape[:2], 3 if self.signed else 1)
+        self._run("update", c, out=new, out_moments=moments, scratch=True)
+        return new, moments
+
+    def output(self, c, new):
+        return self._map("output", c, new)
+
+    def upstream(self, c, grads):
+        u = torch.empty_like(c)
+        self.kept = torch.empty(c.shape[0], self.most + 1, 4, dtype=torch.float64, device=self.device)
+        table, alive = self._incoming(grads)
+        self._run("upstream", c, grads=table, out=u, scratch=True)
+        del alive
+        return u
+
+    def recur(self, c, new, u, moments, grads=None):
+        out = torch.empty_like(c)
+        table, alive = (None, None) if grads is None else self._incoming(grads)
+        self._run("recur", c, new, u, moments, grads=table, out=out, scratch=True)
+        del alive
+        return out
+
+    def gradient(self, steps, grads):
+        table, alive = self._incoming(grads)
+        made = self._map("gradient", *[torch.stack(arrays) for arrays in zip(*[step[:4] for step in steps], strict=True)], steps=len(steps), grads=table)
+        del alive
+        return made
+
+    def jacobian(self, c, new, moments):
+        J = torch.empty(c.shape[0], self.most, self.most, dtype=torch.float64, device=self.device)
+        self._run("jacobian", c, new, None, moments, out=J, scratch=True)
+        return J
+
+    def assign(self, centroids):
+        codes = [torch.empty(w.numel() // self.geometry[0], dtype=torch.uint8 if k <= 256 else torch.int32, device=self.device)
+                 for w, k in zip(self.weights, self.clusters, strict=True)]
+        table = self._table(codes)
+        self._run("assign", centroids, target=_address(table))
+        return codes
 
 
 def _pointer(tensor):

@@ -21,10 +21,7 @@ def accumulator(dtype):
 
 def weights(W, cluster_dim=1, layout="output"):
     """(list of tensors, whether W was a single tensor); TypeError or ValueError says what is wrong with which one."""
-    if isinstance(cluster_dim, bool) or not isinstance(cluster_dim, int):
-        raise TypeError(f"cluster_dim must be an int >= 1, got {cluster_dim!r}")
-    if cluster_dim < 1:
-        raise ValueError(f"cluster_dim must be an int >= 1, got {cluster_dim}")
+    count("cluster_dim", cluster_dim)
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
     single = isinstance(W, Tensor)
@@ -84,6 +81,15 @@ def _reject(w, name, first, cluster_dim):
     if w.numel() == 0:
         raise ValueError(f"{name} is empty (shape {tuple(w.shape)}); it must have at least one element")
     raise ValueError(f"{name} has {w.numel()} elements, fewer than cluster_dim={cluster_dim}")
+
+
+def count(name, value):
+    """An int >= 1, or an error that names it."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int >= 1, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be an int >= 1, got {value}")
+    return value
 
 
 def is_finite(v):

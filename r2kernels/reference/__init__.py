@@ -1,6 +1,7 @@
 """The specification, in plain eager PyTorch: every op as `<op>_fwd` and `<op>_bwd`, and the public functions, usable on their own."""
 from .columns import columns, from_columns
 from .dkm import DKM, assign, assign_fwd, dkm
+from .kmeans import kmeans
 from .range import (
     kure,
     kure_bwd,
@@ -28,6 +29,7 @@ __all__ = [
     "columns",
     "dkm",
     "from_columns",
+    "kmeans",
     "kure",
     "kure_bwd",
     "kure_fwd",

@@ -8,6 +8,9 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "huffman.h"
+#include "packing.h"
+#include "partition.h"
 #if defined(R2_WITH_CUDA)
 #include "cuda/kernels.h"
 #endif
@@ -49,7 +52,7 @@ void def_backward(py::module_& m, const char* name, Run run) {
 }
 
 using Clustered = std::tuple<Address, Address, int, int>;                                                                        // r2::Clusters
-using Passed = std::tuple<Address, Address, Address, Address, int, Address, Address, Address, Address, Address, Address>;  // r2::Pass
+using Passed = std::tuple<Address, Address, Address, Address, int, Address, Address, Address, Address, Address, Address, Address>;  // r2::Pass
 
 // `run` takes (list, clusters, pass, device, queue)
 template <class Run>
@@ -58,31 +61,88 @@ void def_pass(py::module_& m, const char* name, Run run) {
     py::gil_scoped_release release;
     r2::Clusters clusters = {at<const int32_t>(std::get<0>(c)), at<void>(std::get<1>(c)), std::get<2>(c), std::get<3>(c)};
     r2::Pass pass = {at<void>(std::get<0>(p)), at<void>(std::get<1>(p)), at<void>(std::get<2>(p)), at<void>(std::get<3>(p)), std::get<4>(p), at<const int64_t>(std::get<5>(p)),
-                     at<void>(std::get<6>(p)), at<void>(std::get<7>(p)), at<void>(std::get<8>(p)), at<void>(std::get<9>(p)), at<void>(std::get<10>(p))};
+                     at<void>(std::get<6>(p)), at<void>(std::get<7>(p)), at<void>(std::get<8>(p)), at<void>(std::get<9>(p)), at<void>(std::get<10>(p)), at<const int64_t>(std::get<11>(p))};
     run(list_of(l), clusters, pass, device, queue);
   });
 }
 
+using Valued = std::tuple<Address, Address, Address, Address, Address, Address, Address, Address, Address>;  // r2::cpu::Values
+
+using r2::cpu::DkmKernels;
 using r2::cpu::Kernels;
 
+struct Compiled {
+  const Kernels* kernels;
+  const DkmKernels* dkm;
+};
+
 // Those that this processor runs, the widest last.
-std::vector<const Kernels*> usable() {
-  std::vector<const Kernels*> found = {&r2::cpu::portable::kernels};
+std::vector<Compiled> usable() {
+  std::vector<Compiled> found = {{&r2::cpu::portable::kernels, &r2::cpu::portable::dkm}};
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    found.push_back(&r2::cpu::avx2::kernels);
+    found.push_back({&r2::cpu::avx2::kernels, &r2::cpu::avx2::dkm});
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-      found.push_back(&r2::cpu::avx512::kernels);
+      found.push_back({&r2::cpu::avx512::kernels, &r2::cpu::avx512::dkm});
   }
 #endif
   return found;
 }
 
-const Kernels* kernels = usable().back();
+Compiled chosen = usable().back();
 
 template <auto Kernels::*Function>
-auto on_cpu = [](const r2::List& list, const auto& arguments, int, Address threads) { (kernels->*Function)(list, arguments, int(threads)); };
+auto on_cpu = [](const r2::List& list, const auto& arguments, int, Address threads) { (chosen.kernels->*Function)(list, arguments, int(threads)); };
+
+template <auto DkmKernels::*Function>
+auto pass_on_cpu = [](const r2::List& list, const r2::Clusters& clusters, const r2::Pass& pass, int, Address threads) {
+  (chosen.dkm->*Function)(list, clusters, pass, int(threads));
+};
+
+// Codes in files. Those that can fail return an r2::codes::Status.
+void def_codes(py::module_ m) {
+  using namespace r2::codes;
+  using Counts = std::tuple<int64_t, int64_t, int>;  // Groups
+  auto groups_of = [](const Counts& c) { return Groups{std::get<0>(c), std::get<1>(c), std::get<2>(c)}; };
+  m.def("pack", [=](Address codes, const Counts& counts, Address out, int threads) {
+    py::gil_scoped_release release;
+    pack(at<const uint8_t>(codes), groups_of(counts), at<uint8_t>(out), threads);
+  });
+  m.def("unpack", [=](Address packed, const Counts& counts, Address out, int threads) {
+    py::gil_scoped_release release;
+    unpack(at<const uint8_t>(packed), groups_of(counts), at<uint8_t>(out), threads);
+  });
+  m.def("look_up", [=](Address packed, const Counts& counts, Address tables, int index_bits, int64_t size, Address out, int threads) {
+    py::gil_scoped_release release;
+    look_up(at<const uint8_t>(packed), groups_of(counts), at<const char>(tables), index_bits, size, at<char>(out), threads);
+  });
+  m.def("coded_sizes", [](Address codes, int64_t rows, int64_t block, Address lengths, Address sizes, int threads) -> int {
+    py::gil_scoped_release release;
+    return coded_sizes(at<const uint8_t>(codes), Blocks{rows, block}, at<const uint8_t>(lengths), at<int32_t>(sizes), threads);
+  });
+  m.def("encode", [](Address codes, int64_t rows, int64_t block, Address words, Address lengths, Address offsets, Address out, int threads) -> int {
+    py::gil_scoped_release release;
+    Words book = {at<const uint16_t>(words), at<const uint8_t>(lengths)};
+    return encode(at<const uint8_t>(codes), Blocks{rows, block}, book, at<const int64_t>(offsets), at<uint8_t>(out), threads);
+  });
+  m.def("decode", [](Address stream, int64_t bytes, Address offsets, int64_t rows, int64_t block, Address table, Address out, int threads) -> int {
+    py::gil_scoped_release release;
+    Blocks blocks = {rows, block};
+    return decode(at<const uint8_t>(stream), bytes, at<const int64_t>(offsets), blocks, at<const uint64_t>(table), at<uint8_t>(out), threads);
+  });
+}
+
+template <auto DkmKernels::*Function>
+void def_values(py::module_& m, const char* name) {
+  m.def(name, [](const Described& l, const Valued& v, int threads) {
+    py::gil_scoped_release release;
+    r2::cpu::Values values = {at<uint16_t>(std::get<0>(v)), at<float>(std::get<1>(v)), at<float>(std::get<2>(v)), at<int64_t>(std::get<3>(v)),
+                              at<const int64_t>(std::get<4>(v)), at<float>(std::get<5>(v)), at<const int64_t>(std::get<6>(v)),
+                              at<const int64_t>(std::get<7>(v)), at<const int64_t>(std::get<8>(v))};
+    (chosen.dkm->*Function)(list_of(l), values, threads);
+  });
+}
 
 }  // namespace
 
@@ -90,15 +150,20 @@ PYBIND11_MODULE(_C, m) {
   py::module_ cpu = m.def_submodule("cpu");
   cpu.def("isas", [] {
     std::vector<std::string> names;
-    for (const Kernels* k : usable()) names.push_back(k->name);
+    for (const Compiled& c : usable()) names.push_back(c.kernels->name);
     return names;
   });
-  cpu.def("isa", [] { return std::string(kernels->name); });
+  cpu.def("isa", [] { return std::string(chosen.kernels->name); });
   cpu.def("set_isa", [](const std::string& name) {
-    for (const Kernels* k : usable())
-      if (name == k->name) return void(kernels = k);
+    for (const Compiled& c : usable())
+      if (name == c.kernels->name) return void(chosen = c);
     throw std::invalid_argument("instruction set " + name + " is not usable on this machine");
   });
+  m.def("partition", [](Address prefix, int64_t cells, int64_t clusters, Address starts) {
+    py::gil_scoped_release release;
+    r2::Partition::run(at<const double>(prefix), cells, clusters, at<int64_t>(starts));
+  });
+  def_codes(m.def_submodule("codes"));
   m.attr("build") = std::string("C++ " R2_COMPILER)
 #if defined(R2_WITH_CUDA)
                     + ", CUDA for " + r2::cuda::architectures()
@@ -114,11 +179,20 @@ PYBIND11_MODULE(_C, m) {
 #undef R2_FORWARD
 #undef R2_BACKWARD
 
+#define R2_PASS(pass) def_pass(cpu, "dkm_" #pass, pass_on_cpu<&DkmKernels::pass>)
+  R2_PASS(update), R2_PASS(output), R2_PASS(upstream), R2_PASS(recur), R2_PASS(gradient), R2_PASS(jacobian), R2_PASS(assign);
+#undef R2_PASS
+  def_values<&DkmKernels::collect>(cpu, "dkm_collect"), def_values<&DkmKernels::sum_by_value>(cpu, "dkm_sum_by_value"), def_values<&DkmKernels::look_up>(cpu, "dkm_look_up");
+  cpu.def("dkm_scratch", [](int most, int d, int metric) { return chosen.dkm->scratch(most, d, metric); });
+
 #if defined(R2_WITH_CUDA)
   py::module_ cuda = m.def_submodule("cuda");
   cuda.def("problem", &r2::cuda::problem);
 #define R2_FORWARD(op) def_forward(cuda, #op "_fwd", &r2::cuda::op##_fwd)
 #define R2_BACKWARD(op) def_backward(cuda, #op "_bwd", &r2::cuda::op##_bwd)
   R2_OPS;
+#define R2_PASS(pass) def_pass(cuda, "dkm_" #pass, &r2::cuda::dkm_##pass)
+  R2_PASS(update), R2_PASS(output), R2_PASS(upstream), R2_PASS(recur), R2_PASS(gradient), R2_PASS(jacobian), R2_PASS(assign);
+  cuda.def("dkm_scratch", &r2::cuda::dkm_scratch);
 #endif
 }

@@ -57,6 +57,7 @@ struct Pass {
   void* kept;            // what `upstream` leaves for `recur`: (count, most + 1, 4) float64
   void *out, *out_moments;
   void* target;  // of `output` and `gradient`: the address of a flat tensor on a GPU, of a table of addresses on the CPU; of `assign`: a table of addresses
+  const int64_t* counts;  // addresses of float32: how many weights have each value of the list; null: one
 };
 
 }  // namespace r2

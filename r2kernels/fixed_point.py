@@ -1,12 +1,17 @@
 """The fixed point C* = F(C*, W) of DKM's iteration, and the gradient through it.
 
-Scalars in the Euclidean metric: Newton on F(C) - C, whose Jacobian a pass gives besides F; else Anderson's acceleration, which needs F alone. Both fall back on
-the plain step wherever theirs does not help. Gradient: (I - J)^T lambda = u.
+Scalars in the Euclidean metric: Newton on F(C) - C, whose Jacobian a pass gives besides F, as pseudo-transient continuation (Kelley and Keyes 1998): steps of
+implicit Euler along dC/dt = F(C) - C, longer as the residual falls, so that it goes where plain iterations would go and ends as Newton. Else Anderson's
+acceleration, which needs F alone. Gradient: (I - J)^T lambda = u.
 """
 import warnings
 
 import torch
 
+FIRST_TIME = 30.0       # first step of the pseudo-time; 3 takes twice as many passes, 300 misses more of the hard cases
+MOST_GROWTH = 10.0      # of the pseudo-time in a pass
+SHORTENED = 20          # times that a step which breaks the order is made shorter, before the plain one is taken
+DAMPING = 1e-12         # of Anderson's least squares, relative: below it differences are rounding
 MEMORY = 8              # differences that Anderson's acceleration keeps
 MOST_KRYLOV = 64        # products with the Jacobian in the adjoint solution
 
@@ -38,45 +43,44 @@ def solve(passes_of, centroids, tol, max_passes, accelerated=True):
     return c, torch.tensor(count)
 
 
-def _guarded(active, now, step, r, size, state):
-    """`step` where it keeps the order and the residual has not grown since the best one; else the plain step r."""
-    best, sizes = state.setdefault("best", {}), dict(zip(active, size.tolist(), strict=True))
-    near = torch.tensor([s < 1.5 * best.get(i, torch.inf) for i, s in sizes.items()], device=r.device)
-    good = torch.isfinite(step).flatten(1).all(1) & near
-    for i, s in sizes.items():
-        best[i] = min(best.get(i, torch.inf), s)
-    return torch.where(good[:, None, None], step, r)
-
-
 def _newton(passes, active, now, new, moments, r, size, state):
+    times, sizes = (state.setdefault(name, torch.full((max(active) + 1,), value, dtype=r.dtype, device=r.device))
+                    for name, value in (("time", FIRST_TIME), ("size", torch.nan)))
+    growth = (sizes[active] / size).clamp(1 / MOST_GROWTH, MOST_GROWTH)
+    time = times[active] * torch.where(growth.isnan(), 1, growth)
     J = passes.jacobian(now, new, moments)
     eye = torch.eye(J.shape[1], dtype=J.dtype, device=J.device)
-    step = torch.linalg.solve_ex(eye - J, r[..., 0])[0][..., None]
-    moved = now.double() + step
-    real = torch.arange(J.shape[1], device=J.device) < torch.tensor(passes.clusters, device=J.device)[:, None]
+    filled_up = torch.arange(1, J.shape[1], device=J.device) >= torch.tensor(passes.clusters, device=J.device)[:, None]
     spread = torch.stack([c[:k].amax() - c[:k].amin() for c, k in zip(new.double(), passes.clusters, strict=True)])
-    ordered = (moved[:, 1:, 0] >= moved[:, :-1, 0]) | ~real[:, 1:]
-    fine = ordered.all(1) & (step.abs().flatten(1).amax(1) <= 0.5 * spread)
-    return _guarded(active, now, torch.where(fine[:, None, None], step, r), r, size, state)
+    for _ in range(SHORTENED):
+        step = torch.linalg.solve_ex(eye * (1 + 1 / time)[:, None, None] - J, r[..., 0])[0][..., None]
+        moved = now.double() + step
+        ordered = ((moved[:, 1:, 0] >= moved[:, :-1, 0]) | filled_up).all(1)
+        fine = ordered & (step.abs().flatten(1).amax(1) <= 0.5 * spread)
+        if fine.all():
+            break
+        time = torch.where(fine, time, time / 3)
+    times[active], sizes[active] = time, size
+    return torch.where(fine[:, None, None], step, r)
 
 
 def _anderson(passes, active, now, new, moments, r, size, state):
     steps = r.clone()
-    pasts = state.setdefault("past", {})
     for row, i in enumerate(active):
-        points, residuals = pasts.setdefault(i, ([], []))
+        points, residuals, best = state.setdefault(i, ([], [], [torch.inf]))
+        if not size[row] < 1.5 * best[0]:       # it went astray: the plain step, and a new start
+            del points[:], residuals[:]
+        best[0] = min(best[0], size[row].item())
         points.append(now[row].double().flatten())
         residuals.append(r[row].flatten())
         del points[: -MEMORY - 1], residuals[: -MEMORY - 1]
         if len(points) > 1:
-            dR, dX = torch.stack(residuals).diff(dim=0).t(), torch.stack(points).diff(dim=0).t()
-            mix = torch.linalg.pinv(dR, rtol=1e-10) @ residuals[-1]
-            steps[row] = (residuals[-1] - (dX + dR) @ mix).reshape(r[row].shape)
-    guarded = _guarded(active, now, steps, r, size, state)
-    for row, i in enumerate(active):
-        if not torch.equal(guarded[row], steps[row]):
-            pasts.pop(i)
-    return guarded
+            dR, dX = torch.stack(residuals).diff(dim=0), torch.stack(points).diff(dim=0)
+            gram = (dR[:, None] * dR).sum(-1)       # not a product of matrices, nor an SVD: their bits change from run to run
+            gram.diagonal().add_(DAMPING * gram.trace())
+            mix = torch.linalg.solve_ex(gram, (dR * residuals[-1]).sum(-1))[0]
+            steps[row] = (residuals[-1] - (mix[:, None] * (dX + dR)).sum(0)).reshape(r[row].shape)
+    return steps
 
 
 def adjoint(passes, old, new, moments, u):

@@ -92,9 +92,10 @@ def _dispatch(name):
     """The kernel of the backend that serves the device of the weights."""
     fallback = _kernel(name, None)
     at = 1 if name.endswith("_bwd") else 0
+    by_interval = name in _ITERATED or name == "assign_fwd"
 
     def run(*args, **options):
-        backend = select(args[at][0].device)
+        backend = select(args[at][0].device, by_interval)
         return (fallback if backend is None else _kernel(name, backend))(*args, **options)
     return run
 

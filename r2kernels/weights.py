@@ -206,6 +206,19 @@ def like_weights(others, tensors):
             for o, w in zip(others, tensors, strict=True)]
 
 
+def in_layout_order(codes, w, d=1, layout="output"):
+    """One number for each row of w, which lie as `dense` has the rows in memory, in the order in which `layout` reads them."""
+    strides, run = memory_order(w, d, layout)
+    shape = list(w.shape)
+    by_output = d > 1 and layout == "output" and w.dim() > 1
+    axis = 0 if by_output else w.dim() - 1
+    if w.dim() < 2 or (d > 1 and w.shape[axis] % d):
+        return codes            # dense has copied them into that order
+    shape[axis] //= d
+    rows = codes.as_strided(shape, [s // d if s > run else s for s in strides])
+    return (rows.transpose(0, -1) if by_output else rows).reshape(-1)
+
+
 def empty_state(weights, d, saved):
     """(loss, saved) of a range loss, uninitialised."""
     w, count = weights[0], len(weights)

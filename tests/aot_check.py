@@ -97,14 +97,14 @@ def variants(everything):
         yield merge_chunks, "soft_min_max", "fp32", {"d": 3}
 
 
-def compile_kernel(kernel, pointers, constants, dtype, architecture):
+def compile_kernel(kernel, pointers, constants, dtype, architecture, **options):
     """`pointers`: those that are not to numbers of the accumulator's dtype."""
     number = "*" + accumulator(dtype)
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in constants else pointers.get(name, number if name.startswith("p_") else "i32") for name in kernel.arg_names}
     divisible = {(i,): [["tt.divisibility", 16]] for i, (name, kind) in enumerate(signature.items()) if kind.startswith("*") or name == "n_chunk"}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
-    options = {"num_warps": common.WARPS, "enable_fp_fusion": True}
+    options = {"num_warps": common.WARPS, "enable_fp_fusion": True, **options}
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options).asm["cubin"]
 
 

@@ -66,10 +66,13 @@ class Kernel:
                 heapq.heappush(queue, (cost + 1, n, i))
         return None
 
+    def loops(self):
+        """Of each loop the indices on the shortest way once round it."""
+        return [path for path in map(self._cycle, {to for i, to in self.targets.items() if to <= i}) if path]
+
     def main_loop(self):
         """Indices on the shortest way once round the loop that has the most 128-bit loads on it: what full tiles cost, rare branches aside."""
-        heads = {to for i, to in self.targets.items() if to <= i}
-        loops = [path for path in map(self._cycle, heads) if path]
+        loops = self.loops()
         return max(loops, key=lambda path: (self.count("LDG", "128", path), len(path)), default=[])
 
     def per_weight(self, size, loads_per_weight=1):

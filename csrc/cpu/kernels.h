@@ -14,9 +14,21 @@ struct Kernels {
   BackwardFunction l_inf_bwd, margin_bwd, soft_min_max_bwd, soft_extrema_bwd, kure_bwd;
 };
 
+// 16-bit scalars by their values. Arrays have 65,536 places for each tensor of the list; those marked with a star are tables of addresses, one for each.
+struct Values {
+  uint16_t* slots;  // of a code: the place of its value among those that occur, which rise
+  float *values, *counts;
+  int64_t* sizes;  // how many values occur
+  const int64_t* grads;  // *
+  float* sums;  // of the gradients of all weights of a value
+  const int64_t *shift, *factor, *targets;  // * target = factor g + shift of the value of each weight, or without `factor` the shift alone
+};
+using ValuesFunction = void (*)(const List&, const Values&, int threads);
+
 struct DkmKernels {
   PassFunction update, output, upstream, recur, gradient, jacobian, assign;
   int64_t (*scratch)(int most, int d, int metric);
+  ValuesFunction collect, sum_by_value, look_up;
 };
 
 namespace portable {

@@ -10,6 +10,7 @@ import torch
 
 NAMES = ("triton", "cuda", "cpu", "reference")
 _DEFAULTS = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
+_DEFAULTS_BY_INTERVAL = {**_DEFAULTS, "cuda": ("cuda", "triton")}       # Triton cannot scatter, so sums by cluster cost it K times as much
 _chosen = threading.local()
 
 
@@ -44,20 +45,20 @@ def _environment():
     return name
 
 
-def serving(device):
-    """The name of the backend that serves tensors on `device`; RuntimeError where the one chosen explicitly cannot."""
+def serving(device, by_interval=False):
+    """The name of the backend that serves tensors on `device`; RuntimeError where the one chosen explicitly cannot. `by_interval`: for DKM's ops."""
     name = getattr(_chosen, "name", None) or _environment()
     if name is None:
-        return _default(device.type)
+        return _default(device.type, by_interval)
     reason = _why_not(name, device.type)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} was chosen explicitly but cannot be used: {reason}")
     return name
 
 
-def select(device):
+def select(device, by_interval=False):
     """The backend for tensors on `device`: an object with the ops as functions, or None for the reference."""
-    return _load(serving(device))[0]
+    return _load(serving(device, by_interval))[0]
 
 
 def _why_not(name, kind):
@@ -69,8 +70,8 @@ def _why_not(name, kind):
 
 
 @functools.cache
-def _default(kind):
-    for name in _DEFAULTS.get(kind, ()):
+def _default(kind, by_interval):
+    for name in (_DEFAULTS_BY_INTERVAL if by_interval else _DEFAULTS).get(kind, ()):
         reason = _why_not(name, kind)
         if reason is None:
             return name

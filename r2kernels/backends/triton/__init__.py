@@ -108,6 +108,17 @@ class Triton:
     def weight_stats_fwd(self, weights):
         return self._forward("weight_stats", weights, 1, "output", *lists.empty_state(weights, 1, SAVED["weight_stats"]))[1].squeeze(1)
 
+    def DKM(self, *problem):
+        from .clustering import DKM
+        return DKM(self, *problem)
+
+    def assign_fwd(self, *problem):
+        from .clustering import assign_fwd
+        return assign_fwd(self, *problem)
+
+    def current(self, device):
+        return _current(device)
+
 
 def _soft(alpha_grad):
     return "soft_min_max" if alpha_grad else "frozen_soft_min_max"

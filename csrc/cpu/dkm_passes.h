@@ -1,0 +1,149 @@
+// What DKM's passes on the CPU share: memory, threads, and numbers as the accumulator's type.
+#pragma once
+#include <cstdlib>
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace r2 {
+inline namespace R2_ISA {
+
+// Uninitialised memory, aligned for vectors.
+struct Memory {
+  void* at;
+  explicit Memory(int64_t bytes) : at(std::aligned_alloc(64, (bytes + 127) / 64 * 64)) {}
+  Memory(const Memory&) = delete;
+  ~Memory() { std::free(at); }
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(at);
+  }
+};
+
+template <class A>
+using Index = std::remove_reference_t<decltype(typename Lane<Vec<A>>::bits{}[0])>;
+template <class A>
+using Indices = typename Lane<Vec<A>>::bits;
+
+// Attention is kept times this, for it may be subnormal, and arithmetic with such numbers takes ten times as long.
+template <class A>
+struct Scale;
+template <>
+struct Scale<float> {
+  static constexpr float shift = 60, up = 0x1p60f, down = 0x1p-60f, least = -150.5f;
+};
+template <>
+struct Scale<double> {
+  static constexpr double shift = 512, up = 0x1p512, down = 0x1p-512, least = -1075.5;
+};
+
+// up 2^s for s <= 0; 0 where 2^s is
+template <class V>
+R2_HD V power(V s) {
+  using A = typename Lane<V>::A;
+  using bits = typename Lane<V>::bits;
+  using E = Exp2<A>;
+  using S = Scale<A>;
+  const V x = at_least(s, splat<V>(S::least)), shifted = x + (E::round + S::shift), f = x - (shifted - (E::round + S::shift));
+  const V y = bit_cast<V>(bit_cast<bits>(horner<0, 1>(f)) + (bit_cast<bits>(shifted) << E::mantissa));
+  return x <= splat<V>(S::least) ? V{} : y;
+}
+
+#if defined(__AVX512F__)
+using Floats = __m512;
+#define R2_SHUFFLE(name) bit_cast<Vec<float>>(_mm512_##name)
+#elif defined(__AVX2__)
+using Floats = __m256;
+#define R2_SHUFFLE(name) bit_cast<Vec<float>>(_mm256_##name)
+#endif
+#if defined(__AVX2__)
+R2_HD Vec<float> low(Vec<float> a, Vec<float> b) { return R2_SHUFFLE(unpacklo_ps(bit_cast<Floats>(a), bit_cast<Floats>(b))); }
+R2_HD Vec<float> high(Vec<float> a, Vec<float> b) { return R2_SHUFFLE(unpackhi_ps(bit_cast<Floats>(a), bit_cast<Floats>(b))); }
+// In every four lanes: rows to columns, and back.
+R2_HD void turn(Vec<float>* v) {
+  typedef decltype(bit_cast<Vec<double>>(v[0])) D;
+  const auto pair = [](bool upper, Vec<float> a, Vec<float> b) {
+    const D x = bit_cast<D>(a), y = bit_cast<D>(b);
+#if defined(__AVX512F__)
+    const __m512d p = bit_cast<__m512d>(x), q = bit_cast<__m512d>(y);
+    return bit_cast<Vec<float>>(upper ? _mm512_unpackhi_pd(p, q) : _mm512_unpacklo_pd(p, q));
+#else
+    const __m256d p = bit_cast<__m256d>(x), q = bit_cast<__m256d>(y);
+    return bit_cast<Vec<float>>(upper ? _mm256_unpackhi_pd(p, q) : _mm256_unpacklo_pd(p, q));
+#endif
+  };
+  const Vec<float> a = low(v[0], v[1]), b = high(v[0], v[1]), c = low(v[2], v[3]), d = high(v[2], v[3]);
+  v[0] = pair(false, a, c), v[1] = pair(true, a, c), v[2] = pair(false, b, d), v[3] = pair(true, b, d);
+}
+#endif
+
+constexpr int kPad = 16;  // blocks of weights are filled up to a multiple of it
+
+// n numbers as A, in place where that is possible; filled up with the last one.
+template <class A, class T>
+R2_HD const A* widened(const T* from, int n, A* buffer) {
+  if constexpr (std::is_same<A, T>::value)
+    if (n % kPad == 0) return from;
+  int i = 0;
+  for (; i + lanes<Vec<A>> <= n; i += lanes<Vec<A>>) store(buffer + i, load<Vec<A>>(from + i));
+  for (; i < n; ++i) buffer[i] = widen(from[i]);
+  for (; i % kPad; ++i) buffer[i] = buffer[n - 1];
+  return buffer;
+}
+
+template <class A, class T>
+R2_HD void narrowed(const A* from, int n, T* to) {
+  int i = 0;
+  for (; i + lanes<Vec<A>> <= n; i += lanes<Vec<A>>) store(to + i, load<Vec<A>>(from + i));
+  for (; i < n; ++i) to[i] = narrow<T>(from[i]);
+}
+
+// Rows [row, row + n) of a tensor, a chunk of a plan of whole rows.
+struct Rows {
+  int64_t tensor, row, n;
+  Rows(const List& list, int64_t i) : tensor(list.owner[i]), row((i - list.tensors[tensor].first) * list.chunk), n(list.tensors[tensor].rows - row) {
+    if (n > list.chunk) n = list.chunk;
+  }
+};
+
+template <class T>
+R2_HD T* address(const int64_t* table, int64_t tensor) {
+  return table ? reinterpret_cast<T*>(table[tensor]) : nullptr;
+}
+
+// f<T>(list, clusters, pass, threads) for the dtype of the list
+#define R2_FOR_DTYPE(f)                                                                         \
+  switch (list.dtype) {                                                                         \
+    case Dtype::f64: return f<double>(list, clusters, pass, threads);                           \
+    case Dtype::f32: return f<float>(list, clusters, pass, threads);                            \
+    case Dtype::bf16: return f<bf16>(list, clusters, pass, threads);                            \
+    case Dtype::f16: return f<f16>(list, clusters, pass, threads);                              \
+  }
+
+// The passes over scalars in the Euclidean metric, and over anything else.
+struct ScalarPasses {
+  static void update(const List&, const Clusters&, const Pass&, int threads);
+  static void output(const List&, const Clusters&, const Pass&, int threads);
+  static void upstream(const List&, const Clusters&, const Pass&, int threads);
+  static void recur(const List&, const Clusters&, const Pass&, int threads);
+  static void gradient(const List&, const Clusters&, const Pass&, int threads);
+  static void jacobian(const List&, const Clusters&, const Pass&, int threads);
+  static int64_t scratch(int most);
+};
+struct RowPasses {
+  static void update(const List&, const Clusters&, const Pass&, int threads);
+  static void output(const List&, const Clusters&, const Pass&, int threads);
+  static void upstream(const List&, const Clusters&, const Pass&, int threads);
+  static void recur(const List&, const Clusters&, const Pass&, int threads);
+  static void gradient(const List&, const Clusters&, const Pass&, int threads);
+  static void assign(const List&, const Clusters&, const Pass&, int threads);
+  static int64_t scratch(int most, int d);
+};
+struct ValuePasses {
+  static void collect(const List&, const cpu::Values&, int threads);
+  static void sum(const List&, const cpu::Values&, int threads);
+  static void look_up(const List&, const cpu::Values&, int threads);
+};
+
+}  // namespace R2_ISA
+}  // namespace r2

@@ -1,0 +1,325 @@
+// Sums by interval: how a block reads the weights of a chunk, and the bins in shared memory that it adds to.
+#pragma once
+#include "dkm_common.cuh"
+#include "dkm_intervals.cuh"
+
+namespace r2::cuda {
+
+__device__ __forceinline__ void pin(int& x) { asm volatile("" : "+r"(x)); }
+
+template <class T>
+constexpr int kPacks = sizeof(T) == 2 ? 1 : 2;  // 128-bit loads of a thread at once
+template <class T>
+constexpr int kBatch = kPacks<T> * kPack<T>;
+
+template <class T>
+struct Batch {
+  uint4 bits[kPacks<T>];
+
+  __device__ void load(const uint4* from) {
+#pragma unroll
+    for (int u = 0; u < kPacks<T>; ++u) bits[u] = __ldg(from + u * blockDim.x);
+  }
+  __device__ void numbers(Acc<T> (&x)[kBatch<T>]) const { widen_packs<kPacks<T>, T>(bits, x); }
+};
+
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+// Calls lane.take(w[n], g[n], valid) for all n rows, in every thread equally often, and lane.tile_done() after each full tile. g may be null.
+template <bool kGrads, class T, class Lane>
+__device__ void sweep_chunk(const T* w, const T* g, int n, Lane& lane) {
+  constexpr int packs = kPacks<T>, kAhead = 8;  // tiles on the way to the second cache
+  const int threads = blockDim.x, size = threads * kBatch<T>, boundary = before_boundary(w);
+  const bool aligned = !kGrads || before_boundary(g) == boundary;
+  const int head = aligned ? min(boundary, n) : 0, tiles = aligned ? (n - head) / size : 0;
+  const uint4 *from_w = reinterpret_cast<const uint4*>(w + head) + threadIdx.x, *from_g = reinterpret_cast<const uint4*>(g + (kGrads ? head : 0)) + threadIdx.x;
+  Batch<T> now_w, now_g, next_w, next_g;
+  if (tiles > 0) {
+    now_w.load(from_w);
+    if (kGrads) now_g.load(from_g);
+  }
+#pragma unroll 1
+  for (int i = 0; i < tiles; ++i) {
+    from_w += packs * threads, from_g += packs * threads;
+    if (i + 1 < tiles) {
+      next_w.load(from_w);
+      if (kGrads) next_g.load(from_g);
+    }
+    if (threadIdx.x % 8 == 0 && i + kAhead < tiles) {
+      prefetch(from_w + (kAhead - 1) * packs * threads);
+      if (kGrads) prefetch(from_g + (kAhead - 1) * packs * threads);
+      if (packs > 1) prefetch(from_w + ((kAhead - 1) * packs + 1) * threads);
+      if (packs > 1 && kGrads) prefetch(from_g + ((kAhead - 1) * packs + 1) * threads);
+    }
+    Acc<T> x[kBatch<T>], y[kBatch<T>] = {};
+    now_w.numbers(x);
+    if (kGrads) now_g.numbers(y);
+    lane.take(x, y, true);
+    lane.tile_done();
+    now_w = next_w;
+    if (kGrads) now_g = next_g;
+  }
+  const int done = tiles * size, rest = n - done;
+#pragma unroll 1
+  for (int from = 0; from < rest; from += threads) {
+    const int i = from + threadIdx.x, at = i < head ? i : i + done;
+    const bool valid = i < rest;
+    Acc<T> x[1] = {valid ? widen(w[at]) : Acc<T>(0)}, y[1] = {kGrads && valid ? widen(g[at]) : Acc<T>(0)};
+    lane.take(x, y, valid);
+  }
+}
+
+// How bins lie in shared memory: [warp][bin][copy] records. With 32 copies each lane has its own; with fewer, lanes that are so many apart share one and take
+// turns where they meet. Where not all intervals have a bin, the chunk is read once for each part of them.
+struct Shape {
+  int bins;       // intervals at once
+  int copies;     // as a power of two
+  int flush;      // tiles after which the bins are emptied into float64
+};
+
+template <class A, int kRecord>
+struct Bins {
+  using Record = Numbers<A, kRecord>;
+  int own;  // where this lane's copy of the first bin lies in shared memory
+  int from, count, copies;
+
+  __device__ __forceinline__ Record& of_lane(int at) const { return *reinterpret_cast<Record*>(shared_memory() + own + at * (kRecord * 32)); }
+
+  static __device__ __forceinline__ void add(Record& to, const Record& r) {
+    Record sum = to;
+#pragma unroll
+    for (int m = 0; m < kRecord; ++m) sum.v[m] += r.v[m];
+    to = sum;
+  }
+
+  // Two at a time, as an addition in memory takes long.
+  __device__ __forceinline__ void add_pair(int at1, const Record& r1, int at2, const Record& r2) const {
+    Record &to1 = of_lane(at1), &to2 = of_lane(at2);
+    Record sum1 = to1, sum2 = to2;
+    const bool same = at1 == at2;
+#pragma unroll
+    for (int m = 0; m < kRecord; ++m) {
+      sum1.v[m] += r1.v[m];
+      sum2.v[m] = (same ? sum1.v[m] : sum2.v[m]) + r2.v[m];
+    }
+    to1 = sum1, to2 = sum2;
+  }
+
+  // The lanes of a warp together.
+  __device__ __forceinline__ void add_in_turn(int at, const Record& r) const {
+    const int lane = threadIdx.x % 32, bin = at / int(sizeof(A)) - from;
+    int turn = unsigned(bin) < unsigned(count) ? 0 : -32;
+    for (int distance = 1 << copies; distance < 32; distance += 1 << copies) turn += __shfl_xor_sync(~0u, at, distance) == at && (lane ^ distance) < lane;
+    Record& to = *(reinterpret_cast<Record*>(shared_memory() + own) + (bin << copies));
+    for (int t = 0;; ++t) {
+      if (turn == t) add(to, r);
+      __syncwarp();
+      if (!__any_sync(~0u, turn > t)) break;
+    }
+  }
+
+  // at: bins times the size of A
+  template <int n>
+  __device__ __forceinline__ void add(const int (&at)[n], const Record (&r)[n]) const {
+    if (copies == 5) {
+      if (n == 1) add(of_lane(at[0]), r[0]);
+#pragma unroll
+      for (int i = 0; i + 1 < n; i += 2) add_pair(at[i], r[i], at[i + 1], r[i + 1]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < n; ++i) add_in_turn(at[i], r[i]);
+    }
+  }
+};
+
+// The passes that sum. A record of kRecord numbers for each weight; kCounts: and the number of weights that equal the reference. `look(i)` is the i-th number of
+// the weight's interval.
+template <bool kG, int kRecordOf, bool kCountsOf, int kGroupsOf, int kLookUpsOf>
+struct SumsOf {
+  static constexpr bool kGrads = kG, kCounts = kCountsOf;
+  static constexpr int kRecord = kRecordOf, kGroups = kGroupsOf, kLookUps = kLookUpsOf, kNumbers = kRecord + kCounts;
+
+  template <class... Ignored>
+  static __device__ void fill(const Ignored&...) {}
+};
+
+struct UpdateSums : SumsOf<false, 4, true, 1, 1> {
+  template <class A, class Look>
+  static __device__ Numbers<A, 4> record(Shares<A> s, A, A x, A, Look) {
+    return {s.left, s.left * x, s.right, s.right * x};
+  }
+};
+
+struct UpstreamSums : SumsOf<true, 4, false, 1, 1> {
+  template <class A, class Look>
+  static __device__ Numbers<A, 4> record(Shares<A> s, A, A x, A g, Look) {
+    return {s.left * g, s.right * g, x == A(0) ? g : A(0), x == A(0) ? A(1) : A(0)};
+  }
+};
+
+// What attention makes of v_j (w - c'_j) + g (c'_j - end), with the left share relative to the left end of the interval, with the right share relative to the
+// right one: so are all means, for a weight near an end to lose nothing.
+template <bool kLast>
+struct RecurSums : SumsOf<kLast, 2, !kLast, 4, kLast ? 8 : 6> {
+  enum : int { kBend, kRight, kLeftV, kRightV, kLeftE, kRightE, kLeftO, kRightO };
+
+  template <class A, class Put>
+  static __device__ void fill(const Iteration<A>& it, const Groups<4>& groups, const Row<4>& row, int k, Put put) {
+    const double by = k > 0 && k < it.size ? groups.gap[k - 1] : 0;
+    put(kRight, double(it.old[k < it.size ? k : k - 1]));
+    put(kLeftV, row.left[1]), put(kRightV, row.right[1]), put(kLeftE, row.left[2]), put(kRightE, row.right[2] - by * row.right[1]);
+    if (kLast) put(kLeftO, row.left[0]), put(kRightO, row.right[0] - by);
+  }
+  template <class A, class Look>
+  static __device__ Numbers<A, 2> record(Shares<A> s, A w, A x, A g, Look look) {
+    const A y = w - look(kRight);
+    A left = fma(x, look(kLeftV), -look(kLeftE)), right = fma(y, look(kRightV), -look(kRightE));
+    if (!kLast) {
+      const A P = fma(s.left, left, s.right * right);
+      return {s.left * P, s.right * P};
+    }
+    const A shift = g * (x - y);
+    left = fma(g, look(kLeftO), left), right = fma(g, look(kRightO), right);
+    return {s.left * fma(s.left, left, s.right * (right + shift)), s.right * fma(s.left, left - shift, s.right * right)};
+  }
+};
+
+struct JacobianSums : SumsOf<false, 6, true, 1, 1> {
+  template <class A, class Look>
+  static __device__ Numbers<A, 6> record(Shares<A> s, A, A x, A, Look) {
+    const A ll = s.left * s.left, lr = s.left * s.right, rr = s.right * s.right;
+    return {ll, ll * x, lr, lr * x, rr, rr * x};
+  }
+};
+
+template <class Op, class T>
+struct SumLane {
+  using A = Acc<T>;
+  using Record = Numbers<A, Op::kRecord>;
+
+  Tables<Op, A> tables;
+  Finder<A> finder;
+  A slope;
+  int K;
+  Bins<A, Op::kRecord> bins;
+  Record* all;  // the bins of all warps
+  double* totals;
+  int *equal, flush, left;  // left: tiles until the next flush
+
+  template <int n>
+  __device__ __forceinline__ void take(const A (&w)[n], const A (&g)[n], bool valid) {
+    int at[n];
+    Record r[n];
+    bool any = false;
+    finder.find(tables.next(), tables.grid, K, w, at);
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      const A x = w[i] - behind(tables.reference, at[i]);
+      r[i] = Op::record(Shares<A>(fma(x, slope, -tables.get(0, at[i]))), w[i], x, g[i], [&](int which) { return tables.get(which, at[i]); });
+      any |= x == A(0);
+    }
+    if (n == 1 && !valid) r[0] = Record();
+    bins.add(at, r);
+    if constexpr (Op::kCounts) {
+      if (!any || !valid) return;
+#pragma unroll
+      for (int i = 0; i < n; ++i) {
+        const int k = at[i] / int(sizeof(A));
+        if (w[i] == tables.reference[k] && unsigned(k - bins.from) < unsigned(bins.count)) atomicAdd(equal + k, 1);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void tile_done() {
+    if (--left > 0) return;
+    left = flush;
+    empty();
+  }
+
+  // The bins' sums into the totals, in a fixed order.
+  __device__ void empty() {
+    const int copies = 1 << bins.copies, warps = blockDim.x / 32;
+    __syncthreads();
+    for (int i = threadIdx.x; i < bins.count * Op::kRecord; i += blockDim.x) {
+      const int bin = i / Op::kRecord, m = i % Op::kRecord;
+      double sum = totals[i];
+      for (int warp = 0; warp < warps; ++warp) {
+        Record* own = all + ((warp * bins.count + bin) << bins.copies);
+        for (int c = 0; c < copies; c += 4) {
+          A four[4];
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            A& from = own[(c + j + bin) & (copies - 1)].v[m];  // other banks for other bins
+            four[j] = from, from = 0;
+          }
+          sum += (double(four[0]) + double(four[1])) + (double(four[2]) + double(four[3]));
+        }
+      }
+      totals[i] = sum;
+    }
+    __syncthreads();
+  }
+};
+
+// What a block of dkm_sums_kernel keeps besides the tables: totals and counts, and bins where the tables were worked out.
+template <class Op, class A>
+struct SumsRoom {
+  using Record = Numbers<A, Op::kRecord>;
+  Tables<Op, A> tables;
+  double* totals;
+  int* equal;
+  char* rest;
+
+  R2_HD SumsRoom(Space& space, int most, int bins)
+      : tables(space, most), totals(space.take<double>(bins * Op::kRecord)), equal(space.take<int>(Op::kCounts ? most + 1 : 0)), rest(space.take<char>(0)) {}
+
+  // outside: the tables are worked out in Pass.scratch
+  static size_t bytes(int most, Shape shape, int warps, bool outside = false) {
+    Space space = {}, work = {};
+    SumsRoom(space, most, shape.bins);
+    Groups<Op::kGroups>(work, most);
+    const size_t bins = (size_t(warps) * shape.bins << shape.copies) * sizeof(Record);
+    return space.used + (bins > work.used || outside ? bins : work.used);
+  }
+};
+
+template <class Op, class T>
+__global__ void __launch_bounds__(kThreads, 4) dkm_sums_kernel(List list, Clusters clusters, Pass pass, Shape shape, int64_t numbers, bool outside) {
+  using A = Acc<T>;
+  using Lane = SumLane<Op, T>;
+  using Record = typename Lane::Record;
+  const Part part(list, clusters);
+  const Iteration<A> it(clusters, pass, list.count, part.tensor);
+  const int K = it.size, count = min(shape.bins, K + 1);
+  Space space = {shared_memory()};
+  const SumsRoom<Op, A> room(space, clusters.most, shape.bins);
+  double* out = Scratch(list, pass, numbers).of(part);
+  room.tables.fill(it, outside ? reinterpret_cast<char*>(out + int64_t(K + 1) * Op::kNumbers) : room.rest);
+
+  const auto* constants = room.tables.constants;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  int own = int(room.rest - shared_memory()) + (((warp * count) << shape.copies) + lane % (1 << shape.copies)) * int(sizeof(Record));
+  pin(own);
+  Lane sums = {room.tables, constants->finder, constants->slope, K, {own, 0, count, shape.copies}, reinterpret_cast<Record*>(room.rest), room.totals, room.equal,
+               shape.flush, shape.flush};
+  each(Op::kCounts ? K + 1 : 0, [&](int k) { room.equal[k] = 0; });
+
+  const T* w = reinterpret_cast<const T*>(list.pointers[part.tensor]) + part.row;
+  const T* g = Op::kGrads ? reinterpret_cast<const T*>(pass.grads[part.tensor]) + part.row : nullptr;
+  for (; sums.bins.from <= K; sums.bins.from += count) {
+    each((warps * count) << shape.copies, [&](int i) { sums.all[i] = Record(); });
+    each(count * Op::kRecord, [&](int i) { room.totals[i] = 0; });
+    __syncthreads();
+    sweep_chunk<Op::kGrads>(w, g, part.rows, sums);
+    sums.empty();
+    each(min(count, K + 1 - sums.bins.from), [&](int bin) {
+      double* to = out + (sums.bins.from + bin) * Op::kNumbers;
+#pragma unroll
+      for (int m = 0; m < Op::kRecord; ++m) to[m] = room.totals[bin * Op::kRecord + m];
+      if (Op::kCounts) to[Op::kRecord] = room.equal[sums.bins.from + bin];
+    });
+    __syncthreads();
+  }
+}
+
+}  // namespace r2::cuda

@@ -17,6 +17,7 @@ test: $(VENV)/.built $(TRITON36)/.built
 
 bench: $(VENV)/.built
 	$(VENV)/bin/python -m pytest benchmarks/bench_range.py -q --benchmark-quiet -rs
+	$(VENV)/bin/python -m pytest benchmarks/bench_dkm.py -q --benchmark-quiet -rs
 
 lint: $(VENV)/.built
 	$(VENV)/bin/ruff check .

@@ -12,7 +12,7 @@ import pytest
 import report
 import torch
 from contenders import ACCUMULATE, BACKWARD, BOTH, FORWARD, MOVES, OPS, Case, Inputs, check, contenders, copy, floors, line
-from measure import extra_memory, interleave, launches, sample
+from measure import Clock, extra_memory, interleave, launches, ratios, sample
 
 COMPILE_LEAST = 90          # seconds that must be left of the budget to start compiling a list
 L2_SETS = 2.5               # inputs on a GPU rotate among sets of so many times its L2 cache
@@ -116,13 +116,14 @@ def _numbers(case, inputs, name, contender, timed):
     moved = inputs.bytes * (2 if name == "copy" else MOVES[case.work])
     quartiles = statistics.quantiles(samples, n=4)
     median = statistics.median(samples)
-    ratios = {
-        "to_floor": _ratios(timed, name, "floor"), "to_copy": _ratios(timed, name, "copy", moved / (2 * inputs.bytes)),
-        "over_eager": _ratios(timed, "eager", name), "over_compile": _ratios(timed, "torch.compile", name),
+    compared = {
+        "to_floor": ratios(timed, name, "floor"), "to_copy": ratios(timed, name, "copy", moved / (2 * inputs.bytes)),
+        "over_eager": ratios(timed, "eager", name), "over_compile": ratios(timed, "torch.compile", name),
     }
     numbers = {
         "median_ms": median * 1e3, "iqr_ms": (quartiles[2] - quartiles[0]) * 1e3, "rounds": len(samples), "bytes": moved, "gb_per_s": moved / median / 1e9,
-        **{ratio: values and values[1] for ratio, values in ratios.items()}, "quartiles": {ratio: values and values[::2] for ratio, values in ratios.items()},
+        **{ratio: values and values[1] for ratio, values in compared.items()},
+        "quartiles": {ratio: values and values[::2] for ratio, values in compared.items()},
     }
     if name not in ("floor", "copy"):
         gradients = inputs.bytes if case.work in (BOTH, BACKWARD) else 0
@@ -130,31 +131,6 @@ def _numbers(case, inputs, name, contender, timed):
     if case.device == "cuda":
         numbers["launches"] = launches(contender, inputs)
     return numbers
-
-
-def _ratios(timed, a, b, times=1.0):
-    """The quartiles of the rounds' ratios: how many times longer a took than `times` b."""
-    if a not in timed or b not in timed:
-        return None
-    return statistics.quantiles([x / (times * y) for x, y in zip(timed[a][0], timed[b][0], strict=True)], n=4)
-
-
-class Clock:
-    """Time that passes only as samples are replayed."""
-    __name__ = "interleaved_clock"
-
-    def __init__(self):
-        self.now = 0.0
-
-    def __call__(self):
-        return self.now
-
-    def replay(self, samples):
-        samples = iter(samples)
-
-        def advance():
-            self.now += next(samples)
-        return advance
 
 
 clock = Clock()

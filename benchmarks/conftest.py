@@ -33,7 +33,8 @@ def pytest_configure(config):
 class Results:
     """The rows so far, and where they go."""
 
-    def __init__(self, config):
+    def __init__(self, config, report):
+        self.report = report
         self.seconds = config.getoption("bench_case_seconds")
         self.deadline = time.monotonic() + config.getoption("bench_seconds")
         self.data = report.header(config.getoption("bench_device"))
@@ -46,21 +47,31 @@ class Results:
             return
         self.last = rows
         self.data["rows"] += [dict(row) for row in rows.values()]
-        self.data["most load"] = max(self.data["most load"], report.load())
-        report.write(self.data, self.stem)
+        self.data["most load"] = max(self.data["most load"], self.report.load())
+        self.report.write(self.data, self.stem)
 
 
 @pytest.fixture(scope="session")
-def results(request):
-    found = request.config.bench_results_object = Results(request.config)
-    yield found
-    report.write(found.data, found.stem, figure=True)
+def results_of(request):
+    """The results that a module of reports writes; its clock starts when the first case asks."""
+    made = request.config.bench_results_made = []
+
+    def results_of(report):
+        made.append(Results(request.config, report))
+        return made[-1]
+    yield results_of
+    for found in made:
+        found.report.write(found.data, found.stem, figure=True)
+
+
+@pytest.fixture(scope="session")
+def results(results_of):
+    return results_of(report)
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    results = getattr(config, "bench_results_object", None)
-    if results is not None:
-        terminalreporter.write_line(report.targets(results.data, plain=True))
+    for results in getattr(config, "bench_results_made", ()):
+        terminalreporter.write_line(results.report.targets(results.data, plain=True))
         terminalreporter.write_line(f"results: {results.stem}.json, .md and .png")
 
 

@@ -3,6 +3,7 @@ import contextlib
 import gc
 import json
 import random
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -50,17 +51,17 @@ def sample(contender, inputs, calls, synchronize):
     return elapsed / calls
 
 
-def interleave(contenders, inputs, seconds, synchronize=lambda: None):
+def interleave(contenders, inputs, seconds, synchronize=lambda: None, *, least_rounds=LEAST_ROUNDS, tries=3):
     """name -> (samples in seconds per call, one for each round; calls per sample), in about `seconds` altogether."""
     calls, cost = {}, 0.0
     for name, contender in contenders.items():
         with contender.active():
             run(contender, inputs, len(inputs))
-        once = min(sample(contender, inputs, 1, synchronize) for _ in range(3))
+        once = min(sample(contender, inputs, 1, synchronize) for _ in range(tries))
         fits = max(int(LEAST_SAMPLE / max(once, 1e-7)), 1)
         calls[name] = fits if len(inputs) == 1 else -(-fits // len(inputs)) * len(inputs)
         cost += once * calls[name]
-    rounds = min(max(int(seconds / cost), LEAST_ROUNDS), MOST_ROUNDS)
+    rounds = min(max(int(seconds / cost), least_rounds), MOST_ROUNDS)
     samples = {name: [] for name in contenders}
     order, shuffle = list(contenders), random.Random(0).shuffle
     gc.collect()
@@ -73,6 +74,31 @@ def interleave(contenders, inputs, seconds, synchronize=lambda: None):
     finally:
         gc.enable()
     return {name: (samples[name], calls[name]) for name in contenders}
+
+
+def ratios(timed, a, b, times=1.0):
+    """The quartiles of the rounds' ratios: how many times longer a took than `times` b."""
+    if a not in timed or b not in timed:
+        return None
+    return statistics.quantiles([x / (times * y) for x, y in zip(timed[a][0], timed[b][0], strict=True)], n=4)
+
+
+class Clock:
+    """Time that passes only as samples are replayed."""
+    __name__ = "interleaved_clock"
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def replay(self, samples):
+        samples = iter(samples)
+
+        def advance():
+            self.now += next(samples)
+        return advance
 
 
 def extra_memory(contender, inputs):

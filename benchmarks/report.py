@@ -254,6 +254,15 @@ def readme_tables(found):
     return "\n\n".join(parts)
 
 
+def insert(begin, end, tables, fail):
+    """Puts `tables` between two markers of README.md."""
+    text = README.read_text()
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        fail(f"{README.name} must hold {begin} and, after it, {end}, once each")
+    before, after = text.split(begin)[0], text.split(end)[1]
+    _replace(README, f"{before}{begin}\n{tables}\n{end}{after}")
+
+
 def main():
     parser = argparse.ArgumentParser(description="Markdown and a figure from benchmark results.")
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS.json")
@@ -261,11 +270,7 @@ def main():
     args = parser.parse_args()
     found = [json.loads(path.read_text()) for path in args.results]
     if args.readme:
-        text = README.read_text()
-        if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-            parser.error(f"{README.name} must hold {BEGIN} and, after it, {END}, once each")
-        before, after = text.split(BEGIN)[0], text.split(END)[1]
-        _replace(README, f"{before}{BEGIN}\n{readme_tables(found)}\n{END}{after}")
+        insert(BEGIN, END, readme_tables(found), parser.error)
         return
     for path, data in zip(args.results, found, strict=True):
         write(data, path.with_suffix(""), figure=True)

@@ -3,10 +3,11 @@ from . import reference
 from .backends import backends, use_backend
 from .clustering import assign, dkm
 from .functional import WeightStats, kure, l_inf, margin, soft_extrema, soft_min_max, weight_stats
-from .nn import RangeRegularizer
+from .kmeans import kmeans
+from .nn import Palettizer, RangeRegularizer
 from .version import __version__
 
 __all__ = [
-    "RangeRegularizer", "WeightStats", "__version__", "assign", "backends", "dkm", "kure", "l_inf", "margin", "reference", "soft_extrema", "soft_min_max",
-    "use_backend", "weight_stats",
+    "Palettizer", "RangeRegularizer", "WeightStats", "__version__", "assign", "backends", "dkm", "kmeans", "kure", "l_inf", "margin", "reference",
+    "soft_extrema", "soft_min_max", "use_backend", "weight_stats",
 ]

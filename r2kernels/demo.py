@@ -1,9 +1,11 @@
-"""What the range losses are for, in minutes on a CPU: a small MobileNet-V1 trained on scikit-learn's digits without and with them, then rounded.
+"""What the range losses are for, in minutes on a CPU: a small MobileNet-V1 trained on scikit-learn's digits without and with them, then rounded or clustered.
 
 The images are 1,797 real 8x8 digits, 1,200 of them to train. Rounding is the simplest there is (per-tensor min-max, first and last layer
-included, no fine-tuning; batch norms re-estimated), so that what is left of the accuracy shows what the range of the weights is worth.
+included, no fine-tuning; batch norms re-estimated), so that what is left of the accuracy shows what the range of the weights is worth. Clustering is
+DKM, all layers, with a few epochs of training: the shape of the paper's tables 3 and 4.
 """
 import contextlib
+import copy
 import statistics
 import time
 from collections import OrderedDict
@@ -13,13 +15,15 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from . import RangeRegularizer, report
+from . import Palettizer, RangeRegularizer, report
 from .backends import serving
 
 BITS = (32, 4, 3, 2)
 TRAIN, BATCH = 1200, 120
 LEARNING_RATE = 0.2
 TIMED_CALLS = 100
+PALETTES = ((1, 1), (2, 1), (4, 1), (2, 2), (4, 4))     # (bits of a code, weights that share it)
+PALETTE_EPOCHS, PALETTE_LEARNING_RATE = 3, 0.05
 
 
 class Case(NamedTuple):
@@ -46,6 +50,14 @@ class Trained(NamedTuple):
     parameter: list | None
 
 
+class Clustered(NamedTuple):
+    """A model after DKM: accuracy on hard weights, bytes of all clustered weights packed and with an ideal entropy code, and dense."""
+    accuracy: float
+    packed: int
+    coded: int
+    dense: int
+
+
 class Speed(NamedTuple):
     """Median milliseconds of one forward and backward pass of the loss over all weights, and how far apart the two gradients are."""
     fused: float
@@ -54,9 +66,11 @@ class Speed(NamedTuple):
 
 
 class Result(NamedTuple):
-    """`trained`: case -> a `Trained` for each seed; `speed`: case -> `Speed`; `weights`: case -> the first seed's weights, in the order of `layers`."""
+    """`trained`: case -> a `Trained` for each seed; of the first seed `clustered`: case -> a `Clustered` for each of PALETTES; `speed`: case -> `Speed`;
+    `weights`: case -> weights, in the order of `layers`."""
     layers: list
     trained: dict
+    clustered: dict
     speed: dict
     weights: dict
     setting: dict
@@ -64,7 +78,7 @@ class Result(NamedTuple):
 
 def steps(seeds, epochs):
     """How often `run` will advance."""
-    return seeds * len(CASES) * epochs * (TRAIN // BATCH)
+    return len(CASES) * (seeds * epochs + len(PALETTES) * PALETTE_EPOCHS) * (TRAIN // BATCH)
 
 
 def run(seeds=1, epochs=40, device=None, advance=lambda steps: None):
@@ -72,7 +86,7 @@ def run(seeds=1, epochs=40, device=None, advance=lambda steps: None):
     device = torch.device(device or default_device())
     start = time.perf_counter()
     images, labels = _digits(device)
-    trained, speed, weights = {case.name: [] for case in CASES}, {}, {}
+    trained, clustered, speed, weights = {case.name: [] for case in CASES}, {}, {}, {}
     with _one_thread(), torch.random.fork_rng():
         for case in CASES:
             for seed in range(seeds):
@@ -81,10 +95,11 @@ def run(seeds=1, epochs=40, device=None, advance=lambda steps: None):
                     weights[case.name] = [w.detach().cpu().clone() for w in _weights(model).values()]
                     if regularizer:
                         speed[case.name] = _speed(regularizer, model)
+                    clustered[case.name] = [_cluster(model, *palette, split, images, labels, advance) for palette in PALETTES]
                 trained[case.name].append(_measure(model, regularizer, split, images, labels))
     setting = {"seeds": seeds, "epochs": epochs, "device": _device_name(device), "backend": serving(device)}
     setting["seconds"] = time.perf_counter() - start
-    return Result(list(_weights(model)), trained, speed, weights, setting)
+    return Result(list(_weights(model)), trained, clustered, speed, weights, setting)
 
 
 def default_device():
@@ -127,7 +142,7 @@ def _train(case, seed, epochs, images, labels, advance):
     regularizer = RangeRegularizer(model, **case.options) if case.options else None
     groups += regularizer.param_groups() if regularizer else []
     optimizer = torch.optim.SGD(groups, LEARNING_RATE, momentum=0.9, nesterov=True, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [LEARNING_RATE, case.learning_rate][: len(groups)], total_steps=steps(1, epochs) // len(CASES))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [LEARNING_RATE, case.learning_rate][: len(groups)], total_steps=epochs * (TRAIN // BATCH))
     for _ in range(epochs):
         for batch in split[0][torch.randperm(TRAIN)].split(BATCH):
             optimizer.zero_grad()
@@ -151,10 +166,37 @@ def _measure(model, regularizer, split, images, labels):
             for w, original in zip(weights, originals, strict=True):
                 w.copy_(round_min_max(original, bits))
             _estimate_norms(model, images[split[0]])
-        model.eval()
-        accuracy[bits] = (model(images[split[1]]).argmax(1) == labels[split[1]]).float().mean().item()
+        accuracy[bits] = _accuracy(model, images[split[1]], labels[split[1]])
     parameter = next((p.tolist() for p in regularizer.parameters()), None) if regularizer else None
     return Trained([(w.max() - w.min()).item() for w in originals], [w.std().item() for w in originals], accuracy, parameter)
+
+
+@torch.no_grad()
+def _accuracy(model, images, labels):
+    return (model.eval()(images).argmax(1) == labels).float().mean().item()
+
+
+def _cluster(model, bits, cluster_dim, split, images, labels, advance):
+    """A copy of the model trained on with all its weights clustered, then on hard codes."""
+    torch.manual_seed(0)
+    model = copy.deepcopy(model).train()
+    palettizer = Palettizer(model, bits, cluster_dim=cluster_dim)
+    optimizer = torch.optim.SGD(model.parameters(), PALETTE_LEARNING_RATE, momentum=0.9, nesterov=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, PALETTE_EPOCHS * (TRAIN // BATCH))
+    for _ in range(PALETTE_EPOCHS):
+        for batch in split[0][torch.randperm(TRAIN)].split(BATCH):
+            optimizer.zero_grad()
+            cross_entropy(model(images[batch]), labels[batch]).backward()
+            optimizer.step()
+            palettizer.step()
+            schedule.step()
+            advance(1)
+    sizes = palettizer.sizes().values()
+    palettizer.remove()
+    with torch.no_grad():
+        _estimate_norms(model, images[split[0]])
+    total = [sum(getattr(size, field) for size in sizes) for field in ("packed", "coded", "dense")]
+    return Clustered(_accuracy(model, images[split[1]], labels[split[1]]), *total)
 
 
 def round_min_max(w, bits):
@@ -263,6 +305,8 @@ def tables(result):
     count = TRAIN // BATCH * result.setting["epochs"]
     yield f"a learned alpha starts at the paper's 0.1, where the loss is nearly flat (1 + 2 alpha Var); {count} steps take it to the value shown"
     yield ""
+    yield from _clustered_table(result)
+    yield ""
     yield report.table(
         ("loss", "fused, ms", "eager, ms", "eager / fused", "gradients differ by"),
         [(case, f"{s.fused:.3f}", f"{s.eager:.3f}", f"{s.eager / s.fused:.1f}", f"{s.difference:.0e}") for case, s in result.speed.items()],
@@ -270,6 +314,16 @@ def tables(result):
     setting = result.setting
     yield f"fused ran on backend {setting['backend']}, eager is plain PyTorch with autograd; {setting['device']}"
     yield f"{report.count(setting['seeds'], 'seed')}, {report.count(setting['epochs'], 'epoch')}, {setting['seconds']:.0f} s"
+
+
+def _clustered_table(result):
+    names = [f"{bits}/{d}" for bits, d in PALETTES]
+    rows = [(case, *(f"{one.accuracy:.3f}" for one in found)) for case, found in result.clustered.items()]
+    first = result.clustered[CASES[0].name]
+    sizes = [(f"KB, {what}", *(f"{getattr(one, field) / 1e3:.1f}" for one in first)) for what, field in (("packed", "packed"), ("entropy-coded", "coded"))]
+    title = f"test accuracy after {report.count(PALETTE_EPOCHS, 'epoch')} of DKM, bits / cluster_dim, all weights on hard codes"
+    yield report.table(("loss", *names), [*rows, *sizes], title=title)
+    yield f"weights are {first[0].dense / 1e3:.0f} KB in float32; sizes are those without R2, tables of centroids included"
 
 
 def verdict(result):
@@ -289,7 +343,9 @@ def as_json(result):
     """The result as plain data, without the weights."""
     def plain(case):
         speed = result.speed.get(case.name)
-        return {"loss": case.options, "seeds": [one._asdict() for one in result.trained[case.name]], "milliseconds": speed and speed._asdict()}
+        found = {f"{bits}/{d}": one._asdict() for (bits, d), one in zip(PALETTES, result.clustered[case.name], strict=True)}
+        seeds = [one._asdict() for one in result.trained[case.name]]
+        return {"loss": case.options, "seeds": seeds, "clustered": found, "milliseconds": speed and speed._asdict()}
     return {**result.setting, "layers": result.layers, "cases": {case.name: plain(case) for case in CASES}}
 
 

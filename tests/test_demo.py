@@ -11,8 +11,16 @@ from r2kernels import RangeRegularizer, cli, demo, report
 from r2kernels.backends import serving
 
 
+@pytest.fixture(scope="module", autouse=True)
+def two_palettes():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "PALETTES", ((2, 1), (4, 4)))
+        patch.setattr(demo, "PALETTE_EPOCHS", 1)
+        yield
+
+
 @pytest.fixture(scope="module")
-def short():
+def short(two_palettes):
     """(result of one epoch, how far the progress went)."""
     done = []
     return demo.run(seeds=1, epochs=1, device="cpu", advance=done.append), sum(done)
@@ -28,7 +36,7 @@ def text(result):
 
 def test_every_case_is_trained_and_measured(short):
     result, done = short
-    assert done == demo.steps(1, 1) == 50
+    assert done == demo.steps(1, 1) == 150
     assert result.layers[0] == "stem"
     assert result.layers[-1] == "head"
     assert len(result.layers) == 10
@@ -98,6 +106,19 @@ def test_the_tables_hold_the_numbers_of_the_run(short):
     assert f"{result.trained['margin, top 1 %'][0].accuracy[2]:.3f}" in shown
     assert f"backend {serving(torch.device('cpu'))}" in shown
     assert "1 seed, 1 epoch" in shown
+
+
+def test_every_model_is_clustered(short):
+    """Two bits a weight, then one: a sixteenth and a thirty-second of the float32 bytes, and the tables of ten layers."""
+    count = sum(w.numel() for w in short[0].weights["no R2"])
+    for case in demo.CASES:
+        for (bits, d), one in zip(demo.PALETTES, short[0].clustered[case.name], strict=True):
+            tables = 10 * 2**bits * d * 4
+            assert one.dense == 4 * count
+            assert one.packed == pytest.approx(count * bits / d / 8 + tables, rel=0.02, abs=10)
+            assert tables < one.coded <= one.packed + 10
+            assert 0 <= one.accuracy <= 1
+    assert f"{short[0].clustered['no R2'][1].packed / 1e3:.1f}" in text(short[0])
 
 
 def test_several_seeds_give_the_mean(short):

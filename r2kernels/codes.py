@@ -1,0 +1,238 @@
+"""A clustered weight as it is stored: codes and look-up tables."""
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .arguments import accumulator
+from .clustering import assign
+from .packing import Groups, look_up, pack, unpack
+
+LUT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.int8}
+
+
+class Form(NamedTuple):
+    """How a weight is clustered: those of a Palettizer's options that say what is stored."""
+    bits: int
+    cluster_dim: int = 1
+    layout: str = "output"
+    group_size: int | None = None
+    per_channel_scale: bool = False
+    lut_dtype: str = "fp32"
+
+    @classmethod
+    def of(cls, options):
+        return cls(*[getattr(options, field) for field in cls._fields])
+
+    def entry_dtype(self, dtype):
+        """Of the tables of a weight of `dtype`; "fp32" is float64 for float64."""
+        return accumulator(dtype) if self.lut_dtype == "fp32" else LUT_DTYPES[self.lut_dtype]
+
+
+class Geometry:
+    """How many rows of d, and weights left over, the groups of a weight of this shape have: `full` groups, and one of the `last` channels unless 0."""
+
+    def __init__(self, shape, form):
+        channels, inner, d = shape[0], math.prod(shape[1:]), form.cluster_dim
+        self.size = min(form.group_size or channels, channels)      # channels of a full group
+        self.full, self.last = divmod(channels, self.size)
+        self.each, self.left = divmod(self.size * inner, d)
+        self.each_of_last, self.left_of_last = divmod(self.last * inner, d)
+        self.groups = self.full + (self.last > 0)
+        self.rows = self.full * self.each + self.each_of_last
+        self.leftovers = self.full * self.left + self.left_of_last
+
+    def groups_of(self, bits):
+        """How the codes lie in `bits` bits each."""
+        return Groups(self.rows, max(self.each, 1), bits)
+
+    def blocks(self):
+        """(groups, channels, rows, leftovers) of each"""
+        return [(self.full, self.size, self.each, self.left)] + [(1, self.last, self.each_of_last, self.left_of_last)] * (self.last > 0)
+
+
+def quantized_lut(lut, dtype):
+    """The table as it comes back from storage in `dtype` ("fp32", "fp16", or "int8" with one scale, max|lut| / 127)."""
+    return restored_lut(*stored_lut(lut, dtype), lut.dtype)
+
+
+def stored_lut(lut, dtype):
+    """(entries, scale or None) of (..., K, d): of int8 one scale (..., 1, 1) for each table."""
+    if dtype == "fp32":
+        return lut, None
+    if dtype == "fp16":
+        most = torch.finfo(torch.float16).max
+        return lut.clamp(-most, most).half(), None
+    scale = lut.abs().amax((-2, -1), keepdim=True) / 127
+    return (lut / torch.where(scale == 0, 1, scale)).round().to(torch.int8), scale
+
+
+def restored_lut(entries, scale, dtype):
+    return entries.to(dtype) if scale is None else entries.to(dtype) * scale
+
+
+def channel_scales(w):
+    """(C,) max|W| of each output channel, 1 for a channel of zeros; no gradient."""
+    top = w.detach().abs().flatten(1).amax(1)
+    return torch.where(top == 0, 1, top)
+
+
+def along_channels(scales, dims):
+    """(C,) as a factor of a weight of so many dimensions."""
+    return scales.reshape(-1, *[1] * (dims - 1))
+
+
+def is_turned(shape, d, layout):
+    """Whether rows lie along the output channels."""
+    return layout == "output" and len(shape) > 1 and d > 1
+
+
+def rows_to_tensor(rows, like, layout):
+    """A tensor like `like` made of rows (N, d) in the order of `layout`; the numel mod d leftovers are those of `like`."""
+    form = Form(0, rows.shape[1], layout)
+    return assembled(rows.to(like.dtype), leftovers_of(like, form), like.shape, form)
+
+
+def leftovers_of(w, form):
+    """What the rows of a group leave over."""
+    d = form.cluster_dim
+    if w.numel() % d == 0:
+        return w.new_empty(0)
+    return (w.transpose(0, -1) if is_turned(w.shape, d, form.layout) else w).reshape(-1)[w.numel() // d * d:]
+
+
+def assembled(rows, leftovers, shape, form):
+    """A weight made of the rows (N, d) of its groups, one after the other, and of what those leave over."""
+    flat, parts, done, over = rows.reshape(-1), [], 0, 0
+    for count, channels, each, left in Geometry(shape, form).blocks():
+        size, part = each * form.cluster_dim, flat[done : done + count * each * form.cluster_dim]
+        if left:
+            part = torch.cat([part.view(count, size), leftovers[over : over + count * left].view(count, left)], 1)
+        if is_turned(shape, form.cluster_dim, form.layout):
+            part = part.reshape(count, shape[-1], *shape[1:-1], channels).transpose(1, -1).contiguous()
+        parts.append(part.reshape(count * channels, *shape[1:]))
+        done, over = done + count * size, over + count * left
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class Size(NamedTuple):
+    """Bytes of a layer."""
+    dense: int              # in the dtype that it trains in
+    codes: int              # packed, bits / cluster_dim bits per weight
+    luts: int               # tables, and the scales of channels and of int8 tables
+    leftovers: int          # weights that no row holds
+    entropy: float          # of the codes, were each as long as its own entropy
+
+    @property
+    def packed(self):
+        return self.codes + self.luts + self.leftovers
+
+    @property
+    def coded(self):
+        """With an ideal entropy code in place of packed bits."""
+        return math.ceil(self.entropy) + self.luts + self.leftovers
+
+
+def entropy(counts):
+    """Bytes of all symbols that occur so often, were each as long as its own entropy."""
+    p = counts[counts > 0].double() / counts.sum()
+    return (counts.sum() * -(p * p.log2()).sum()).item() / 8
+
+
+class Clustered(NamedTuple):
+    """A weight: `decoded()` is W_hat."""
+    shape: tuple
+    dtype: torch.dtype
+    form: Form
+    codes: Tensor           # uint8, those of all groups one after the other, in `width` bits each
+    width: int              # 8, or the bits of the form: packed, each group from a byte on
+    entries: Tensor         # (groups, K, d): the tables, as stored
+    lut_scales: Tensor | None       # (groups, 1, 1) of int8 tables
+    scales: Tensor | None           # (C,): what each output channel was divided by
+    leftovers: Tensor       # of all groups, one after the other, divided too
+
+    @classmethod
+    def of(cls, w, centroids, options, scales=None):
+        """The codes of the nearest of `centroids` (groups, K, d), rounded as they are stored. scales: of the channels, by default their max|W|."""
+        form = Form.of(options)
+        pieces, scales = divided(w, form, scales)
+        entries, lut_scales = stored_lut(centroids, form.lut_dtype)
+        luts = restored_lut(entries, lut_scales, centroids.dtype)
+        luts = [lut[:, 0].contiguous() if form.cluster_dim == 1 else lut for lut in luts.unbind()]
+        codes = torch.cat(assign(pieces, luts, cluster_dim=form.cluster_dim, layout=form.layout))
+        leftovers = torch.cat([leftovers_of(piece, form) for piece in pieces])
+        return cls(tuple(w.shape), w.dtype, form, codes, 8, entries, lut_scales, scales, leftovers)
+
+    @property
+    def groups(self):
+        return self.geometry.groups_of(self.width)
+
+    @property
+    def geometry(self):
+        return Geometry(self.shape, self.form)
+
+    def packed(self):
+        """These with packed codes."""
+        bits = self.form.bits
+        return self if self.width == bits else self._replace(codes=pack(self.codes, self.geometry.groups_of(bits)), width=bits)
+
+    def unpacked(self):
+        """These with a byte for each code."""
+        return self if self.width == 8 else self._replace(codes=unpack(self.codes, self.groups), width=8)
+
+    def luts(self):
+        """(groups, K, d) tables of the numbers that rows are made of."""
+        return restored_lut(self.entries, self.lut_scales, accumulator(self.dtype))
+
+    def decoded(self):
+        rows = look_up(self.codes, self.groups, self.luts().to(self.dtype))
+        out = assembled(rows, self.leftovers, self.shape, self.form)
+        return out if self.scales is None else out * along_channels(self.scales, len(self.shape))
+
+    def counts(self):
+        """(K,) how often each code occurs."""
+        return torch.bincount(self.unpacked().codes, minlength=2**self.form.bits)
+
+    def size(self):
+        luts = sum(t.nbytes for t in (self.entries, self.lut_scales, self.scales) if t is not None)
+        dense = math.prod(self.shape) * self.dtype.itemsize
+        return Size(dense, self.geometry.groups_of(self.form.bits).nbytes, luts, self.leftovers.nbytes, entropy(self.counts()))
+
+
+def divided(w, form, scales=None):
+    """(the groups of a weight, divided by the scales of their channels, as they are clustered; the scales or None)"""
+    if form.per_channel_scale:
+        scales = channel_scales(w) if scales is None else scales
+        w = w / along_channels(scales, w.dim())
+    return [w] if form.group_size is None else list(w.split(form.group_size)), scales
+
+
+class Palette(NamedTuple):
+    codes: Tensor           # (N,) uint8
+    lut: Tensor             # (K, d)
+    layout: str
+
+    @classmethod
+    def of(cls, w, lut, layout, nearest=None):
+        """The nearest entries of `lut`, or those of the entries nearest in another table."""
+        centroids = lut if nearest is None else nearest
+        d = lut.shape[1]
+        return cls(assign(w, centroids[:, 0].contiguous() if d == 1 else centroids, cluster_dim=d, layout=layout), lut, layout)
+
+    def decoded(self, like):
+        return rows_to_tensor(self.lut[self.codes.long()], like, self.layout)
+
+    def entropy(self):
+        """Bytes of all codes at their entropy."""
+        return entropy(torch.bincount(self.codes))
+
+
+def size_of(palettes, w, bits, lut_dtype, scaled):
+    """`Size` of a weight whose groups have these palettes."""
+    d = palettes[0].lut.shape[1]
+    rows = sum(len(p.codes) for p in palettes)
+    entry = torch.empty((), dtype=LUT_DTYPES[lut_dtype]).element_size()
+    luts = len(palettes) * (2**bits * d * entry + 4 * (lut_dtype == "int8")) + (4 * len(w) if scaled else 0)
+    codes = sum(math.ceil(len(p.codes) * bits / 8) for p in palettes)
+    return Size(w.nbytes, codes, luts, (w.numel() - rows * d) * w.element_size(), sum(p.entropy() for p in palettes))

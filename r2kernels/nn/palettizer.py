@@ -1,0 +1,358 @@
+"""Train a model through DKM: every weight a soft mixture of a few centroids, then hard codes."""
+import fnmatch
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .. import arguments, clustering
+from ..codes import LUT_DTYPES, Palette, quantized_lut, size_of
+from ..kmeans import kmeans
+from .select import select_weights
+
+# tau="auto": this part of the distance of neighbouring centroids (for "sqeuclidean" squared). In the demo's five palettes and four trainings 0.25 leaves a
+# soft-to-hard gap of 25 % and loses up to 40 points, 0.02 hardly lets a weight change its centroid.
+SOFT = 0.1
+
+
+class Options(NamedTuple):
+    """How a layer is clustered."""
+    bits: int
+    cluster_dim: int = 1
+    layout: str = "output"
+    tau: object = "auto"
+    iterations: int | str = 5
+    metric: str = "euclidean"
+    gradient: str = "unrolled"
+    group_size: int | None = None
+    per_channel_scale: bool = False
+    lut_dtype: str = "fp32"
+
+    def checked(self, name):
+        """These options, or an error that says which of them is not allowed for layer `name`."""
+        for option, value, least, most in (("bits", self.bits, 1, 8), ("cluster_dim", self.cluster_dim, 1, None), ("group_size", self.group_size, 1, None)):
+            if option == "group_size" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{option} of {name} must be an int, got {value!r}")
+            if value < least or (most and value > most):
+                raise ValueError(f"{option} of {name} must be an int {f'in {least}..{most}' if most else f'>= {least}'}, got {value}")
+        if self.layout not in arguments.LAYOUTS:
+            raise ValueError(f"layout of {name} must be one of {arguments.LAYOUTS}, got {self.layout!r}")
+        if self.lut_dtype not in LUT_DTYPES:
+            raise ValueError(f"lut_dtype of {name} must be one of {tuple(LUT_DTYPES)}, got {self.lut_dtype!r}")
+        if not isinstance(self.per_channel_scale, bool):
+            raise TypeError(f"per_channel_scale of {name} must be True or False, got {self.per_channel_scale!r}")
+        arguments.dkm_options(self.iterations, self.metric, self.gradient, None, 1)
+        if self.tau != "auto" and not callable(self.tau):
+            values = self.tau if isinstance(self.tau, (tuple, list)) else (self.tau,)
+            if len(values) not in (1, 3):
+                raise ValueError(f'tau of {name} must be "auto", a number, (start, end, steps) or a function of the step, got {self.tau!r}')
+            for value in values:
+                arguments.number(f"tau of {name}", value, "a finite number > 0", lambda v: 0 < v < float("inf"))
+        return self
+
+    def temperature(self, step, centroids):
+        """tau of every group (G,) after `step` steps, for centroids (G, K, d)."""
+        if self.tau == "auto":
+            return _spacing(centroids, self.metric) * SOFT ** (2 if self.metric == "sqeuclidean" else 1)
+        if callable(self.tau):
+            value = arguments.number("tau(step)", self.tau(step), "a finite number > 0", lambda v: 0 < v < float("inf"))
+        elif isinstance(self.tau, (tuple, list)):
+            first, last, steps = self.tau
+            value = first * (last / first) ** min(step / steps, 1.0)
+        else:
+            value = self.tau
+        return torch.full((len(centroids),), float(value), dtype=centroids.dtype, device=centroids.device)
+
+
+def _spacing(centroids, metric):
+    """(G,) mean distance of a centroid to the nearest other one, or its square; 1 where all are equal."""
+    D = torch.cdist(centroids, centroids)
+    D = D.masked_fill(torch.eye(D.shape[-1], dtype=torch.bool, device=D.device), torch.inf) if D.shape[-1] > 1 else torch.ones_like(D)
+    mean = D.amin(-1).mean(-1)
+    mean = torch.where((mean > 0) & mean.isfinite(), mean, 1)
+    return mean.square() if metric == "sqeuclidean" else mean
+
+
+class Layer(NamedTuple):
+    name: str
+    places: list            # (module, attribute) of all modules that share the weight
+    options: Options
+
+    @property
+    def key(self):
+        return self.name.replace(".", "/")
+
+    def weight(self):
+        module, attribute = self.places[0]
+        return module._parameters[attribute]
+
+
+class Palettizer(nn.Module):
+    """Trains `model` with its weights clustered by DKM: K = 2**bits centroids for rows of `cluster_dim` weights, bits / cluster_dim bits per weight.
+
+        palettizer = Palettizer(model, bits=2)          # centroids start from `kmeans` of the weights
+        loss(model(x)).backward()                       # in train() the model runs on the soft W_hat
+        optimizer.step()
+        palettizer.step()                               # the next forward starts from the centroids of this one
+        model.eval(); model(x)                          # runs on hard codes
+        palettizer.remove()                             # a plain model with hard weights
+
+    All conv, linear, embedding and attention weights, first and last layers too, in batched launches, once per forward. The parameters stay what
+    they are: `state_dict`, optimizers, DDP and range losses see the dense weights. A forward changes nothing. Parts of the model may be called
+    alone; their layers are then clustered one by one.
+    The palettizer's own `state_dict` holds centroids, temperatures and the step.
+
+    overrides: name pattern (of the parameter or its module) -> dict of options, or "skip"; of several that match the last one counts. Layers with fewer
+    rows than centroids are left dense, with a warning. cluster_dim, layout, iterations, metric, gradient: as in `r2kernels.dkm`.
+    tau: a number; (start, end, steps), geometric from soft to hard; a function of the step; or "auto": a tenth of the mean distance of neighbouring
+    centroids (for "sqeuclidean" squared), followed as they move. group_size: output channels that share centroids (None: all). per_channel_scale: each output
+    channel is divided by its max|W| first. lut_dtype: "fp32", "fp16" or "int8" (with one scale per group): how centroids are stored; training sees the
+    rounding of the nearest centroid (straight-through).
+    """
+
+    def __init__(self, model, bits, *, cluster_dim=1, layout="output", tau="auto", iterations=5, metric="euclidean", gradient="unrolled",
+                 group_size=None, per_channel_scale=False, lut_dtype="fp32", overrides=None):
+        super().__init__()
+        usual = Options(bits, cluster_dim, layout, tau, iterations, metric, gradient, group_size, per_channel_scale, lut_dtype).checked("the model")
+        self.layers = _layers(model, usual, overrides or {})
+        self._model = (model,)          # in a tuple, so that it does not become a part of this module
+        self.centroids, self.taus = nn.Module(), nn.Module()
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self._count = 0
+        with torch.no_grad():
+            for layer in self.layers:
+                found = kmeans(self._pieces(layer), 2**layer.options.bits, cluster_dim=layer.options.cluster_dim, layout=layer.options.layout)
+                self.centroids.register_buffer(layer.key, torch.stack(found).reshape(len(found), -1, layer.options.cluster_dim))
+                self.taus.register_buffer(layer.key, layer.options.temperature(0, self.centroids._buffers[layer.key]))
+        self._hats, self._fresh, self._inside, self._hard_of = None, None, False, None
+        self._handles = [model.register_forward_pre_hook(self._enter), model.register_forward_hook(self._leave, always_call=True)]
+        for i, layer in enumerate(self.layers):
+            for module, attribute in layer.places:
+                for caller in (module, *_readers(model, module)):
+                    self._handles.append(caller.register_forward_pre_hook(_Alone(self, i, module, attribute)))
+                    self._handles.append(caller.register_forward_hook(_Gone(self, module, attribute), always_call=True))
+
+    def _pieces(self, layer):
+        """The groups of a weight, scaled, as `dkm` takes them."""
+        w, options = layer.weight(), layer.options
+        if options.per_channel_scale:
+            w = w / self._scale(w)
+        return [w] if options.group_size is None else list(w.split(options.group_size))
+
+    @staticmethod
+    def _scale(w):
+        """max|W| of each output channel, 1 for a channel of zeros; no gradient."""
+        top = w.detach().abs().flatten(1).amax(1)
+        return torch.where(top == 0, 1, top).reshape(-1, *[1] * (w.dim() - 1))
+
+    def _whole(self, layer, pieces):
+        """A weight made of the numbers of its groups."""
+        w = layer.weight()
+        out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return out * self._scale(w) if layer.options.per_channel_scale else out
+
+    def _soft(self, layers):
+        """[(W_hat, new centroids (G, K, d))] of some layers: one batch for all that share their options."""
+        batches, results = {}, {}
+        for layer in layers:
+            o, w = layer.options, layer.weight()
+            batches.setdefault((w.dtype, w.device, o.cluster_dim, o.layout, o.iterations, o.metric, o.gradient), []).append(layer)
+        for (_, _, d, layout, iterations, metric, gradient), some in batches.items():
+            pieces = [self._pieces(layer) for layer in some]
+            starts = [c.squeeze(-1) if d == 1 else c for layer in some for c in self.centroids._buffers[layer.key].unbind()]
+            tau = torch.cat([self.taus._buffers[layer.key] for layer in some])
+            flat = [p for group in pieces for p in group]
+            hats, moved = clustering.dkm(flat, starts, tau, iterations=iterations, metric=metric, gradient=gradient, cluster_dim=d, layout=layout)
+            at = 0
+            for layer, group in zip(some, pieces, strict=True):
+                mine, c = hats[at : at + len(group)], [c.reshape(-1, d) for c in moved[at : at + len(group)]]
+                at += len(group)
+                if layer.options.lut_dtype != "fp32":
+                    mine = [self._rounded(h, p, c_, layer.options) for h, p, c_ in zip(mine, group, c, strict=True)]
+                results[layer.name] = self._whole(layer, mine), torch.stack(c).detach()
+        return [results[layer.name] for layer in layers]
+
+    @staticmethod
+    def _rounded(hat, w, c, o):
+        """W_hat as if the nearest centroid's entry of the table were rounded; the gradient passes through."""
+        with torch.no_grad():
+            error = Palette.of(w, quantized_lut(c, o.lut_dtype) - c, o.layout, nearest=c).decoded(like=torch.zeros_like(w))
+        return hat + error
+
+    def _palettes(self, layer):
+        """The `Palette` of each group: codes and table as they are stored."""
+        o = layer.options
+        luts = [quantized_lut(c, o.lut_dtype) for c in self.centroids._buffers[layer.key]]
+        return [Palette.of(p, lut, o.layout) for p, lut in zip(self._pieces(layer), luts, strict=True)]
+
+    @torch.no_grad()
+    def _hard(self, layers):
+        return [self._whole(layer, [p.decoded(like=w) for p, w in zip(self._palettes(layer), self._pieces(layer), strict=True)]) for layer in layers]
+
+    def _hard_once(self):
+        """Hard weights, kept from one forward in eval to the next while neither weights nor centroids change."""
+        if torch.compiler.is_compiling():
+            return self._hard(self.layers)
+        tensors = [t for layer in self.layers for t in (layer.weight(), self.centroids._buffers[layer.key])]
+        now = [(id(t), t._version) for t in tensors]
+        if self._hard_of is None or self._hard_of[0] != now:
+            self._hard_of = now, self._hard(self.layers)
+        return self._hard_of[1]
+
+    def _enter(self, model, args):
+        if model.training:
+            self._hard_of = None
+            found = self._soft(self.layers)
+            self._hats = [hat for hat, _ in found]
+            if torch.is_grad_enabled():
+                self._fresh = [c for _, c in found]
+        else:
+            self._hats = self._hard_once()
+        for layer, hat in zip(self.layers, self._hats, strict=True):
+            for module, attribute in layer.places:
+                object.__setattr__(module, attribute, hat)
+        self._inside = True
+
+    def _leave(self, model, args, output):
+        self._inside = False
+        for layer in self.layers:
+            for module, attribute in layer.places:
+                _unshadow(module, attribute)
+
+    def _one(self, i, training):
+        """A layer's weight outside of a forward of the whole model: recomputed by checkpointing in a backward, or a part of the model called alone."""
+        if self._hats is not None and torch._C._current_graph_task_id() != -1:
+            return self._hats[i]
+        return self._soft([self.layers[i]])[0][0] if training else self._hard([self.layers[i]])[0]
+
+    @torch.no_grad()
+    def step(self):
+        """After `optimizer.step()`: adopts the centroids of the last forward in train() with gradients enabled, and moves the temperatures on."""
+        self._count += 1
+        self.steps.fill_(self._count)
+        if self._fresh is not None:
+            for layer, c in zip(self.layers, self._fresh, strict=True):
+                self.centroids._buffers[layer.key].copy_(c)
+        self._fresh = self._hats = None
+        self._warm_up()
+
+    def _warm_up(self):
+        for layer in self.layers:
+            self.taus._buffers[layer.key].copy_(layer.options.temperature(self._count, self.centroids._buffers[layer.key]))
+
+    @torch.no_grad()
+    def gap(self):
+        """name -> ||W_soft - W_hard|| / ||W||: what a layer loses when it is snapped to its centroids."""
+        gaps = {}
+        for layer, (hat, _), hard in zip(self.layers, self._soft(self.layers), self._hard(self.layers), strict=True):
+            gaps[layer.name] = ((hat - hard).double().norm() / layer.weight().double().norm()).item()
+        return gaps
+
+    def sizes(self):
+        """name -> `Size`: bytes of the layer dense, packed (codes, tables, scales) and with its codes at their entropy."""
+        found = {}
+        with torch.no_grad():
+            for layer in self.layers:
+                o = layer.options
+                found[layer.name] = size_of(self._palettes(layer), layer.weight(), o.bits, o.lut_dtype, o.per_channel_scale)
+        return found
+
+    def model_state(self):
+        """The model's `state_dict` without the clustered weights, under whatever names they have."""
+        clustered = {id(layer.weight()) for layer in self.layers}
+        model = self._model[0]
+        shared = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in clustered}
+        return {name: value for name, value in model.state_dict().items() if name not in shared}
+
+    @torch.no_grad()
+    def remove(self, bake=True):
+        """Detaches from the model; with `bake` its weights become the hard ones, else they stay dense."""
+        if bake:
+            for layer, hard in zip(self.layers, self._hard(self.layers), strict=True):
+                layer.weight().copy_(hard)
+        for handle in self._handles:
+            handle.remove()
+        self._leave(None, None, None)
+        self._handles, self._hats, self._fresh, self._hard_of = [], None, None, None
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self._count, self._fresh, self._hats, self._hard_of = int(self.steps), None, None, None
+
+    def __getstate__(self):
+        return {**self.__dict__, "_hats": None, "_fresh": None, "_hard_of": None}
+
+    def extra_repr(self):
+        return f"layers={len(self.layers)}, steps={self._count}"
+
+
+class _Alone:
+    """Before a layer runs outside of a forward of the whole model."""
+
+    def __init__(self, palettizer, i, module, attribute):
+        self.palettizer, self.i, self.module, self.attribute = palettizer, i, module, attribute
+
+    def __call__(self, caller, args):
+        if not self.palettizer._inside:
+            object.__setattr__(self.module, self.attribute, self.palettizer._one(self.i, caller.training))
+
+
+class _Gone:
+    """After it."""
+
+    def __init__(self, palettizer, module, attribute):
+        self.palettizer, self.module, self.attribute = palettizer, module, attribute
+
+    def __call__(self, caller, args, output):
+        if not self.palettizer._inside:
+            _unshadow(self.module, self.attribute)
+
+
+def _readers(model, module):
+    """The modules that read a weight of this one without calling it."""
+    return [m for m in model.modules() if isinstance(m, nn.MultiheadAttention) and m.out_proj is module]
+
+
+def _unshadow(module, attribute):
+    """The parameter again, which an attribute of the same name stood before."""
+    if torch.compiler.is_compiling():       # which cannot delete
+        object.__setattr__(module, attribute, module._parameters[attribute])
+    elif attribute in module.__dict__:
+        object.__delattr__(module, attribute)
+
+
+def _layers(model, usual, overrides):
+    """The layers to cluster, with their options."""
+    if not isinstance(overrides, dict):
+        raise TypeError(f"overrides must be a dict of name pattern -> options, got {type(overrides).__name__}")
+    for pattern, given in overrides.items():
+        if given != "skip" and not isinstance(given, dict):
+            raise TypeError(f'overrides[{pattern!r}] must be a dict of options or "skip", got {given!r}')
+        unknown = [] if given == "skip" else sorted(set(given) - set(Options._fields))
+        if unknown:
+            raise ValueError(f"overrides[{pattern!r}] has no option {unknown[0]!r}; allowed are {Options._fields}")
+    layers, used = [], set()
+    for name, module, attribute in select_weights(model, embeddings=True):
+        path, options = name.rpartition(".")[0], usual
+        for pattern, given in overrides.items():
+            if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(path, pattern):
+                used.add(pattern)
+                options = None if given == "skip" else (options or usual)._replace(**given).checked(name)
+        if options is None:
+            continue
+        p = module._parameters[attribute]
+        rows = min(len(p), options.group_size or len(p)) * (p.numel() // len(p)) // options.cluster_dim
+        if rows < 2**options.bits:
+            warnings.warn(f"{name} stays dense: it has {rows} rows of {options.cluster_dim} for {2**options.bits} centroids", stacklevel=3)
+            continue
+        places = [(m, a) for m in model.modules() for a, q in m._parameters.items() if q is p]
+        layers.append(Layer(name, places, options))
+    missed = [pattern for pattern in overrides if pattern not in used]
+    if missed:
+        raise ValueError(f"overrides[{missed[0]!r}] matches no weight of the model")
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no weight left to cluster")
+    return layers

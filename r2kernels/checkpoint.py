@@ -19,7 +19,7 @@ NESTED = ("state_dict", "model", "model_state_dict", "module")
 
 
 class CheckpointError(ValueError):
-    """A file that cannot be read as a checkpoint. One line: the file, what is wrong with it, what is allowed."""
+    """A file that cannot be read or written as a checkpoint. One line: the file, what is wrong with it, what is allowed."""
 
 
 class Entry(NamedTuple):
@@ -40,6 +40,7 @@ class Entry(NamedTuple):
 
 class Checkpoint:
     """`entries`: name, shape and dtype of every tensor of the state dict in the file at `path`; `read` gives the tensors, one at a time.
+    `aliases`: of those that are one tensor under several names, name -> the first of them.
 
     Raises CheckpointError.
     """
@@ -50,7 +51,7 @@ class Checkpoint:
         if opener is None:
             raise CheckpointError(f"{path}: unknown kind of checkpoint {self.path.suffix!r}; allowed are {', '.join(_OPENERS)}")
         _check_file(self.path)
-        self.entries, self._get = opener(self.path)
+        self.entries, self._get, self.aliases = opener(self.path)
 
     @property
     def weights(self):
@@ -63,7 +64,10 @@ class Checkpoint:
     def read(self, entries=None):
         """Yields (entry, tensor on the CPU) for all entries or for these, in order."""
         for entry in self.entries if entries is None else entries:
-            yield entry, self._get(entry.name)
+            yield entry, self.tensor(entry.name)
+
+    def tensor(self, name):
+        return self._get(name)
 
 
 def _check_file(path):
@@ -81,7 +85,7 @@ def _open_safetensors(path):
     from safetensors import SafetensorError, safe_open
     try:
         file = safe_open(path, framework="pt")
-        return [_safetensors_entry(file, name) for name in sorted(file.keys(), key=_natural)], file.get_tensor
+        return [_safetensors_entry(file, name) for name in sorted(file.keys(), key=natural)], file.get_tensor, {}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: is truncated, corrupt or not a safetensors file ({_first_line(error)})") from error
 
@@ -92,9 +96,10 @@ def _safetensors_entry(file, name):
     return Entry(name, shape, (stored[:0] if shape else file.get_tensor(name)).dtype)
 
 
-def _natural(name):
+def natural(name):
     """Sorts layers.2 before layers.10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+    parts = re.split(r"(\d+)", name)
+    return [(len(part.lstrip("0")), part.lstrip("0")) if part.isdecimal() else (-1, part) for part in parts]
 
 
 def _open_torch(path):
@@ -104,7 +109,17 @@ def _open_torch(path):
     for name, tensor in tensors.items():
         if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise CheckpointError(f"{path}: {name} is a {type(tensor).__name__} ({tensor.layout}, {tensor.device}); only dense tensors with data are supported")
-    return [Entry(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()], tensors.get
+    return [Entry(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()], tensors.get, same_tensors(tensors)
+
+
+def same_tensors(tensors):
+    """name -> an earlier name of the same tensor: the same memory, read in the same way."""
+    aliases, seen = {}, {}
+    for name, tensor in tensors.items():
+        first = seen.setdefault((tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()), name)
+        if first != name and tensor.numel():
+            aliases[name] = first
+    return aliases
 
 
 def _load_torch(path):

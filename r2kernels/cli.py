@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from . import __version__
+from .arguments import LAYOUTS
 from .backends import backends, select, versions
-from .checkpoint import Checkpoint, CheckpointError
+from .checkpoint import CheckpointError
 
 EXTRAS = ("matplotlib", "rich", "safetensors", "sklearn")
 DEMO_PLOT = "r2kernels_demo.png"
@@ -91,15 +92,20 @@ def _info(args):
 def _report_arguments(parser):
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=".safetensors, .pt or .pth; a nested state_dict or model is found")
     parser.add_argument("--plot", metavar="FILE", help="write histograms of the weights (.png, .pdf, .svg, ...)")
+    parser.add_argument("--sizes", action="store_true", help="print what it would take at 4, 2 and 1 bits instead, with and without first and last layers")
+    parser.add_argument("--ends", metavar="PATTERN", nargs="+", action="extend", default=[], help="names of the first and last layers (default: first, last)")
     parser.add_argument("--json", action="store_true", help="print JSON; a number that is not finite is null")
     _add_force(parser)
 
 
 def _report(args):
     from . import report
+    from .io import opened
+    if args.sizes:
+        return _sizes(args)
     plot = args.plot and _figure_path(args.plot, args.force)
     _check_backend(torch.device("cpu"))
-    checkpoint = Checkpoint(args.checkpoint)
+    checkpoint = opened(args.checkpoint)
     with _progress("reading weights", sum(entry.numel for entry in checkpoint.weights), quiet=args.json) as advance:
         rows = list(report.layers(checkpoint, histograms=bool(plot), advance=advance))
     if plot:
@@ -110,6 +116,78 @@ def _report(args):
     _print(report.summary(checkpoint, rows))
     if plot:
         _print(f"histograms: {plot}")
+
+
+def _sizes(args):
+    from . import sizes
+    from .io import opened
+    if args.plot:
+        raise BadInput("--plot draws no sizes")
+    _check_backend(torch.device("cpu"))
+    checkpoint = opened(args.checkpoint)
+    with _progress("clustering weights", sum(entry.numel for entry in checkpoint.weights), quiet=args.json) as advance:
+        found = sizes.measure(checkpoint, ends=args.ends, advance=advance)
+    if args.json:
+        return _print_json({"checkpoint": args.checkpoint, **found})
+    _print(sizes.size_table(found))
+    for line in sizes.size_lines(checkpoint, found):
+        _print(line)
+
+
+def _compress_arguments(parser):
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=".safetensors, .pt or .pth; a nested state_dict or model is found")
+    parser.add_argument("-o", "--out", metavar="OUT", required=True, help="the palettized file (.safetensors)")
+    parser.add_argument("--bits", type=_bits, required=True, metavar="N", help="bits of a code, 1 to 8: 2**N centroids")
+    parser.add_argument("--cluster-dim", type=_positive, default=1, metavar="D", help="weights that share a code (default 1): N/D bits per weight")
+    parser.add_argument("--layout", choices=LAYOUTS, default="output", help="whether those lie along the output channels or in memory")
+    parser.add_argument("--skip", metavar="PATTERN", nargs="+", action="extend", default=[], help="weights or modules to leave as they are, such as 'fc.*'")
+    parser.add_argument("--group-size", type=_positive, metavar="N", help="output channels that share centroids (default: all)")
+    parser.add_argument("--per-channel-scale", action="store_true", help="divide each output channel by its largest weight first")
+    parser.add_argument("--lut-dtype", choices=("fp32", "fp16", "int8"), default="fp32", help="how centroids are stored")
+    parser.add_argument("--entropy", choices=("huffman",), help="code those weights that become smaller by it")
+    parser.add_argument("--plot", metavar="FILE", help="write histograms of the weights and their centroids (.png, .pdf, .svg, ...)")
+    parser.add_argument("--json", action="store_true", help="print JSON; a number that is not finite is null")
+    _add_force(parser)
+
+
+def _compress(args):
+    from . import compress, report
+    from .codes import Form
+    from .io import opened
+    out, plot = _checkpoint_path(args.out, args.force, (".safetensors",)), args.plot and _figure_path(args.plot, args.force)
+    _check_backend(torch.device("cpu"))
+    checkpoint = opened(args.checkpoint)
+    form = Form.of(args)
+    with _progress("clustering weights", sum(entry.numel for entry in checkpoint.weights), quiet=args.json) as advance, _writable(out):
+        result = compress.compress(
+            checkpoint, out, form, skip=args.skip, entropy=args.entropy, overwrite=args.force, plot=bool(plot), advance=advance)
+    if plot:
+        _save_figure(compress.result_figure(result, checkpoint.path.name), plot, args.force)
+    if args.json:
+        return _print_json(report.finite(compress.result_json(result, checkpoint, out, form, args.entropy)))
+    _print(compress.result_table(result))
+    for line in compress.result_lines(result, out) + [f"histograms: {plot}"] * bool(plot):
+        _print(line)
+
+
+def _expand_arguments(parser):
+    parser.add_argument("file", metavar="IN", help="a file that `r2kernels compress` or `save_palettized` wrote")
+    parser.add_argument("-o", "--out", metavar="OUT", required=True, help="the dense checkpoint (.safetensors, .pt, .pth)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    _add_force(parser)
+
+
+def _expand(args):
+    from . import compress
+    from .io import Palettized
+    out = _checkpoint_path(args.out, args.force, compress.SUFFIXES)
+    with Palettized(args.file) as file:
+        total = sum(entry.numel for entry in file.entries)
+        with _progress("decoding weights", total, quiet=args.json) as advance, _writable(out):
+            size = compress.expand(file, out, overwrite=args.force, advance=advance)
+        if args.json:
+            return _print_json({"file": args.file, "out": str(out), "tensors": len(file.entries), "bytes": size})
+        _print(f"{out}: {len(file.entries)} tensors, {compress.size_text(size)}")
 
 
 def _demo_arguments(parser):
@@ -139,6 +217,8 @@ def _demo(args):
 COMMANDS = {
     "info": (_info, _info_arguments, "versions, and which backends are usable or why not"),
     "report": (_report, _report_arguments, "range, std and kurtosis of every weight of a checkpoint"),
+    "compress": (_compress, _compress_arguments, "cluster the weights of a checkpoint by k-means and write them as codes and look-up tables"),
+    "expand": (_expand, _expand_arguments, "write the dense checkpoint of a palettized file"),
     "demo": (_demo, _demo_arguments, "train a small network with and without the range losses and round its weights to 4, 3 and 2 bits"),
 }
 
@@ -147,6 +227,13 @@ def _positive(text):
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _bits(text):
+    value = int(text)
+    if not 1 <= value <= 8:
+        raise argparse.ArgumentTypeError(f"must be 1 to 8, got {value}")
     return value
 
 
@@ -167,11 +254,28 @@ def _output_path(name, force):
     path = Path(name)
     if path.is_dir():
         raise BadInput(f"{path}: is a directory")
+    if path.exists() and not path.is_file():
+        raise BadInput(f"{path}: is not a regular file")
     if not path.parent.is_dir():
         raise BadInput(f"{path}: there is no directory {path.parent}")
     if path.exists() and not force:
         raise BadInput(f"{path}: exists already; --force overwrites it")
     return path
+
+
+def _checkpoint_path(name, force, allowed):
+    if Path(name).suffix.lower() not in allowed:
+        raise BadInput(f"{name}: unknown kind of checkpoint {Path(name).suffix!r}; allowed are {', '.join(allowed)}")
+    return _output_path(name, force)
+
+
+@contextlib.contextmanager
+def _writable(path):
+    """Where `path` cannot be written, that is bad input."""
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}") from error
 
 
 def _figure_path(name, force):

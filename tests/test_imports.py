@@ -144,12 +144,14 @@ LAW = {
     "backends": set(),
     "backends.native": {"weights", "arguments"},
     "backends.triton": {"weights", "arguments", "backends.triton.common", "backends.triton.*"},
+    "backends.triton.clustering": {"weights", "arguments", "backends.triton.*"},
     "backends.triton.*": {"backends.triton.common", "backends.triton.*"},
     "ops": {"reference", "iterations", "fixed_point", "backends", "weights"},
     "clustering": {"arguments", "ops", "backends", "weights"},
+    "kmeans": {"arguments", "ops", "backends", "backends.native", "reference.*"},
     "functional": {"arguments", "ops", "backends", "weights"},
 }
-MAY_IMPORT_FUNCTIONAL = {"", "nn", "report", "demo", "cli"}
+MAY_IMPORT_FUNCTIONAL = {"", "nn.regularizer", "report", "demo", "cli"}
 
 
 def module_name(path):

@@ -15,7 +15,7 @@ from .io import Planned, by_alignment, saving
 from .kmeans import kmeans
 from .report import PANELS, count, figure, histogram, number, table
 
-PART = 2**22            # elements of a weight whose error is summed at once
+PART = 2**15            # elements of a weight whose error is summed at once: they stay in the cache, on one thread
 SUFFIXES = (".safetensors", ".pt", ".pth")
 FEW_ROWS, NOT_FINITE, SKIPPED = "fewer rows than centroids", "not finite", "skipped"
 

@@ -6,7 +6,7 @@ lowest of a byte. In the extension, or in numpy to the same bytes.
 import numpy as np
 import torch
 
-from .packing import extension
+from .packing import checked, extension
 
 LONGEST = 11
 AT_ONCE = 5
@@ -29,7 +29,7 @@ def code_lengths(counts):
 
 def encode(codes, lengths):
     """(stream, bytes of each block as int32) of `codes`, (rows,) uint8."""
-    words, codes, call = _words(lengths), codes.contiguous(), extension()
+    words, codes, call = _words(lengths), checked(codes, 1), extension()
     rows, known = len(codes), np.zeros(256, np.uint8)
     known[: len(lengths)] = lengths
     if call is None:
@@ -49,7 +49,7 @@ def decode(stream, sizes, rows, lengths):
     table, call = _table(lengths), extension()
     if len(sizes) != -(-rows // BLOCK) or (sizes < 0).any():
         raise ValueError("the stream has blocks of wrong sizes")
-    offsets, stream = _offsets(sizes), stream.contiguous()
+    offsets, stream = _offsets(sizes), checked(stream, 0)
     if offsets[-1] > len(stream):
         _check(2)
     if call is None:

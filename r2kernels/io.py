@@ -62,6 +62,17 @@ def save_clustered(clustered, state, path, *, entropy=None, aliases=None):
             saver.add(name, clustered[name] if form else dense[name])
 
 
+def load_palettized(path):
+    """name -> tensor, dense and on the CPU, ready for `load_state_dict`: what `save_palettized` or `r2kernels compress` wrote.
+
+    The whole file is checked. ValueError names the tensor that is wrong: truncated, changed, too long, of another version, of a size that does not agree
+    with its bytes. No code from a file is ever run.
+    """
+    with Palettized(path) as file:
+        tensors = {entry.name: tensor for entry, tensor in file.read(file.own)}
+    return {entry.name: tensors[file.aliases.get(entry.name, entry.name)] for entry in file.entries}
+
+
 def _checked(name, tensor):
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
         raise TypeError(f"{name} of the model's state_dict is a {type(tensor).__name__}; only dense tensors with data can be saved")

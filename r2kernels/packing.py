@@ -43,9 +43,9 @@ def extension():
 
 def pack(codes, groups):
     """(groups.nbytes,) uint8 of `codes`, (rows,) uint8 below 2**bits."""
-    if codes.numel() and int(codes.max()) >> groups.bits:
+    codes, call = checked(codes, groups.rows), extension()
+    if int(codes.max()) >> groups.bits:
         raise ValueError(f"code {int(codes.max())} does not fit {groups.bits} bits")
-    codes, call = codes.contiguous(), extension()
     if call is None:
         return torch.from_numpy(_packed(codes.numpy(), groups))
     out = torch.empty(groups.nbytes, dtype=torch.uint8)
@@ -55,7 +55,7 @@ def pack(codes, groups):
 
 def unpack(packed, groups):
     """The (rows,) uint8 that `pack` packed."""
-    packed, call = _checked(packed, groups), extension()
+    packed, call = checked(packed, groups.nbytes), extension()
     if call is None:
         return torch.from_numpy(_unpacked(packed.numpy(), groups))
     out = torch.empty(groups.rows, dtype=torch.uint8)
@@ -73,22 +73,23 @@ def look_up(packed, groups, tables):
     if call is None:
         return _looked_up(packed, groups, tables)
     out = torch.empty(groups.rows, d, dtype=tables.dtype)
-    call("look_up", _checked(packed, groups), tuple(groups), tables, entries.bit_length() - 1, d * tables.element_size(), out)
+    call("look_up", checked(packed, groups.nbytes), tuple(groups), tables, entries.bit_length() - 1, d * tables.element_size(), out)
     return out
 
 
-def _checked(packed, groups):
-    if packed.numel() < groups.nbytes or packed.dtype != torch.uint8:
-        raise ValueError(f"{packed.numel()} numbers of {packed.dtype} for {groups.nbytes} packed bytes")
-    return packed.contiguous()
+def checked(numbers, count):
+    """uint8 on the CPU, one after the other and at least so many."""
+    if numbers.dtype != torch.uint8 or numbers.numel() < count:
+        raise ValueError(f"{numbers.numel()} numbers of {numbers.dtype}; needed are {count} of torch.uint8")
+    return numbers.cpu().contiguous()
 
 
 def _looked_up(packed, groups, tables):
-    codes = packed if groups.bits == 8 else torch.from_numpy(_unpacked(_checked(packed, groups).numpy(), groups))
+    codes = packed if groups.bits == 8 else torch.from_numpy(_unpacked(checked(packed, groups.nbytes).numpy(), groups))
     entries, d = tables.shape[1:]
-    index = codes[: groups.rows].long() & (entries - 1)
+    index = codes[: groups.rows].to(tables.device).long() & (entries - 1)
     if len(tables) > 1:
-        index += torch.arange(groups.rows, device=codes.device) // groups.each * entries
+        index += torch.arange(groups.rows, device=index.device) // groups.each * entries
     return tables.reshape(-1, d)[index]
 
 

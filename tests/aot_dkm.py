@@ -130,7 +130,7 @@ def step_loop(kernel):
 
 def check(make, dtype, change, architecture):
     kernel, pointers, constants = make(dtype, **change)
-    options = {"maxnreg": scalar.REGISTERS} if make is map_scalars and dtype != "fp64" else {}
+    options = {"maxnreg": scalar.registers(constants["GRADIENT"], dtype == "fp64")} if make is map_scalars else {}
     found = aot_check.disassemble(aot_check.compile_kernel(kernel, pointers, constants, dtype, architecture, **options))
     row = {"kernel": make.__name__, "dtype": dtype, "variant": " ".join(f"{k}={v}" for k, v in change.items()), "arch": architecture,
            "registers": found.registers, "stack": found.stack + found.local, "spills": found.count("LDL") + found.count("STL")}

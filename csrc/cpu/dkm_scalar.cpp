@@ -307,9 +307,9 @@ void sum_by_interval(const List& list, const Clusters& clusters, const Pass& pas
       const Rows c(list, i);
       const Table<A>& table = tables.of(c.tensor);
       const T *w = address<const T>(list.pointers, c.tensor) + c.row, *g = Sums::kGrads ? address<const T>(pass.grads, c.tensor) + c.row : nullptr;
-      const float* count = pass.counts ? address<const float>(pass.counts, c.tensor) + c.row : nullptr;
+      const float* counts = address<const float>(pass.counts, c.tensor);
       (many_turns(table.size, R) ? sum_chunk<kMany, T, Sums> : sum_chunk<kFewTurns, T, Sums>)(
-          table, w, g, count, c.n, *room.template as<Room<A>>(), sums.template as<double>(), partial + i * each);
+          table, w, g, counts ? counts + c.row : nullptr, c.n, *room.template as<Room<A>>(), sums.template as<double>(), partial + i * each);
     }
 #pragma omp for schedule(dynamic)
     for (int64_t t = 0; t < list.count; ++t) {

@@ -132,27 +132,27 @@ struct Bins {
   }
 };
 
-// The passes that sum. A record of kRecord numbers for each weight; kCounts: and the number of weights that equal the reference. `look(i)` is the i-th number of
-// the weight's interval.
-template <bool kG, int kRecordOf, bool kCountsOf, int kGroupsOf, int kLookUpsOf>
+// The passes that sum. A record of kRecord numbers for each weight; kCounts: and the number of weights that equal the reference. `row` has the numbers of the weight's
+// interval.
+template <bool kG, int kRecordOf, bool kCountsOf, int kGroupsOf, int kNumbersOf = 2>
 struct SumsOf {
   static constexpr bool kGrads = kG, kCounts = kCountsOf;
-  static constexpr int kRecord = kRecordOf, kGroups = kGroupsOf, kLookUps = kLookUpsOf, kNumbers = kRecord + kCounts;
+  static constexpr int kRecord = kRecordOf, kGroups = kGroupsOf, kNumbers = kNumbersOf, kSums = kRecord + kCounts;
 
   template <class... Ignored>
   static __device__ void fill(const Ignored&...) {}
 };
 
-struct UpdateSums : SumsOf<false, 4, true, 1, 1> {
-  template <class A, class Look>
-  static __device__ Numbers<A, 4> record(Shares<A> s, A, A x, A, Look) {
+struct UpdateSums : SumsOf<false, 4, true, 1> {
+  template <class A>
+  static __device__ Numbers<A, 4> record(Shares<A> s, A, A x, A, const A*) {
     return {s.left, s.left * x, s.right, s.right * x};
   }
 };
 
-struct UpstreamSums : SumsOf<true, 4, false, 1, 1> {
-  template <class A, class Look>
-  static __device__ Numbers<A, 4> record(Shares<A> s, A, A x, A g, Look) {
+struct UpstreamSums : SumsOf<true, 4, false, 1> {
+  template <class A>
+  static __device__ Numbers<A, 4> record(Shares<A> s, A, A x, A g, const A*) {
     return {s.left * g, s.right * g, x == A(0) ? g : A(0), x == A(0) ? A(1) : A(0)};
   }
 };
@@ -160,8 +160,8 @@ struct UpstreamSums : SumsOf<true, 4, false, 1, 1> {
 // What attention makes of v_j (w - c'_j) + g (c'_j - end), with the left share relative to the left end of the interval, with the right share relative to the
 // right one: so are all means, for a weight near an end to lose nothing.
 template <bool kLast>
-struct RecurSums : SumsOf<kLast, 2, !kLast, 4, kLast ? 8 : 6> {
-  enum : int { kBend, kRight, kLeftV, kRightV, kLeftE, kRightE, kLeftO, kRightO };
+struct RecurSums : SumsOf<kLast, 2, !kLast, 4, kLast ? 9 : 7> {
+  enum : int { kRight = kBend + 1, kLeftV, kRightV, kLeftE, kRightE, kLeftO, kRightO };
 
   template <class A, class Put>
   static __device__ void fill(const Iteration<A>& it, const Groups<4>& groups, const Row<4>& row, int k, Put put) {
@@ -170,23 +170,23 @@ struct RecurSums : SumsOf<kLast, 2, !kLast, 4, kLast ? 8 : 6> {
     put(kLeftV, row.left[1]), put(kRightV, row.right[1]), put(kLeftE, row.left[2]), put(kRightE, row.right[2] - by * row.right[1]);
     if (kLast) put(kLeftO, row.left[0]), put(kRightO, row.right[0] - by);
   }
-  template <class A, class Look>
-  static __device__ Numbers<A, 2> record(Shares<A> s, A w, A x, A g, Look look) {
-    const A y = w - look(kRight);
-    A left = fma(x, look(kLeftV), -look(kLeftE)), right = fma(y, look(kRightV), -look(kRightE));
+  template <class A>
+  static __device__ Numbers<A, 2> record(Shares<A> s, A w, A x, A g, const A* row) {
+    const A y = w - row[kRight];
+    A left = fma(x, row[kLeftV], -row[kLeftE]), right = fma(y, row[kRightV], -row[kRightE]);
     if (!kLast) {
       const A P = fma(s.left, left, s.right * right);
       return {s.left * P, s.right * P};
     }
     const A shift = g * (x - y);
-    left = fma(g, look(kLeftO), left), right = fma(g, look(kRightO), right);
+    left = fma(g, row[kLeftO], left), right = fma(g, row[kRightO], right);
     return {s.left * fma(s.left, left, s.right * (right + shift)), s.right * fma(s.left, left - shift, s.right * right)};
   }
 };
 
-struct JacobianSums : SumsOf<false, 6, true, 1, 1> {
-  template <class A, class Look>
-  static __device__ Numbers<A, 6> record(Shares<A> s, A, A x, A, Look) {
+struct JacobianSums : SumsOf<false, 6, true, 1> {
+  template <class A>
+  static __device__ Numbers<A, 6> record(Shares<A> s, A, A x, A, const A*) {
     const A ll = s.left * s.left, lr = s.left * s.right, rr = s.right * s.right;
     return {ll, ll * x, lr, lr * x, rr, rr * x};
   }
@@ -211,11 +211,11 @@ struct SumLane {
     int at[n];
     Record r[n];
     bool any = false;
-    finder.find(tables.next(), tables.grid, K, w, at);
+    finder.find(tables.next, tables.grid, K, w, at);
 #pragma unroll
     for (int i = 0; i < n; ++i) {
-      const A x = w[i] - behind(tables.reference, at[i]);
-      r[i] = Op::record(Shares<A>(fma(x, slope, -tables.get(0, at[i]))), w[i], x, g[i], [&](int which) { return tables.get(which, at[i]); });
+      const A *row = tables.row(at[i]), x = w[i] - row[kReference];
+      r[i] = Op::record(Shares<A>(fma(x, slope, -row[kBend])), w[i], x, g[i], row);
       any |= x == A(0);
     }
     if (n == 1 && !valid) r[0] = Record();
@@ -225,7 +225,7 @@ struct SumLane {
 #pragma unroll
       for (int i = 0; i < n; ++i) {
         const int k = at[i] / int(sizeof(A));
-        if (w[i] == tables.reference[k] && unsigned(k - bins.from) < unsigned(bins.count)) atomicAdd(equal + k, 1);
+        if (w[i] == tables.row(at[i])[kReference] && unsigned(k - bins.from) < unsigned(bins.count)) atomicAdd(equal + k, 1);
       }
     }
   }
@@ -294,7 +294,7 @@ __global__ void __launch_bounds__(kThreads, 4) dkm_sums_kernel(List list, Cluste
   Space space = {shared_memory()};
   const SumsRoom<Op, A> room(space, clusters.most, shape.bins);
   double* out = Scratch(list, pass, numbers).of(part);
-  room.tables.fill(it, outside ? reinterpret_cast<char*>(out + int64_t(K + 1) * Op::kNumbers) : room.rest);
+  room.tables.fill(it, outside ? reinterpret_cast<char*>(out + int64_t(K + 1) * Op::kSums) : room.rest);
 
   const auto* constants = room.tables.constants;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -313,7 +313,7 @@ __global__ void __launch_bounds__(kThreads, 4) dkm_sums_kernel(List list, Cluste
     sweep_chunk<Op::kGrads>(w, g, part.rows, sums);
     sums.empty();
     each(min(count, K + 1 - sums.bins.from), [&](int bin) {
-      double* to = out + (sums.bins.from + bin) * Op::kNumbers;
+      double* to = out + (sums.bins.from + bin) * Op::kSums;
 #pragma unroll
       for (int m = 0; m < Op::kRecord; ++m) to[m] = room.totals[bin * Op::kRecord + m];
       if (Op::kCounts) to[Op::kRecord] = room.equal[sums.bins.from + bin];

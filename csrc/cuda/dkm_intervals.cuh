@@ -230,10 +230,11 @@ struct Finder {
   }
 };
 
-// All that a pass looks up of one iteration, each number in an array over the intervals: their references, which are the centroids, and kLookUps more, which
-// Op::fill makes, the bend first. Laid out for the most clusters of the list, so that addresses are uniform.
+// All that a pass looks up of one iteration: the centroids, and kNumbers numbers of each interval, which Op::fill makes besides the first two. They lie an odd
+// number of them apart, so that different intervals are in different banks.
 template <class Op, class A>
 struct Tables {
+  static constexpr int kStride = Op::kNumbers | 1;
   struct Constants {
     Finder<A> finder;
     A slope, pull;  // 2 log2(e) / tau, 2 / tau
@@ -242,32 +243,30 @@ struct Tables {
 
   uint8_t* grid;
   Constants* constants;
-  A *reference, *numbers;
-  int stride;
+  A *next, *numbers;  // next: the centroids and a NaN
 
   R2_HD Tables(Space& space, int most)
-      : grid(space.take<uint8_t>(kMostCells)), constants(space.take<Constants>(1)), reference(space.take<A>(most + 2)), numbers(space.take<A>(Op::kLookUps * (most + 1))),
-        stride(most + 1) {}
+      : grid(space.take<uint8_t>(kMostCells)), constants(space.take<Constants>(1)), next(space.take<A>(most + 1)), numbers(space.take<A>(kStride * (most + 1))) {}
 
-  __device__ const A* next() const { return reference + 1; }
-  // number `which` of the interval that is at / sizeof(A)
-  __device__ __forceinline__ A get(int which, int at) const { return behind(numbers + which * stride, at); }
+  // the numbers of the interval that is at / sizeof(A)
+  __device__ __forceinline__ const A* row(int at) const { return reinterpret_cast<const A*>(reinterpret_cast<const char*>(numbers) + at * kStride); }
 
   // By all threads of a block. work: what Groups need
   __device__ void fill(const Iteration<A>& it, char* work) const {
     const int K = it.size;
-    for (int k = threadIdx.x; k < K + 2; k += blockDim.x) reference[k] = k <= K ? it.old[k ? k - 1 : 0] : A(NAN);
+    for (int k = threadIdx.x; k <= K; k += blockDim.x) next[k] = k < K ? it.old[k] : A(NAN);
     Space space = {work};
     const Groups<Op::kGroups> groups(space, K);
     groups.fill(it);
     const A slope = A(it.slope());
     for (int k = threadIdx.x; k <= K; k += blockDim.x) {
       const Row<Op::kGroups> row(K, groups, double(slope), k);
-      numbers[k] = A(row.bend);
-      Op::fill(it, groups, row, k, [&](int which, double x) { numbers[which * stride + k] = A(x); });
+      A* to = numbers + k * kStride;
+      to[kReference] = next[k ? k - 1 : 0], to[kBend] = A(row.bend);
+      Op::fill(it, groups, row, k, [to](int which, double x) { to[which] = A(x); });
     }
     Finder<A> finder;
-    finder.fill(next(), grid, K, &constants->most);
+    finder.fill(next, grid, K, &constants->most);
     if (threadIdx.x == 0) constants->finder = finder, constants->slope = slope, constants->pull = A(2 * inverse(it.tau));
     __syncthreads();
   }

@@ -45,10 +45,10 @@ __device__ void map_chunk(const T* w, const T* g, T* out, int n, Make make) {
 
 // W_hat of an interval: a number, and what the right share adds to it.
 struct OutputMap {
-  static constexpr int kGroups = 2, kLookUps = 3;
+  static constexpr int kGroups = 2, kNumbers = 4;
   template <class A, class Put>
   static __device__ void fill(const Iteration<A>& it, const Groups<2>&, const Row<2>& row, int k, Put put) {
-    put(1, double(it.old[k ? k - 1 : 0]) + row.left[0]), put(2, row.right[0] - row.left[0]);
+    put(kBend + 1, double(it.old[k ? k - 1 : 0]) + row.left[0]), put(kBend + 2, row.right[0] - row.left[0]);
   }
 };
 
@@ -70,11 +70,11 @@ __global__ void __launch_bounds__(kThreads, 8) dkm_output_kernel(List list, Clus
   map_chunk<false, T>(w + part.row, nullptr, out + part.row, part.rows, [&](const auto& x, const auto&, auto& y) {
     constexpr int n = sizeof(x) / sizeof(x[0]);
     int at[n];
-    finder.find(tables.next(), tables.grid, K, x, at);
+    finder.find(tables.next, tables.grid, K, x, at);
 #pragma unroll
     for (int i = 0; i < n; ++i) {
-      const A s = fma(x[i] - behind(tables.reference, at[i]), slope, -tables.get(0, at[i]));
-      y[i] = fma(right_share(s), tables.get(2, at[i]), tables.get(1, at[i]));
+      const A* row = tables.row(at[i]);
+      y[i] = fma(right_share(fma(x[i] - row[kReference], slope, -row[kBend])), row[kBend + 2], row[kBend + 1]);
     }
   });
   if (part.row == 0) finish_flat(tensor, 1, w, out);
@@ -83,8 +83,8 @@ __global__ void __launch_bounds__(kThreads, 8) dkm_output_kernel(List list, Clus
 // dL/dW of a step: mean of v, and 2 / tau left right (what P is more in the right group). Where w equals the reference, the centroids that w equals have no
 // slope; there everything but g is a constant.
 struct GradientMap {
-  static constexpr int kGroups = 4, kLookUps = 7;
-  enum : int { kBend, kMean, kSpanV, kSpanE, kSpanO, kEqual, kEqualG };
+  static constexpr int kGroups = 4, kNumbers = 8;
+  enum : int { kMean = kBend + 1, kSpanV, kSpanE, kSpanO, kEqual, kEqualG };
 
   template <class A, class Put>
   static __device__ void fill(const Iteration<A>& it, const Groups<4>& groups, const Row<4>& row, int k, Put put) {
@@ -112,21 +112,22 @@ __device__ __forceinline__ void add_step(const Tables<GradientMap, A>& tables, i
   int at[n];
   A more[n];
   bool any = false;
-  finder.find(tables.next(), tables.grid, K, w, at);
+  finder.find(tables.next, tables.grid, K, w, at);
 #pragma unroll
   for (int i = 0; i < n; ++i) {
-    auto look = [&](int which) { return tables.get(which, at[i]); };
-    const A x = w[i] - behind(tables.reference, at[i]), span = look(GradientMap::kSpanV);
-    const Shares<A> s(fma(x, slope, -look(GradientMap::kBend)));
-    A P = fma(x, span, -look(GradientMap::kSpanE));
-    if (kLast) P = fma(g[i], look(GradientMap::kSpanO), P);
-    more[i] = fma(s.right, span, fma(s.left * s.right * pull, P, look(GradientMap::kMean)));
+    const A *row = tables.row(at[i]), x = w[i] - row[kReference], span = row[GradientMap::kSpanV];
+    const Shares<A> s(fma(x, slope, -row[kBend]));
+    A P = fma(x, span, -row[GradientMap::kSpanE]);
+    if (kLast) P = fma(g[i], row[GradientMap::kSpanO], P);
+    more[i] = fma(s.right, span, fma(s.left * s.right * pull, P, row[GradientMap::kMean]));
     any |= x == A(0);
   }
   if (any) {
 #pragma unroll
-    for (int i = 0; i < n; ++i)
-      if (w[i] == behind(tables.reference, at[i])) more[i] = tables.get(GradientMap::kEqual, at[i]) + (kLast ? g[i] * tables.get(GradientMap::kEqualG, at[i]) : A(0));
+    for (int i = 0; i < n; ++i) {
+      const A* row = tables.row(at[i]);
+      if (w[i] == row[kReference]) more[i] = row[GradientMap::kEqual] + (kLast ? g[i] * row[GradientMap::kEqualG] : A(0));
+    }
   }
 #pragma unroll
   for (int i = 0; i < n; ++i) total[i] += more[i];
@@ -214,7 +215,7 @@ size_t tables_bytes(int most, int steps) {
 template <class Op, class MergeOp, bool kOutside = false>
 void sum(const Queue& queue, const List& list, const Clusters& clusters, const Pass& pass) {
   const int most = clusters.most, limit = shared_limit(queue);
-  const int64_t numbers = int64_t(most + 1) * Op::kNumbers + (kOutside ? outside_numbers(most) : 0);
+  const int64_t numbers = int64_t(most + 1) * Op::kSums + (kOutside ? outside_numbers(most) : 0);
   with_type(list.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using Room = SumsRoom<Op, Acc<T>>;
@@ -224,10 +225,10 @@ void sum(const Queue& queue, const List& list, const Clusters& clusters, const P
     launch(queue, dkm_sums_kernel<Op, T>, list.chunks, 32 * warps, Room::bytes(most, shape, warps, outside), list, clusters, pass, shape, numbers, outside);
   });
   auto kernel = list.dtype == Dtype::f64 ? dkm_merge_kernel<MergeOp, double> : dkm_merge_kernel<MergeOp, float>;
-  const int slices = slices_of(int64_t(most + 1) * Op::kNumbers);
+  const int slices = slices_of(int64_t(most + 1) * Op::kSums);
   const size_t bytes = Merge<MergeOp::kGroups>::bytes(most);
   const bool outside = kOutside && outside_numbers(most) > 0 && bytes > size_t(limit);
-  launch(queue, kernel, list.count * slices, kMergeThreads, outside ? 0 : bytes, list, clusters, pass, numbers, int(Op::kNumbers), slices, outside);
+  launch(queue, kernel, list.count * slices, kMergeThreads, outside ? 0 : bytes, list, clusters, pass, numbers, int(Op::kSums), slices, outside);
 }
 
 template <class A>
@@ -244,7 +245,7 @@ bool ScalarPasses::serves(const Queue& queue, const List& list, const Clusters& 
   return list.dtype == Dtype::f64 ? fits<double>(clusters.most, limit) : fits<float>(clusters.most, limit);
 }
 
-int64_t ScalarPasses::scratch(int most) { return Scratch::bytes(int64_t(most + 1) * JacobianSums::kNumbers + outside_numbers(most)); }
+int64_t ScalarPasses::scratch(int most) { return Scratch::bytes(int64_t(most + 1) * JacobianSums::kSums + outside_numbers(most)); }
 
 void ScalarPasses::update(const Queue& queue, const List& list, const Clusters& clusters, const Pass& pass) { sum<UpdateSums, UpdateMerge>(queue, list, clusters, pass); }
 void ScalarPasses::upstream(const Queue& queue, const List& list, const Clusters& clusters, const Pass& pass) { sum<UpstreamSums, UpstreamMerge>(queue, list, clusters, pass); }

@@ -137,7 +137,7 @@ class DKM:
         dkm_scalar.map_scalars[(plan.chunks,)](
             self.table, table, target, plan.tensors, plan.owner, records, before, headers, plan.chunk, steps, self.count,
             BLOCK=dkm_scalar.BLOCK, DT=self.types["DT"], TARGET=about["TARGET"], ALIGNED=about["ALIGNED"],
-            maxnreg=None if c.dtype == torch.float64 else dkm_scalar.REGISTERS, **constants)
+            maxnreg=dkm_scalar.registers(about["GRADIENT"], c.dtype == torch.float64), **constants)
 
 
 def _given(c, *others):

@@ -16,11 +16,15 @@ from .common import FIELDS, FLAT, PROPAGATE, SEGMENT, clear, find, pointer
 from .range import LOG2E
 
 BLOCK = 1024                                # weights at once
-REGISTERS = 64                              # left to itself, ptxas takes 32 and spills
 RECORD = {False: 4, True: 11}               # arrays of BUCKET numbers, of W_hat and of the gradient
 INTERVALS, LANES = 16, 32                   # of a program of `tables`; centroids that it reads at once
 HEADER = tl.constexpr(8)                    # of a tensor and iteration: inverse width of a cell, its base, -dt/dw, 2 / tau, stride of the search
 ASM = tl.constexpr(not triton.knobs.runtime.interpret)
+
+
+def registers(gradient, wide):
+    """At most. Left to itself, ptxas takes fewer than a block of weights needs, and spills."""
+    return 168 if wide else 72 if gradient else 64
 
 
 def bucket(clusters):
@@ -202,11 +206,10 @@ def locate(b_w, p_record, p_cell, p_header, BUCKET: tl.constexpr, CELLS: tl.cons
 
 @triton.jit
 def sides(x, p_header, p):
-    """(1 - s, s), each with all its digits near 0; never below 2^-most."""
-    most: tl.constexpr = 1000.0 if x.dtype.is_fp64() else 120.0
-    e = tl.exp2(tl.minimum(tl.fma(x, tl.load(p_header + 2), tl.load(p)), most, PROPAGATE))
+    """(1 - s, s), each with all its digits near 0"""
+    e = tl.exp2(tl.fma(x, tl.load(p_header + 2), tl.load(p)))
     s = reciprocal(1 + e)
-    return e * s, s
+    return tl.where(e > 1e30, 1, e * s), s
 
 
 @triton.jit

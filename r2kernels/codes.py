@@ -88,12 +88,6 @@ def is_turned(shape, d, layout):
     return layout == "output" and len(shape) > 1 and d > 1
 
 
-def rows_to_tensor(rows, like, layout):
-    """A tensor like `like` made of rows (N, d) in the order of `layout`; the numel mod d leftovers are those of `like`."""
-    form = Form(0, rows.shape[1], layout)
-    return assembled(rows.to(like.dtype), leftovers_of(like, form), like.shape, form)
-
-
 def leftovers_of(w, form):
     """What the rows of a group leave over."""
     d = form.cluster_dim
@@ -206,33 +200,3 @@ def divided(w, form, scales=None):
         scales = channel_scales(w) if scales is None else scales
         w = w / along_channels(scales, w.dim())
     return [w] if form.group_size is None else list(w.split(form.group_size)), scales
-
-
-class Palette(NamedTuple):
-    codes: Tensor           # (N,) uint8
-    lut: Tensor             # (K, d)
-    layout: str
-
-    @classmethod
-    def of(cls, w, lut, layout, nearest=None):
-        """The nearest entries of `lut`, or those of the entries nearest in another table."""
-        centroids = lut if nearest is None else nearest
-        d = lut.shape[1]
-        return cls(assign(w, centroids[:, 0].contiguous() if d == 1 else centroids, cluster_dim=d, layout=layout), lut, layout)
-
-    def decoded(self, like):
-        return rows_to_tensor(self.lut[self.codes.long()], like, self.layout)
-
-    def entropy(self):
-        """Bytes of all codes at their entropy."""
-        return entropy(torch.bincount(self.codes))
-
-
-def size_of(palettes, w, bits, lut_dtype, scaled):
-    """`Size` of a weight whose groups have these palettes."""
-    d = palettes[0].lut.shape[1]
-    rows = sum(len(p.codes) for p in palettes)
-    entry = torch.empty((), dtype=LUT_DTYPES[lut_dtype]).element_size()
-    luts = len(palettes) * (2**bits * d * entry + 4 * (lut_dtype == "int8")) + (4 * len(w) if scaled else 0)
-    codes = sum(math.ceil(len(p.codes) * bits / 8) for p in palettes)
-    return Size(w.nbytes, codes, luts, (w.numel() - rows * d) * w.element_size(), sum(p.entropy() for p in palettes))

@@ -40,11 +40,9 @@ def save_palettized(palettizer, path, *, entropy=None):
     All other parameters and buffers of the model's state_dict are kept as they are; a tensor with several names is stored once. entropy: None packs codes into
     `bits` bits each; "huffman" codes those weights that become smaller by it. The file is replaced as a whole or not at all.
     """
-    with torch.no_grad():
-        clustered = {layer.name: Clustered.of(layer.weight(), palettizer.centroids._buffers[layer.key], layer.options) for layer in palettizer.layers}
     own = {id(layer.weight()): layer.name for layer in palettizer.layers}
     shared = {name: own[id(p)] for name, p in palettizer._model[0].named_parameters(remove_duplicate=False) if own.get(id(p), name) != name}
-    save_clustered(clustered, palettizer.model_state(), path, entropy=entropy, aliases=shared)
+    save_clustered(palettizer.clustered(), palettizer.model_state(), path, entropy=entropy, aliases=shared)
 
 
 def save_clustered(clustered, state, path, *, entropy=None, aliases=None):

@@ -150,6 +150,15 @@ LAW = {
     "clustering": {"arguments", "ops", "backends", "weights"},
     "kmeans": {"arguments", "ops", "backends", "backends.native", "reference.*"},
     "functional": {"arguments", "ops", "backends", "weights"},
+    "packing": {"backends", "backends.native"},
+    "huffman": {"packing"},
+    "codes": {"arguments", "clustering", "packing"},
+    "checkpoint": {"arguments"},
+    "container": {"checkpoint"},
+    "io": {"arguments", "checkpoint", "codes", "container", "huffman"},
+    "coreml": {"codes"},
+    "compress": {"checkpoint", "codes", "container", "io", "kmeans", "report"},
+    "sizes": {"checkpoint", "codes", "compress", "io", "report"},
 }
 MAY_IMPORT_FUNCTIONAL = {"", "nn.regularizer", "report", "demo", "cli"}
 

@@ -294,7 +294,7 @@ def test_options(options):
         size, w = sizes[layer.name], layer.weight()
         assert size.dense == w.nbytes and 0 < size.coded <= size.packed + len(sizes) and size.packed < size.dense
         assert size.codes == pytest.approx(w.numel() // palettizer.layers[0].options.cluster_dim * 2 / 8, abs=8)
-    groups = [len(palettizer._palettes(layer)) for layer in palettizer.layers]
+    groups = [len(palettizer._clustered(layer).entries) for layer in palettizer.layers]
     palettizer.remove()
     assert_close(model(x), hard)
     d = options.get("cluster_dim", 1)
@@ -311,7 +311,7 @@ def test_lut_dtypes_are_what_is_stored():
         model.eval()
         model(images()[0])
         for layer in palettizer.layers:
-            lut = palettizer._palettes(layer)[0].lut
+            lut = palettizer._clustered(layer).luts()[0]
             assert_close(lut, grid(palettizer.centroids._buffers[layer.key][0]))
             assert set(palettizer._hard([layer])[0].unique().tolist()) <= set(lut.flatten().tolist())
 
@@ -321,7 +321,7 @@ def test_rounding_of_the_table_is_seen_in_training():
     model = plain()
     palettizer = Palettizer(model, 2, tau=1e-7, iterations=1, lut_dtype="int8")
     hat = palettizer._soft(palettizer.layers)[0][0]
-    lut = palettizer._palettes(palettizer.layers[0])[0].lut.flatten()
+    lut = palettizer._clustered(palettizer.layers[0]).luts().flatten()
     assert_close((hat.detach().flatten()[:, None] - lut).abs().amin(1), torch.zeros(hat.numel()), atol=1e-6, rtol=0)
 
 

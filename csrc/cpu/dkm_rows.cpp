@@ -165,7 +165,12 @@ void sum_rows(const List& list, const Clusters& clusters, const Pass& pass, int 
         const int n = c.row + c.n - row < kRows ? int(c.row + c.n - row) : kRows;
         take_rows(tensor, w, d, row, n, room.x);
         if (g) take_rows(tensor, g, d, row, n, room.g);
-        for (int i = 0; i < kRows; ++i) room.count[i] = i >= n ? A(0) : counts ? A(counts[row + i]) : A(1);
+        if (counts) {
+          for (int i = 0; i < n; ++i) room.count[i] = A(counts[row + i]);
+        } else {
+          for (int i = 0; i < n; ++i) room.count[i] = 1;
+        }
+        for (int i = n; i < kRows; ++i) room.count[i] = 0;
         with_width<A>(d, [&](auto kD) { sum_block<kKind, kD>(room, centroids, d, n, g != nullptr); });
         for (int m = 0; m < width; ++m)
           for (int j = 0; j < size; ++j) sums[j * width + m] += double(Scale<A>::down) * double(room.sums[m * stride + j]), room.sums[m * stride + j] = 0;

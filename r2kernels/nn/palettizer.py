@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .. import arguments, clustering
-from ..codes import LUT_DTYPES, Palette, quantized_lut, size_of
+from ..codes import LUT_DTYPES, Clustered, Form, along_channels, assembled, channel_scales, divided, quantized_lut
 from ..kmeans import kmeans
 from .select import select_weights
 
@@ -135,24 +135,16 @@ class Palettizer(nn.Module):
                     self._handles.append(caller.register_forward_pre_hook(_Alone(self, i, module, attribute)))
                     self._handles.append(caller.register_forward_hook(_Gone(self, module, attribute), always_call=True))
 
-    def _pieces(self, layer):
-        """The groups of a weight, scaled, as `dkm` takes them."""
-        w, options = layer.weight(), layer.options
-        if options.per_channel_scale:
-            w = w / self._scale(w)
-        return [w] if options.group_size is None else list(w.split(options.group_size))
-
     @staticmethod
-    def _scale(w):
-        """max|W| of each output channel, 1 for a channel of zeros; no gradient."""
-        top = w.detach().abs().flatten(1).amax(1)
-        return torch.where(top == 0, 1, top).reshape(-1, *[1] * (w.dim() - 1))
+    def _pieces(layer):
+        """The groups of a weight, scaled, as `dkm` takes them."""
+        return divided(layer.weight(), layer.options)[0]
 
     def _whole(self, layer, pieces):
         """A weight made of the numbers of its groups."""
         w = layer.weight()
         out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        return out * self._scale(w) if layer.options.per_channel_scale else out
+        return out * along_channels(channel_scales(w), w.dim()) if layer.options.per_channel_scale else out
 
     def _soft(self, layers):
         """[(W_hat, new centroids (G, K, d))] of some layers: one batch for all that share their options."""
@@ -179,18 +171,22 @@ class Palettizer(nn.Module):
     def _rounded(hat, w, c, o):
         """W_hat as if the nearest centroid's entry of the table were rounded; the gradient passes through."""
         with torch.no_grad():
-            error = Palette.of(w, quantized_lut(c, o.lut_dtype) - c, o.layout, nearest=c).decoded(like=torch.zeros_like(w))
-        return hat + error
+            codes = clustering.assign(w, c[:, 0].contiguous() if o.cluster_dim == 1 else c, cluster_dim=o.cluster_dim, layout=o.layout)
+            error = (quantized_lut(c, o.lut_dtype) - c)[codes.long()].to(w.dtype)
+            form = Form(o.bits, o.cluster_dim, o.layout)
+        return hat + assembled(error, w.new_zeros(w.numel() % o.cluster_dim), w.shape, form)
 
-    def _palettes(self, layer):
-        """The `Palette` of each group: codes and table as they are stored."""
-        o = layer.options
-        luts = [quantized_lut(c, o.lut_dtype) for c in self.centroids._buffers[layer.key]]
-        return [Palette.of(p, lut, o.layout) for p, lut in zip(self._pieces(layer), luts, strict=True)]
+    @torch.no_grad()
+    def clustered(self):
+        """name -> `Clustered`: codes and look-up tables of every weight, as they are stored."""
+        return {layer.name: self._clustered(layer) for layer in self.layers}
+
+    def _clustered(self, layer):
+        return Clustered.of(layer.weight(), self.centroids._buffers[layer.key], layer.options)
 
     @torch.no_grad()
     def _hard(self, layers):
-        return [self._whole(layer, [p.decoded(like=w) for p, w in zip(self._palettes(layer), self._pieces(layer), strict=True)]) for layer in layers]
+        return [self._clustered(layer).decoded() for layer in layers]
 
     def _hard_once(self):
         """Hard weights, kept from one forward in eval to the next while neither weights nor centroids change."""
@@ -253,12 +249,7 @@ class Palettizer(nn.Module):
 
     def sizes(self):
         """name -> `Size`: bytes of the layer dense, packed (codes, tables, scales) and with its codes at their entropy."""
-        found = {}
-        with torch.no_grad():
-            for layer in self.layers:
-                o = layer.options
-                found[layer.name] = size_of(self._palettes(layer), layer.weight(), o.bits, o.lut_dtype, o.per_channel_scale)
-        return found
+        return {name: c.size() for name, c in self.clustered().items()}
 
     def model_state(self):
         """The model's `state_dict` without the clustered weights, under whatever names they have."""

@@ -108,7 +108,7 @@ def test_every_way_gives_the_same_bits(native, monkeypatch):
     with r2kernels.use_backend("reference"):
         others.append(kmeans(ws, 6))
     monkeypatch.setattr(importlib.import_module("r2kernels.backends.native"), "load", lambda name: (_ for _ in ()).throw(ImportError("not built")))
-    assert public._pieces() == {}
+    assert "partition" not in public._pieces()
     others.append(kmeans(ws, 6))
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(found, other, strict=True))

@@ -8,7 +8,7 @@ template <int D>
 constexpr int kWide = D > 0 ? D : kBlock;
 
 template <int D, class A>
-constexpr int kResident = sizeof(A) == 8 || D == 0 ? 2 : D == 8 ? 3 : 6;  // blocks to a multiprocessor, at least
+constexpr int kResident = sizeof(A) == 8 || D == 0 ? 2 : D == 8 ? 4 : 8;  // blocks to a multiprocessor, at least
 
 // What the second half of a sum needs of a row: D numbers and as many gradients, then what the first half found.
 template <int D, class A, bool kGrads>

@@ -9,6 +9,7 @@ TRITON_INTERPRET=1 and `--backend triton`.
 """
 import contextlib
 import importlib
+import os
 from typing import NamedTuple
 
 import pytest
@@ -65,8 +66,26 @@ def _variants(config):
     return config.variants
 
 
+def _round_to_nearest():
+    """Triton's interpreter cuts float32 off to bfloat16; a GPU rounds to nearest, ties to even (the conversion's default)."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    plain = interpreter.InterpreterBuilder.create_fp_trunc
+
+    def create_fp_trunc(self, src, dst_type):
+        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
+            bits = torch.from_numpy(src.data.copy()).to(torch.bfloat16).view(torch.int16).numpy()
+            return interpreter.TensorHandle(bits.view("uint16"), dst_type.scalar)
+        return plain(self, src, dst_type)
+
+    interpreter.InterpreterBuilder.create_fp_trunc = create_fp_trunc
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "exhaustive: a table too long for Triton's interpreter")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        _round_to_nearest()
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch finds no CUDA device")
 

@@ -1,11 +1,19 @@
 """What a compiled kernel costs, read from its machine code: registers, spills, 128-bit accesses, instructions per weight. Needs no GPU."""
+import functools
 import heapq
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import pytest
+
+SOURCES = Path(__file__).parent.parent / "csrc/cuda"
+TYPES = {"float32": ("f", 4), "bfloat16": ("13__nv_bfloat16", 2), "float16": ("6__half", 2)}      # mangled, bytes
 
 _FUNCTION = re.compile(r"^\s*Function : (\S+)", re.M)
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", re.M)
@@ -22,6 +30,23 @@ def find_cuobjdump():
         if found := shutil.which("cuobjdump", path=path):
             return found
     return None
+
+
+def find_nvcc():
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    return shutil.which("nvcc", path=os.pathsep.join(f"{home}/bin" for home in homes if home)) or shutil.which("nvcc")
+
+
+@functools.cache
+def compiled(name):
+    """Name -> Kernel of this source file as compiled for sm_90."""
+    nvcc, cuobjdump = find_nvcc(), find_cuobjdump()
+    if nvcc is None or cuobjdump is None:
+        pytest.skip("no nvcc was found" if nvcc is None else "no cuobjdump was found")
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        subprocess.run([nvcc, "-std=c++17", "-O3", "-DR2_WITH_CUDA", "-arch=sm_90", "-cubin", "-o", cubin, SOURCES / name], check=True, timeout=900)
+        return kernels(cubin, cuobjdump)
 
 
 @dataclass

@@ -2,17 +2,12 @@
 
 At full bandwidth an H200 has time for 30 instructions per float32 weight that it reads, 15 per 16-bit one, and twice that where it writes too.
 """
-import os
 import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import sass
+from sass import TYPES
 
-SOURCES = Path(__file__).parent.parent / "csrc"
-TYPES = {"float32": ("f", 4), "bfloat16": ("13__nv_bfloat16", 2), "float16": ("6__half", 2)}
 IN_FLIGHT = 4               # 128-bit loads of each array at a time
 
 # instructions per weight of a full tile: float32, 16 bit
@@ -26,22 +21,9 @@ READ = {
 WRITE = {"LInf": (7.5, 9), "Margin": (7.5, 9), "Soft<false>": (11.5, 13), "Soft<true>": (11.5, 13), "Kure": (6.5, 8)}
 
 
-def find_nvcc():
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    return shutil.which("nvcc", path=os.pathsep.join(f"{home}/bin" for home in homes if home)) or shutil.which("nvcc")
-
-
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    nvcc, cuobjdump = find_nvcc(), sass.find_cuobjdump()
-    if nvcc is None or cuobjdump is None:
-        pytest.skip("no nvcc was found" if nvcc is None else "no cuobjdump was found")
-    found = {}
-    for source in sorted((SOURCES / "cuda").glob("*.cu")):
-        cubin = tmp_path_factory.mktemp("cubin") / f"{source.stem}.cubin"
-        subprocess.run([nvcc, "-std=c++17", "-O3", "-DR2_WITH_CUDA", "-arch=sm_90", "-cubin", "-o", cubin, source], check=True, timeout=600)
-        found.update(sass.kernels(cubin, cuobjdump))
-    return found
+def kernels():
+    return {name: kernel for source in sorted(sass.SOURCES.glob("*.cu")) for name, kernel in sass.compiled(source.name).items()}
 
 
 def find(kernels, kind, name, dtype, add=None):

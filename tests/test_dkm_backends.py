@@ -24,7 +24,7 @@ NAMES = ["below a vector", "a chunk and one", "outliers", "ties", "far from zero
 PROBLEMS = [("euclidean", 1, "output"), ("sqeuclidean", 1, "output"), ("euclidean", 2, "output"), ("sqeuclidean", 2, "contiguous"),
             ("sqeuclidean", 4, "output"), ("euclidean", 3, "contiguous"), ("euclidean", 8, "output")]
 # for d = 1 one for about every way to search and look up
-SIZES = {1: (1, 2, 4, 7, 16, 17, 32, 64, 100, 128, 256, 257, 600), 2: (1, 5, 33, 300), 3: (2, 17), 4: (16, 40), 8: (3, 16)}
+SIZES = {1: (1, 2, 4, 7, 16, 17, 32, 64, 128, 257, 600), 2: (1, 5, 33, 300), 3: (2, 17), 4: (16, 40), 8: (3, 16)}
 problems = pytest.mark.parametrize(("metric", "d", "layout"), PROBLEMS, ids=lambda v: str(v))
 METRICS = pytest.mark.parametrize("metric", ["euclidean", "sqeuclidean"])
 SLOW = pytest.mark.exhaustive
@@ -191,14 +191,15 @@ def compare(problem, plain, variant, *args, tolerance=1e-12, **options):
             assert_close(a, b, rtol=0, atol=tolerance * scale, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("sharpness", [0.3, 0.03])
 @problems
-def test_every_pass(metric, d, layout, device, plain, variant):
+def test_every_pass(metric, d, layout, sharpness, device, plain, variant):
     """Float64, to 1e-12 of the largest number, for every number of centroids that is searched in a way of its own; the last tensor has fewer."""
     for K in SIZES[d]:
         shapes = [(40, 30), (8, 5, 3), (d,), (1100 * d + 1,)]
         ws = [torch.randn(shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64).to(device) for i, shape in enumerate(shapes)]
         ws[1] = ws[1].permute(0, 2, 1).contiguous().permute(0, 2, 1)
-        ws, c, tau, gs, gc = draw(ws, K, 0.3, metric, d, layout, spread=0.5)
+        ws, c, tau, gs, gc = draw(ws, K, sharpness, metric, d, layout, spread=0.5)
         clusters = (K, K, K, max(K - 2, 1))
         c[3, clusters[3]:] = gc[3, clusters[3]:] = 0
         compare((ws, c, tau, gs, gc), plain, variant, metric, d, layout, clusters=clusters)

@@ -8,9 +8,9 @@ enum class Dtype : int { f64, f32, bf16, f16 };
 
 constexpr int kState = 8;  // numbers in a chunk's partial state
 
-// One row of Plan.tensors (r2kernels/weights.py). Row k of column c is element (k / run) * d * run + c * run + k % run.
+// One row of Plan.tensors (r2kernels/weights.py). Row k of column c of `columns`, d, is element (k / run) * d * run + c * run + k % run.
 struct Tensor {
-  int64_t rows, numel, run, first, offset;
+  int64_t rows, numel, run, first, offset, columns, at;  // at: the number of columns of all tensors before
 };
 
 // Chunk i belongs to tensor t = owner[i]; with j = i - first of t it is rows [j / d * chunk, ...) of column j % d.

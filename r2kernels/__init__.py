@@ -2,13 +2,16 @@
 from . import reference
 from .backends import backends, use_backend
 from .clustering import assign, dkm
-from .functional import WeightStats, kure, l_inf, margin, soft_extrema, soft_min_max, weight_stats
+from .functional import WeightStats, bin_reg, kure, l_inf, margin, msqe, partial_l2, soft_extrema, soft_min_max, weight_stats
 from .io import load_palettized, save_palettized
 from .kmeans import kmeans
 from .nn import Palettizer, RangeRegularizer
+from .quantizers import dorefa, ewgs, lsq, pact
+from .terms import weight_terms
 from .version import __version__
 
 __all__ = [
-    "Palettizer", "RangeRegularizer", "WeightStats", "__version__", "assign", "backends", "dkm", "kmeans", "kure", "l_inf",
-    "load_palettized", "margin", "reference", "save_palettized", "soft_extrema", "soft_min_max", "use_backend", "weight_stats",
+    "Palettizer", "RangeRegularizer", "WeightStats", "__version__", "assign", "backends", "bin_reg", "dkm", "dorefa", "ewgs", "kmeans", "kure", "l_inf",
+    "load_palettized", "lsq", "margin", "msqe", "pact", "partial_l2", "reference", "save_palettized", "soft_extrema", "soft_min_max", "use_backend",
+    "weight_stats", "weight_terms",
 ]

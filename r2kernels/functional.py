@@ -25,12 +25,12 @@ class _RangeLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):      # not spelled out: without gradients, torch.compile drops ctx where it counts as many inputs as names here
-        op, single, geometry, value, first, second, *weights = inputs
-        parameters = _parameters(op, single, geometry, value, first, second, weights)
+        op, single, options, value, first, second, *weights = inputs
+        parameters = _parameters(single, options, value, first, second, weights)
         extra = (value is not None and value.requires_grad,) if op in _SOFT else ()
-        loss, saved = ops.run(op + "_fwd", weights, *parameters, *extra, *geometry)
+        loss, saved = ops.run(op + "_fwd", weights, *parameters, *extra, *options)
         ctx.save_for_backward(saved, value, *parameters, *weights)
-        ctx.call = op, single, geometry, len(parameters)
+        ctx.call = op, single, options, len(parameters)
         ctx.backend = None if torch.compiler.is_compiling() else chosen()
         return _shaped(loss, single)
 
@@ -38,33 +38,38 @@ class _RangeLoss(torch.autograd.Function):
     def backward(ctx, grad):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("r2kernels: second derivatives (create_graph=True, or backward within enabled grad) are not implemented")
-        op, single, geometry, n = ctx.call
+        op, single, options, n = ctx.call
         saved, value, *rest = ctx.saved_tensors
         parameters, weights = rest[:n], rest[n:]
         grad = grad.reshape(2, len(weights), -1) if op == "soft_extrema" else grad.reshape(-1)
         if ctx.backend is None:
-            result = ops.run(op + "_bwd", grad, weights, *parameters, saved, *geometry)
+            result = ops.run(op + "_bwd", grad, weights, *parameters, saved, *options)
         else:
             with use_backend(ctx.backend):
-                result = ops.run(op + "_bwd", grad, weights, *parameters, saved, *geometry)
+                result = ops.run(op + "_bwd", grad, weights, *parameters, saved, *options)
         buffers, g_value = result if isinstance(result, tuple) else (result, None)
         needed = ctx.needs_input_grad
         if needed[3]:
             g_value = arguments.parameter_gradient(g_value, value, single)
-        gradients = carve_gradients(buffers, weights, *geometry)
+        gradients = carve_gradients(buffers, weights, *_geometry(options))
         if not all(needed[6:]):
             gradients = [g if need else None for g, need in zip(gradients, needed[6:], strict=True)]
         return None, None, None, g_value if needed[3] else None, None, None, *gradients
 
 
 _SOFT = ("soft_min_max", "soft_extrema")
-_DIFFERENTIABLE = ("M", "alpha")
+_DIFFERENTIABLE = ("M", "alpha", "step")
 
 
-def _parameters(op, single, geometry, value, first, second, weights):
+def _geometry(options):
+    """(d, layout) of the ops that have one among what else they take."""
+    return options if len(options) == 2 else (1, "output")
+
+
+def _parameters(single, options, value, first, second, weights):
     """The (L, d) tensors that the op takes, in its order."""
     if value is not None:
-        first = arguments.parameter("parameter", value, len(weights), single, geometry[0], weights[0])
+        first = arguments.parameter("parameter", value, len(weights), single, _geometry(options)[0], weights[0])
     return [p for p in (first, second) if p is not None]
 
 
@@ -75,16 +80,15 @@ def _shaped(loss, single):
     return loss.squeeze(-1 if loss.dim() == 1 else 1) if single else loss
 
 
-def _apply(op, ws, single, geometry, name=None, value=None, second=None):
-    """The loss of the checked list `ws`; `name` and `value` are the differentiable parameter."""
-    first = None
+def _apply(op, ws, single, options, name=None, value=None, second=None, first=None):
+    """The loss of the checked list `ws`; `name` and `value` are the differentiable parameter, `first` is one that the op takes as it is."""
     if name is not None:
-        d = geometry[0] if geometry else 1
+        d = _geometry(options)[0]
         if isinstance(value, Tensor) and name in _DIFFERENTIABLE:
             arguments.check_parameter(name, value, len(ws), single, d, ws[0])
         else:
             first, value = arguments.parameter(name, value, len(ws), single, d, ws[0], differentiable=False), None
-    return _RangeLoss.apply(op, single, geometry, value, first, second, *ws)
+    return _RangeLoss.apply(op, single, options, value, first, second, *ws)
 
 
 def l_inf(W, *, cluster_dim=1, layout="output") -> Tensor:
@@ -133,6 +137,39 @@ def kure(W, *, target=1.8) -> Tensor:
     """
     ws, single = arguments.weights(W)
     return _apply("kure", ws, single, (), "target", target)
+
+
+def bin_reg(W, step, bits) -> Tensor:
+    """sum over non-empty bins b of mean over W in b of (W - q_b)^2, q_b = b step (Han et al. 2021, "Bin Regularization").
+
+    A bin is a code of LSQ, round(clip(W / step, -2^(bits-1), 2^(bits-1) - 1)) (one bit: the sign). Equals the sum over bins of (mean_b - q_b)^2 + var_b.
+    dL/dW = 2 / V_b (W - q_b), with V_b weights in the bin. `bits` 1..8; step > 0 has no gradient.
+    """
+    ws, single = arguments.weights(W)
+    arguments.bit_width(bits)
+    return _apply("bin_reg", ws, single, (bits,), first=arguments.step("step", step, ws, single, differentiable=False))
+
+
+def msqe(W, step, bits) -> Tensor:
+    """mean (W - Q)^2 with Q = step code, LSQ's signed code (Choi, El-Khamy, Lee 2020). Differentiable in W and step.
+
+    dL/dW = 2/N (W - Q); dL/dstep = -2/N sum (W - Q) code. `bits` 1..8. (US patent 11,270,187 B2 claims the use with a growing coefficient.)
+    """
+    ws, single = arguments.weights(W)
+    arguments.bit_width(bits)
+    if not isinstance(step, Tensor):
+        step = arguments.step("step", step, ws, single)
+        return _apply("msqe", ws, single, (bits,), first=step)
+    return _apply("msqe", ws, single, (bits,), "step", step)
+
+
+def partial_l2(W, fraction) -> Tensor:
+    """1/N sum W^2 [|W| <= theta], theta the ceil(fraction N)-th smallest |W|, exact (Choi, El-Khamy, Lee 2020): pulls what is to be pruned to 0.
+
+    fraction: a number in (0, 1]; no gradient. dL/dW = 2/N W [|W| <= theta].
+    """
+    ws, single = arguments.weights(W)
+    return _apply("partial_l2", ws, single, (), first=arguments.rank(fraction, ws, single))
 
 
 def weight_stats(W) -> WeightStats:

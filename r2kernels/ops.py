@@ -3,6 +3,9 @@
 `<op>_fwd(weights, parameters..., d, layout) -> (loss, saved)`; `<op>_bwd(grad, weights, parameters..., saved, d, layout)` gives the
 gradients as `weights.empty_gradients` lays them out, and the gradient of the differentiable parameter. Parameters are (L, d).
 
+The quantizers' `<op>_fwd(xs, ...) -> ys` and `<op>_bwd(gs, xs, ...)`, and what else they take, are told in reference/quantizers.py; gs are shaped like xs,
+ys and the gradients are laid out as `weights.empty_gradients` has them.
+
 DKM's ops run `iterations` and `fixed_point` over the passes of a backend, its `DKM`; W_hat is laid out as the gradients are. Centroids are (L, K, d), filled up
 with zeros where tensor t has fewer, clusters[t], than K; for d = 1 sorted, except for `assign_fwd`.
 """
@@ -26,6 +29,22 @@ soft_extrema_bwd(Tensor grad, Tensor[] weights, Tensor alpha, Tensor saved, int 
 kure_fwd(Tensor[] weights, Tensor target) -> (Tensor, Tensor)
 kure_bwd(Tensor grad, Tensor[] weights, Tensor target, Tensor saved) -> Tensor[]
 weight_stats_fwd(Tensor[] weights) -> Tensor
+bin_reg_fwd(Tensor[] weights, Tensor step, int bits) -> (Tensor, Tensor)
+bin_reg_bwd(Tensor grad, Tensor[] weights, Tensor step, Tensor saved, int bits) -> Tensor[]
+msqe_fwd(Tensor[] weights, Tensor step, int bits) -> (Tensor, Tensor)
+msqe_bwd(Tensor grad, Tensor[] weights, Tensor step, Tensor saved, int bits) -> (Tensor[], Tensor)
+partial_l2_fwd(Tensor[] weights, Tensor rank) -> (Tensor, Tensor)
+partial_l2_bwd(Tensor grad, Tensor[] weights, Tensor rank, Tensor saved) -> Tensor[]
+terms_fwd(Tensor[] weights, str[] names, Tensor[] parameters, int[] bits, bool[] flags) -> (Tensor[], Tensor[])
+terms_bwd(Tensor[] grads, Tensor[] weights, str[] names, Tensor[] parameters, int[] bits, bool[] flags, Tensor[] saved) -> (Tensor[], Tensor[])
+lsq_fwd(Tensor[] xs, Tensor step, int bits, bool signed, int? axis) -> Tensor[]
+lsq_bwd(Tensor[] gs, Tensor[] xs, Tensor step, int bits, bool signed, int? axis) -> (Tensor[], Tensor)
+ewgs_fwd(Tensor[] xs, Tensor lower, Tensor upper, Tensor delta, int bits, bool signed) -> Tensor[]
+ewgs_bwd(Tensor[] gs, Tensor[] xs, Tensor lower, Tensor upper, Tensor delta, int bits, bool signed) -> (Tensor[], Tensor, Tensor)
+pact_fwd(Tensor[] xs, Tensor alpha, int bits, bool plus) -> Tensor[]
+pact_bwd(Tensor[] gs, Tensor[] xs, Tensor alpha, int bits, bool plus) -> (Tensor[], Tensor)
+dorefa_fwd(Tensor[] xs, Tensor scale, int bits, bool detach_max) -> Tensor[]
+dorefa_bwd(Tensor[] gs, Tensor[] xs, Tensor scale, int bits, bool detach_max) -> Tensor[]
 assign_fwd(Tensor[] weights, Tensor centroids, int[] clusters, int d, str layout) -> Tensor[]
 dkm_fwd(Tensor[] weights, Tensor centroids, int iterations, Tensor tau, int[] clusters, str metric, int d, str layout) -> (Tensor[], Tensor, Tensor)
 dkm_bwd(Tensor grad_centroids, Tensor[] weights, Tensor[] grads, Tensor history, Tensor moments, str gradient, bool centroid_grad, \
@@ -34,24 +53,27 @@ dkm_solve(Tensor[] weights, Tensor centroids, Tensor tol, int max_passes, bool a
 Tensor tau, int[] clusters, str metric, int d, str layout) -> (Tensor, Tensor)
 """
 
+QUANTIZERS = ("lsq", "ewgs", "pact", "dorefa")
+
 _library = torch.library.Library("r2kernels", "DEF")
 
 
 def _reference(name):
-    """The reference as a kernel: gradients packed as the other backends lay them out, or added to `out`."""
+    """The reference as a kernel: results packed as the other backends lay them out, or added to `out`."""
     op = getattr(reference, name)
-    if not name.endswith("_bwd"):
+    if name.endswith("_fwd") and name[:-4] not in QUANTIZERS:
         return op
+    at = 1 if name.endswith("_bwd") else 0
 
-    def backward(grad, weights, *args, out=None):
-        result = op(grad, weights, *args)
-        gradients = result[0] if isinstance(result, tuple) else result
+    def packed(*args, out=None):
+        result = op(*args)
+        made = result[0] if isinstance(result, tuple) else result
         if out is not None:
-            packed = [o.add_(g) for o, g in zip(out, gradients, strict=True)]
+            made = [o.add_(g) for o, g in zip(out, made, strict=True)]
         else:
-            packed = pack_gradients(gradients, weights, *args[-2:] if isinstance(args[-1], str) else ())
-        return (packed, *result[1:]) if isinstance(result, tuple) else packed
-    return backward
+            made = pack_gradients(made, args[at], *args[-2:] if isinstance(args[-1], str) else ())
+        return (made, *result[1:]) if isinstance(result, tuple) else made
+    return packed
 
 
 class _DKM(reference.DKM):

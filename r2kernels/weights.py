@@ -19,7 +19,7 @@ FEWEST_PROGRAMS = 1056      # but first enough programs to fill a GPU (8 for eac
 ROWS = 16384                # rows per chunk of whole rows on the CPU: sums over K clusters stay few beside them
 FEWEST_ROWS = 1024          # per program of a GPU, a multiple of it
 SEGMENT = 64                # elements: gradients of a list on a GPU start at multiples of it, so that 128-bit stores are aligned
-FIELDS = 5                  # of a tensor in Plan.tensors: rows N, elements, run, first chunk, gradient offset
+FIELDS = 7                  # of a tensor in Plan.tensors: rows N, elements, run, first chunk, gradient offset, columns d, the first of them among all
 _kept: list = []            # tables that a captured CUDA graph reads at every replay
 
 
@@ -31,7 +31,7 @@ class Plan(NamedTuple):
     count: int              # L
     chunks: int
     chunk: int              # rows in a full chunk
-    d: int
+    d: int                  # columns of every tensor; 0 where they differ
     elements: int           # of the flat gradient
 
 
@@ -98,23 +98,34 @@ def row_plan(tensors, runs, d, device):
     return value
 
 
+def channel_plan(tensors, axis, device):
+    """The plan for tensors of which every channel is a column; without an axis each tensor is one."""
+    columns = tuple([1 if axis is None else t.shape[axis] for t in tensors])
+    runs = tuple([1 if c == 1 else t.stride(axis) for t, c in zip(tensors, columns, strict=True)])
+    value = _plan(tuple([t.numel() for t in tensors]), runs, columns, device, False)
+    _keep_if_captured(value, device)
+    return value
+
+
 @functools.lru_cache(maxsize=256)
 def _plan(numels, runs, d, device, whole):
     numel = torch.tensor(numels, dtype=torch.int64)
-    rows = numel // d
+    columns = torch.tensor(d, dtype=torch.int64).expand(len(numels)).contiguous()
+    rows = numel // columns
     if whole:
         chunk = ROWS if device.type == "cpu" else FEWEST_ROWS * max(-(-int(rows.sum()) // (FEWEST_ROWS * FEWEST_PROGRAMS)), 1)
     else:
         chunk = CHUNK
         if device.type == "cuda":
-            steps = int(rows.sum()) * d // (BLOCK * FEWEST_PROGRAMS)
+            steps = int((rows * columns).sum()) // (BLOCK * FEWEST_PROGRAMS)
             chunk = BLOCK * min(max(steps, 1), MOST_STEPS)
-    chunks = (1 if whole else d) * ((rows + chunk - 1) // chunk)
+    chunks = (1 if whole else columns) * ((rows + chunk - 1) // chunk)
     padded = (numel + SEGMENT - 1) // SEGMENT * SEGMENT
     first, offset = chunks.cumsum(0) - chunks, padded.cumsum(0) - padded
     run = torch.tensor(runs, dtype=torch.int64) if runs else torch.ones_like(numel)
     owner = torch.repeat_interleave(torch.arange(len(numels), dtype=torch.int32), chunks)
-    return Plan(torch.stack([rows, numel, run, first, offset], 1).to(device), owner.to(device), len(numels), len(owner), chunk, d, int(padded.sum()))
+    table = torch.stack([rows, numel, run, first, offset, columns, columns.cumsum(0) - columns], 1)
+    return Plan(table.to(device), owner.to(device), len(numels), len(owner), chunk, d if isinstance(d, int) else 0, int(padded.sum()))
 
 
 def host_table(tensors):

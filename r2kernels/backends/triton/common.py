@@ -11,7 +11,7 @@ import triton.language as tl
 WARPS = 4
 MERGE_LANES = 512               # states per step of a merge
 STATE = tl.constexpr(8)         # numbers in the state of a chunk
-FIELDS = tl.constexpr(5)        # of a tensor: rows, elements, run, first chunk, gradient offset
+FIELDS = tl.constexpr(7)        # of a tensor: rows, elements, run, first chunk, gradient offset, columns, the first of them among all
 SEGMENT = tl.constexpr(64)      # elements: gradients in a flat tensor start at its multiples
 ALIGN = tl.constexpr(16)        # elements: a mask that changes only at its multiples leaves 128-bit accesses whole
 PROPAGATE = tl.constexpr(tl.PropagateNan.ALL)

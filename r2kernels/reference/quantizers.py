@@ -1,0 +1,218 @@
+"""LSQ, EWGS, PACT and DoReFa: `<op>_fwd` and `<op>_bwd` as every backend has them, and the public functions. Formulas: methods of the papers
+(Esser et al. 2020, "Learned Step Size Quantization"; Lee et al. 2021, "Network Quantization with Element-wise Gradient Scaling"; Choi et al. 2018,
+"PACT"; Zhou et al. 2016, "DoReFa-Net"), as `r2kernels.quantizers` tells them.
+
+`<op>_fwd(xs, *parameters, *options) -> ys` and `<op>_bwd(gs, xs, *parameters, *options) -> (gradients of xs, gradient of each differentiable
+parameter)`. Parameters are flat tensors of the accumulator's dtype: one number for each tensor, or with `axis` for each channel of each tensor, one
+tensor's after the other's. Everything is computed in the accumulator's dtype with true divisions and rounds half to even. `lsq_fwd`, `ewgs_fwd` and
+`pact_fwd` are the same bits on every backend. A comparison decides what is clipped, so NaN takes the way of what is not. No branch depends on a value.
+"""
+import math
+
+import torch
+
+from .. import arguments
+from ..arguments import accumulator, levels
+
+
+def _parameters(flat, xs, axis=None):
+    """For each tensor its numbers of a flat parameter, to be broadcast over it."""
+    if axis is None:
+        return flat.unbind(0)
+    parts = flat.split([x.shape[axis] for x in xs])
+    return [part.reshape([-1 if i == axis % x.dim() else 1 for i in range(x.dim())]) for part, x in zip(parts, xs, strict=True)]
+
+
+def _wide(t):
+    return t.to(accumulator(t.dtype))
+
+
+def _positive(p):
+    return torch.where(p > 0, p, torch.nan)
+
+
+def _sum(x, axis=None):
+    """Over everything, or over all but the axis: (1,) or (C,)."""
+    return x.sum().reshape(1) if axis is None else x.movedim(axis, 0).reshape(x.shape[axis], -1).sum(1)
+
+
+def _sign(v):
+    """+1 for 0, NaN for NaN."""
+    return torch.where(v < 0, -1, torch.where(v >= 0, 1, v))
+
+
+def code(v, bits, signed):
+    """LSQ's integer code, as a floating-point number, of v = x / step."""
+    low, high = levels(bits, signed)
+    return _sign(v) if bits == 1 and signed else v.clamp(-low, high).round()
+
+
+def lsq_fwd(xs, step, bits, signed, axis):
+    return [(s * code(_wide(x) / s, bits, signed)).to(x.dtype) for x, s in zip(xs, _parameters(_positive(step), xs, axis), strict=True)]
+
+
+def lsq_bwd(gs, xs, step, bits, signed, axis):
+    low, high = levels(bits, signed)
+    gradients, g_step = [], []
+    for g, x, s in zip(gs, xs, _parameters(_positive(step), xs, axis), strict=True):
+        v, g = _wide(x) / s, _wide(g)
+        below, above = v < -low, v > high
+        slope = torch.where(below, -low, torch.where(above, high, code(v, bits, signed) - v))
+        channel = x.numel() if axis is None else x.numel() // x.shape[axis]
+        gradients.append(torch.where(below | above, 0, g).to(x.dtype))
+        g_step.append(_sum(g * slope, axis) / math.sqrt(channel * high))
+    return gradients, torch.cat(g_step)
+
+
+def _ewgs(x, lower, upper):
+    """(v, v clipped to [0, 1], upper - lower)"""
+    span = _positive(upper - lower)
+    v = (_wide(x) - lower) / span
+    return v, v.clamp(0, 1), span
+
+
+def ewgs_fwd(xs, lower, upper, delta, bits, signed):
+    n, ys = 2**bits - 1, []
+    for x, low, high in zip(xs, lower, upper, strict=True):
+        c = (n * _ewgs(x, low, high)[1]).round()
+        ys.append(((2 * c - n) / n if signed else c / n).to(x.dtype))
+    return ys
+
+
+def ewgs_bwd(gs, xs, lower, upper, delta, bits, signed):
+    n, gradients, g_lower, g_upper = 2**bits - 1, [], [], []
+    for g, x, low, high, d in zip(gs, xs, lower, upper, delta, strict=True):
+        v, clipped, span = _ewgs(x, low, high)
+        g = 2 * _wide(g) if signed else _wide(g)
+        g = torch.where((v < 0) | (v > 1), 0, g + d * g.abs() * (clipped - (n * clipped).round() / n))
+        gradients.append((g / span).to(x.dtype))
+        g_lower.append((g * (v - 1)).sum() / span)
+        g_upper.append(-(g * v).sum() / span)
+    return gradients, torch.stack(g_lower), torch.stack(g_upper)
+
+
+def pact_fwd(xs, alpha, bits, plus):
+    n, ys = 2**bits - 1, []
+    for x, a in zip(xs, _positive(alpha), strict=True):
+        s, x_ = a / n, _wide(x)
+        ys.append((s * (torch.where(x_ >= a, a, torch.where(x_ < 0, 0, x_)) / s).round()).to(x.dtype))
+    return ys
+
+
+def pact_bwd(gs, xs, alpha, bits, plus):
+    n, gradients, g_alpha = 2**bits - 1, [], []
+    for g, x, a in zip(gs, xs, _positive(alpha), strict=True):
+        x_, g = _wide(x), _wide(g)
+        z, above, below = x_ / (a / n), x_ >= a, x_ < 0
+        gradients.append(torch.where(above | below, 0, g).to(x.dtype))
+        inside = (z.round() - z) / n if plus else torch.zeros_like(z)
+        g_alpha.append((g * torch.where(above, 1, torch.where(below, 0, inside))).sum())
+    return gradients, torch.stack(g_alpha)
+
+
+def dorefa_scale(top, bits):
+    """m of dorefa_fwd's `scale`; 1 where all weights are 0."""
+    m = top if bits == 1 else top.tanh()
+    return torch.where(m == 0, 1, m) if bits > 1 else m
+
+
+# scale: (L, 2): max|w| and how many attain it; for one bit the mean of |w| and 1
+def dorefa_fwd(xs, scale, bits, detach_max):
+    n, ys = 2**bits - 1, []
+    for x, top in zip(xs, scale[:, 0], strict=True):
+        m = dorefa_scale(top, bits)
+        y = _sign(_wide(x)) * m if bits == 1 else (2 * (n * (_wide(x).tanh() / (2 * m) + 0.5)).round() - n) / n
+        ys.append(y.to(x.dtype))
+    return ys
+
+
+def dorefa_bwd(gs, xs, scale, bits, detach_max):
+    if bits == 1:
+        return [g.to(x.dtype) for g, x in zip(gs, xs, strict=True)]
+    gradients = []
+    for g, x, (top, ties) in zip(gs, xs, scale, strict=True):
+        m, t, g, x_ = dorefa_scale(top, bits), _wide(x).tanh(), _wide(g), _wide(x)
+        slope = (1 - t) * (1 + t)
+        result = g * slope / m
+        if not detach_max:
+            result = result - torch.where(x_.abs() == top, t.sign() * slope * ((g * t).sum() / (m * m * ties)), 0)
+        gradients.append(result.to(x.dtype))
+    return gradients
+
+
+class _Straight(torch.autograd.Function):
+    """Rounds; the gradient g passes as g + delta |g| (x - rounded x) / n."""
+
+    @staticmethod
+    def forward(ctx, x, n, delta):
+        ctx.save_for_backward(x, delta)
+        ctx.n = n
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, g):
+        x, delta = ctx.saved_tensors
+        return (g if delta is None else g + delta * g.abs() * (x - x.round()) / ctx.n), None, None
+
+
+def _round(x):
+    return _Straight.apply(x, 1, None)
+
+
+def _results(ys, single):
+    return ys[0] if single else ys
+
+
+def lsq(x, step, bits, *, signed=True, axis=None):
+    xs, single = arguments.weights(x, name="x")
+    arguments.bit_width(bits)
+    axis = arguments.channel_axis(axis, xs, single)
+    step = arguments.channels("step", step, xs, single, axis)
+    (low, high), ys = levels(bits, signed), []
+    for w, s in zip(xs, _parameters(_positive(step), xs, axis), strict=True):
+        scale = 1 / math.sqrt((w.numel() if axis is None else w.numel() // w.shape[axis]) * high)
+        s = s * scale + (s - s * scale).detach()
+        v = (_wide(w) / s).clamp(-low, high)
+        c = v + (_sign(v) - v).detach() if bits == 1 and signed else _round(v)
+        ys.append((s * c).to(w.dtype))
+    return _results(ys, single)
+
+
+def ewgs(x, lower, upper, bits, *, delta=0.0, signed=True):
+    xs, single = arguments.weights(x, name="x")
+    arguments.bit_width(bits)
+    lower, upper, delta = arguments.bounds(lower, upper, delta, xs, single)
+    n, ys = 2**bits - 1, []
+    for w, low, high, d in zip(xs, lower, upper, delta, strict=True):
+        v, _, _ = _ewgs(w, low, high)
+        c = _Straight.apply(n * v.clamp(0, 1), n, d)
+        ys.append(((2 * c - n) / n if signed else c / n).to(w.dtype))
+    return _results(ys, single)
+
+
+def pact(x, alpha, bits, *, plus=False):
+    xs, single = arguments.weights(x, name="x")
+    arguments.bit_width(bits)
+    n, ys = 2**bits - 1, []
+    for w, a in zip(xs, _positive(arguments.channels("alpha", alpha, xs, single)), strict=True):
+        w_ = _wide(w)
+        y = torch.where(w_ >= a, a, torch.where(w_ < 0, 0, w_))
+        s = a / n
+        quantized = s * _round(y / s)
+        ys.append((quantized if plus else y + (quantized - y).detach()).to(w.dtype))
+    return _results(ys, single)
+
+
+def dorefa(w, bits, *, detach_max=False):
+    ws, single = arguments.weights(w, name="w")
+    arguments.bit_width(bits)
+    n, ys = 2**bits - 1, []
+    for x in ws:
+        x_ = _wide(x)
+        if bits == 1:
+            ys.append((x_ + (_sign(x_) * x_.abs().mean() - x_).detach()).to(x.dtype))
+            continue
+        m = dorefa_scale(x_.abs().amax(), bits)
+        c = _round(n * (x_.tanh() / (2 * (m.detach() if detach_max else m)) + 0.5))
+        ys.append(((2 * c - n) / n).to(x.dtype))
+    return _results(ys, single)

@@ -1,0 +1,163 @@
+"""Bin regularization, MSQE, partial L2, and several terms from one read: `<op>_fwd` and `<op>_bwd` as every backend has them, and the public functions.
+
+Sources: Han et al. 2021, "Improving Low-Precision Network Quantization via Bin Regularization"; Choi, El-Khamy, Lee 2020, "Learning Sparse Low-Precision
+Neural Networks With Learnable Regularization". The ops are laid out as those of range.py, with d = 1.
+"""
+import torch
+
+from .. import arguments
+from . import range as range_losses
+from .columns import columns
+from .quantizers import code
+
+
+def _each(weights):
+    return enumerate(columns(w)[0] for w in weights)
+
+
+def _gradients(weights, formula):
+    return [formula(i, columns(w)[0]).reshape(w.shape).to(w.dtype) for i, w in enumerate(weights)]
+
+
+def _quantized(x, step, bits):
+    """(step or NaN, code) with signed codes"""
+    s = torch.where(step > 0, step, torch.nan)
+    return s, code(x / s, bits, True)
+
+
+def _bins(c, bits):
+    """The place of each code among 2^bits; of NaN the first."""
+    low, _ = arguments.levels(bits, True)
+    return ((c.nan_to_num(-low) + low) // (2 if bits == 1 else 1)).long()
+
+
+# saved: (L, 1, 2^bits), how many weights are in each bin
+def bin_reg_fwd(weights, step, bits):
+    loss, saved = [], []
+    for i, x in _each(weights):
+        s, c = _quantized(x, step[i, 0], bits)
+        bins, empty = _bins(c, bits), x.new_zeros(2**bits)
+        counts = empty.scatter_add(0, bins, torch.ones_like(x))
+        errors = empty.scatter_add(0, bins, (x - s * c).square())
+        saved.append(counts[None])
+        loss.append((errors / counts.clamp(min=1)).sum())
+    return torch.stack(loss), torch.stack(saved)
+
+
+def bin_reg_bwd(grad, weights, step, saved, bits):
+    def formula(i, x):
+        s, c = _quantized(x, step[i, 0], bits)
+        return 2 * grad[i] / saved[i, 0][_bins(c, bits)] * (x - s * c)
+    return _gradients(weights, formula)
+
+
+# saved: (L, 1, 1), sum of (w - Q) code
+def msqe_fwd(weights, step, bits):
+    loss, saved = [], []
+    for i, x in _each(weights):
+        s, c = _quantized(x, step[i, 0], bits)
+        error = x - s * c
+        loss.append(error.square().mean())
+        saved.append((error * c).sum().reshape(1, 1))
+    return torch.stack(loss), torch.stack(saved)
+
+
+def msqe_bwd(grad, weights, step, saved, bits):
+    def formula(i, x):
+        s, c = _quantized(x, step[i, 0], bits)
+        return 2 / x.numel() * grad[i] * (x - s * c)
+    numel = torch.tensor([w.numel() for w in weights], dtype=step.dtype, device=step.device)
+    return _gradients(weights, formula), (-2 * grad / numel)[:, None] * saved[..., 0]
+
+
+# rank: (L,) int64, which of the sorted |w| is theta, from 1; below it: NaN. saved: (L, 1, 1), theta
+def partial_l2_fwd(weights, rank):
+    loss, saved = [], []
+    for i, x in _each(weights):
+        theta = x.abs().sort().values[(rank[i] - 1).clamp(min=0)]
+        theta = torch.where(rank[i] < 1, torch.nan, theta)
+        saved.append(theta.reshape(1, 1))
+        loss.append(torch.where(x.abs() > theta, 0, x.square()).sum() / torch.where(theta.isnan(), torch.nan, x.numel()))
+    return torch.stack(loss), torch.stack(saved)
+
+
+def partial_l2_bwd(grad, weights, rank, saved):
+    def formula(i, x):
+        return torch.where(x.abs() > saved[i, 0, 0], 0, 2 / x.numel() * grad[i] * x)
+    return _gradients(weights, formula)
+
+
+def split_terms(names, parameters, bits, flags):
+    """For each term (name, its parameters, what else its forward takes, what else its backward takes); geometry last, where it has one."""
+    at = 0
+    for name, width, flag in zip(names, bits, flags, strict=True):
+        count = arguments.TERMS[name]
+        geometry = (1, "output") if name in ("l_inf", "margin", "soft_min_max") else (width,) if width else ()
+        yield name, parameters[at : at + count], ((flag,) if name == "soft_min_max" else ()) + geometry, geometry
+        at += count
+
+
+def _op(name, part):
+    return globals().get(f"{name}_{part}") or getattr(range_losses, f"{name}_{part}")
+
+
+def terms_fwd(weights, names, parameters, bits, flags):
+    """Lists of the losses and of what is saved, one for each of `names`; `parameters` are those of the terms, one after the other."""
+    results = [_op(name, "fwd")(weights, *given, *forward) for name, given, forward, _ in split_terms(names, parameters, bits, flags)]
+    return [loss for loss, _ in results], [saved for _, saved in results]
+
+
+def terms_bwd(grads, weights, names, parameters, bits, flags, saved):
+    """(the gradients of the weights, summed over the terms before they are rounded; the gradient of each differentiable parameter)"""
+    wide = [w.to(arguments.accumulator(w.dtype)) for w in weights]
+    total, of_parameters = [torch.zeros_like(w) for w in wide], []
+    for grad, kept, (name, given, _, backward) in zip(grads, saved, split_terms(names, parameters, bits, flags), strict=True):
+        result = _op(name, "bwd")(grad, wide, *given, kept, *backward)
+        if isinstance(result, tuple):
+            result, g = result
+            of_parameters.append(g)
+        for t, g in zip(total, result, strict=True):
+            t += g
+    return [t.to(w.dtype) for t, w in zip(total, weights, strict=True)], of_parameters
+
+
+def bin_reg(W, step, bits):
+    ws, single = arguments.weights(W)
+    arguments.bit_width(bits)
+    step = arguments.step("step", step, ws, single, differentiable=False)
+    losses = []
+    for i, x in _each(ws):
+        s, c = _quantized(x, step[i, 0], bits)
+        bins, empty = _bins(c, bits).detach(), x.new_zeros(2**bits)
+        counts = empty.scatter_add(0, bins, torch.ones_like(x).detach())
+        losses.append((empty.scatter_add(0, bins, (x - (s * c).detach()).square()) / counts.clamp(min=1)).sum())
+    return losses[0] if single else torch.stack(losses)
+
+
+def msqe(W, step, bits):
+    ws, single = arguments.weights(W)
+    arguments.bit_width(bits)
+    step = arguments.step("step", step, ws, single)
+    losses = []
+    for i, x in _each(ws):
+        s, c = _quantized(x, step[i, 0], bits)
+        losses.append((x - s * c.detach()).square().mean())
+    return losses[0] if single else torch.stack(losses)
+
+
+def partial_l2(W, fraction):
+    ws, single = arguments.weights(W)
+    rank = arguments.rank(fraction, ws, single)
+    losses = []
+    for i, x in _each(ws):
+        with torch.no_grad():
+            _, theta = partial_l2_fwd([x], rank[i : i + 1])
+        losses.append(torch.where(x.abs() > theta[0, 0, 0], 0, x.square()).sum() / torch.where(theta[0, 0, 0].isnan(), torch.nan, x.numel()))
+    return losses[0] if single else torch.stack(losses)
+
+
+def weight_terms(W, terms):
+    functions = {**{name: getattr(range_losses, name) for name in ("l_inf", "margin", "soft_min_max", "kure")},
+                 "bin_reg": bin_reg, "msqe": msqe, "partial_l2": partial_l2}
+    ws, single = arguments.weights(W)
+    return {name: functions[name](ws[0] if single else ws, **options) for name, options in arguments.terms(terms).items()}

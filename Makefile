@@ -7,7 +7,7 @@ ARCH := $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>
 export R2KERNELS_CUDA_ARCH ?= $(ARCH)
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test bench gpu-check lint clean
+.PHONY: demo test bench paper gpu-check lint clean
 
 demo: $(VENV)/.built
 	$(VENV)/bin/r2kernels demo --force
@@ -18,6 +18,11 @@ test: $(VENV)/.built $(TRITON36)/.built
 bench: $(VENV)/.built
 	$(VENV)/bin/python -m pytest benchmarks/bench_range.py -q --benchmark-quiet -rs
 	$(VENV)/bin/python -m pytest benchmarks/bench_dkm.py -q --benchmark-quiet -rs
+	$(VENV)/bin/python -m pytest benchmarks/bench_quantizers.py -q --benchmark-quiet -rs
+
+# The paper's tables in shape, on digits: about a quarter of an hour on two cores. `make paper PAPER="--full"` takes hours.
+paper: $(VENV)/.built
+	$(VENV)/bin/python benchmarks/paper $(PAPER)
 
 lint: $(VENV)/.built
 	$(VENV)/bin/ruff check .

@@ -10,7 +10,7 @@ import time
 import dkm_report
 import pytest
 import torch
-from dkm_contenders import ASSIGN, DKM, KMEANS, Case, Inputs, attention_unit, contenders, errors, saved_bytes
+from dkm_contenders import ASSIGN, DKM, KMEANS, STEP, Case, Inputs, attention_unit, contenders, errors, saved_bytes
 from measure import Clock, extra_memory, interleave, ratios
 
 EAGER, ALL, FEW = ("eager",), ("eager", "torch.compile", "checkpointing", "coremltools"), ("eager", "coremltools")
@@ -19,6 +19,7 @@ LARGE, MIDDLE, SMALL = 2_400_000, 600_000, 150_000      # weights: what eager ne
 CASES = (
     Case(LARGE, 16, peers=ALL), Case(SMALL, 256, peers=ALL),
     Case(11_678_912, 16, work=KMEANS), Case(LARGE, 16, work=KMEANS, peers=("scikit-learn",)), Case(100_000, 16, work=KMEANS, peers=("coremltools",)),
+    *(Case("ResNet-18", 4, metric=metric, work=STEP, peers=("coremltools",)) for metric in ("euclidean", SQUARED)),
     Case(LARGE, 2), Case(LARGE, 4, peers=EAGER), Case(LARGE, 64), Case(LARGE, 256), Case(MIDDLE, 64, peers=EAGER),
     *(Case("ResNet-18", k) for k in (4, 16, 256)),
     Case(LARGE, 16, metric=SQUARED, peers=ALL), Case(SMALL, 256, metric=SQUARED, peers=FEW),
@@ -61,6 +62,8 @@ def measured(case, deadline, seconds):
         median = statistics.median(samples)
         row.update(samples=samples, calls=calls, default=name == ours, rounds=len(samples), median_ms=median * 1e3,
                    iqr_ms=(quartiles[2] - quartiles[0]) * 1e3, ns_per_weight=median * 1e9 / inputs.numel, faster=ratios(timed, name, ours))
+        if case.work == STEP:
+            row["copies"] = extra_memory(found[name], inputs) / inputs.bytes
         if case.work == DKM:
             row["saved_per_weight"] = saved_bytes(found[name], inputs)
             row["extra_per_weight"] = max(extra_memory(found[name], inputs) - 2 * inputs.bytes, 0) / inputs.numel     # beyond W_hat and dL/dW

@@ -15,7 +15,7 @@ from r2kernels.reference.dkm import attention, iterate
 
 ITERATIONS = 5
 CHECKED = 40_000            # weights on which the numbers of every contender are compared with float64
-DKM, ASSIGN, KMEANS = "dkm", "assign", "kmeans"
+DKM, ASSIGN, KMEANS, STEP = "dkm", "assign", "kmeans", "step"
 
 
 class Case(NamedTuple):
@@ -30,7 +30,8 @@ class Case(NamedTuple):
 
     @property
     def table(self):
-        what = {DKM: f"forward + backward, T = {ITERATIONS}", ASSIGN: "hard assignment", KMEANS: "k-means"}[self.work]
+        what = {DKM: f"forward + backward, T = {ITERATIONS}", ASSIGN: "hard assignment", KMEANS: "k-means",
+                STEP: f"Palettizer's step, T = {ITERATIONS}"}[self.work]
         dtype = "" if self.dtype == torch.float32 else f", {str(self.dtype).removeprefix('torch.')}"
         return f"{what}, {'scalars' if self.d == 1 else f'rows of {self.d}'}, {self.metric}{dtype}"
 
@@ -51,7 +52,7 @@ class Inputs:
             n = min(count or case.weights, case.weights if isinstance(case.weights, int) else count)
             ws = [torch.randn(n // 64, 64, generator=g) * 0.05]
         self.device, self.case = torch.device(case.device), case
-        self.weights = [w.to(case.dtype).to(self.device).requires_grad_() for w in ws]
+        self.weights = [torch.nn.Parameter(w.to(case.dtype).to(self.device)) for w in ws]
         self.gradients = [torch.randn(w.shape, generator=g).to(case.dtype).to(self.device) for w in ws]
         self.bytes = sum(w.nbytes for w in self.weights)
         self.numel = sum(w.numel() for w in self.weights)
@@ -62,6 +63,13 @@ class Inputs:
         self.tau = max(spacing.item() if case.clusters > 1 else 0.05, 1e-3) / 4
         if case.metric == "sqeuclidean":
             self.tau = self.tau**2
+
+    @functools.cached_property
+    def model(self):
+        """A model of layers with these weights under a Palettizer; it gives the weights that its layers compute with."""
+        model = Layers(self.weights)
+        r2kernels.Palettizer(model, self.case.clusters.bit_length() - 1, cluster_dim=self.case.d, metric=self.case.metric, iterations=ITERATIONS)
+        return model.train()
 
     def double(self):
         """The same numbers in float64."""
@@ -74,6 +82,19 @@ class Inputs:
     def no_gradients(self):
         for w in self.weights:
             w.grad = None
+
+
+class Layers(torch.nn.Module):
+    def __init__(self, weights):
+        super().__init__()
+        self.layers = torch.nn.ModuleList()
+        for w in weights:
+            made = torch.nn.Linear(1, 1, bias=False) if w.dim() == 2 else torch.nn.Conv2d(1, 1, 1, bias=False)
+            made.weight = w
+            self.layers.append(made)
+
+    def forward(self):
+        return [layer.weight for layer in self.layers]
 
 
 def _through(cluster):
@@ -149,13 +170,20 @@ CALLS = {
         "checkpointing": _through(_checkpointed), "coremltools": _through(_peer),
     },
     ASSIGN: {"eager": _eager_assign},
+    STEP: {"coremltools": _through(_peer)},
     KMEANS: {"scikit-learn": _sklearn, "coremltools": _peer_kmeans},
 }
 
 
+def _step(inputs):
+    outputs = inputs.model()
+    torch.autograd.backward(outputs, inputs.gradients)
+    return outputs
+
+
 def _call(work):
-    if work == DKM:
-        return _ours
+    if work in (DKM, STEP):
+        return _ours if work == DKM else _step
     if work == ASSIGN:
         return lambda inputs: r2kernels.assign(inputs.weights, inputs.centroids, cluster_dim=inputs.case.d)
     return lambda inputs: r2kernels.kmeans(inputs.weights[0], inputs.case.clusters, cluster_dim=inputs.case.d)

@@ -11,6 +11,7 @@ from report import header, load, number  # noqa: F401
 
 BEGIN, END = "<!-- dkm:begin -->", "<!-- dkm:end -->"
 SCALAR = "forward + backward, T = 5, scalars, euclidean"
+STEP = "Palettizer's step, T = 5, scalars, euclidean"
 HEADLINE, WIDE, LARGE = "2,400,000, K = 16", "150,000, K = 256", "11,678,912, K = 16"
 
 # (table, case, what, limit): `over X` at least, the others at most
@@ -18,18 +19,21 @@ TARGETS = (
     (SCALAR, HEADLINE, "over eager", 60), (SCALAR, HEADLINE, "over torch.compile", 10), (SCALAR, HEADLINE, "over coremltools", 100),
     (SCALAR, WIDE, "over eager", 500), (SCALAR, HEADLINE, "saved bytes per weight", 4.01), (SCALAR, "2,400,000, K = 2..256", "slowest over quickest K", 2),
     ("k-means, scalars, euclidean", LARGE, "seconds", 2),
+    (STEP, "ResNet-18, K = 4", "over coremltools", 50), (STEP, "ResNet-18, K = 4", "copies of the weights", 3),
 )
 ABOUT = """- times: medians over rounds in which every contender of a case takes its turn; ratios: medians of the rounds' ratios
 - *eager*: `r2kernels.reference` under autograd; *checkpointing*: the same, each iteration under `torch.utils.checkpoint`;
   *coremltools*: its `FakePalettize`, which has the squared metric alone
 - *saved*: bytes that the forward keeps for the backward, per weight, W included; *extra*: the most memory of torch's allocator during a call beyond
   W_hat and dL/dW, per weight
+- *Palettizer's step*: forward and backward of all palettized weights of a model in training, on hooks; *coremltools* clusters the same layers one by one;
+  *copies*: the most memory of torch's allocator during a step, W_hat and dL/dW included, in copies of the weights
 - *error*: RMS error of W_hat and of dL/dW against float64, relative to the RMS of W and of dL/dW, on 40,000 weights; ours are timed only within
   twice eager's plus one ulp
 - weights are normal with sigma 0.05, centroids start from `kmeans` of a part, tau is a quarter of the mean distance of centroids (its square for the
   squared metric)"""
 COLUMNS = (
-    "weights, clusters", "contender", "ms", "IQR", "rounds", "ns per weight", "ours is faster by", "saved B/weight", "extra B/weight",
+    "weights, clusters", "contender", "ms", "IQR", "rounds", "ns per weight", "ours is faster by", "saved B/weight", "extra B/weight", "copies",
     "error of Ŵ", "error of dW",
 )
 PEERS = ("eager", "torch.compile", "checkpointing", "coremltools")
@@ -60,12 +64,12 @@ def markdown(data):
 
 
 def _table(rows):
-    lines = [COLUMNS, ["---"] * 2 + ["---:"] * 9]
+    lines = [COLUMNS, ["---"] * 2 + ["---:"] * 10]
     for row in rows:
         name = f"**{row['contender']}**" if row["default"] else row["contender"]
         faster = "" if row["default"] else number(row["faster"][1]) + "x"
         error = [f"{e:.1e}" for e in row["errors"]] if "errors" in row else ["", ""]
-        numbers = [row["median_ms"], row["iqr_ms"]], row["ns_per_weight"], [row.get("saved_per_weight"), row.get("extra_per_weight")]
+        numbers = [row["median_ms"], row["iqr_ms"]], row["ns_per_weight"], [row.get("saved_per_weight"), row.get("extra_per_weight"), row.get("copies")]
         lines.append([row["case"], name, *map(number, numbers[0]), str(row["rounds"]), number(numbers[1]), faster, *map(number, numbers[2]), *error])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
@@ -83,7 +87,9 @@ def value_of(data, table, case, what):
     row = find(data, table, case, what.removeprefix("over ") if what.startswith("over ") else None)
     if row is None:
         return None
-    return {"saved bytes per weight": row.get("saved_per_weight"), "seconds": row["median_ms"] / 1e3}.get(what, row["faster"] and row["faster"][1])
+    if what in (measured := {"saved bytes per weight": "saved_per_weight", "copies of the weights": "copies"}):
+        return row.get(measured[what])
+    return row["median_ms"] / 1e3 if what == "seconds" else row["faster"] and row["faster"][1]
 
 
 def targets(data, plain=False):

@@ -31,14 +31,15 @@ WANTED = {
 GRACE = 10                  # seconds between asking a step to stop and killing it
 
 
-def steps(results, seconds):
-    """(name, command, seconds it may take): the tests get at most half, the benchmarks what is left by then, less the time to draw the figure."""
+def steps(results):
+    """(name, command, part of the time left that it may take): the tests get at most half, the benchmarks share the rest."""
     python = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
-    yield "tests", [*python, "tests", "--device", "cuda", "-q", "--continue-on-collection-errors"], seconds / 2
+    yield "tests", [*python, "tests", "--device", "cuda", "-q", "--continue-on-collection-errors"], 1 / 2
     options = ["--bench-device", "cuda", "--bench-results", str(results), "--bench-case-seconds", "1"]
     if importlib.util.find_spec("pytest_benchmark"):
         options.append("--benchmark-quiet")
-    yield "benchmarks", [*python, "benchmarks/bench_range.py", "-q", *options], None
+    for name, part in (("bench_range", 1 / 2), ("bench_dkm", 1 / 2), ("bench_quantizers", 1)):
+        yield name, [*python, f"benchmarks/{name}.py", "-q", *options], part
 
 
 def run(name, command, seconds, log):
@@ -108,10 +109,9 @@ def check(results, seconds, say=print):
         return summary
     say(f"gpu-check: {summary['machine']}")
     with (results / "gpu-check.log").open("w+") as log:
-        for name, command, allowed in steps(results, seconds):
-            left = deadline - time.monotonic() - GRACE
-            allowed = min(allowed or left, left)
-            if name == "benchmarks":
+        for name, command, part in steps(results):
+            allowed = part * (deadline - time.monotonic() - GRACE)
+            if name != "tests":
                 command = [*command, "--bench-seconds", f"{max(allowed - 45, 1):.0f}"]      # a case under way, and the figure, take a while
             say(f"gpu-check: {name}, at most {allowed:.0f} s")
             at = log.seek(0, os.SEEK_END)

@@ -10,8 +10,6 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pytest
-
 SOURCES = Path(__file__).parent.parent / "csrc/cuda"
 TYPES = {"float32": ("f", 4), "bfloat16": ("13__nv_bfloat16", 2), "float16": ("6__half", 2)}      # mangled, bytes
 
@@ -39,7 +37,8 @@ def find_nvcc():
 
 @functools.cache
 def compiled(name):
-    """Name -> Kernel of this source file as compiled for sm_90."""
+    """Name -> Kernel of this source file as compiled for sm_90; skips the test where that cannot be done."""
+    import pytest
     nvcc, cuobjdump = find_nvcc(), find_cuobjdump()
     if nvcc is None or cuobjdump is None:
         pytest.skip("no nvcc was found" if nvcc is None else "no cuobjdump was found")

@@ -74,7 +74,7 @@ def msqe_bwd(grad, weights, step, saved, bits):
 def partial_l2_fwd(weights, rank):
     loss, saved = [], []
     for i, x in _each(weights):
-        theta = x.abs().sort().values[(rank[i] - 1).clamp(min=0)]
+        theta = x.abs().sort().values.gather(0, (rank[i : i + 1] - 1).clamp(min=0))[0]
         theta = torch.where(rank[i] < 1, torch.nan, theta)
         saved.append(theta.reshape(1, 1))
         loss.append(torch.where(x.abs() > theta, 0, x.square()).sum() / torch.where(theta.isnan(), torch.nan, x.numel()))

@@ -20,7 +20,7 @@ import torch
 from networks import NETWORKS
 from tables import helps, markdown, tables
 from torch import distributed
-from training import LOSSES, METHODS, Job, Plan, processes, run
+from training import LOSSES, METHODS, Job, Plan, alone, processes, run
 
 RESULTS = Path(__file__).parents[1] / "results"
 # epochs of training and of each method, seeds
@@ -93,11 +93,6 @@ class Results:
             part = path.with_name(path.name + ".part")
             part.write_text(text)
             part.replace(path)
-
-
-def alone(job):
-    torch.set_num_threads(1)        # more gain little on networks of this size
-    return run(job)
 
 
 def work(args, jobs, results, progress):

@@ -90,6 +90,12 @@ def run(job, say=lambda what: None):
     return found
 
 
+def alone(job):
+    """`run` in a process of its own."""
+    torch.set_num_threads(1)        # more gain little on networks of this size
+    return run(job)
+
+
 def pretrain(model, images, loss, plan):
     groups = [{"params": list(model.parameters())}]
     regularizer = RangeRegularizer(model, **loss.options) if loss.options else None

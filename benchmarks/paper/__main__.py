@@ -24,7 +24,7 @@ from training import LOSSES, METHODS, Job, Plan, alone, processes, run
 
 RESULTS = Path(__file__).parents[1] / "results"
 # epochs of training and of each method, seeds
-QUICK, FULL, PICTURES = (20, 3, 2), (60, 10, 5), (90, 20, 1)
+QUICK, FULL, PICTURES = (20, 3, 3), (60, 10, 5), (90, 20, 1)
 
 
 def parse(argv):

@@ -171,9 +171,9 @@ def lsq(x, step, bits, *, signed=True, axis=None):
     (low, high), ys = levels(bits, signed), []
     for w, s in zip(xs, _parameters(_positive(step), xs, axis), strict=True):
         scale = 1 / math.sqrt((w.numel() if axis is None else w.numel() // w.shape[axis]) * high)
-        s = s * scale + (s - s * scale).detach()
+        s = s.detach() + scale * (s - s.detach())
         v = (_wide(w) / s).clamp(-low, high)
-        c = v + (_sign(v) - v).detach() if bits == 1 and signed else _round(v)
+        c = _sign(v).detach() + (v - v.detach()) if bits == 1 and signed else _round(v)
         ys.append((s * c).to(w.dtype))
     return _results(ys, single)
 
@@ -199,7 +199,7 @@ def pact(x, alpha, bits, *, plus=False):
         y = torch.where(w_ >= a, a, torch.where(w_ < 0, 0, w_))
         s = a / n
         quantized = s * _round(y / s)
-        ys.append((quantized if plus else y + (quantized - y).detach()).to(w.dtype))
+        ys.append((quantized if plus else quantized.detach() + (y - y.detach())).to(w.dtype))
     return _results(ys, single)
 
 
@@ -210,7 +210,7 @@ def dorefa(w, bits, *, detach_max=False):
     for x in ws:
         x_ = _wide(x)
         if bits == 1:
-            ys.append((x_ + (_sign(x_) * x_.abs().mean() - x_).detach()).to(x.dtype))
+            ys.append(((_sign(x_) * x_.abs().mean()).detach() + (x_ - x_.detach())).to(x.dtype))
             continue
         m = dorefa_scale(x_.abs().amax(), bits)
         c = _round(n * (x_.tanh() / (2 * (m.detach() if detach_max else m)) + 0.5))

@@ -5,62 +5,48 @@
 namespace r2 {
 inline namespace R2_ISA {
 
-constexpr int kRows = 64;  // of a block, whose sums are kept in the accumulator's type before they go to float64
+constexpr int64_t kFold = 1024;  // rows, whose sums are kept in lanes of the accumulator's type before they go to float64
 
 // The centroids of all tensors and iterations of a pass, as groups read them.
 template <class A>
 class AllCentroids {
  public:
-  AllCentroids(const List& list, const Clusters& clusters, const Pass& pass, int threads)
-      : stride_((clusters.most + kPad - 1) / kPad * kPad), each_((3 * list.d + 1) * stride_), count_(list.count),
-        memory_(pass.steps * list.count * each_ * int64_t(sizeof(A))), centroids_(pass.steps * list.count * int64_t(sizeof(Centroids<A>))) {
+  AllCentroids(const List& list, const Clusters& clusters, const Pass& pass)
+      : count_(list.count), each_(int64_t(clusters.most) * list.d), memory_(pass.steps * list.count * each_ * int64_t(sizeof(A))),
+        centroids_(pass.steps * list.count * int64_t(sizeof(Centroids<A>))) {
     const int d = list.d;
-    const int64_t total = pass.steps * list.count;
-#pragma omp parallel for num_threads(threads) if (threads > 1 && total * each_ > 16384)
-    for (int64_t i = 0; i < total; ++i) {
-      const int64_t tensor = i % list.count;
-      const int size = clusters.size[tensor];
-      A* to = memory_.template as<A>() + i * each_;
+    for (int64_t i = 0; i < pass.steps * list.count; ++i) {
+      const int64_t tensor = i % list.count, size = clusters.size[tensor];
       const A given = static_cast<const A*>(clusters.tau)[tensor], tau = given > A(0) ? given : A(NAN);
-      const auto columns = [&](const void* numbers, A* at) {
-        for (int m = 0; m < d; ++m)
-          for (int64_t j = 0; j < stride_; ++j) at[m * stride_ + j] = numbers && j < size ? static_cast<const A*>(numbers)[(i * clusters.most + j) * d + m] : A(0);
-      };
-      A *old = to, *fresh = to + d * stride_, *v = fresh + d * stride_, *behind = v + d * stride_;
-      columns(pass.old, old), columns(pass.fresh, fresh), columns(pass.upstream, v);
-      for (int64_t j = 0; j < stride_; ++j) behind[j] = j < size ? A(0) : A(INFINITY);
+      A* v = memory_.template as<A>() + i * each_;
       if (pass.upstream)
         for (int64_t j = 0; j < size; ++j) {
           const A S = static_cast<const A*>(pass.moments)[i * clusters.most + j];
-          for (int m = 0; m < d; ++m) v[m * stride_ + j] = S == A(0) ? A(0) : v[m * stride_ + j] / S;
+          for (int m = 0; m < d; ++m) v[j * d + m] = S == A(0) ? A(0) : static_cast<const A*>(pass.upstream)[i * each_ + j * d + m] / S;
         }
-      const int64_t end = (size + lanes<Vec<A>> - 1) / lanes<Vec<A>> * lanes<Vec<A>>;
-      centroids_.template as<Centroids<A>>()[i] = {old, fresh, v, behind, end, stride_, A(1.4426950408889634074 / double(tau)), A(1 / double(tau)), clusters.metric == 1};
+      const auto numbers = [&](const void* all) { return all ? static_cast<const A*>(all) + i * each_ : nullptr; };
+      centroids_.template as<Centroids<A>>()[i] = {
+          numbers(pass.old), numbers(pass.fresh), v, size, A(1.4426950408889634074 / double(tau)), A(1 / double(tau)), clusters.metric == 1};
     }
   }
   const Centroids<A>& of(int64_t tensor, int step = 0) const { return centroids_.template as<Centroids<A>>()[step * count_ + tensor]; }
-  int64_t stride() const { return stride_; }
 
  private:
-  int64_t stride_, each_, count_;
+  int64_t count_, each_;
   Memory memory_, centroids_;
 };
 
-// What one thread works in.
+// What one thread works in: blocks (d, kRows), and vectors for every centroid.
 template <class A>
 struct Room {
-  Memory memory;
-  A *x, *g, *out, *count, *sums;
+  Memory blocks, vectors;
+  A *x, *g, *out, *count;
+  Vec<A>* sums;
   Group<A> group;
-  Room(int d, int64_t stride, int width) : memory((3 * kRows * d + kRows + (3 * kGroup + width) * stride) * int64_t(sizeof(A))) {
-    A* at = memory.template as<A>();
-    const auto take = [&](int64_t n) {
-      A* mine = at;
-      at += n;
-      return mine;
-    };
-    x = take(kRows * d), g = take(kRows * d), out = take(kRows * d), count = take(kRows);
-    group.distance = take(kGroup * stride), group.e = take(kGroup * stride), group.pull = take(kGroup * stride), sums = take(width * stride);
+  Room(int d, int64_t most, int width) : blocks((3 * d + 1) * kRows * int64_t(sizeof(A))), vectors((3 * kVectors + width) * most * int64_t(sizeof(Vec<A>))) {
+    x = blocks.template as<A>(), g = x + d * kRows, out = g + d * kRows, count = out + d * kRows;
+    group.distance = vectors.template as<Vec<A>>(), group.e = group.distance + kVectors * most;
+    group.pull = group.e + kVectors * most, sums = group.pull + kVectors * most;
   }
 };
 
@@ -76,27 +62,35 @@ R2_HD void each_run_of(const Tensor& tensor, int d, int64_t row, int n, Visit vi
   }
 }
 
-// Rows of d numbers one after the other, 0 behind the last.
-template <class A, class T>
-void take_rows(const Tensor& tensor, const T* from, int d, int64_t row, int n, A* to) {
+// Number m of each of n rows at to + m * kRows, 0 behind the last.
+template <int kD, class A, class T>
+R2_HD void take_rows(const Tensor& tensor, const T* from, int d, int64_t row, int n, A* to) {
+  d = kD ? kD : d;
   if (tensor.run == 1) {
-    int i = 0;
     const T* at = from + row * d;
-    for (; i + lanes<Vec<A>> <= n * d; i += lanes<Vec<A>>) store(to + i, load<Vec<A>>(at + i));
-    for (; i < n * d; ++i) to[i] = widen(at[i]);
+    for (int m = 0; m < d; ++m)
+      for (int i = 0; i < n; ++i) to[m * kRows + i] = widen(at[i * d + m]);
   } else {
     each_run_of(tensor, d, row, n, [&](int m, int first, int64_t at, int length) {
-      for (int i = 0; i < length; ++i) to[(first + i) * d + m] = widen(from[at + i]);
+      for (int i = 0; i < length; ++i) to[m * kRows + first + i] = widen(from[at + i]);
     });
   }
-  for (int i = n * d; i < (n + kGroup - 1) / kGroup * kGroup * d; ++i) to[i] = 0;
+  if (n < kRows)
+    for (int m = 0; m < d; ++m)
+      for (int i = n; i < kRows; ++i) to[m * kRows + i] = 0;
 }
 
-template <class A, class T>
-void put_rows(const Tensor& tensor, const A* from, int d, int64_t row, int n, T* to) {
-  if (tensor.run == 1) return narrowed(from, n * d, to + row * d);
+template <int kD, class A, class T>
+R2_HD void put_rows(const Tensor& tensor, const A* from, int d, int64_t row, int n, T* to) {
+  d = kD ? kD : d;
+  if (tensor.run == 1) {
+    T* at = to + row * d;
+    for (int i = 0; i < n; ++i)
+      for (int m = 0; m < d; ++m) at[i * d + m] = narrow<T>(from[m * kRows + i]);
+    return;
+  }
   each_run_of(tensor, d, row, n, [&](int m, int first, int64_t at, int length) {
-    for (int i = 0; i < length; ++i) to[at + i] = narrow<T>(from[(first + i) * d + m]);
+    for (int i = 0; i < length; ++i) to[at + i] = narrow<T>(from[m * kRows + first + i]);
   });
 }
 
@@ -112,16 +106,16 @@ R2_HD void with_width(int d, F f) {
 
 // The group of row i of a block; `g` where the pass has gradients.
 template <class A>
-R2_HD Group<A>& group_at(Room<A>& room, const Centroids<A>& c, int d, int i, bool g) {
+R2_HD Group<A>& group_at(Room<A>& room, int i, bool g) {
   Group<A>& p = room.group;
-  p.x = room.x + i * d, p.g = g ? room.g + i * d : nullptr, p.count = room.count + i, p.first = 0, p.end = c.size;
+  p.x = room.x + i, p.g = g ? room.g + i : nullptr, p.count = room.count + i;
   return p;
 }
 
 template <Kind kKind, int kD, class A>
 void sum_block(Room<A>& room, const Centroids<A>& c, int d, int n, bool g) {
-  for (int i = 0; i < n; i += kGroup) {
-    Group<A>& p = group_at(room, c, d, i, g);
+  for (int i = 0; i < n; i += Group<A>::rows) {
+    Group<A>& p = group_at(room, i, g);
     attend<kD>(p, c, d);
     if (kKind == Kind::recur) find_pull<kD>(p, c, d);
     add_to_sums<kKind, kD>(p, c, d, room.sums);
@@ -130,11 +124,11 @@ void sum_block(Room<A>& room, const Centroids<A>& c, int d, int n, bool g) {
 
 template <bool kGradient, int kD, class A>
 void map_block(Room<A>& room, const Centroids<A>& c, int d, int n, bool g) {
-  for (int i = 0; i < n; i += kGroup) {
-    Group<A>& p = group_at(room, c, d, i, g);
+  for (int i = 0; i < n; i += Group<A>::rows) {
+    Group<A>& p = group_at(room, i, g);
     attend<kD>(p, c, d);
     if (kGradient) find_pull<kD>(p, c, d);
-    add_means<kGradient, kD>(p, c, kGradient ? c.v : c.fresh, d, room.out + i * d);
+    add_means<kGradient, kD>(p, c, kGradient ? c.v : c.fresh, d, room.out + i);
   }
 }
 
@@ -144,36 +138,41 @@ void sum_rows(const List& list, const Clusters& clusters, const Pass& pass, int 
   constexpr bool alone = kKind == Kind::update;
   const int d = list.d, width = d + alone;
   threads = threads_for(list, threads);
-  const AllCentroids<A> all(list, clusters, pass, threads);
-  const int64_t stride = all.stride(), each = int64_t(clusters.most) * width;
+  const AllCentroids<A> all(list, clusters, pass);
+  const int64_t each = int64_t(clusters.most) * width;
   double* partial = static_cast<double*>(pass.scratch);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    Room<A> room(d, stride, width);
+    Room<A> room(d, clusters.most, width);
 #pragma omp for schedule(dynamic)
     for (int64_t chunk = 0; chunk < list.chunks; ++chunk) {
       const Rows c(list, chunk);
       const Tensor& tensor = list.tensors[c.tensor];
       const Centroids<A>& centroids = all.of(c.tensor);
-      const int size = clusters.size[c.tensor];
+      const int64_t size = centroids.size;
       const T *w = address<const T>(list.pointers, c.tensor), *g = kKind == Kind::update ? nullptr : address<const T>(pass.grads, c.tensor);
       const float* counts = address<const float>(pass.counts, c.tensor);
       double* sums = partial + chunk * each;
       for (int64_t i = 0; i < each; ++i) sums[i] = 0;
-      for (int64_t i = 0; i < width * stride; ++i) room.sums[i] = 0;
+      for (int64_t i = 0; i < width * size; ++i) room.sums[i] = Vec<A>{};
       for (int64_t row = c.row; row < c.row + c.n; row += kRows) {
         const int n = c.row + c.n - row < kRows ? int(c.row + c.n - row) : kRows;
-        take_rows(tensor, w, d, row, n, room.x);
-        if (g) take_rows(tensor, g, d, row, n, room.g);
-        if (counts) {
+        if (counts)
           for (int i = 0; i < n; ++i) room.count[i] = A(counts[row + i]);
-        } else {
-          for (int i = 0; i < n; ++i) room.count[i] = 1;
-        }
+        else if (row == c.row)
+          for (int i = 0; i < kRows; ++i) room.count[i] = 1;
         for (int i = n; i < kRows; ++i) room.count[i] = 0;
-        with_width<A>(d, [&](auto kD) { sum_block<kKind, kD>(room, centroids, d, n, g != nullptr); });
+        with_width<A>(d, [&](auto kD) {
+          take_rows<kD>(tensor, w, d, row, n, room.x);
+          if (g) take_rows<kD>(tensor, g, d, row, n, room.g);
+          sum_block<kKind, kD>(room, centroids, d, n, g != nullptr);
+        });
+        if ((row - c.row + kRows) % kFold != 0 && row + kRows < c.row + c.n) continue;
         for (int m = 0; m < width; ++m)
-          for (int j = 0; j < size; ++j) sums[j * width + m] += double(Scale<A>::down) * double(room.sums[m * stride + j]), room.sums[m * stride + j] = 0;
+          for (int64_t j = 0; j < size; ++j) {
+            Vec<A>& lane = room.sums[m * size + j];
+            sums[j * width + m] += double(Scale<A>::down) * sum(lane), lane = Vec<A>{};
+          }
       }
     }
 #pragma omp for schedule(dynamic)
@@ -200,12 +199,12 @@ void map_rows(const List& list, const Clusters& clusters, const Pass& pass, int 
   using A = Acc<T>;
   const int d = list.d;
   threads = threads_for(list, threads);
-  const AllCentroids<A> all(list, clusters, pass, threads);
+  const AllCentroids<A> all(list, clusters, pass);
   const int64_t* targets = static_cast<const int64_t*>(pass.target);
   for (int64_t t = 0; t < list.count; ++t) ask_for_huge_pages(reinterpret_cast<void*>(targets[t]), list.tensors[t].numel * sizeof(T));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    Room<A> room(d, all.stride(), 0);
+    Room<A> room(d, clusters.most, 0);
     for (int i = 0; i < kRows; ++i) room.count[i] = 1;
 #pragma omp for schedule(dynamic)
     for (int64_t chunk = 0; chunk < list.chunks; ++chunk) {
@@ -215,14 +214,13 @@ void map_rows(const List& list, const Clusters& clusters, const Pass& pass, int 
       T* out = address<T>(targets, c.tensor);
       for (int64_t row = c.row; row < c.row + c.n; row += kRows) {
         const int n = c.row + c.n - row < kRows ? int(c.row + c.n - row) : kRows;
-        take_rows(tensor, w, d, row, n, room.x);
-        if (g) take_rows(tensor, g, d, row, n, room.g);
         for (int i = 0; i < kRows * d; ++i) room.out[i] = 0;
-        for (int step = 0; step < pass.steps; ++step) {
-          const Centroids<A>& centroids = all.of(c.tensor, step);
-          with_width<A>(d, [&](auto kD) { map_block<kGradient, kD>(room, centroids, d, n, g && step == 0); });
-        }
-        put_rows(tensor, room.out, d, row, n, out);
+        with_width<A>(d, [&](auto kD) {
+          take_rows<kD>(tensor, w, d, row, n, room.x);
+          if (g) take_rows<kD>(tensor, g, d, row, n, room.g);
+          for (int step = 0; step < pass.steps; ++step) map_block<kGradient, kD>(room, all.of(c.tensor, step), d, n, g && step == 0);
+          put_rows<kD>(tensor, room.out, d, row, n, out);
+        });
       }
       if (c.row == 0)
         for (int64_t j = tensor.rows * d; j < tensor.numel; ++j) out[j] = kGradient ? g[j] : w[j];
@@ -251,8 +249,8 @@ void assign_rows(const List& list, const Clusters& clusters, const Pass& pass, i
   threads = threads_for(list, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    const Memory memory(2 * d * kRows * int64_t(sizeof(A)));
-    A *rows = memory.template as<A>(), *x = rows + d * kRows;
+    const Memory memory(d * kRows * int64_t(sizeof(A)));
+    A* x = memory.template as<A>();
 #pragma omp for schedule(dynamic)
     for (int64_t chunk = 0; chunk < list.chunks; ++chunk) {
       const Rows c(list, chunk);
@@ -262,9 +260,7 @@ void assign_rows(const List& list, const Clusters& clusters, const Pass& pass, i
       void* codes = address<void>(static_cast<const int64_t*>(pass.target), c.tensor);
       for (int64_t row = c.row; row < c.row + c.n; row += kRows) {
         const int n = c.row + c.n - row < kRows ? int(c.row + c.n - row) : kRows;
-        take_rows(list.tensors[c.tensor], w, d, row, n, rows);
-        for (int m = 0; m < d; ++m)
-          for (int i = 0; i < kRows; ++i) x[m * kRows + i] = i < n ? rows[i * d + m] : A(0);
+        with_width<A>(d, [&](auto kD) { take_rows<kD>(list.tensors[c.tensor], w, d, row, n, x); });
         for (int i = 0; i < n; i += lanes<V>) {
           V best = splat<V>(A(INFINITY));
           Indices<A> code = {};

@@ -135,43 +135,70 @@ def _sizes(args):
 
 
 def _compress_arguments(parser):
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=".safetensors, .pt or .pth; a nested state_dict or model is found")
-    parser.add_argument("-o", "--out", metavar="OUT", required=True, help="the palettized file (.safetensors)")
+    _add_in_and_out(parser, "the palettized file (.safetensors)")
     parser.add_argument("--bits", type=_bits, required=True, metavar="N", help="bits of a code, 1 to 8: 2**N centroids")
     parser.add_argument("--cluster-dim", type=_positive, default=1, metavar="D", help="weights that share a code (default 1): N/D bits per weight")
     parser.add_argument("--layout", choices=LAYOUTS, default="output", help="whether those lie along the output channels or in memory")
-    parser.add_argument("--skip", metavar="PATTERN", nargs="+", action="extend", default=[], help="weights or modules to leave as they are, such as 'fc.*'")
     parser.add_argument("--group-size", type=_positive, metavar="N", help="output channels that share centroids (default: all)")
     parser.add_argument("--per-channel-scale", action="store_true", help="divide each output channel by its largest weight first")
     parser.add_argument("--lut-dtype", choices=("fp32", "fp16", "int8"), default="fp32", help="how centroids are stored")
     parser.add_argument("--entropy", choices=("huffman",), help="code those weights that become smaller by it")
-    parser.add_argument("--plot", metavar="FILE", help="write histograms of the weights and their centroids (.png, .pdf, .svg, ...)")
+    _add_coding(parser)
+
+
+def _compress(args):
+    from . import compress
+    from .codes import Form
+    _code(args, "clustering weights", compress.compress, Form.of(args), {}, entropy=args.entropy)
+
+
+def _quantize_arguments(parser):
+    _add_in_and_out(parser, "the quantized file (.safetensors)")
+    parser.add_argument("--bits", type=_bits, required=True, metavar="N", help="bits of a code, 1 to 8")
+    parser.add_argument("--method", choices=("mse", "minmax"), default="mse", help="clip for the least mean squared error (default), or from min to max")
+    parser.add_argument("--axis", type=_axis, default=0, metavar="0|none", help="a range for each output channel (0, default) or for each tensor (none)")
+    parser.add_argument("--asymmetric", action="store_true", help="levels from min to max with a zero point, in place of levels around 0")
+    _add_coding(parser)
+
+
+def _quantize(args):
+    from . import compress
+    from .uniform import Grid
+    _code(args, "quantizing weights", compress.quantize, Grid(args.bits, args.axis), {"method": args.method, "symmetric": not args.asymmetric})
+
+
+def _add_in_and_out(parser, out):
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=".safetensors, .pt or .pth; a nested state_dict or model is found")
+    parser.add_argument("-o", "--out", metavar="OUT", required=True, help=out)
+
+
+def _add_coding(parser):
+    parser.add_argument("--skip", metavar="PATTERN", nargs="+", action="extend", default=[], help="weights or modules to leave as they are, such as 'fc.*'")
+    parser.add_argument("--plot", metavar="FILE", help="write histograms of the weights before and after (.png, .pdf, .svg, ...)")
     parser.add_argument("--json", action="store_true", help="print JSON; a number that is not finite is null")
     _add_force(parser)
 
 
-def _compress(args):
+def _code(args, doing, work, form, options, entropy=None):
+    """Writes a checkpoint with its weights as codes, and says what that costs."""
     from . import compress, report
-    from .codes import Form
     from .io import opened
     out, plot = _checkpoint_path(args.out, args.force, (".safetensors",)), args.plot and _figure_path(args.plot, args.force)
     _check_backend(torch.device("cpu"))
     checkpoint = opened(args.checkpoint)
-    form = Form.of(args)
-    with _progress("clustering weights", sum(entry.numel for entry in checkpoint.weights), quiet=args.json) as advance, _writable(out):
-        result = compress.compress(
-            checkpoint, out, form, skip=args.skip, entropy=args.entropy, overwrite=args.force, plot=bool(plot), advance=advance)
+    with _progress(doing, sum(entry.numel for entry in checkpoint.weights), quiet=args.json) as advance, _writable(out):
+        result = work(checkpoint, out, form, **options, skip=args.skip, entropy=entropy, overwrite=args.force, plot=bool(plot), advance=advance)
     if plot:
         _save_figure(compress.result_figure(result, checkpoint.path.name), plot, args.force)
     if args.json:
-        return _print_json(report.finite(compress.result_json(result, checkpoint, out, form, args.entropy)))
+        return _print_json(report.finite(compress.result_json(result, checkpoint, out, form, **options, entropy=entropy)))
     _print(compress.result_table(result))
     for line in compress.result_lines(result, out) + [f"histograms: {plot}"] * bool(plot):
         _print(line)
 
 
 def _expand_arguments(parser):
-    parser.add_argument("file", metavar="IN", help="a file that `r2kernels compress` or `save_palettized` wrote")
+    parser.add_argument("file", metavar="IN", help="a file that `r2kernels compress` or `quantize`, `save_palettized` or `save_quantized` wrote")
     parser.add_argument("-o", "--out", metavar="OUT", required=True, help="the dense checkpoint (.safetensors, .pt, .pth)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     _add_force(parser)
@@ -218,7 +245,8 @@ COMMANDS = {
     "info": (_info, _info_arguments, "versions, and which backends are usable or why not"),
     "report": (_report, _report_arguments, "range, std and kurtosis of every weight of a checkpoint"),
     "compress": (_compress, _compress_arguments, "cluster the weights of a checkpoint by k-means and write them as codes and look-up tables"),
-    "expand": (_expand, _expand_arguments, "write the dense checkpoint of a palettized file"),
+    "quantize": (_quantize, _quantize_arguments, "quantize the weights of a checkpoint and write them as packed integer codes"),
+    "expand": (_expand, _expand_arguments, "write the dense checkpoint of a palettized or quantized file"),
     "demo": (_demo, _demo_arguments, "train a small network with and without the range losses and round its weights to 4, 3 and 2 bits"),
 }
 
@@ -235,6 +263,12 @@ def _bits(text):
     if not 1 <= value <= 8:
         raise argparse.ArgumentTypeError(f"must be 1 to 8, got {value}")
     return value
+
+
+def _axis(text):
+    if text not in ("0", "none"):
+        raise argparse.ArgumentTypeError(f"must be 0 or none, got {text}")
+    return None if text == "none" else 0
 
 
 def _add_force(parser):

@@ -5,10 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import accumulator
+from .arguments import LAYOUTS, accumulator
 from .clustering import assign
 from .packing import Groups, look_up, pack, unpack
 
+MOST_DIM = 64           # of a row that is stored; with the bytes of the codes it bounds the size of a weight
 LUT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.int8}
 
 
@@ -28,6 +29,37 @@ class Form(NamedTuple):
     def entry_dtype(self, dtype):
         """Of the tables of a weight of `dtype`; "fp32" is float64 for float64."""
         return accumulator(dtype) if self.lut_dtype == "fp32" else LUT_DTYPES[self.lut_dtype]
+
+    def groups(self, shape, bits):
+        """How the codes of a weight of this shape lie in `bits` bits each."""
+        return Geometry(shape, self).groups_of(bits)
+
+    def parts(self, shape, dtype):
+        """part -> (dtype, shape) of what is stored beside the codes."""
+        g = Geometry(shape, self)
+        parts = {"lut": (self.entry_dtype(dtype), (g.groups, 2**self.bits, self.cluster_dim))}
+        if self.lut_dtype == "int8":
+            parts["lut_scale"] = accumulator(dtype), (g.groups, 1, 1)
+        if self.per_channel_scale:
+            parts["scale"] = dtype, (shape[0],)
+        if g.leftovers:
+            parts["leftovers"] = dtype, (g.leftovers,)
+        return parts
+
+    def wrong(self, shape):
+        """(field, value) of what is not allowed for a weight of this shape, or None."""
+        def is_int(value, most):
+            return type(value) is int and 1 <= value <= most
+        right = {"bits": is_int(self.bits, 8), "cluster_dim": is_int(self.cluster_dim, MOST_DIM), "layout": self.layout in LAYOUTS,
+                 "group_size": self.group_size is None or is_int(self.group_size, 2**62), "per_channel_scale": isinstance(self.per_channel_scale, bool),
+                 "lut_dtype": self.lut_dtype in tuple(LUT_DTYPES)}
+        if all(right.values()) and Geometry(shape, self).rows == 0:
+            return "shape", shape
+        return next(((field, getattr(self, field)) for field, fine in right.items() if not fine), None)
+
+    def restored(self, shape, dtype, codes, width, parts):
+        leftovers = parts.get("leftovers", torch.empty(0, dtype=dtype))
+        return Clustered(shape, dtype, self, codes, width, parts["lut"], parts.get("lut_scale"), parts.get("scale"), leftovers)
 
 
 class Geometry:
@@ -174,6 +206,11 @@ class Clustered(NamedTuple):
     def unpacked(self):
         """These with a byte for each code."""
         return self if self.width == 8 else self._replace(codes=unpack(self.codes, self.groups), width=8)
+
+    def parts(self):
+        """part -> tensor stored beside the codes."""
+        parts = {"lut": self.entries, "lut_scale": self.lut_scales, "scale": self.scales, "leftovers": self.leftovers if len(self.leftovers) else None}
+        return {part: tensor for part, tensor in parts.items() if tensor is not None}
 
     def luts(self):
         """(groups, K, d) tables of the numbers that rows are made of."""

@@ -1,5 +1,7 @@
-"""Checkpoints to palettized files and back, tensor by tensor: no more than one is in memory at a time. The work of `r2kernels compress` and `expand`."""
+"""Checkpoints to palettized or quantized files and back, tensor by tensor: no more than one is in memory at a time. The work of `r2kernels compress`,
+`quantize` and `expand`."""
 import fnmatch
+import functools
 import math
 import mmap
 import tempfile
@@ -10,7 +12,8 @@ import torch
 
 from . import container
 from .checkpoint import CheckpointError
-from .codes import Clustered, Geometry, divided
+from .clipping import coded
+from .codes import Clustered, Form, Geometry, divided
 from .io import Planned, by_alignment, saving
 from .kmeans import kmeans
 from .report import PANELS, count, figure, histogram, number, table
@@ -21,7 +24,7 @@ FEW_ROWS, NOT_FINITE, SKIPPED = "fewer rows than centroids", "not finite", "skip
 
 
 class Row(NamedTuple):
-    """A clustered weight. Bytes: in the checkpoint, in the file, and there were each code as long as its entropy."""
+    """A clustered or quantized weight. Bytes: in the checkpoint, in the file, and there were each code as long as its entropy."""
     name: str
     shape: tuple
     dtype: str
@@ -53,8 +56,8 @@ def cluster(w, form):
     return Clustered.of(w, centroids, form) if centroids.isfinite().all() else None
 
 
-def plan(checkpoint, form, skip=()):
-    """(a `Planned` for every tensor of the checkpoint, name -> why a weight stays dense); CheckpointError where nothing is left to cluster."""
+def plan(checkpoint, form, skip=(), verb="cluster"):
+    """(a `Planned` for every tensor of the checkpoint, name -> why a weight stays dense); CheckpointError where nothing is left to `verb`."""
     planned, kept, used = [], {}, set()
     weights = {entry.name for entry in checkpoint.weights}
     for entry in checkpoint.entries:
@@ -70,18 +73,31 @@ def plan(checkpoint, form, skip=()):
         if pattern not in used:
             raise CheckpointError(f"{checkpoint.path}: --skip {pattern} matches none of its {len(checkpoint.entries)} tensors")
     if not any(p.form for p in planned):
-        raise CheckpointError(f"{checkpoint.path}: no weight is left to cluster ({'; '.join(f'{name}: {reason}' for name, reason in kept.items())})")
+        raise CheckpointError(f"{checkpoint.path}: no weight is left to {verb} ({'; '.join(f'{name}: {reason}' for name, reason in kept.items())})")
     return planned, kept
 
 
 def too_small(shape, form):
+    if not isinstance(form, Form):
+        return None
     geometry = Geometry(shape, form)
     return FEW_ROWS if geometry.each < 2**form.bits or (geometry.last and not geometry.each_of_last) else None
 
 
-def compress(checkpoint, path, form, *, skip=(), entropy=None, overwrite=False, plot=False, advance=lambda elements: None):
-    """Writes the palettized file of a checkpoint. `plot`: rows with panels. Calls `advance` with the number of elements of weights done."""
-    planned, kept = plan(checkpoint, form, skip)
+def compress(checkpoint, path, form, **options):
+    """Writes the palettized file of a checkpoint, its weights clustered by k-means. options: as in `write`."""
+    return write(checkpoint, path, form, cluster, "cluster", **options)
+
+
+def quantize(checkpoint, path, form, *, method="mse", symmetric=True, **options):
+    """The same with its weights on uniform levels of a range found by `method`."""
+    return write(checkpoint, path, form, functools.partial(coded, method=method, symmetric=symmetric), "quantize", **options)
+
+
+def write(checkpoint, path, form, encode, verb, *, skip=(), entropy=None, overwrite=False, plot=False, advance=lambda elements: None):
+    """Writes a checkpoint with its weights as encode(weight, form) codes them, or dense where that is None. `plot`: rows with panels. Calls `advance` with the
+    number of elements of weights done."""
+    planned, kept = plan(checkpoint, form, skip, verb)
     rows, dense = [], [p for p in planned if p.form is None]
     weights = {entry.name for entry in checkpoint.weights}
     with saving(path, planned, checkpoint.aliases, entropy=entropy, overwrite=overwrite) as saver:
@@ -89,7 +105,7 @@ def compress(checkpoint, path, form, *, skip=(), entropy=None, overwrite=False, 
             if p.form is None:
                 continue
             w = checkpoint.tensor(p.name)
-            clustered = cluster(w, form)
+            clustered = encode(w, form)
             if clustered is None:
                 kept[p.name] = NOT_FINITE
                 dense.append(p)
@@ -97,7 +113,7 @@ def compress(checkpoint, path, form, *, skip=(), entropy=None, overwrite=False, 
                 rows.append(_row(p, w, clustered, saver.add(p.name, clustered), plot))
                 advance(w.numel())
         if not rows:
-            raise CheckpointError(f"{checkpoint.path}: no weight is left to cluster: all have a NaN or an infinity")
+            raise CheckpointError(f"{checkpoint.path}: no weight is left to {verb}: all have a NaN or an infinity")
         for p in by_alignment(dense):
             saver.add(p.name, checkpoint.tensor(p.name))
             advance(math.prod(p.shape) if p.name in weights else 0)
@@ -187,10 +203,10 @@ def result_lines(result, path):
     return [f"kept as they are: {'; '.join(kept)}"] * bool(kept) + [f"{path}: {ratio}"]
 
 
-def result_json(result, checkpoint, path, form, entropy):
+def result_json(result, checkpoint, path, form, **options):
     hidden = ("energies", "panel")
     weights = [{key: value for key, value in row._asdict().items() if key not in hidden} for row in result.rows]
-    return {"checkpoint": str(checkpoint.path), "out": str(path), **form._asdict(), "entropy": entropy, "weights": weights, "kept": result.kept,
+    return {"checkpoint": str(checkpoint.path), "out": str(path), **form._asdict(), **options, "weights": weights, "kept": result.kept,
             "others": result.others, "dense": result.dense, "stored": result.stored}
 
 
@@ -201,7 +217,7 @@ def size_text(size):
 
 
 def result_figure(result, title):
-    """Distributions of the weights with the lowest SNR, and over each that of W_hat: its centroids."""
+    """Distributions of the weights with the lowest SNR, and over each that of W_hat: its centroids or levels."""
     drawn = sorted((row for row in result.rows if row.panel and row.panel[1]), key=lambda row: row.snr)[:PANELS]
     if len(drawn) < len(result.rows):
         title += f"\n{len(drawn)} of {len(result.rows)} weights: those with the lowest SNR"

@@ -1,9 +1,10 @@
 """Palettized files: a model with its weights as codes and look-up tables, in a safetensors file.
 
 A clustered weight NAME is the tensors `NAME:lut` (groups, K, d), `NAME:codes` (bytes) and where it has them `NAME:lut_scale`, `NAME:scale` (of channels),
-`NAME:leftovers`; Huffman-coded also `NAME:lengths` (of the code words) and `NAME:blocks` (bytes of each). Every other tensor is under its own name. The
-metadata holds `format`, `version`, what is known of the clustered weights (`weights`), other names of the same tensors (`aliases`), and CRC-32 checksums: of
-all tensors in the order of the data (`checksums`), and of the header with `checksum` as zeros.
+`NAME:leftovers`; a weight on uniform levels is `NAME:codes`, `NAME:scale` and `NAME:zero` (twice the zero point). Huffman-coded both also have
+`NAME:lengths` (of the code words) and `NAME:blocks` (bytes of each). Every other tensor is under its own name. The metadata holds `format`, `version`,
+what is known of these weights (`weights`), other names of the same tensors (`aliases`), and CRC-32 checksums: of all tensors in the order of the data
+(`checksums`), and of the header with `checksum` as zeros.
 """
 import contextlib
 import json
@@ -14,15 +15,15 @@ from typing import NamedTuple
 import torch
 
 from . import container, huffman
-from .arguments import DTYPES, LAYOUTS
+from .arguments import DTYPES
 from .checkpoint import Checkpoint, CheckpointError, Entry, natural, same_tensors
-from .codes import LUT_DTYPES, Clustered, Form, Geometry
+from .codes import MOST_DIM, Form
+from .uniform import Grid
 
 FORMAT, VERSION = "r2kernels.palettized", "1"
-MOST_DIM = 64           # of a row; with the bytes of the codes it bounds the size of a weight
 ENTROPIES = (None, "huffman")
-PARTS = ("lut", "codes", "lut_scale", "scale", "leftovers", "lengths", "blocks")
-DEFAULTS = {field: value for field, value in Form._field_defaults.items()} | {"entropy": None}
+PARTS = ("lut", "codes", "lut_scale", "scale", "zero", "leftovers", "lengths", "blocks")
+KINDS = {"clustered": Form, "uniform": Grid}
 
 
 class Planned(NamedTuple):
@@ -30,7 +31,7 @@ class Planned(NamedTuple):
     name: str
     shape: tuple
     dtype: torch.dtype
-    form: Form | None = None
+    form: Form | Grid | None = None
 
 
 def save_palettized(palettizer, path, *, entropy=None):
@@ -40,13 +41,26 @@ def save_palettized(palettizer, path, *, entropy=None):
     All other parameters and buffers of the model's state_dict are kept as they are; a tensor with several names is stored once. entropy: None packs codes into
     `bits` bits each; "huffman" codes those weights that become smaller by it. The file is replaced as a whole or not at all.
     """
-    own = {id(layer.weight()): layer.name for layer in palettizer.layers}
-    shared = {name: own[id(p)] for name, p in palettizer._model[0].named_parameters(remove_duplicate=False) if own.get(id(p), name) != name}
-    save_clustered(palettizer.clustered(), palettizer.model_state(), path, entropy=entropy, aliases=shared)
+    _save_attached(palettizer, palettizer.clustered(), path, entropy)
+
+
+def save_quantized(quantizer, path, *, entropy=None):
+    """Writes the model of a `Quantizer` with its weights as packed integer codes, scales and zero points; `load_palettized` reads them back, bit for bit as
+    `remove(bake=True)` leaves them.
+
+    The rest is as in `save_palettized`. The ranges of the activations are not in the file; they are in `quantizer.state_dict()`.
+    """
+    _save_attached(quantizer, quantizer.coded(), path, entropy)
+
+
+def _save_attached(attached, coded, path, entropy):
+    own = {id(layer.weight()): layer.name for layer in attached.layers}
+    shared = {name: own[id(p)] for name, p in attached._model[0].named_parameters(remove_duplicate=False) if own.get(id(p), name) != name}
+    save_clustered(coded, attached.model_state(), path, entropy=entropy, aliases=shared)
 
 
 def save_clustered(clustered, state, path, *, entropy=None, aliases=None):
-    """Writes a state_dict in which some weights are `clustered`, name -> `Clustered`, and the others as they are in `state`.
+    """Writes a state_dict in which some weights are `clustered`, name -> `Clustered` or `Uniform`, and the others as they are in `state`.
 
     aliases: other name -> name of the same weight, beside those that tensors in `state` are seen to have.
     """
@@ -61,7 +75,8 @@ def save_clustered(clustered, state, path, *, entropy=None, aliases=None):
 
 
 def load_palettized(path):
-    """name -> tensor, dense and on the CPU, ready for `load_state_dict`: what `save_palettized` or `r2kernels compress` wrote.
+    """name -> tensor, dense and on the CPU, ready for `load_state_dict`: what `save_palettized`, `save_quantized`, or `compress` and `quantize` on the command
+    line wrote.
 
     The whole file is checked. ValueError names the tensor that is wrong: truncated, changed, too long, of another version, of a size that does not agree
     with its bytes. No code from a file is ever run.
@@ -103,7 +118,7 @@ class Saver:
             raise CheckpointError(f"{twice[0]} cannot be stored: a part of the file has this name")
         for p in planned:
             container.check_storable(p.name, p.shape, p.dtype)
-            if p.form and p.form.cluster_dim > MOST_DIM:
+            if isinstance(p.form, Form) and p.form.cluster_dim > MOST_DIM:
                 raise CheckpointError(f"{p.name} has cluster_dim {p.form.cluster_dim}; at most {MOST_DIM} can be stored")
         self.writer = container.Writer(file, self._room(planned))
 
@@ -122,8 +137,8 @@ class Saver:
                 "checksums": "".join(f"{c:08x}" for c in checksums) or container.UNSEALED * count}
 
     def add(self, name, value):
-        """The bytes that a tensor or a `Clustered` takes."""
-        if not isinstance(value, Clustered):
+        """The bytes that a tensor, a `Clustered` or a `Uniform` takes."""
+        if isinstance(value, torch.Tensor):
             self.checksums.append(self.writer.add(name, value))
             return value.nbytes
         entropy, parts = smallest(value, self.entropy)
@@ -151,7 +166,7 @@ def _most_bytes(planned, entropy):
     if planned.form is None:
         return dense
     parts = parts_of(planned.shape, planned.dtype, planned.form, entropy)
-    packed = Geometry(planned.shape, planned.form).groups_of(planned.form.bits).nbytes + 8
+    packed = planned.form.groups(planned.shape, planned.form.bits).nbytes + 8
     return max(dense, packed + sum(math.prod(shape) * dtype.itemsize for part, (dtype, shape) in parts.items() if part != "codes"))
 
 
@@ -161,37 +176,34 @@ def _json(data):
 
 def describe(shape, dtype, form, entropy):
     """What the metadata says of a clustered weight; what is as usual is left out."""
-    fields = form._asdict() | {"entropy": entropy}
-    unusual = {key: value for key, value in fields.items() if key not in DEFAULTS or value != DEFAULTS[key]}
+    kind = next(kind for kind, of in KINDS.items() if isinstance(form, of))
+    usual = _usual(kind)
+    unusual = {key: value for key, value in (form._asdict() | {"kind": kind, "entropy": entropy}).items() if key not in usual or value != usual[key]}
     return {"shape": list(shape), "dtype": container.NAMES[dtype], **unusual}
+
+
+def _usual(kind):
+    """The fields that a description leaves out where they have these values."""
+    return {**KINDS[kind]._field_defaults, "kind": "clustered", "entropy": None}
 
 
 def parts_of(shape, dtype, form, entropy):
     """part -> (dtype, shape) of the tensors that a clustered weight is stored as; None for a number that is not known before it is coded."""
-    g, wide = Geometry(shape, form), torch.promote_types(dtype, torch.float32)
-    parts = {"lut": (form.entry_dtype(dtype), (g.groups, 2**form.bits, form.cluster_dim)), "codes": (torch.uint8, (None,))}
-    if form.lut_dtype == "int8":
-        parts["lut_scale"] = wide, (g.groups, 1, 1)
-    if form.per_channel_scale:
-        parts["scale"] = dtype, (shape[0],)
-    if g.leftovers:
-        parts["leftovers"] = dtype, (g.leftovers,)
+    parts = {**form.parts(shape, dtype), "codes": (torch.uint8, (None,))}
     if entropy == "huffman":
         parts["lengths"] = torch.uint8, (2**form.bits,)
-        parts["blocks"] = torch.int32, (-(-g.rows // huffman.BLOCK),)
+        parts["blocks"] = torch.int32, (-(-form.groups(shape, form.bits).rows // huffman.BLOCK),)
     return parts
 
 
 def smallest(clustered, entropy):
     """(the entropy code used or None, part -> tensor): Huffman-coded where that is asked for and smaller than packed."""
-    parts = {"lut": clustered.entries, "lut_scale": clustered.lut_scales, "scale": clustered.scales,
-             "leftovers": clustered.leftovers if len(clustered.leftovers) else None}
-    parts = {part: tensor.cpu() for part, tensor in parts.items() if tensor is not None}
+    parts = {part: tensor.cpu() for part, tensor in clustered.parts().items()}
     clustered = clustered._replace(codes=clustered.codes.cpu())
     if entropy == "huffman":
         lengths = huffman.code_lengths(clustered.counts().tolist())
         stream, sizes = huffman.encode(clustered.unpacked().codes, lengths)
-        if len(stream) + len(lengths) + sizes.nbytes < clustered.geometry.groups_of(clustered.form.bits).nbytes:
+        if len(stream) + len(lengths) + sizes.nbytes < clustered.form.groups(clustered.shape, clustered.form.bits).nbytes:
             return entropy, parts | {"codes": stream, "lengths": torch.tensor(lengths, dtype=torch.uint8), "blocks": sizes}
     return None, parts | {"codes": clustered.packed().codes}
 
@@ -224,7 +236,7 @@ class Palettized(Checkpoint):
         rest = dict(reader.entries)
         self._weights = {name: self._described(name, fields) for name, fields in reader.json("list of weights", metadata["weights"]).items()}
         for name, (shape, dtype, form, entropy) in self._weights.items():
-            self._check_parts(name, Geometry(shape, form), form, parts_of(shape, dtype, form, entropy), rest)
+            self._check_parts(name, form.groups(shape, form.bits), parts_of(shape, dtype, form, entropy), rest)
         entries = [Entry(name, shape, dtype) for name, (shape, dtype, *_) in self._weights.items()]
         entries += [Entry(name, stored.shape, stored.dtype) for name, stored in rest.items()]
         known = {entry.name: entry for entry in entries}
@@ -248,27 +260,23 @@ class Palettized(Checkpoint):
 
     def _described(self, name, fields):
         """(shape, dtype, form, entropy) of a clustered weight, from its description."""
-        if not isinstance(fields, dict) or not {"shape", "dtype", "bits"} <= set(fields) <= {"shape", "dtype", *Form._fields, "entropy"}:
-            raise self.error(f"{name} is not described as a clustered weight is")
-        shape, fields = self.reader.shape(name, fields["shape"]), DEFAULTS | fields
+        kind = fields.get("kind", "clustered") if isinstance(fields, dict) else None
+        form_of = KINDS.get(kind) if isinstance(kind, str) else None
+        if not form_of or not {"shape", "dtype", "bits"} <= set(fields) <= {"shape", "dtype", "kind", *form_of._fields, "entropy"}:
+            raise self.error(f"{name} is not described as a clustered or quantized weight is")
+        shape, fields = self.reader.shape(name, fields["shape"]), _usual(kind) | fields
         dtype, entropy = container.DTYPES.get(fields["dtype"]) if isinstance(fields["dtype"], str) else None, fields["entropy"]
-        form = Form(*[fields[field] for field in Form._fields])
-
-        def is_int(value, most):
-            return type(value) is int and 1 <= value <= most
-        right = {
-            "shape": len(shape) > 0 and min(shape) > 0, "dtype": dtype in DTYPES, "bits": is_int(form.bits, 8),
-            "cluster_dim": is_int(form.cluster_dim, MOST_DIM), "layout": form.layout in LAYOUTS,
-            "group_size": form.group_size is None or is_int(form.group_size, 2**62), "per_channel_scale": isinstance(form.per_channel_scale, bool),
-            "lut_dtype": form.lut_dtype in tuple(LUT_DTYPES), "entropy": entropy in ENTROPIES}
-        for field, fine in right.items():
+        form = form_of(*[fields[field] for field in form_of._fields])
+        for field, fine in {"shape": len(shape) > 0 and min(shape) > 0, "dtype": dtype in DTYPES, "entropy": entropy in ENTROPIES}.items():
             if not fine:
                 raise self.error(f"{name} has {field} {fields[field]!r:.60}, which is not allowed")
-        if Geometry(shape, form).rows == 0:
-            raise self.error(f"{name} has shape {shape}, of less than a row of {form.cluster_dim}")
+        wrong = form.wrong(shape)
+        if wrong:
+            less = f", of less than a row of {form.cluster_dim}" if wrong[0] == "shape" else ", which is not allowed"
+            raise self.error(f"{name} has {wrong[0]} {wrong[1]!r:.60}{less}")
         return shape, dtype, form, entropy
 
-    def _check_parts(self, name, geometry, form, parts, rest):
+    def _check_parts(self, name, groups, parts, rest):
         """Takes the parts of a weight from `rest`; an error unless they are there and as large as its shape says."""
         for part in PARTS:
             stored = rest.pop(f"{name}:{part}", None)
@@ -281,7 +289,7 @@ class Palettized(Checkpoint):
                 raise self.error(f"{name} has a part {part!r} of {stored.dtype} and shape {stored.shape}, which does not agree with its own shape")
         found = self.reader.entries[f"{name}:codes"].shape
         coded = "blocks" in parts
-        least = -(-geometry.rows // 8) if coded else geometry.groups_of(form.bits).nbytes
+        least = -(-groups.rows // 8) if coded else groups.nbytes
         if len(found) != 1 or found[0] < least or (not coded and found[0] >= least + 8):
             raise self.error(f"{name} has codes of shape {found}, which does not agree with its own shape")
 
@@ -289,16 +297,15 @@ class Palettized(Checkpoint):
         """A clustered weight as it is stored, with its codes packed or a byte each."""
         shape, dtype, form, entropy = self._weights[name]
         parts = {part: self._part(f"{name}:{part}") for part in parts_of(shape, dtype, form, entropy)}
-        geometry, codes = Geometry(shape, form), parts["codes"]
+        groups, codes = form.groups(shape, form.bits), parts["codes"]
         if entropy:
             try:
-                codes = huffman.decode(_unpadded(codes, parts["blocks"]), parts["blocks"], geometry.rows, parts["lengths"].tolist())
+                codes = huffman.decode(_unpadded(codes, parts["blocks"]), parts["blocks"], groups.rows, parts["lengths"].tolist())
             except ValueError as error:
                 raise self.error(f"{name} is corrupt ({error})") from error
         else:
-            codes = codes[: geometry.groups_of(form.bits).nbytes]
-        leftovers = parts.get("leftovers", torch.empty(0, dtype=dtype))
-        return Clustered(shape, dtype, form, codes, 8 if entropy else form.bits, parts["lut"], parts.get("lut_scale"), parts.get("scale"), leftovers)
+            codes = codes[: groups.nbytes]
+        return form.restored(shape, dtype, codes, 8 if entropy else form.bits, parts)
 
     def _part(self, name):
         return self.reader.read(name, self._checksums[name])

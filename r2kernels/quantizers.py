@@ -34,7 +34,8 @@ class _Quantize(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("r2kernels: second derivatives (create_graph=True, or backward within enabled grad) are not implemented")
         op, learned, count, options = ctx.call
-        parameters, xs = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        tensors = ctx.saved_tensors         # read once, as activation checkpointing asks
+        parameters, xs = tensors[:count], tensors[count:]
         if ctx.backend is None:
             result = ops.run(op + "_bwd", list(gs), xs, *parameters, *options)
         else:

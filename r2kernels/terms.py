@@ -23,7 +23,8 @@ class _Terms(torch.autograd.Function):
     def backward(ctx, *grads):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("r2kernels: second derivatives (create_graph=True, or backward within enabled grad) are not implemented")
-        tensors, saved = ctx.saved_tensors[: -ctx.terms], ctx.saved_tensors[-ctx.terms :]
+        tensors = ctx.saved_tensors         # read once, as activation checkpointing asks
+        tensors, saved = tensors[: -ctx.terms], tensors[-ctx.terms :]
         parameters, ws = tensors[: ctx.count], tensors[ctx.count :]
         names, *rest = ctx.call
         with use_backend(ctx.backend):

@@ -17,7 +17,9 @@ import torch
 with atheris.instrument_imports(include=["r2kernels"]):
     from r2kernels import container, io, use_backend
     from r2kernels.checkpoint import CheckpointError
+    from r2kernels.clipping import coded
     from r2kernels.codes import Clustered, Form
+    from r2kernels.uniform import Grid
 
 CHECKED = container.Reader.check_seal, container.Reader.read
 NUMBERS = (-1, 0, 1, 2, 3, 7, 8, 9, 64, 255, 256, 65536, 2**31, 2**32, 2**62, 2**63, 2**64, 10**40, 0.5, True, None, "", "F32", "output", [], {})
@@ -96,6 +98,8 @@ def seeds():
         centroids = torch.linspace(-0.5, 3, groups * 2**bits * d, dtype=torch.promote_types(dtype, torch.float32)).reshape(groups, -1, d)
         state = {"a.weight": w, "b": torch.arange(3), "c": w, "e": torch.empty(0, 2)}
         io.save_clustered({"a.weight": Clustered.of(w, centroids, form)}, state, path, entropy=entropy)
+        yield path.read_bytes()
+        io.save_clustered({"a.weight": coded(w, Grid(bits, len(w.shape) - 1 if scaled else None), "minmax", layout == "output")}, state, path, entropy=entropy)
         yield path.read_bytes()
 
 

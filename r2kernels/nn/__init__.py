@@ -1,6 +1,9 @@
 """Modules that attach to a model."""
+from .calibration import calibrate
+from .coefficient import LearnableCoefficient
 from .palettizer import Palettizer
+from .quantizer import Quantizer
 from .regularizer import RangeRegularizer
 from .select import select_weights
 
-__all__ = ["Palettizer", "RangeRegularizer", "select_weights"]
+__all__ = ["LearnableCoefficient", "Palettizer", "Quantizer", "RangeRegularizer", "calibrate", "select_weights"]

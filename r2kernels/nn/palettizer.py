@@ -1,5 +1,4 @@
 """Train a model through DKM: every weight a soft mixture of a few centroids, then hard codes."""
-import fnmatch
 import warnings
 from typing import NamedTuple
 
@@ -9,7 +8,7 @@ from torch import nn
 from .. import arguments, clustering
 from ..codes import LUT_DTYPES, Clustered, Form, along_channels, assembled, channel_scales, divided, quantized_lut
 from ..kmeans import kmeans
-from .select import select_weights
+from .attach import Attached, layers_of
 
 # tau="auto": this part of the distance of neighbouring centroids (for "sqeuclidean" squared). In the demo's five palettes and four trainings 0.25 leaves a
 # soft-to-hard gap of 25 % and loses up to 40 points, 0.02 hardly lets a weight change its centroid.
@@ -76,21 +75,7 @@ def _spacing(centroids, metric):
     return mean.square() if metric == "sqeuclidean" else mean
 
 
-class Layer(NamedTuple):
-    name: str
-    places: list            # (module, attribute) of all modules that share the weight
-    options: Options
-
-    @property
-    def key(self):
-        return self.name.replace(".", "/")
-
-    def weight(self):
-        module, attribute = self.places[0]
-        return module._parameters[attribute]
-
-
-class Palettizer(nn.Module):
+class Palettizer(Attached):
     """Trains `model` with its weights clustered by DKM: K = 2**bits centroids for rows of `cluster_dim` weights, bits / cluster_dim bits per weight.
 
         palettizer = Palettizer(model, bits=2)          # centroids start from `kmeans` of the weights
@@ -117,23 +102,17 @@ class Palettizer(nn.Module):
                  group_size=None, per_channel_scale=False, lut_dtype="fp32", overrides=None):
         super().__init__()
         usual = Options(bits, cluster_dim, layout, tau, iterations, metric, gradient, group_size, per_channel_scale, lut_dtype).checked("the model")
-        self.layers = _layers(model, usual, overrides or {})
-        self._model = (model,)          # in a tuple, so that it does not become a part of this module
+        layers = _layers(model, usual, overrides)
         self.centroids, self.taus = nn.Module(), nn.Module()
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._count = 0
         with torch.no_grad():
-            for layer in self.layers:
+            for layer in layers:
                 found = kmeans(self._pieces(layer), 2**layer.options.bits, cluster_dim=layer.options.cluster_dim, layout=layer.options.layout)
                 self.centroids.register_buffer(layer.key, torch.stack(found).reshape(len(found), -1, layer.options.cluster_dim))
                 self.taus.register_buffer(layer.key, layer.options.temperature(0, self.centroids._buffers[layer.key]))
-        self._hats, self._fresh, self._inside, self._hard_of = None, None, False, None
-        self._handles = [model.register_forward_pre_hook(self._enter), model.register_forward_hook(self._leave, always_call=True)]
-        for i, layer in enumerate(self.layers):
-            for module, attribute in layer.places:
-                for caller in (module, *_readers(model, module)):
-                    self._handles.append(caller.register_forward_pre_hook(_Alone(self, i, module, attribute)))
-                    self._handles.append(caller.register_forward_hook(_Gone(self, module, attribute), always_call=True))
+        self._fresh = None
+        self._attach(model, layers)
 
     @staticmethod
     def _pieces(layer):
@@ -188,41 +167,17 @@ class Palettizer(nn.Module):
     def _hard(self, layers):
         return [self._clustered(layer).decoded() for layer in layers]
 
-    def _hard_once(self):
-        """Hard weights, kept from one forward in eval to the next while neither weights nor centroids change."""
-        if torch.compiler.is_compiling():
-            return self._hard(self.layers)
-        tensors = [t for layer in self.layers for t in (layer.weight(), self.centroids._buffers[layer.key])]
-        now = [(id(t), t._version) for t in tensors]
-        if self._hard_of is None or self._hard_of[0] != now:
-            self._hard_of = now, self._hard(self.layers)
-        return self._hard_of[1]
+    def _tensors(self):
+        return [t for layer in self.layers for t in (layer.weight(), self.centroids._buffers[layer.key])]
 
-    def _enter(self, model, args):
-        if model.training:
-            self._hard_of = None
-            found = self._soft(self.layers)
-            self._hats = [hat for hat, _ in found]
-            if torch.is_grad_enabled():
-                self._fresh = [c for _, c in found]
-        else:
-            self._hats = self._hard_once()
-        for layer, hat in zip(self.layers, self._hats, strict=True):
-            for module, attribute in layer.places:
-                object.__setattr__(module, attribute, hat)
-        self._inside = True
+    def _soft_all(self):
+        found = self._soft(self.layers)
+        if torch.is_grad_enabled():
+            self._fresh = [c for _, c in found]
+        return [hat for hat, _ in found]
 
-    def _leave(self, model, args, output):
-        self._inside = False
-        for layer in self.layers:
-            for module, attribute in layer.places:
-                _unshadow(module, attribute)
-
-    def _one(self, i, training):
-        """A layer's weight outside of a forward of the whole model: recomputed by checkpointing in a backward, or a part of the model called alone."""
-        if self._hats is not None and torch._C._current_graph_task_id() != -1:
-            return self._hats[i]
-        return self._soft([self.layers[i]])[0][0] if training else self._hard([self.layers[i]])[0]
+    def _one_soft(self, i):
+        return self._soft([self.layers[i]])[0][0]
 
     @torch.no_grad()
     def step(self):
@@ -251,99 +206,27 @@ class Palettizer(nn.Module):
         """name -> `Size`: bytes of the layer dense, packed (codes, tables, scales) and with its codes at their entropy."""
         return {name: c.size() for name, c in self.clustered().items()}
 
-    def model_state(self):
-        """The model's `state_dict` without the clustered weights, under whatever names they have."""
-        clustered = {id(layer.weight()) for layer in self.layers}
-        model = self._model[0]
-        shared = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in clustered}
-        return {name: value for name, value in model.state_dict().items() if name not in shared}
-
-    @torch.no_grad()
-    def remove(self, bake=True):
-        """Detaches from the model; with `bake` its weights become the hard ones, else they stay dense."""
-        if bake:
-            for layer, hard in zip(self.layers, self._hard(self.layers), strict=True):
-                layer.weight().copy_(hard)
-        for handle in self._handles:
-            handle.remove()
-        self._leave(None, None, None)
-        self._handles, self._hats, self._fresh, self._hard_of = [], None, None, None
-
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
         self._count, self._fresh, self._hats, self._hard_of = int(self.steps), None, None, None
 
     def __getstate__(self):
-        return {**self.__dict__, "_hats": None, "_fresh": None, "_hard_of": None}
+        return {**super().__getstate__(), "_fresh": None}
 
     def extra_repr(self):
         return f"layers={len(self.layers)}, steps={self._count}"
 
 
-class _Alone:
-    """Before a layer runs outside of a forward of the whole model."""
-
-    def __init__(self, palettizer, i, module, attribute):
-        self.palettizer, self.i, self.module, self.attribute = palettizer, i, module, attribute
-
-    def __call__(self, caller, args):
-        if not self.palettizer._inside:
-            object.__setattr__(self.module, self.attribute, self.palettizer._one(self.i, caller.training))
-
-
-class _Gone:
-    """After it."""
-
-    def __init__(self, palettizer, module, attribute):
-        self.palettizer, self.module, self.attribute = palettizer, module, attribute
-
-    def __call__(self, caller, args, output):
-        if not self.palettizer._inside:
-            _unshadow(self.module, self.attribute)
-
-
-def _readers(model, module):
-    """The modules that read a weight of this one without calling it."""
-    return [m for m in model.modules() if isinstance(m, nn.MultiheadAttention) and m.out_proj is module]
-
-
-def _unshadow(module, attribute):
-    """The parameter again, which an attribute of the same name stood before."""
-    if torch.compiler.is_compiling():       # which cannot delete
-        object.__setattr__(module, attribute, module._parameters[attribute])
-    elif attribute in module.__dict__:
-        object.__delattr__(module, attribute)
-
-
 def _layers(model, usual, overrides):
     """The layers to cluster, with their options."""
-    if not isinstance(overrides, dict):
-        raise TypeError(f"overrides must be a dict of name pattern -> options, got {type(overrides).__name__}")
-    for pattern, given in overrides.items():
-        if given != "skip" and not isinstance(given, dict):
-            raise TypeError(f'overrides[{pattern!r}] must be a dict of options or "skip", got {given!r}')
-        unknown = [] if given == "skip" else sorted(set(given) - set(Options._fields))
-        if unknown:
-            raise ValueError(f"overrides[{pattern!r}] has no option {unknown[0]!r}; allowed are {Options._fields}")
-    layers, used = [], set()
-    for name, module, attribute in select_weights(model, embeddings=True):
-        path, options = name.rpartition(".")[0], usual
-        for pattern, given in overrides.items():
-            if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(path, pattern):
-                used.add(pattern)
-                options = None if given == "skip" else (options or usual)._replace(**given).checked(name)
-        if options is None:
-            continue
-        p = module._parameters[attribute]
+    layers = []
+    for layer in layers_of(model, usual, overrides, embeddings=True):
+        p, options = layer.weight(), layer.options
         rows = min(len(p), options.group_size or len(p)) * (p.numel() // len(p)) // options.cluster_dim
         if rows < 2**options.bits:
-            warnings.warn(f"{name} stays dense: it has {rows} rows of {options.cluster_dim} for {2**options.bits} centroids", stacklevel=3)
-            continue
-        places = [(m, a) for m in model.modules() for a, q in m._parameters.items() if q is p]
-        layers.append(Layer(name, places, options))
-    missed = [pattern for pattern in overrides if pattern not in used]
-    if missed:
-        raise ValueError(f"overrides[{missed[0]!r}] matches no weight of the model")
+            warnings.warn(f"{layer.name} stays dense: it has {rows} rows of {options.cluster_dim} for {2**options.bits} centroids", stacklevel=3)
+        else:
+            layers.append(layer)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no weight left to cluster")
     return layers

@@ -145,6 +145,8 @@ LAW = {
     "backends.native": {"weights", "arguments"},
     "backends.triton": {"weights", "arguments", "backends.triton.common", "backends.triton.*"},
     "backends.triton.clustering": {"weights", "arguments", "backends.triton.*"},
+    "backends.triton.quantizing": {"weights", "arguments"},
+    "backends.triton.regularizing": {"weights", "arguments"},
     "backends.triton.*": {"backends.triton.common", "backends.triton.*"},
     "ops": {"reference", "iterations", "fixed_point", "backends", "weights"},
     "clustering": {"arguments", "ops", "backends", "weights"},

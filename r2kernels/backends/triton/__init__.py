@@ -5,6 +5,8 @@ import torch
 
 from ... import weights as lists
 from ...arguments import accumulator
+from .quantizing import Quantizers
+from .regularizing import Regularizers
 
 SAVED = {"l_inf": 2, "margin": 1, "soft_min_max": 8, "soft_extrema": 8, "kure": 4, "weight_stats": 6}
 LOSSES = {"soft_extrema": 2, "weight_stats": 0}     # per column; else one per tensor
@@ -18,16 +20,17 @@ def load():
     interpreted = triton.knobs.runtime.interpret
     if not interpreted and not torch.cuda.is_available():
         raise RuntimeError("no CUDA device was found (and TRITON_INTERPRET=1, for CPU tensors, was not set before triton was imported)")
-    from . import common, moments, range
-    return Triton(common, {**vars(range), **vars(moments)}, interpreted)
+    from . import common, moments, quantizers, range, regularizers
+    return Triton(common, {**vars(range), **vars(moments)}, quantizers, regularizers, interpreted)
 
 
-class Triton:
+class Triton(Quantizers, Regularizers):
     """The ops, on CUDA tensors; under Triton's interpreter on CPU tensors, since it reads the addresses in a table as the host's."""
 
-    def __init__(self, skeletons, formulas, interpreted):
+    def __init__(self, skeletons, formulas, quantizers, regularizers, interpreted):
         tl = skeletons.tl
         self.skeletons, self.formulas, self.interpreted = skeletons, formulas, interpreted
+        self.quantizers, self.regularizers = quantizers, regularizers
         self.devices = ("cpu",) if interpreted else ("cuda",)
         self.dtypes = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
         self.options = {"num_warps": skeletons.WARPS, "enable_fp_fusion": True}

@@ -144,8 +144,16 @@ def load_blocks(rows, i, o, m, PAIRED: tl.constexpr):
 
 
 @triton.jit
-def fold(rows, constants, state, STEP: tl.constexpr):
-    """state = STEP(blocks of weights, constants, state) over the rows of a chunk; every number of the state is a block of lanes."""
+def advance(b_w, constants, state, STEP: tl.constexpr, WITH: tl.constexpr):
+    if WITH is None:
+        return STEP(b_w, constants, state)
+    else:
+        return STEP(b_w, constants, state, WITH)
+
+
+@triton.jit
+def fold(rows, constants, state, STEP: tl.constexpr, WITH: tl.constexpr = None):
+    """state = STEP(blocks of weights, constants, state) over the rows of a chunk; every number of the state is a block of lanes. WITH, if any, goes last."""
     PACK: tl.constexpr = 2 if rows.PAIRED else 1
     TILE: tl.constexpr = rows.BLOCK * rows.UNROLL
     o = tl.arange(0, rows.BLOCK)
@@ -154,16 +162,16 @@ def fold(rows, constants, state, STEP: tl.constexpr):
         b_w = ()
         for u in tl.static_range(rows.UNROLL):
             b_w += load_blocks(rows, i, u * rows.BLOCK + o, None, rows.PAIRED)
-        state = STEP(b_w, constants, state)
+        state = advance(b_w, constants, state, STEP, WITH)
         i += TILE
     while i < n_wide:
         m = i + o < n_wide
-        state = select(m, STEP(load_blocks(rows, i, o, m, rows.PAIRED), constants, state), state)
+        state = select(m, advance(load_blocks(rows, i, o, m, rows.PAIRED), constants, state, STEP, WITH), state)
         i += rows.BLOCK
     n_wide *= PACK
     if n_wide < rows.count:
         m = n_wide + o < rows.count
-        state = select(m, STEP(load_blocks(rows, n_wide, o, m, False), constants, state), state)
+        state = select(m, advance(load_blocks(rows, n_wide, o, m, False), constants, state, STEP, WITH), state)
     return state
 
 
@@ -232,16 +240,16 @@ def read(rows, targets, i, o, m, TARGET: tl.constexpr):
 
 
 @triton.jit
-def write(targets, i, o, m, w, old, constants, GRADIENT: tl.constexpr, TARGET: tl.constexpr):
-    g = GRADIENT(w.to(targets.ACC), constants)
+def write(targets, i, o, m, w, old, constants, GRADIENT: tl.constexpr, TARGET: tl.constexpr, WITH: tl.constexpr):
+    g = GRADIENT(w.to(targets.ACC), constants) if WITH is None else GRADIENT(w.to(targets.ACC), constants, WITH)
     if TARGET == ADD:
         g += old.to(targets.ACC)
     tl.store(address(targets, i, o), g.to(w.dtype), mask=m)
 
 
 @triton.jit
-def each(rows, targets, constants, GRADIENT: tl.constexpr, TARGET: tl.constexpr):
-    """GRADIENT(weights, constants) of all rows of a chunk, to the same rows of `targets`."""
+def each(rows, targets, constants, GRADIENT: tl.constexpr, TARGET: tl.constexpr, WITH: tl.constexpr = None):
+    """GRADIENT(weights, constants) of all rows of a chunk, to the same rows of `targets`. WITH, if any, goes last."""
     TILE: tl.constexpr = rows.BLOCK * rows.UNROLL
     o = tl.arange(0, rows.BLOCK)
     i, n_wide = 0, rows.count // ALIGN * ALIGN
@@ -251,18 +259,18 @@ def each(rows, targets, constants, GRADIENT: tl.constexpr, TARGET: tl.constexpr)
             w, old = read(rows, targets, i, u * rows.BLOCK + o, None, TARGET)
             b_w, b_old = b_w + (w,), b_old + (old,)
         for u in tl.static_range(rows.UNROLL):
-            write(targets, i, u * rows.BLOCK + o, None, b_w[u], b_old[u], constants, GRADIENT, TARGET)
+            write(targets, i, u * rows.BLOCK + o, None, b_w[u], b_old[u], constants, GRADIENT, TARGET, WITH)
         i += TILE
     while i < n_wide:
         m = i + o < n_wide
         w, old = read(rows, targets, i, o, m, TARGET)
-        write(targets, i, o, m, w, old, constants, GRADIENT, TARGET)
+        write(targets, i, o, m, w, old, constants, GRADIENT, TARGET, WITH)
         i += rows.BLOCK
     if n_wide < rows.count:
         o_rest = tl.arange(0, ALIGN)
         m_rest = n_wide + o_rest < rows.count
         w_rest, old_rest = read(rows, targets, n_wide, o_rest, m_rest, TARGET)
-        write(targets, n_wide, o_rest, m_rest, w_rest, old_rest, constants, GRADIENT, TARGET)
+        write(targets, n_wide, o_rest, m_rest, w_rest, old_rest, constants, GRADIENT, TARGET, WITH)
 
 
 @triton.jit

@@ -1,0 +1,107 @@
+"""Quantizers and regularizers in Triton: what the compiler makes of the kernels, and beside that, in a process of its own, interpreted_quantizers.py."""
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from fractions import Fraction
+
+import pytest
+from test_triton_aot import PINNED, ROOT, offenders
+
+MOST = {            # instructions for an fp32 element, for a 16-bit one, on sm_90; of sets of terms not more than of those apart
+    "lsq_fwd": (17.5, 19), "lsq_bwd": (27, 29.5), "ewgs_fwd": (23.5, 25), "ewgs_bwd": (34, 36.5), "pact_fwd": (19.5, 21), "pact_bwd": (29, 32.5),
+    "dorefa_fwd": (45, 46), "dorefa_bwd": (35, 37), "dorefa_detached": (31, 33), "sign_fwd": (6.5, 7), "sign_bwd": (5.5, 3),
+    "reduce bin_reg": (33.5, 34.5), "reduce msqe": (19, 20), "reduce partial_l2": (5, 6),
+    "map bin_reg": (34, 35.5), "map msqe": (18.5, 20), "map partial_l2": (6.5, 6),
+    "reduce soft_min_max+kure+msqe": (42, 44), "reduce frozen+bin_reg": (44, 46), "map soft_min_max+kure+msqe": (33.5, 36), "map frozen+bin_reg": (46, 48),
+    "reduce l_inf+margin+soft_min_max+kure+bin_reg+msqe+partial_l2": (88, 91), "map l_inf+margin+soft_min_max+kure+bin_reg+msqe+partial_l2": (83, 85),
+}
+MASKED = ("merge_columns", "merge_terms", "correct_maxima", "count_chunks", "store_threshold")      # no loop over full tiles
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreter(request, device):
+    """The process with the interpreter, started before anything else here."""
+    if device != "cpu" or request.config.getoption("--backend"):
+        yield None
+        return
+    command = [sys.executable, "-m", "pytest", str(ROOT / "tests" / "interpreted_quantizers.py"), "-q", "--tb=short", "-p", "no:cacheprovider", "-W", "ignore"]
+    with tempfile.TemporaryFile("w+") as output:
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        yield process, output
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    python = str(PINNED) if PINNED.exists() else sys.executable
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    if subprocess.run([python, "-c", "import triton"], env=environment, capture_output=True).returncode:
+        pytest.skip(f"{python} has no usable Triton")
+    run = subprocess.run([python, str(ROOT / "tests" / "aot_quantizers.py"), "90"], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    return json.loads(run.stdout)
+
+
+def fast(row):
+    """Aligned memory whose channels are dense: what speed is promised for."""
+    return row["kernel"] not in MASKED and not any(slow in row["variant"] for slow in ("aligned", "SPREAD", "HUGE"))
+
+
+def test_no_kernel_spills(rows):
+    assert not offenders(rows, lambda row: (row["stack"] or row["spills"]) and (row["dtype"] != "fp64" or "l_inf+margin" not in row["op"]))
+    assert not offenders(rows, lambda row: row["stack"] > 32)      # the gradients of all seven terms in float64, for which no speed is promised
+
+
+def test_bulk_accesses_are_128_bits_wide_and_four_loads_are_in_flight(rows):
+    gathers = [row for row in rows if fast(row) and "bin_reg" not in row["op"]]
+    assert not offenders(gathers, lambda row: row["other_loads"])
+    assert not offenders(filter(fast, rows), lambda row: row["loads128"] < (2 if row["op"] == "sign_bwd" else 4) or row["other_stores"])
+    assert not offenders(filter(fast, rows), lambda row: (row["stores128"] >= 2) == (row["kernel"] == "reduce_terms"))
+
+
+def test_instructions_per_element(rows):
+    single = [row for row in rows if fast(row) and row["dtype"] != "fp64"]
+    assert len(single) >= 60
+
+    def most(row):
+        return MOST[row["op"] if row["kernel"] == "quantize_chunks" else f"{row['kernel'].partition('_')[0]} {row['op']}"][row["dtype"] != "fp32"]
+    assert not offenders(single, lambda row: not row["per_element"] <= most(row))
+
+
+def rounded(x, digits):
+    """The nearest number of so many binary digits, half to even."""
+    if x == 0:
+        return x
+    unit = Fraction(2) ** (len(bin(abs(x.numerator))) - len(bin(x.denominator)) - digits)
+    while abs(x) < unit * 2 ** (digits - 1):
+        unit /= 2
+    while abs(x) >= unit * 2**digits:
+        unit *= 2
+    return round(x / unit) * unit
+
+
+@pytest.mark.parametrize("digits", [24, 53])
+def test_a_share_by_corrected_product_is_the_quotient(digits):
+    """quantizers.share, whose tl.fma the interpreter does not fuse"""
+    for bits in range(1, 9):
+        n = 2**bits - 1
+        inverse = rounded(rounded(Fraction(1, n), 53), digits)
+        for c in range(-n, n + 1):
+            q = rounded(c * inverse, digits)
+            assert rounded(q + rounded(c - q * n, digits) * inverse, digits) == rounded(Fraction(c, n), digits)
+
+
+def test_in_the_interpreter(interpreter):
+    if interpreter is None:
+        pytest.skip("this run is of other backends, or of a GPU")
+    process, output = interpreter
+    code = process.wait()
+    output.seek(0)
+    text = output.read()
+    print(text.strip().splitlines()[-1])
+    assert code == 0 and " passed" in text, text[-20000:]

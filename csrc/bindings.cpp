@@ -68,23 +68,39 @@ void def_pass(py::module_& m, const char* name, Run run) {
 
 using Valued = std::tuple<Address, Address, Address, Address, Address, Address, Address, Address, Address>;  // r2::cpu::Values
 
+using Quantized = std::tuple<Address, Address, Address, int, bool, Address, Address, Address, Address, Address>;  // r2::Quantizer
+
+// `run` takes (list, quantizer, device, queue)
+template <class Run>
+void def_quantizer(py::module_& m, const char* name, Run run) {
+  m.def(name, [run](const Described& l, const Quantized& q, int device, Address queue) {
+    py::gil_scoped_release release;
+    r2::Quantizer quantizer = {at<void>(std::get<0>(q)), at<void>(std::get<1>(q)), at<void>(std::get<2>(q)), std::get<3>(q), std::get<4>(q),
+                               at<const int64_t>(std::get<5>(q)), at<double>(std::get<6>(q)), at<void>(std::get<7>(q)), at<void>(std::get<8>(q)),
+                               at<void>(std::get<9>(q))};
+    run(list_of(l), quantizer, device, queue);
+  });
+}
+
 using r2::cpu::DkmKernels;
 using r2::cpu::Kernels;
+using r2::cpu::QuantizerKernels;
 
 struct Compiled {
   const Kernels* kernels;
   const DkmKernels* dkm;
+  const QuantizerKernels* quantizers;
 };
 
 // Those that this processor runs, the widest last.
 std::vector<Compiled> usable() {
-  std::vector<Compiled> found = {{&r2::cpu::portable::kernels, &r2::cpu::portable::dkm}};
+  std::vector<Compiled> found = {{&r2::cpu::portable::kernels, &r2::cpu::portable::dkm, &r2::cpu::portable::quantizers}};
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    found.push_back({&r2::cpu::avx2::kernels, &r2::cpu::avx2::dkm});
+    found.push_back({&r2::cpu::avx2::kernels, &r2::cpu::avx2::dkm, &r2::cpu::avx2::quantizers});
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-      found.push_back({&r2::cpu::avx512::kernels, &r2::cpu::avx512::dkm});
+      found.push_back({&r2::cpu::avx512::kernels, &r2::cpu::avx512::dkm, &r2::cpu::avx512::quantizers});
   }
 #endif
   return found;
@@ -99,6 +115,9 @@ template <auto DkmKernels::*Function>
 auto pass_on_cpu = [](const r2::List& list, const r2::Clusters& clusters, const r2::Pass& pass, int, Address threads) {
   (chosen.dkm->*Function)(list, clusters, pass, int(threads));
 };
+
+template <auto QuantizerKernels::*Function>
+auto quantizer_on_cpu = [](const r2::List& list, const r2::Quantizer& q, int, Address threads) { (chosen.quantizers->*Function)(list, q, int(threads)); };
 
 // Codes in files. Those that can fail return an r2::codes::Status.
 void def_codes(py::module_ m) {
@@ -185,6 +204,13 @@ PYBIND11_MODULE(_C, m) {
   def_values<&DkmKernels::collect>(cpu, "dkm_collect"), def_values<&DkmKernels::sum_by_value>(cpu, "dkm_sum_by_value"), def_values<&DkmKernels::look_up>(cpu, "dkm_look_up");
   cpu.def("dkm_scratch", [](int most, int d, int metric) { return chosen.dkm->scratch(most, d, metric); });
 
+#define R2_QUANTIZER(op) def_quantizer(cpu, #op, quantizer_on_cpu<&QuantizerKernels::op>)
+#define R2_QUANTIZERS                                                                                                        \
+  R2_QUANTIZER(lsq_fwd), R2_QUANTIZER(lsq_bwd), R2_QUANTIZER(ewgs_fwd), R2_QUANTIZER(ewgs_bwd), R2_QUANTIZER(pact_fwd), R2_QUANTIZER(pact_bwd); \
+  R2_QUANTIZER(dorefa_fwd), R2_QUANTIZER(dorefa_bwd)
+  R2_QUANTIZERS;
+#undef R2_QUANTIZER
+
 #if defined(R2_WITH_CUDA)
   py::module_ cuda = m.def_submodule("cuda");
   cuda.def("problem", &r2::cuda::problem);
@@ -194,5 +220,7 @@ PYBIND11_MODULE(_C, m) {
 #define R2_PASS(pass) def_pass(cuda, "dkm_" #pass, &r2::cuda::dkm_##pass)
   R2_PASS(update), R2_PASS(output), R2_PASS(upstream), R2_PASS(recur), R2_PASS(gradient), R2_PASS(jacobian), R2_PASS(assign);
   cuda.def("dkm_scratch", &r2::cuda::dkm_scratch);
+#define R2_QUANTIZER(op) def_quantizer(cuda, #op, &r2::cuda::op)
+  R2_QUANTIZERS;
 #endif
 }

@@ -60,4 +60,16 @@ struct Pass {
   const int64_t* counts;  // addresses of float32: how many weights have each value of the list; null: one
 };
 
+// A quantizer over a list of which every channel is a column (channel_plan). Parameters and their gradients are of the accumulator's type, one number for
+// each column of all tensors. What they mean is told in csrc/quantizers.h.
+struct Quantizer {
+  const void *first, *second, *third;
+  int bits;
+  bool flag;              // signed (lsq, ewgs), plus (pact), detach_max (dorefa)
+  const int64_t* grads;   // addresses of dL/dy, lying as the tensors do
+  double* partial;        // on a GPU room for (chunks, 2)
+  void* target;           // of what has the tensors' form: the address of a flat tensor on a GPU, of a table of addresses on the CPU
+  void *first_gradient, *second_gradient;
+};
+
 }  // namespace r2

@@ -31,18 +31,27 @@ struct DkmKernels {
   ValuesFunction collect, sum_by_value, look_up;
 };
 
+using QuantizerFunction = void (*)(const List&, const Quantizer&, int threads);
+
+struct QuantizerKernels {
+  QuantizerFunction lsq_fwd, lsq_bwd, ewgs_fwd, ewgs_bwd, pact_fwd, pact_bwd, dorefa_fwd, dorefa_bwd;
+};
+
 namespace portable {
 extern const Kernels kernels;
 extern const DkmKernels dkm;
+extern const QuantizerKernels quantizers;
 }
 #if defined(__x86_64__)
 namespace avx2 {
 extern const Kernels kernels;
 extern const DkmKernels dkm;
+extern const QuantizerKernels quantizers;
 }
 namespace avx512 {
 extern const Kernels kernels;
 extern const DkmKernels dkm;
+extern const QuantizerKernels quantizers;
 }
 #endif
 

@@ -6,6 +6,7 @@ import torch
 
 from .. import weights as lists
 from ..arguments import accumulator
+from .native_quantizers import Quantizers
 
 _DTYPE = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 STATE = 8                   # numbers in a chunk's partial state
@@ -42,7 +43,7 @@ def on_codes(name, *args):
     return getattr(importlib.import_module("r2kernels._C").codes, name)(*addressed, torch.get_num_threads())
 
 
-class Native:
+class Native(Quantizers):
     """The ops of one half of the extension."""
 
     def __init__(self, library, kind):
@@ -54,6 +55,10 @@ class Native:
             index = device.index if device.index is not None else torch.cuda.current_device()
             return index, torch._C._cuda_getCurrentRawStream(index)
         return 0, torch.get_num_threads()
+
+    @staticmethod
+    def code_of(dtype):
+        return _DTYPE[dtype]
 
     def _list(self, weights, d, layout, plan_of=lists.plan):
         """(arguments that describe the list to the extension, plan, what must stay alive during the call)."""

@@ -27,6 +27,11 @@ def _wide(t):
     return t.to(accumulator(t.dtype))
 
 
+def _over(x, n):
+    """x / n, rounded once: on a GPU torch multiplies by the rounded 1 / n of a Python number."""
+    return x / x.new_full((), n)
+
+
 def _positive(p):
     return torch.where(p > 0, p, torch.nan)
 
@@ -75,7 +80,7 @@ def ewgs_fwd(xs, lower, upper, delta, bits, signed):
     n, ys = 2**bits - 1, []
     for x, low, high in zip(xs, lower, upper, strict=True):
         c = (n * _ewgs(x, low, high)[1]).round()
-        ys.append(((2 * c - n) / n if signed else c / n).to(x.dtype))
+        ys.append(_over(2 * c - n if signed else c, n).to(x.dtype))
     return ys
 
 
@@ -86,15 +91,15 @@ def ewgs_bwd(gs, xs, lower, upper, delta, bits, signed):
         g = 2 * _wide(g) if signed else _wide(g)
         g = torch.where((v < 0) | (v > 1), 0, g + d * g.abs() * (clipped - (n * clipped).round() / n))
         gradients.append((g / span).to(x.dtype))
-        g_lower.append((g * (v - 1)).sum() / span)
-        g_upper.append(-(g * v).sum() / span)
+        g_lower.append((g * (clipped - 1)).sum() / span)
+        g_upper.append(-(g * clipped).sum() / span)
     return gradients, torch.stack(g_lower), torch.stack(g_upper)
 
 
 def pact_fwd(xs, alpha, bits, plus):
     n, ys = 2**bits - 1, []
     for x, a in zip(xs, _positive(alpha), strict=True):
-        s, x_ = a / n, _wide(x)
+        s, x_ = _over(a, n), _wide(x)
         ys.append((s * (torch.where(x_ >= a, a, torch.where(x_ < 0, 0, x_)) / s).round()).to(x.dtype))
     return ys
 
@@ -103,7 +108,7 @@ def pact_bwd(gs, xs, alpha, bits, plus):
     n, gradients, g_alpha = 2**bits - 1, [], []
     for g, x, a in zip(gs, xs, _positive(alpha), strict=True):
         x_, g = _wide(x), _wide(g)
-        z, above, below = x_ / (a / n), x_ >= a, x_ < 0
+        z, above, below = x_ / _over(a, n), x_ >= a, x_ < 0
         gradients.append(torch.where(above | below, 0, g).to(x.dtype))
         inside = (z.round() - z) / n if plus else torch.zeros_like(z)
         g_alpha.append((g * torch.where(above, 1, torch.where(below, 0, inside))).sum())
@@ -121,7 +126,7 @@ def dorefa_fwd(xs, scale, bits, detach_max):
     n, ys = 2**bits - 1, []
     for x, top in zip(xs, scale[:, 0], strict=True):
         m = dorefa_scale(top, bits)
-        y = _sign(_wide(x)) * m if bits == 1 else (2 * (n * (_wide(x).tanh() / (2 * m) + 0.5)).round() - n) / n
+        y = _sign(_wide(x)) * m if bits == 1 else _over(2 * (n * (_wide(x).tanh() / (2 * m) + 0.5)).round() - n, n)
         ys.append(y.to(x.dtype))
     return ys
 
@@ -186,7 +191,7 @@ def ewgs(x, lower, upper, bits, *, delta=0.0, signed=True):
     for w, low, high, d in zip(xs, lower, upper, delta, strict=True):
         v, _, _ = _ewgs(w, low, high)
         c = _Straight.apply(n * v.clamp(0, 1), n, d)
-        ys.append(((2 * c - n) / n if signed else c / n).to(w.dtype))
+        ys.append(_over(2 * c - n if signed else c, n).to(w.dtype))
     return _results(ys, single)
 
 
@@ -197,7 +202,7 @@ def pact(x, alpha, bits, *, plus=False):
     for w, a in zip(xs, _positive(arguments.channels("alpha", alpha, xs, single)), strict=True):
         w_ = _wide(w)
         y = torch.where(w_ >= a, a, torch.where(w_ < 0, 0, w_))
-        s = a / n
+        s = _over(a, n)
         quantized = s * _round(y / s)
         ys.append((quantized if plus else quantized.detach() + (y - y.detach())).to(w.dtype))
     return _results(ys, single)
@@ -214,5 +219,5 @@ def dorefa(w, bits, *, detach_max=False):
             continue
         m = dorefa_scale(x_.abs().amax(), bits)
         c = _round(n * (x_.tanh() / (2 * (m.detach() if detach_max else m)) + 0.5))
-        ys.append(((2 * c - n) / n).to(x.dtype))
+        ys.append(_over(2 * c - n, n).to(x.dtype))
     return _results(ys, single)

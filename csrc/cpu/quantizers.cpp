@@ -1,0 +1,295 @@
+// LSQ, EWGS, PACT and DoReFa on the CPU: a map of a list, and a map that sums as it goes. Compiled once for each instruction set (R2_ISA).
+#include <vector>
+
+#include "kernels.h"
+#include "rounding.h"
+#include "skeletons.h"
+
+#include "../quantizers.h"
+
+namespace r2 {
+inline namespace R2_ISA {
+
+constexpr int kSumRun = 12;             // vectors in a run and runs in a block, as in range.cpp
+constexpr int64_t kShortRun = 32;       // below, the columns of a tensor go abreast
+constexpr int64_t kAbreast = 65536;     // numbers for a unit of columns abreast
+
+// What one thread does at a time: a chunk of the plan, or of a tensor whose columns go abreast some of its `outer` repetitions of columns * run numbers.
+struct Unit {
+  int64_t tensor, chunk, begin, end;
+  double* sums;
+};
+
+// The units of a list; their sums lie in `room`, for a chunk kSums numbers, for columns abreast kSums for each column.
+template <int kSums>
+struct Units {
+  std::vector<Unit> all;
+  std::vector<double> room;
+  std::vector<int64_t> first;  // unit of each tensor; one more at the end
+
+  explicit Units(const List& list) {
+    all.reserve(list.chunks);
+    std::vector<int64_t> offsets;
+    int64_t size = 0;
+    auto add = [&](Unit unit, int64_t columns) {
+      all.push_back(unit), offsets.push_back(size);
+      size += kSums * columns;
+    };
+    for (int64_t t = 0; t < list.count; ++t) {
+      const Tensor& tensor = list.tensors[t];
+      first.push_back(all.size());
+      if (abreast(tensor)) {
+        const int64_t outer = tensor.rows / tensor.run, period = tensor.columns * tensor.run, step = kAbreast / period > 64 ? kAbreast / period : 64;
+        for (int64_t o = 0; o < outer; o += step) add({t, -1, o, o + step < outer ? o + step : outer, nullptr}, tensor.columns);
+      } else {
+        const int64_t end = t + 1 < list.count ? list.tensors[t + 1].first : list.chunks;
+        for (int64_t i = tensor.first; i < end; ++i) add({t, i, 0, 0, nullptr}, 1);
+      }
+    }
+    first.push_back(all.size());
+    room.resize(size);
+    for (size_t i = 0; i < all.size(); ++i) all[i].sums = room.data() + offsets[i];
+  }
+
+  static bool abreast(const Tensor& tensor) { return tensor.columns > 1 && tensor.run < kShortRun; }
+
+  // Of one column, in the order of the units.
+  void total(const Tensor& tensor, int64_t t, int64_t column, double* sums) const {
+    const bool beside = abreast(tensor);
+    for (int s = 0; s < kSums; ++s) sums[s] = 0;
+    for (int64_t i = first[t] + (beside ? 0 : column); i < first[t + 1]; i += beside ? 1 : tensor.columns)
+      for (int s = 0; s < kSums; ++s) sums[s] += all[i].sums[(beside ? column * kSums : 0) + s];
+  }
+};
+
+// Calls visit(memory index, length) for each run of consecutive memory of a chunk.
+template <class Visit>
+inline void each_stretch(const Tensor& tensor, const Part& part, Visit visit) {
+  if (tensor.columns == 1) return visit(part.row, part.n);
+  each_run(tensor, int(tensor.columns), {part.tensor, part.row, part.n, part.column}, [&](int64_t at, int64_t, int64_t length) { visit(at, length); });
+}
+
+template <class T>
+struct Arrays {
+  const T *x, *g;
+  T* out;
+  Arrays(const List& list, const Quantizer& q, int64_t t)
+      : x(reinterpret_cast<const T*>(list.pointers[t])), g(q.grads ? reinterpret_cast<const T*>(q.grads[t]) : nullptr),
+        out(reinterpret_cast<T*>(static_cast<const int64_t*>(q.target)[t])) {}
+};
+
+template <class V, int kSums>
+struct Sums {
+  V s[kSums];
+  R2_HD void operator+=(const Sums& other) {
+    for (int i = 0; i < kSums; ++i) s[i] += other.s[i];
+  }
+};
+
+template <int kSums, class T, class Wide, class Tail>
+R2_HD void map_and_sum(const T* x, const T* g, T* out, int64_t n, const Wide& wide, const Tail& tail, Sums<Vec<Acc<T>>, kSums>& sums,
+                       Sums<Acc<T>, kSums>& rest) {
+  using V = Vec<Acc<T>>;
+  int64_t i = 0;
+  while (i + lanes<V> <= n) {
+    Sums<V, kSums> block = {};
+    for (int runs = 0; runs < kSumRun && i + lanes<V> <= n; ++runs) {
+      const int64_t end = i + kSumRun * lanes<V> < n ? i + kSumRun * lanes<V> : n;
+      Sums<V, kSums> run = {};
+      for (; i + lanes<V> <= end; i += lanes<V>) {
+        __builtin_prefetch(x + n + i), __builtin_prefetch(g + n + i);
+        store(out + i, wide.backward(load<V>(x + i), load<V>(g + i), run.s));
+      }
+      block += run;
+    }
+    sums += block;
+  }
+  for (; i < n; ++i) out[i] = narrow<T>(tail.backward(Acc<T>(widen(x[i])), Acc<T>(widen(g[i])), rest.s));
+}
+
+// The step of each number of a period, for columns abreast.
+template <class Op, class A>
+std::vector<A> steps_of(const Tensor& tensor, const Quantizer& q) {
+  std::vector<A> steps(tensor.columns * tensor.run);
+  for (size_t i = 0; i < steps.size(); ++i) steps[i] = Op::template divisor<A>(q, tensor.at + i / tensor.run);
+  return steps;
+}
+
+template <class Op, class T>
+void forward_abreast(const Tensor& tensor, const Quantizer& q, const Unit& unit, const Arrays<T>& at) {
+  using A = Acc<T>;
+  using V = Vec<A>;
+  const std::vector<A> steps = steps_of<Op, A>(tensor, q);
+  const int64_t period = steps.size();
+  for (int64_t o = unit.begin; o < unit.end; ++o) {
+    const T* x = at.x + o * period;
+    T* y = at.out + o * period;
+    int64_t i = 0;
+    for (; i + lanes<V> <= period; i += lanes<V>) store(y + i, typename Op::template At<V, Divisor<V>>(q, load<V>(steps.data() + i)).forward(load<V>(x + i)));
+    for (; i < period; ++i) y[i] = narrow<T>(typename Op::template At<A, Divisor<A>>(q, steps[i]).forward(A(widen(x[i]))));
+  }
+}
+
+template <class Op, class T>
+void backward_abreast(const Tensor& tensor, const Quantizer& q, const Unit& unit, const Arrays<T>& at) {
+  using A = Acc<T>;
+  using V = Vec<A>;
+  constexpr int64_t kRepetitions = 64;  // of a period in a run
+  const std::vector<A> steps = steps_of<Op, A>(tensor, q);
+  const int64_t period = steps.size();
+  std::vector<A> run(period);
+  std::vector<double> sums(period);
+  for (int64_t begin = unit.begin; begin < unit.end; begin += kRepetitions) {
+    const int64_t end = begin + kRepetitions < unit.end ? begin + kRepetitions : unit.end;
+    std::fill(run.begin(), run.end(), A(0));
+    for (int64_t o = begin; o < end; ++o) {
+      const T *x = at.x + o * period, *g = at.g + o * period;
+      T* out = at.out + o * period;
+      int64_t i = 0;
+      for (; i + lanes<V> <= period; i += lanes<V>) {
+        V s = load<V>(run.data() + i);
+        store(out + i, typename Op::template At<V, Divisor<V>>(q, load<V>(steps.data() + i)).backward(load<V>(x + i), load<V>(g + i), &s));
+        store(run.data() + i, s);
+      }
+      for (; i < period; ++i) out[i] = narrow<T>(typename Op::template At<A, Divisor<A>>(q, steps[i]).backward(A(widen(x[i])), A(widen(g[i])), &run[i]));
+    }
+    for (int64_t i = 0; i < period; ++i) sums[i] += double(run[i]);
+  }
+  for (int64_t c = 0; c < tensor.columns; ++c) {
+    unit.sums[c] = 0;
+    for (int64_t i = 0; i < tensor.run; ++i) unit.sums[c] += sums[c * tensor.run + i];
+  }
+}
+
+template <class T>
+void prepare(const List& list, const Quantizer& q) {
+  for (int64_t t = 0; t < list.count; ++t)
+    ask_for_huge_pages(reinterpret_cast<void*>(static_cast<const int64_t*>(q.target)[t]), list.tensors[t].numel * sizeof(T));
+}
+
+template <class Op, class T>
+void forward(const List& list, const Quantizer& q, int threads) {
+  using A = Acc<T>;
+  using V = Vec<A>;
+  threads = threads_for(list, threads);
+  prepare<T>(list, q);
+  const Units<0> units(list);
+  const int64_t count = units.all.size();
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t u = 0; u < count; ++u) {
+    const Unit& unit = units.all[u];
+    const Tensor& tensor = list.tensors[unit.tensor];
+    const Arrays<T> at(list, q, unit.tensor);
+    if constexpr (kHasChannels<Op>)
+      if (unit.chunk < 0) {
+        forward_abreast<Op>(tensor, q, unit, at);
+        continue;
+      }
+    const Part part = part_at(list, unit.chunk);
+    const typename Op::template At<V, Divisor<V>> wide(q, tensor.at + part.column);
+    const typename Op::template At<A, Divisor<A>> tail(q, tensor.at + part.column);
+    each_stretch(tensor, part, [&](int64_t j, int64_t length) {
+      map_run<false>(at.x + j, at.out + j, length, [&](V x) { return wide.forward(x); }, [&](A x) { return tail.forward(x); });
+    });
+  }
+}
+
+template <class Op, class T>
+void correct_maxima(const List& list, const Quantizer& q, const Units<Op::kSums>& units, int threads) {
+  using A = Acc<T>;
+  const int64_t count = units.all.size();
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t u = 0; u < count; ++u) {
+    const Unit& unit = units.all[u];
+    if (unit.sums[1] == 0) continue;
+    const Arrays<T> at(list, q, unit.tensor);
+    const Part part = part_at(list, unit.chunk);
+    typename Op::template At<A, Divisor<A>> formula(q, unit.tensor);
+    formula.share_out(q, unit.tensor);
+    for (int64_t j = part.row; j < part.row + part.n; ++j)
+      if (A x = widen(at.x[j]); abs_(x) == formula.top) at.out[j] = narrow<T>(formula.corrected(x, A(widen(at.g[j]))));
+  }
+}
+
+template <class Op, class T>
+void backward(const List& list, const Quantizer& q, int threads) {
+  using A = Acc<T>;
+  using V = Vec<A>;
+  constexpr int kSums = Op::kSums;
+  threads = threads_for(list, threads);
+  prepare<T>(list, q);
+  const Units<kSums> units(list);
+  const int64_t count = units.all.size();
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t u = 0; u < count; ++u) {
+    const Unit& unit = units.all[u];
+    const Tensor& tensor = list.tensors[unit.tensor];
+    const Arrays<T> at(list, q, unit.tensor);
+    if constexpr (kHasChannels<Op>)
+      if (unit.chunk < 0) {
+        backward_abreast<Op>(tensor, q, unit, at);
+        continue;
+      }
+    const Part part = part_at(list, unit.chunk);
+    const typename Op::template At<V, Divisor<V>> wide(q, tensor.at + part.column);
+    const typename Op::template At<A, Divisor<A>> tail(q, tensor.at + part.column);
+    Sums<V, kSums> sums = {};
+    Sums<A, kSums> rest = {};
+    each_stretch(tensor, part, [&](int64_t j, int64_t length) { map_and_sum<kSums>(at.x + j, at.g + j, at.out + j, length, wide, tail, sums, rest); });
+    for (int s = 0; s < kSums; ++s) unit.sums[s] = sum(sums.s[s]) + double(rest.s[s]);
+  }
+  for (int64_t t = 0; t < list.count; ++t) {
+    const Tensor& tensor = list.tensors[t];
+    for (int64_t c = 0; c < tensor.columns; ++c) {
+      double sums[kSums];
+      units.total(tensor, t, c, sums);
+      Op::template finish<A>(q, tensor.at + c, sums, double(tensor.rows));
+    }
+  }
+  if constexpr (std::is_same<Op, Dorefa>::value)
+    if (!q.flag) correct_maxima<Op, T>(list, q, units, threads);
+}
+
+template <class Run>
+void with_type(Dtype dtype, Run run) {
+  switch (dtype) {
+    case Dtype::f64: return run(double{});
+    case Dtype::f32: return run(float{});
+    case Dtype::bf16: return run(bf16{});
+    case Dtype::f16: return run(f16{});
+  }
+}
+
+template <class Op>
+void run_forward(const List& list, const Quantizer& q, int threads) {
+  with_type(list.dtype, [&](auto like) { forward<Op, decltype(like)>(list, q, threads); });
+}
+template <class Op>
+void run_backward(const List& list, const Quantizer& q, int threads) {
+  with_type(list.dtype, [&](auto like) { backward<Op, decltype(like)>(list, q, threads); });
+}
+
+void lsq_forward(const List& list, const Quantizer& q, int threads) {
+  q.bits == 1 && q.flag ? run_forward<Lsq<true>>(list, q, threads) : run_forward<Lsq<false>>(list, q, threads);
+}
+void lsq_backward(const List& list, const Quantizer& q, int threads) {
+  q.bits == 1 && q.flag ? run_backward<Lsq<true>>(list, q, threads) : run_backward<Lsq<false>>(list, q, threads);
+}
+void pact_backward(const List& list, const Quantizer& q, int threads) {
+  q.flag ? run_backward<Pact<true>>(list, q, threads) : run_backward<Pact<false>>(list, q, threads);
+}
+void dorefa_forward(const List& list, const Quantizer& q, int threads) {
+  q.bits == 1 ? run_forward<DorefaSign>(list, q, threads) : run_forward<Dorefa>(list, q, threads);
+}
+void dorefa_backward(const List& list, const Quantizer& q, int threads) {
+  q.bits == 1 ? run_forward<Copy>(list, q, threads) : run_backward<Dorefa>(list, q, threads);
+}
+
+}  // namespace R2_ISA
+
+namespace cpu::R2_ISA {
+extern const QuantizerKernels quantizers;
+const QuantizerKernels quantizers = {lsq_forward,             lsq_backward,  run_forward<Ewgs>, run_backward<Ewgs>,
+                                     run_forward<Pact<false>>, pact_backward, dorefa_forward,    dorefa_backward};
+}  // namespace cpu::R2_ISA
+}  // namespace r2

@@ -1,0 +1,374 @@
+"""The quantizers of every backend: what is to be the reference's bits is, and gradients are held to the reference by the budget of budget.py."""
+import math
+from typing import NamedTuple
+
+import budget
+import cases
+import pytest
+import torch
+
+import r2kernels as r2
+from r2kernels import ops
+from r2kernels.arguments import accumulator, levels
+from r2kernels.reference import quantizers as formulas
+from r2kernels.weights import carve_gradients
+
+pytestmark = pytest.mark.usefixtures("nan_filled", "one_thread")
+
+EXACT = ("lsq", "ewgs", "pact")         # forward the bits of the reference; lsq and pact backward too
+OPS = (*EXACT, "dorefa")
+BITS = range(1, 9)
+
+
+def first(name, chosen, values, ids=None):
+    return pytest.mark.parametrize(name, [v if v in chosen else pytest.param(v, marks=pytest.mark.exhaustive) for v in values], ids=ids)
+
+
+def dtypes(*chosen):
+    return first("dtype", chosen, cases.DTYPES, lambda dtype: str(dtype)[6:])
+
+
+every_op = pytest.mark.parametrize("op", OPS)
+every_flag = pytest.mark.parametrize("flag", [True, False], ids=["flag", "plain"])
+
+
+class Call(NamedTuple):
+    """One forward and backward: `flag` is signed, plus or detach_max."""
+    op: str
+    gs: list
+    xs: list
+    parameters: list
+    bits: int
+    flag: bool
+    axis: int | None = None
+
+    @property
+    def arguments(self):
+        return [*self.parameters, self.bits, self.flag, *([self.axis] if self.op == "lsq" else [])]
+
+    def to(self, dtype):
+        wide = accumulator(dtype)
+        return self._replace(gs=[g.to(dtype) for g in self.gs], xs=[x.to(dtype) for x in self.xs], parameters=[p.to(wide) for p in self.parameters])
+
+    def forward(self):
+        return carve_gradients(ops.call[self.op + "_fwd"](self.xs, *self.arguments), self.xs)
+
+    def backward(self):
+        """(gradients of xs, gradients of parameters)"""
+        buffers, of_parameters = self.buffers()
+        return carve_gradients(buffers, self.xs), of_parameters
+
+    def buffers(self):
+        result = ops.call[self.op + "_bwd"](self.gs, self.xs, *self.arguments)
+        buffers, *of_parameters = result if isinstance(result, tuple) else (result,)
+        return buffers, of_parameters
+
+
+def call(op, xs, bits, flag, axis=None, seed=0, spread=1.0):
+    """Parameters that fit numbers of standard deviation `spread`, different ones for each tensor or channel."""
+    g, wide, device = torch.Generator().manual_seed(seed + 77), accumulator(xs[0].dtype), xs[0].device
+    count = len(xs) if axis is None else sum(x.shape[axis] for x in xs)
+
+    def around(value):
+        return (value * (0.7 + 0.6 * torch.rand(count, generator=g, dtype=torch.float64))).to(device, wide)
+
+    if op == "lsq":
+        parameters = [around(2.5 * spread / (levels(bits, flag)[1] + 0.5))]
+    elif op == "ewgs":
+        parameters = [around(-1.5 * spread), around(1.8 * spread), around(0.1)]
+    elif op == "pact":
+        parameters = [around(1.5 * spread)]
+    else:
+        parameters = [dorefa_scale(xs, bits)]
+    gs = [torch.randn(x.shape, generator=g, dtype=torch.float64).to(device, x.dtype) for x in xs]
+    return Call(op, gs, xs, parameters, bits, flag, axis)
+
+
+def dorefa_scale(xs, bits):
+    rows = []
+    for x in xs:
+        a = x.to(accumulator(x.dtype)).abs()
+        rows.append(torch.stack([a.mean(), torch.ones_like(a.mean())]) if bits == 1 else torch.stack([a.amax(), (a == a.amax()).sum().to(a.dtype)]))
+    return torch.stack(rows)
+
+
+def numbers(shape, dtype, device, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device, dtype)
+
+
+def mixed(dtype, device, seed=0):
+    """All forms and sizes around those of chunks and vectors, ties at the maximum among them."""
+    xs = [numbers(shape, dtype, device, seed + i) for i, shape in enumerate(
+        [(), (1,), (2,), (7,), (15, 1), (33,), (4095,), (4096,), (4097,), (37, 311), (12289,), (3, 1, 5), (16, 8, 5, 5), (31, 66), (64, 50), (64, 1), (5001,)])]
+    xs[8] = xs[8].clamp(-1, 1)
+    return [*xs[:12], xs[12].contiguous(memory_format=torch.channels_last), xs[13].t(), xs[14][:, ::2], xs[15].expand(64, 9), xs[16][1:]]
+
+
+def many_axes(dtype, device):
+    return [numbers(shape, dtype, device, i) for i, shape in enumerate([(37, 61), (4, 70, 5, 5), (2, 9, 7, 7), (1, 1), (3, 1000), (5000, 3), (1, 12, 40)])]
+
+
+def channels_last(xs):
+    return [x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.t().contiguous().t() if x.dim() == 2 else x for x in xs]
+
+
+def same(a, b):
+    """Equal numbers, NaN where NaN is."""
+    return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def expected(one):
+    with r2.use_backend("reference"):
+        return one.forward(), *one.backward()
+
+
+def at_half_steps(one, dtype):
+    """The call with its first 2,000 numbers and more at, and next to, the borders of LSQ's codes."""
+    step = one.parameters[0].double()
+    x = (torch.arange(-600, 600, dtype=torch.float64, device=step.device) / 2 * step[8]).to(dtype)
+    far = torch.full_like(x, math.inf)
+    x = torch.cat([x, torch.nextafter(x, far), torch.nextafter(x, -far)]) if dtype in (torch.float32, torch.float64) else x
+    return one._replace(xs=[*one.xs[:8], x, *one.xs[9:]], gs=[*one.gs[:8], torch.ones_like(x), *one.gs[9:]])
+
+
+@dtypes(torch.float32, torch.bfloat16)
+@first("bits", (1, 2, 4, 8), BITS)
+@every_flag
+@pytest.mark.parametrize("op", EXACT)
+def test_the_bits_of_the_reference(op, flag, bits, dtype, device, variants):
+    one = call(op, mixed(dtype, device), bits, flag)
+    if op == "lsq":
+        one = at_half_steps(one, dtype)
+    ys, gradients, _ = expected(one)
+    for v in variants:
+        with v.chosen():
+            for x, y, e in zip(one.xs, one.forward(), ys, strict=True):
+                assert same(y, e), (v, tuple(x.shape), (y.double() - e.double()).abs().max())
+            assert op == "ewgs" or all(map(same, one.backward()[0], gradients)), v
+            assert all(b.isfinite().all() for b in one.buffers()[0]), f"{v}: a number of the gradients' memory was not written"
+
+
+@dtypes(torch.float32, torch.bfloat16)
+@first("bits", (1, 3), BITS)
+@pytest.mark.parametrize("form", [lambda xs: xs, channels_last], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_channels(axis, form, bits, dtype, device, variants):
+    xs = form(many_axes(dtype, device))
+    one = call("lsq", xs, bits, True, axis)
+    ys, gradients, (g_step,) = expected(one)
+    for v in variants:
+        with v.chosen():
+            found, (step,) = one.backward()
+            assert all(map(same, one.forward(), ys)) and all(map(same, found, gradients)), v
+        assert step.shape == g_step.shape and step.dtype == g_step.dtype
+        assert ((step - g_step).abs() <= 64 * torch.finfo(step.dtype).eps * (1 + g_step.abs())).all(), v
+
+
+@dtypes(torch.float32)
+@pytest.mark.parametrize("value", [1e-40, 1e-30, 1e-19, 3e17, 1e19, 1e30, 3e38])
+def test_steps_of_any_size(value, dtype, device, variants):
+    """Quotients that are subnormal, infinite or rounded twice elsewhere."""
+    xs = [x * 4 * value for x in (numbers((5000,), dtype, device), numbers((999,), dtype, device, 1) * 1e9, numbers((999,), dtype, device, 2) * 1e-9)]
+    for op in EXACT:
+        one = call(op, xs, 3, True)
+        scale = torch.full_like(one.parameters[0], value)
+        parameters = {"lsq": [scale], "ewgs": [-scale, scale, scale / value], "pact": [scale]}[op]
+        one = one._replace(parameters=parameters)
+        ys = expected(one)[0]
+        for v in variants:
+            with v.chosen():
+                assert all(map(same, one.forward(), ys)), (v, op)
+
+
+def scaled(x, bits):
+    """n (t / (2 m) + 1/2) of DoReFa in float64."""
+    t = x.double().tanh()
+    return (2**bits - 1) * (t / (2 * formulas.dorefa_scale(x.double().abs().amax(), bits)) + 0.5)
+
+
+@dtypes(torch.float32, torch.float16)
+@first("bits", (1, 2, 8), BITS)
+@pytest.mark.parametrize("spread", [1e-4, 0.1, 1.0, 30.0])
+def test_dorefa(spread, bits, dtype, device, variants):
+    """A code may be another where rounding decides, and only there."""
+    one = call("dorefa", [(x * spread) for x in mixed(dtype, device)], bits, False)
+    one = one._replace(parameters=[dorefa_scale(one.xs, bits)])
+    ys = expected(one)[0]
+    for v in variants:
+        with v.chosen():
+            found = one.forward()
+        for x, y, e in zip(one.xs, found, ys, strict=True):
+            assert y.shape == e.shape and y.dtype == e.dtype
+            differs = y != e
+            if bits > 1 and differs.any():
+                z = scaled(x, bits)[differs]
+                assert ((z - z.floor() - 0.5).abs() <= 4 * 2**bits * torch.finfo(accumulator(dtype)).eps).all(), v
+            else:
+                assert not differs.any(), v
+
+
+def truth(one):
+    """The reference in float64 on the same numbers, and the natural scales: of dx its RMS, of a parameter's gradient the sum of its terms' sizes."""
+    wide = one.to(torch.float64)
+    _, exact, of_parameters = expected(wide)
+    scales = []
+    for i, (g, x, dx) in enumerate(zip(wide.gs, wide.xs, exact, strict=True)):
+        if one.op == "lsq":
+            step, (low, high) = wide.parameters[0][i], levels(one.bits, one.flag)
+            v = x / step
+            slope = torch.where(v < -low, low, torch.where(v > high, high, formulas.code(v, one.bits, one.flag) - v))
+            scales.append([(g * slope).abs().sum() / math.sqrt(x.numel() * high)])
+        elif one.op == "ewgs":
+            scales.append([dx.abs().sum()] * 2)
+        elif one.op == "pact":
+            scales.append([g[x >= wide.parameters[0][i]].abs().sum() + (g.abs().sum() / 2**one.bits if one.flag else 0)])
+    return exact, of_parameters, torch.tensor(scales, dtype=torch.float64, device=one.xs[0].device)
+
+
+def errors(one, exact, of_parameters, scales):
+    gradients, found = one.backward()
+    worth = [g.double().square().mean().sqrt() / x.numel() for g, x in zip(one.gs, one.xs, strict=True)]
+    dx = [(a.double() - e).square().mean().sqrt() / (e.square().mean().sqrt() + w) for a, e, w in zip(gradients, exact, worth, strict=True)]
+    pools = {"dW": torch.stack(dx)}
+    for i, (a, e) in enumerate(zip(found, of_parameters, strict=True)):
+        pools[f"dparameter {i}"] = budget.relative((a.double() - e).abs(), scales[:, i])
+    return pools
+
+
+@dtypes(torch.float32, torch.bfloat16)
+@first("bits", (3,), (1, 2, 3, 8))
+@every_flag
+@every_op
+def test_budget(op, flag, bits, dtype, device, variants):
+    narrow = dtype == torch.float64
+    own, pools = budget.Pool(), {v: budget.Pool() for v in variants}
+    for seed in range(4):
+        one = call(op, mixed(dtype, device, 100 * seed), bits, flag, seed=seed)
+        of_reference = one.to(torch.float32) if narrow else one
+        with r2.use_backend("reference"):
+            own.add(errors(of_reference, *truth(of_reference)))
+        exact = truth(one)
+        for v, pool in pools.items():
+            with v.chosen():
+                pool.add(errors(one, *exact))
+    failures = budget.exceeded(own, pools, dtype, narrow)
+    assert not failures, "\n" + failures
+
+
+@pytest.mark.parametrize("op", EXACT)
+def test_sums_of_many(op, device, variant):
+    """300,000 terms of one sign: no long chain of additions."""
+    x = numbers((300_001,), torch.float32, device)
+    one = call(op, [x], 4, op != "lsq")
+    one = one._replace(gs=[torch.full_like(x, 0.1)])
+    _, exact, scales = truth(one)
+    for i, (a, e) in enumerate(zip(one.backward()[1], exact, strict=True)):
+        assert (a.double() - e).abs() <= 8 * torch.finfo(torch.float32).eps * scales[0, i]
+
+
+SPECIALS = [math.nan, math.inf, -math.inf]
+
+
+@dtypes(torch.float32, torch.float16)
+@pytest.mark.parametrize("place", ["x", "g"])
+@every_op
+def test_nan_and_inf(op, place, dtype, device, variant):
+    """What the reference gives, number by number."""
+    for flag in (True, False):
+        for bits in (1, 4):
+            xs = [numbers((n,), dtype, device, n) for n in (5, 70, 4100) for _ in SPECIALS]
+            one = call(op, xs, bits, flag)
+            for i, t in enumerate(one.xs if place == "x" else one.gs):
+                t[-1] = t[2] = SPECIALS[i % 3]
+            if op == "dorefa":
+                one = one._replace(parameters=[dorefa_scale(one.xs, bits)])
+            same_specials(one, op)
+
+
+def same_specials(one, op):
+    ys, gradients, of_parameters = expected(one)
+    found, own = one.backward()
+    for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert all(torch.equal(kind(a), kind(b)) for a, b in zip([*one.forward(), *found, *own], [*ys, *gradients, *of_parameters], strict=True)), kind.__name__
+    if op in EXACT:
+        assert all(map(same, one.forward(), ys))
+    if op in ("lsq", "pact"):
+        assert all(map(same, found, gradients))
+
+
+@pytest.mark.parametrize("op", EXACT)
+def test_steps_of_no_use_give_nan(op, device, variant):
+    """And leave their neighbours alone."""
+    values = [1.0, 0.0, -1.0, math.nan, math.inf, 1.0]
+    one = call(op, [numbers((n,), torch.float32, device, n) for n in (3, 40, 5000, 7, 8, 9)], 3, True)
+    bad = torch.tensor(values, device=device)
+    same_specials(one._replace(parameters=[bad] if len(one.parameters) == 1 else [-bad, bad * 0.5, bad * 0]), op)
+    ys = one._replace(parameters=[bad] if len(one.parameters) == 1 else [-bad, bad * 0.5, bad * 0]).forward()
+    assert [y[0].isnan().item() or y.isnan().all().item() for y in ys[1:4]] == [True] * 3 and not ys[0].isnan().any() and not ys[5].isnan().any()
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_channel_of_no_use_gives_nan(axis, device, variant):
+    x = numbers((9, 9), torch.float32, device)
+    step = torch.tensor([0.1, 0, 0.2, -1, math.nan, 0.3, 0.1, 0.1, 0.1], device=device)
+    for one in (call("lsq", [x], 3, True, axis), call("lsq", [x.t().contiguous().t()], 3, True, axis)):
+        same_specials(one._replace(parameters=[step]), "lsq")
+
+
+@dtypes(torch.float32)
+@every_op
+def test_the_same_bits_each_time(op, dtype, device, variant):
+    """And for any number of threads."""
+    for axis in (None, 0, 1) if op == "lsq" else (None,):
+        xs = mixed(dtype, device) + [numbers((300, 401), dtype, device)] if axis is None else [*many_axes(dtype, device), numbers((300, 401), dtype, device)]
+        one = call(op, xs, 4, False, axis)
+        before = one.forward(), *one.backward()
+        for threads in (1, 2, 3) if variant.backend == "cpu" else (1,):
+            torch.set_num_threads(threads)
+            again = one.forward(), *one.backward()
+            assert all(torch.equal(a, b) for part, other in zip(before, again, strict=True) for a, b in zip(part, other, strict=True)), threads
+
+
+@pytest.mark.parametrize("ties", [1, 2, 5])
+@first("detach", (False,), (False, True))
+def test_maxima_share_the_correction(ties, detach, device, variant):
+    x = numbers((20_000,), torch.float64, device).clamp(-2, 2)
+    x[torch.arange(ties) * 3999] = torch.tensor([3.0, -3.0, 3.0, 3.0, -3.0], dtype=torch.float64, device=device)[:ties]
+    one = call("dorefa", [x], 4, detach)
+    assert one.parameters[0][0, 1] == ties
+    error = (one.backward()[0][0] - expected(one)[1][0]).abs().max()
+    assert error <= 1e-12 * one.gs[0].abs().sum()
+
+
+@pytest.mark.parametrize("function", OPS)
+def test_public_functions(function, device, variant):
+    """Strides are kept; an expanded gradient, and a list, do as well as anything."""
+    arguments = {"lsq": (0.3,), "ewgs": (-1.0, 1.5), "pact": (1.2,), "dorefa": ()}[function]
+    x = numbers((4, 6, 5, 3), torch.float32, device).contiguous(memory_format=torch.channels_last)
+    for w in (x, x[:, ::2], x[0, 0, 0, 0], x[:1].expand(3, 6, 5, 3)):
+        single, many = w.detach().clone().requires_grad_(), [w.detach().requires_grad_(), numbers((5,), torch.float32, device).requires_grad_()]
+        y = getattr(r2, function)(single, *arguments, 3)
+        ys = getattr(r2, function)(many, *arguments, 3)
+        assert y.shape == w.shape and torch.equal(y, ys[0])
+        if w is x:
+            assert y.stride() == x.stride()
+        y.sum().backward()
+        (ys[0].sum() + ys[1].sum()).backward()
+        with r2.use_backend("reference"):
+            other = w.detach().clone().requires_grad_()
+            getattr(r2, function)(other, *arguments, 3).sum().backward()
+        for found in (single.grad, many[0].grad):
+            assert torch.allclose(found, other.grad, rtol=1e-5, atol=1e-5)
+
+
+@every_op
+def test_gradcheck_of_the_parameters(op, device, variant):
+    """Autograd through the public functions in float64, against the reference's own."""
+    leaves = {"lsq": [0.3], "ewgs": [-1.0, 1.5], "pact": [1.2], "dorefa": []}[op]
+    results = []
+    for layer in (r2, r2.reference):
+        x = numbers((40, 33), torch.float64, device).requires_grad_()
+        parameters = [torch.tensor(v, dtype=torch.float64, device=device, requires_grad=True) for v in leaves]
+        y = getattr(layer, op)(x, *parameters, 4)
+        results.append(torch.autograd.grad(y, [x, *parameters], numbers((40, 33), torch.float64, device, 5)))
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-10) for a, b in zip(*results, strict=True))

@@ -66,6 +66,39 @@ void def_pass(py::module_& m, const char* name, Run run) {
   });
 }
 
+using Term = std::tuple<int, Address, Address, bool, Address, Address, Address, int>;                      // of r2::Terms<Forward>
+using TermBack = std::tuple<int, Address, int64_t, Address, Address, Address, Address, int>;                // of r2::Terms<Backward>
+
+// `forward`, `backward` and `rank` take (list, arguments, device, queue)
+template <class Forward, class Back, class Rank>
+void def_terms(py::module_& m, Forward forward, Back backward, Rank rank) {
+  m.def("terms_fwd", [forward](const Described& l, const std::vector<Term>& given, int device, Address queue) {
+    py::gil_scoped_release release;
+    r2::Terms<r2::Forward> terms = {int(given.size()), {}, {}};
+    for (int i = 0; i < terms.count; ++i) {
+      const auto& [term, first, second, flag, partial, out, saved, bits] = given[i];
+      terms.term[i] = static_cast<r2::Term>(term);
+      terms.of[i] = {at<void>(first), at<void>(second), flag, at<void>(partial), at<void>(out), at<void>(saved), bits};
+    }
+    forward(list_of(l), terms, device, queue);
+  });
+  m.def("terms_bwd", [backward](const Described& l, const std::vector<TermBack>& given, Address target, bool add, int device, Address queue) {
+    py::gil_scoped_release release;
+    r2::Terms<r2::Backward> terms = {int(given.size()), {}, {}};
+    for (int i = 0; i < terms.count; ++i) {
+      const auto& [term, grad, grad_stride, first, second, saved, parameter_gradient, bits] = given[i];
+      terms.term[i] = static_cast<r2::Term>(term);
+      terms.of[i] = {at<void>(grad), grad_stride, at<void>(first), at<void>(second), at<void>(saved),
+                     at<void>(target), add, at<void>(parameter_gradient), bits};
+    }
+    backward(list_of(l), terms, device, queue);
+  });
+  m.def("rank", [rank](const Described& l, Address ranks, Address theta, Address scratch, int device, Address queue) {
+    py::gil_scoped_release release;
+    rank(list_of(l), r2::Rank{at<const int64_t>(ranks), at<void>(theta), at<void>(scratch)}, device, queue);
+  });
+}
+
 using Valued = std::tuple<Address, Address, Address, Address, Address, Address, Address, Address, Address>;  // r2::cpu::Values
 
 using Quantized = std::tuple<Address, Address, Address, int, bool, Address, Address, Address, Address, Address>;  // r2::Quantizer
@@ -85,22 +118,24 @@ void def_quantizer(py::module_& m, const char* name, Run run) {
 using r2::cpu::DkmKernels;
 using r2::cpu::Kernels;
 using r2::cpu::QuantizerKernels;
+using r2::cpu::TermKernels;
 
 struct Compiled {
   const Kernels* kernels;
   const DkmKernels* dkm;
   const QuantizerKernels* quantizers;
+  const TermKernels* terms;
 };
 
 // Those that this processor runs, the widest last.
 std::vector<Compiled> usable() {
-  std::vector<Compiled> found = {{&r2::cpu::portable::kernels, &r2::cpu::portable::dkm, &r2::cpu::portable::quantizers}};
+  std::vector<Compiled> found = {{&r2::cpu::portable::kernels, &r2::cpu::portable::dkm, &r2::cpu::portable::quantizers, &r2::cpu::portable::terms}};
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    found.push_back({&r2::cpu::avx2::kernels, &r2::cpu::avx2::dkm, &r2::cpu::avx2::quantizers});
+    found.push_back({&r2::cpu::avx2::kernels, &r2::cpu::avx2::dkm, &r2::cpu::avx2::quantizers, &r2::cpu::avx2::terms});
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-      found.push_back({&r2::cpu::avx512::kernels, &r2::cpu::avx512::dkm, &r2::cpu::avx512::quantizers});
+      found.push_back({&r2::cpu::avx512::kernels, &r2::cpu::avx512::dkm, &r2::cpu::avx512::quantizers, &r2::cpu::avx512::terms});
   }
 #endif
   return found;
@@ -118,6 +153,8 @@ auto pass_on_cpu = [](const r2::List& list, const r2::Clusters& clusters, const 
 
 template <auto QuantizerKernels::*Function>
 auto quantizer_on_cpu = [](const r2::List& list, const r2::Quantizer& q, int, Address threads) { (chosen.quantizers->*Function)(list, q, int(threads)); };
+template <auto TermKernels::*Function>
+auto terms_on_cpu = [](const r2::List& list, const auto& arguments, int, Address threads) { (chosen.terms->*Function)(list, arguments, int(threads)); };
 
 // Codes in files. Those that can fail return an r2::codes::Status.
 void def_codes(py::module_ m) {
@@ -210,6 +247,7 @@ PYBIND11_MODULE(_C, m) {
   R2_QUANTIZER(dorefa_fwd), R2_QUANTIZER(dorefa_bwd)
   R2_QUANTIZERS;
 #undef R2_QUANTIZER
+  def_terms(cpu, terms_on_cpu<&TermKernels::forward>, terms_on_cpu<&TermKernels::backward>, terms_on_cpu<&TermKernels::rank>);
 
 #if defined(R2_WITH_CUDA)
   py::module_ cuda = m.def_submodule("cuda");
@@ -222,5 +260,7 @@ PYBIND11_MODULE(_C, m) {
   cuda.def("dkm_scratch", &r2::cuda::dkm_scratch);
 #define R2_QUANTIZER(op) def_quantizer(cuda, #op, &r2::cuda::op)
   R2_QUANTIZERS;
+  def_terms(cuda, &r2::cuda::terms_fwd, &r2::cuda::terms_bwd, &r2::cuda::rank);
+  cuda.def("rank_scratch", &r2::cuda::rank_scratch);
 #endif
 }

@@ -17,6 +17,7 @@ R2_HD V sign_(V x) {
 // What a column is given: its parameters as the op takes them, and its number of rows.
 struct Column {
   double first, second, rows;
+  int bits = 0;
 };
 
 // max|w|. State: the maximum, how many attain it. A NaN stays the maximum.

@@ -19,9 +19,10 @@ R2_HD Chunk chunk_at(const List& list, int64_t i) {
 }
 
 template <class A>
-R2_HD Column column_at(const List& list, const void* first, const void* second, int64_t tensor, int column) {
+R2_HD Column column_at(const List& list, const void* first, const void* second, int64_t tensor, int column, int bits = 0) {
   int64_t at = tensor * list.d + column;
-  return {first ? double(static_cast<const A*>(first)[at]) : 0, second ? double(static_cast<const A*>(second)[at]) : 0, double(list.tensors[tensor].rows)};
+  return {first ? double(static_cast<const A*>(first)[at]) : 0, second ? double(static_cast<const A*>(second)[at]) : 0, double(list.tensors[tensor].rows),
+          bits};
 }
 
 template <class Formula>

@@ -28,6 +28,7 @@ struct Forward {
   const void *first, *second;
   bool flag;  // soft extremes: the variances too
   void *partial, *out, *saved;
+  int bits = 0;  // of the codes of bin_reg and msqe
 };
 
 // grad is (count) with a stride, or (2, count, d). target: the address of the flat gradient, or of a table of addresses.
@@ -38,6 +39,25 @@ struct Backward {
   void* target;
   bool add;  // to what the table's addresses hold
   void* parameter_gradient;
+  int bits = 0;
+};
+
+// Several regularizers from one read, in the order of TERMS in r2kernels/arguments.py. partial of bin_reg is (chunks, 2, 2^bits): counts and sums;
+// `first` of partial_l2 is theta, as `rank` found it, which is its `saved`.
+enum class Term : int { l_inf, margin, soft_min_max, kure, bin_reg, msqe, partial_l2 };
+constexpr int kTerms = 7;
+
+template <class Arguments>
+struct Terms {
+  int count;
+  Term term[kTerms];
+  Arguments of[kTerms];  // Forward or Backward; of the latter target and add are those of the first
+};
+
+// theta[t]: the rank[t]-th smallest |w| of tensor t, counted from 1, NaN last; NaN where the rank is below 1. `scratch` is for a GPU.
+struct Rank {
+  const int64_t* rank;
+  void *theta, *scratch;
 };
 
 // The clusters of DKM. Centroid arrays are (count, most, d) of the accumulator's type, zeros behind the size[t] that tensor t has; sorted for d = 1.

@@ -91,6 +91,13 @@ def plan(tensors, runs, d, device):
     return value
 
 
+def short_plan(tensors, runs, d, device):
+    """The plan in chunks that stay in a GPU's first cache while they are read several times."""
+    value = _plan(tuple([t.numel() for t in tensors]), runs, d, device, False, 1)
+    _keep_if_captured(value, device)
+    return value
+
+
 def row_plan(tensors, runs, d, device):
     """The plan of whole rows for tensors of these sizes."""
     value = _plan(tuple([t.numel() for t in tensors]), runs, d, device, True)
@@ -108,7 +115,7 @@ def channel_plan(tensors, axis, device):
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(numels, runs, d, device, whole):
+def _plan(numels, runs, d, device, whole, most_steps=MOST_STEPS):
     numel = torch.tensor(numels, dtype=torch.int64)
     columns = torch.tensor(d, dtype=torch.int64).expand(len(numels)).contiguous()
     rows = numel // columns
@@ -118,7 +125,7 @@ def _plan(numels, runs, d, device, whole):
         chunk = CHUNK
         if device.type == "cuda":
             steps = int((rows * columns).sum()) // (BLOCK * FEWEST_PROGRAMS)
-            chunk = BLOCK * min(max(steps, 1), MOST_STEPS)
+            chunk = BLOCK * min(max(steps, 1), most_steps)
     chunks = (1 if whole else columns) * ((rows + chunk - 1) // chunk)
     padded = (numel + SEGMENT - 1) // SEGMENT * SEGMENT
     first, offset = chunks.cumsum(0) - chunks, padded.cumsum(0) - padded

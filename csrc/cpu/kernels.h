@@ -37,21 +37,30 @@ struct QuantizerKernels {
   QuantizerFunction lsq_fwd, lsq_bwd, ewgs_fwd, ewgs_bwd, pact_fwd, pact_bwd, dorefa_fwd, dorefa_bwd;
 };
 
+struct TermKernels {
+  void (*forward)(const List&, const Terms<Forward>&, int threads);
+  void (*backward)(const List&, const Terms<Backward>&, int threads);
+  void (*rank)(const List&, const Rank&, int threads);
+};
+
 namespace portable {
 extern const Kernels kernels;
 extern const DkmKernels dkm;
 extern const QuantizerKernels quantizers;
+extern const TermKernels terms;
 }
 #if defined(__x86_64__)
 namespace avx2 {
 extern const Kernels kernels;
 extern const DkmKernels dkm;
 extern const QuantizerKernels quantizers;
+extern const TermKernels terms;
 }
 namespace avx512 {
 extern const Kernels kernels;
 extern const DkmKernels dkm;
 extern const QuantizerKernels quantizers;
+extern const TermKernels terms;
 }
 #endif
 

@@ -34,6 +34,22 @@ inline int threads_for(const List& list, int threads) {
   return useful < 1 ? 1 : useful < threads ? int(useful) : threads;
 }
 
+// The states of the chunks of a tensor to its result.
+template <class Op, class A>
+void merge_tensor(const List& list, const Forward& f, int64_t t) {
+  const A* partial = static_cast<const A*>(f.partial);
+  int64_t first = list.tensors[t].first, rows = list.tensors[t].rows, parts = (rows + list.chunk - 1) / list.chunk;
+  double total = 0;
+  for (int c = 0; c < list.d; ++c) {
+    Column column = column_at<A>(list, f.first, f.second, t, c, f.bits);
+    double state[kState];
+    for (int s = 0; s < kState; ++s) state[s] = double(partial[(first + c) * kState + s]);
+    for (int64_t part = 1; part < parts; ++part) Op::merge(state, partial + (first + part * list.d + c) * kState, column, sizeof(A) == 4);
+    total += Op::finish(state, column, list, t * list.d + c, static_cast<A*>(f.saved), static_cast<A*>(f.out));
+  }
+  if (Op::kLoss) static_cast<A*>(f.out)[t] = A(total);
+}
+
 template <class T, class Reader, class Op>
 void reduce(const List& list, const Forward& f, int threads) {
   using A = Acc<T>;
@@ -54,18 +70,7 @@ void reduce(const List& list, const Forward& f, int threads) {
     }
   }
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && list.count > 256)
-  for (int64_t t = 0; t < list.count; ++t) {
-    int64_t first = list.tensors[t].first, rows = list.tensors[t].rows, parts = (rows + list.chunk - 1) / list.chunk;
-    double total = 0;
-    for (int c = 0; c < list.d; ++c) {
-      Column column = column_at<A>(list, f.first, f.second, t, c);
-      double state[kState];
-      for (int s = 0; s < kState; ++s) state[s] = double(partial[(first + c) * kState + s]);
-      for (int64_t part = 1; part < parts; ++part) Op::merge(state, partial + (first + part * list.d + c) * kState, column, sizeof(A) == 4);
-      total += Op::finish(state, column, list, t * list.d + c, static_cast<A*>(f.saved), static_cast<A*>(f.out));
-    }
-    if (Op::kLoss) static_cast<A*>(f.out)[t] = A(total);
-  }
+  for (int64_t t = 0; t < list.count; ++t) merge_tensor<Op, A>(list, f, t);
 }
 
 template <bool kAdd, class T, class Wide, class Tail>

@@ -36,9 +36,9 @@ struct Queue {
   Queue(const char* op, int index, uintptr_t stream) : op(op), device(op, index), stream(reinterpret_cast<cudaStream_t>(stream)) {}
 
   template <class Arguments>
-  void launch(void (*kernel)(List, Arguments), int64_t blocks, int threads, const List& list, const Arguments& arguments) const {
+  void launch(void (*kernel)(List, Arguments), int64_t blocks, int threads, const List& list, const Arguments& arguments, size_t shared = 0) const {
     if (blocks > INT32_MAX || list.chunk > INT32_MAX) throw std::runtime_error(std::string(op) + ": the plan is beyond the limits of a grid");
-    kernel<<<unsigned(blocks), threads, 0, stream>>>(list, arguments);
+    kernel<<<unsigned(blocks), threads, shared, stream>>>(list, arguments);
     check(op, cudaGetLastError());
   }
 };

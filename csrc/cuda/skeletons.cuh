@@ -146,14 +146,15 @@ template <class Reader, class T>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) partial_kernel(List list, Forward f) {
   using A = Acc<T>;
   Chunk c = chunk_at(list, blockIdx.x);
-  Column column = column_at<A>(list, f.first, f.second, c.tensor, c.column);
+  Column column = column_at<A>(list, f.first, f.second, c.tensor, c.column, f.bits);
   Reader::template chunk<T>(Rows<T>(list, c), column, static_cast<A*>(f.partial) + int64_t(blockIdx.x) * kState);
 }
 
+using Merging = double[kMergers][kState];
+
 // The states of one column, by threads that each take every kMergers-th and then by pairs; thread 0 has the result.
 template <class Op, class A>
-__device__ void merge_column(const List& list, const A* partial, int64_t parts, Column column, double* state) {
-  __shared__ double other[kMergers][kState];
+__device__ void merge_column(const List& list, const A* partial, int64_t parts, Column column, double* state, Merging& other) {
   constexpr bool single = sizeof(A) == 4;
   const int me = threadIdx.x, active = int(min(parts, int64_t(kMergers)));
   if (me < active)
@@ -170,16 +171,22 @@ __device__ void merge_column(const List& list, const A* partial, int64_t parts, 
 }
 
 template <class Op, class A>
-__global__ void __launch_bounds__(kMergers, 1) merge_kernel(List list, Forward f) {
-  const int64_t t = blockIdx.x, first = list.tensors[t].first, parts = (list.tensors[t].rows + list.chunk - 1) / list.chunk;
+__device__ void merge_tensor(const List& list, const Forward& f, int64_t t, Merging& other) {
+  const int64_t first = list.tensors[t].first, parts = (list.tensors[t].rows + list.chunk - 1) / list.chunk;
   double total = 0;
   for (int c = 0; c < list.d; ++c) {
-    Column column = column_at<A>(list, f.first, f.second, t, c);
+    Column column = column_at<A>(list, f.first, f.second, t, c, f.bits);
     double state[kState];
-    merge_column<Op>(list, static_cast<const A*>(f.partial) + (first + c) * kState, parts, column, state);
+    merge_column<Op>(list, static_cast<const A*>(f.partial) + (first + c) * kState, parts, column, state, other);
     if (threadIdx.x == 0) total += Op::finish(state, column, list, t * list.d + c, static_cast<A*>(f.saved), static_cast<A*>(f.out));
   }
   if (Op::kLoss && threadIdx.x == 0) static_cast<A*>(f.out)[t] = A(total);
+}
+
+template <class Op, class A>
+__global__ void __launch_bounds__(kMergers, 1) merge_kernel(List list, Forward f) {
+  __shared__ Merging other;
+  merge_tensor<Op, A>(list, f, blockIdx.x, other);
 }
 
 template <bool kAdd, class T, class G>
@@ -244,7 +251,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) map_kernel(List list, Ba
   alignas(G) __shared__ unsigned char shared[sizeof(G)];
   if (threadIdx.x == 0) {
     const int64_t at = c.tensor * list.d + c.column;
-    const Column column = column_at<A>(list, b.first, b.second, c.tensor, c.column);
+    const Column column = column_at<A>(list, b.first, b.second, c.tensor, c.column, b.bits);
     const A* saved = static_cast<const A*>(b.saved) + at * Op::kSaved;
     new (shared) G(Op::template gradient<A>(list, b, c.tensor, at, column, saved));
     if (c.row == 0 && b.parameter_gradient) static_cast<A*>(b.parameter_gradient)[at] = A(Op::parameter_gradient(list, b, c.tensor, at, column, saved));

@@ -7,6 +7,7 @@ import torch
 from .. import weights as lists
 from ..arguments import accumulator
 from .native_quantizers import Quantizers
+from .native_regularizers import Regularizers
 
 _DTYPE = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 STATE = 8                   # numbers in a chunk's partial state
@@ -43,7 +44,7 @@ def on_codes(name, *args):
     return getattr(importlib.import_module("r2kernels._C").codes, name)(*addressed, torch.get_num_threads())
 
 
-class Native(Quantizers):
+class Native(Quantizers, Regularizers):
     """The ops of one half of the extension."""
 
     def __init__(self, library, kind):
@@ -79,17 +80,22 @@ class Native(Quantizers):
 
     def _backward(self, op, grad, weights, d, layout, saved, out, first=None, second=None, parameter_gradient=None):
         described, _, alive = self._list(weights, d, layout)
-        gradients = lists.empty_gradients(weights, d, layout) if out is None else out
-        flat = self.on_gpu and out is None
-        table = None if flat else lists.device_table(gradients, grad.device) if self.on_gpu else lists.host_table(gradients)
-        target = gradients[0].data_ptr() if flat else _address(table)
+        gradients, target, table = self._target(weights, d, layout, out)
         if grad.dim() > 1:
             grad = grad.contiguous()
         getattr(self.library, op + "_bwd")(
             described, grad.data_ptr(), grad.stride(-1) if grad.dim() == 1 else 1, _pointer(first), _pointer(second), saved.data_ptr(),
             target, out is not None, _pointer(parameter_gradient), *self._queue(grad.device))
-        del alive
+        del alive, table
         return gradients
+
+    def _target(self, weights, d, layout, out):
+        """(gradients, the address that a kernel is given for them, what must stay alive during the call)"""
+        gradients = lists.empty_gradients(weights, d, layout) if out is None else out
+        if self.on_gpu and out is None:
+            return gradients, gradients[0].data_ptr(), None
+        table = lists.device_table(gradients, gradients[0].device) if self.on_gpu else lists.host_table(gradients)
+        return gradients, _address(table), table
 
     def l_inf_fwd(self, weights, d, layout):
         return self._forward("l_inf", weights, d, layout, *lists.empty_state(weights, d, SAVED["l_inf"]))
@@ -128,7 +134,6 @@ class Native(Quantizers):
     def weight_stats_fwd(self, weights):
         out = torch.empty(len(weights), 6, dtype=accumulator(weights[0].dtype), device=weights[0].device)
         return self._forward("weight_stats", weights, 1, "output", out, None)[0]
-
 
     def DKM(self, weights, tau, clusters, metric, d, layout):
         if d == 1 and not self.on_gpu and weights[0].element_size() == 2 and max([w.numel() for w in weights]) >= TABLED[metric]:

@@ -31,14 +31,19 @@ def _bins(c, bits):
     return ((c.nan_to_num(-low) + low) // (2 if bits == 1 else 1)).long()
 
 
+def _counts(bins, bits, x):
+    """How many weights are in each bin; counted as integers, for float32 would stop at 2^24."""
+    return bins.new_zeros(2**bits).scatter_add(0, bins, torch.ones_like(bins)).to(x.dtype)
+
+
 # saved: (L, 1, 2^bits), how many weights are in each bin
 def bin_reg_fwd(weights, step, bits):
     loss, saved = [], []
     for i, x in _each(weights):
         s, c = _quantized(x, step[i, 0], bits)
-        bins, empty = _bins(c, bits), x.new_zeros(2**bits)
-        counts = empty.scatter_add(0, bins, torch.ones_like(x))
-        errors = empty.scatter_add(0, bins, (x - s * c).square())
+        bins = _bins(c, bits)
+        counts = _counts(bins, bits, x)
+        errors = torch.zeros_like(counts).scatter_add(0, bins, (x - s * c).square())
         saved.append(counts[None])
         loss.append((errors / counts.clamp(min=1)).sum())
     return torch.stack(loss), torch.stack(saved)
@@ -74,16 +79,17 @@ def msqe_bwd(grad, weights, step, saved, bits):
 def partial_l2_fwd(weights, rank):
     loss, saved = [], []
     for i, x in _each(weights):
-        theta = x.abs().sort().values.gather(0, (rank[i : i + 1] - 1).clamp(min=0))[0]
-        theta = torch.where(rank[i] < 1, torch.nan, theta)
+        theta = x.abs().sort().values.gather(0, (rank[i : i + 1] - 1).clamp(min=0))
+        theta = torch.where(rank[i] < 1, torch.nan, theta[0])
         saved.append(theta.reshape(1, 1))
-        loss.append(torch.where(x.abs() > theta, 0, x.square()).sum() / torch.where(theta.isnan(), torch.nan, x.numel()))
+        loss.append(torch.where(x.abs() > theta, 0, x.square()).sum() / torch.where(theta.isnan(), theta, x.numel()))
     return torch.stack(loss), torch.stack(saved)
 
 
 def partial_l2_bwd(grad, weights, rank, saved):
     def formula(i, x):
-        return torch.where(x.abs() > saved[i, 0, 0], 0, 2 / x.numel() * grad[i] * x)
+        theta = saved[i, 0, 0]
+        return torch.where(x.abs() > theta, 0, 2 / torch.where(theta.isnan(), theta, x.numel()) * grad[i] * x)
     return _gradients(weights, formula)
 
 
@@ -128,9 +134,9 @@ def bin_reg(W, step, bits):
     losses = []
     for i, x in _each(ws):
         s, c = _quantized(x, step[i, 0], bits)
-        bins, empty = _bins(c, bits).detach(), x.new_zeros(2**bits)
-        counts = empty.scatter_add(0, bins, torch.ones_like(x).detach())
-        losses.append((empty.scatter_add(0, bins, (x - (s * c).detach()).square()) / counts.clamp(min=1)).sum())
+        bins = _bins(c, bits).detach()
+        counts = _counts(bins, bits, x)
+        losses.append((torch.zeros_like(counts).scatter_add(0, bins, (x - (s * c).detach()).square()) / counts.clamp(min=1)).sum())
     return losses[0] if single else torch.stack(losses)
 
 
@@ -152,7 +158,7 @@ def partial_l2(W, fraction):
     for i, x in _each(ws):
         with torch.no_grad():
             _, theta = partial_l2_fwd([x], rank[i : i + 1])
-        losses.append(torch.where(x.abs() > theta[0, 0, 0], 0, x.square()).sum() / torch.where(theta[0, 0, 0].isnan(), torch.nan, x.numel()))
+        losses.append(torch.where(x.abs() > theta[0, 0, 0], 0, x.square()).sum() / torch.where(theta[0, 0, 0].isnan(), theta[0, 0, 0], x.numel()))
     return losses[0] if single else torch.stack(losses)
 
 

@@ -1,0 +1,194 @@
+// How bin_reg, msqe and partial_l2 read one chunk on the CPU, and the gradient of bin_reg.
+#pragma once
+#include "readers.h"
+
+#include "../regularizers.h"
+
+namespace r2 {
+inline namespace R2_ISA {
+
+#if defined(__AVX512F__)
+template <>
+R2_HD Vec<float> clip_<Vec<float>>(Vec<float> v, Vec<float> low, Vec<float> high) {
+  return bit_cast<Vec<float>>(_mm512_min_ps(bit_cast<__m512>(high), _mm512_max_ps(bit_cast<__m512>(low), bit_cast<__m512>(v))));
+}
+#endif
+
+struct MsqeReader {
+  template <class T, class A>
+  static void read(const T* w, int64_t n, Column c, bool, A* state) {
+    const Coder<Vec<A>> wide(c.first, c.bits, true);
+    const Coder<A> narrow(c.first, c.bits, true);
+    Msqe::Lanes<Vec<A>> lane = {};
+    Msqe::Lanes<A> tail = {};
+    sweep(w, n, lane, tail, [&](auto& l, auto x) {
+      if constexpr (std::is_same<decltype(x), A>::value) {
+        l.add(x, narrow);
+      } else {
+        l.add(x, wide);
+      }
+    });
+    state[0] = A(sum(lane.squares) + tail.squares), state[1] = A(sum(lane.products) + tail.products);
+  }
+};
+
+struct PartialL2Reader {
+  template <class T, class A>
+  static void read(const T* w, int64_t n, Column c, bool, A* state) {
+    Vec<A> lane = {};
+    A tail = 0;
+    const A theta = A(c.first);
+    sweep(w, n, lane, tail, [theta](auto& l, auto x) {
+      auto kept = PartialL2::kept(x, splat<decltype(x)>(theta));
+      l += kept * kept;
+    });
+    state[0] = A(sum(lane) + tail);
+  }
+};
+
+// The bins of codes; that of NaN is the first.
+template <class V>
+struct Binner {
+  using A = typename Lane<V>::A;
+  using Index = typename Lane<V>::bits;
+  Coder<V> coder;
+  V least, offset;
+
+  Binner(double step, int bits)
+      : coder(step, bits, true), least(coder.sign ? splat<V>(0) : coder.low), offset(splat<V>(kRound<A> + (coder.sign ? A(0) : A(1 << (bits - 1))))) {}
+
+  struct Error {
+    V code, squared;
+  };
+  // with the code of the first bin where w is NaN
+  R2_HD Error error(V w) const {
+    V code = coder(w), e = w - coder.step * code;
+    return {code > coder.low ? code : coder.low, e * e};
+  }
+  R2_HD Index operator()(V code) const {
+    return bit_cast<Index>((code > least ? code : least) + offset) & (Index{} + 0xff);
+  }
+};
+
+constexpr int kMasked = 4;     // bins: so many are kept in registers
+constexpr int kStrip = 512;    // weights whose errors and bins are written down before they are summed
+constexpr int kCopies = 8;     // of each bin, so that one addition need not wait for the one before
+
+template <int kBins, class T, class A>
+inline void masked_bins(const T* w, int64_t n, Column c, A* state) {
+  using V = Vec<A>;
+  const Binner<V> wide(c.first, c.bits);
+  const Binner<A> narrow(c.first, c.bits);
+  V count[kBins] = {}, error[kBins] = {}, code[kBins];
+  for (int b = 0; b < kBins; ++b) code[b] = splat<V>(A(kBins == 2 ? 2 * b - 1 : b - kBins / 2));
+  int64_t i = 0;
+  for (; i + lanes<V> <= n; i += lanes<V>) {
+    __builtin_prefetch(w + n + i);
+    auto e = wide.error(load<V>(w + i));
+    for (int b = 0; b < kBins; ++b) {
+      count[b] = e.code == code[b] ? count[b] + A(1) : count[b];
+      error[b] = e.code == code[b] ? error[b] + e.squared : error[b];
+    }
+  }
+  for (int b = 0; b < kBins; ++b) state[b] = A(sum(count[b])), state[kBins + b] = A(sum(error[b]));
+  for (; i < n; ++i) {
+    auto e = narrow.error(widen(w[i]));
+    auto bin = narrow(e.code);
+    state[bin] += 1, state[kBins + bin] += e.squared;
+  }
+}
+
+template <class A>
+using Pair __attribute__((vector_size(2 * sizeof(A)))) = A;
+
+struct BinRegReader {
+  template <class T, class A>
+  static void read(const T* w, int64_t n, Column c, bool, A* state) {
+    using V = Vec<A>;
+    const int bins = 1 << c.bits;
+    if (bins == 2) return masked_bins<2>(w, n, c, state);
+    if (bins == kMasked) return masked_bins<kMasked>(w, n, c, state);
+    const Binner<V> wide(c.first, c.bits);
+    const Binner<A> narrow(c.first, c.bits);
+    alignas(64) A errors[kStrip];
+    alignas(64) typename Lane<A>::bits at[kStrip];
+    alignas(64) Pair<A> sums[256 * kCopies];
+    for (int b = 0; b < bins * kCopies; ++b) sums[b] = Pair<A>{};
+    for (int64_t begin = 0; begin < n; begin += kStrip) {
+      const int64_t size = n - begin < kStrip ? n - begin : kStrip;
+      const T* from = w + begin;
+      int64_t i = 0;
+      for (; i + lanes<V> <= size; i += lanes<V>) {
+        __builtin_prefetch(from + n + i);
+        auto e = wide.error(load<V>(from + i));
+        auto bin = wide(e.code) * kCopies;
+        store(errors + i, e.squared);
+        std::memcpy(at + i, &bin, sizeof(bin));
+      }
+      for (; i < size; ++i) {
+        auto e = narrow.error(widen(from[i]));
+        errors[i] = e.squared, at[i] = narrow(e.code) * kCopies;
+      }
+      for (i = 0; i + kCopies <= size; i += kCopies)
+        for (int j = 0; j < kCopies; ++j) sums[at[i + j] + j] += Pair<A>{1, errors[i + j]};
+      for (; i < size; ++i) sums[at[i]] += Pair<A>{1, errors[i]};
+    }
+    for (int b = 0; b < bins; ++b) {
+      Pair<A> total = {};
+      for (int j = 0; j < kCopies; ++j) total += sums[b * kCopies + j];
+      state[b] = total[0], state[bins + b] = total[1];
+    }
+  }
+};
+
+// The numbers of a table at these places.
+template <class V>
+struct Table {
+  using A = typename Lane<V>::A;
+  using Index = typename Lane<V>::bits;
+  const A* numbers;
+#if defined(__AVX512F__)
+  __m512 row;
+  bool short_;
+#endif
+
+  Table(const A* table, int size) : numbers(table) {
+#if defined(__AVX512F__)
+    short_ = sizeof(A) == 4 && size <= 16;
+    if constexpr (sizeof(A) == 4) row = _mm512_maskz_loadu_ps(__mmask16(size < 16 ? (1 << size) - 1 : 0xffff), numbers);
+#endif
+    (void)size;
+  }
+  R2_HD V operator[](Index at) const {
+    if constexpr (sizeof(V) == sizeof(A)) {
+      return numbers[at];
+    } else {
+#if defined(__AVX512F__)
+      if constexpr (sizeof(A) == 4)
+        return bit_cast<V>(short_ ? _mm512_permutexvar_ps(bit_cast<__m512i>(at), row) : _mm512_i32gather_ps(bit_cast<__m512i>(at), numbers, 4));
+#elif defined(__AVX2__)
+      if constexpr (sizeof(A) == 4) return bit_cast<V>(_mm256_i32gather_ps(numbers, bit_cast<__m256i>(at), 4));
+#endif
+      V v;
+      for (int i = 0; i < lanes<V>; ++i) v[i] = numbers[at[i]];
+      return v;
+    }
+  }
+};
+
+// 2 / count (w - q); `saved` are the counts.
+template <class V>
+struct BinRegGradient {
+  Binner<V> binner;
+  Table<V> counts;
+  V twice;
+  template <class A>
+  BinRegGradient(double grad, Column c, const A* saved) : binner(c.first, c.bits), counts(saved, 1 << c.bits), twice(splat<V>(A(2 * grad))) {}
+  R2_HD V operator()(V w) const {
+    V code = binner.coder(w);
+    return twice / counts[binner(code)] * (w - binner.coder.step * code);
+  }
+};
+
+}  // namespace R2_ISA
+}  // namespace r2

@@ -1,0 +1,175 @@
+// How a block reads one chunk for bin_reg, msqe and partial_l2, and the bins of bin_reg.
+#pragma once
+#include "readers.cuh"
+
+#include "../regularizers.h"
+
+namespace r2::cuda {
+
+template <class A>
+struct MsqeLane {
+  Msqe::Lanes<A> sums;
+  Coder<A> coder;
+
+  template <int n>
+  __device__ void take(const A (&w)[n]) {
+#pragma unroll
+    for (int j = 0; j < n; ++j) sums.add(w[j], coder);
+  }
+};
+
+struct MsqeReader {
+  template <class T, class A = Acc<T>>
+  static __device__ void chunk(const Rows<T>& rows, Column c, A* partial) {
+    MsqeLane<A> lane = {{}, Coder<A>(c.first, c.bits, true)};
+    sweep(rows, lane);
+    A sums[2] = {lane.sums.squares, lane.sums.products};
+    block_reduce<Sum>(sums);
+    if (threadIdx.x == 0) partial[0] = sums[0], partial[1] = sums[1];
+  }
+};
+
+template <class A>
+struct PartialL2Lane {
+  A theta, total;
+
+  template <int n>
+  __device__ void take(const A (&w)[n]) {
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      A kept = PartialL2::kept(w[j], theta);
+      total += kept * kept;
+    }
+  }
+};
+
+struct PartialL2Reader {
+  template <class T, class A = Acc<T>>
+  static __device__ void chunk(const Rows<T>& rows, Column c, A* partial) {
+    PartialL2Lane<A> lane = {A(c.first), 0};
+    sweep(rows, lane);
+    A sums[1] = {lane.total};
+    block_reduce<Sum>(sums);
+    if (threadIdx.x == 0) partial[0] = sums[0];
+  }
+};
+
+// The bins of codes; that of NaN is the first.
+template <class A>
+struct Binner {
+  Coder<A> coder;
+  A least, offset;
+
+  __device__ Binner(double step, int bits)
+      : coder(step, bits, true), least(coder.sign ? A(0) : coder.low), offset(kRound<A> + (coder.sign ? A(0) : A(1 << (bits - 1)))) {}
+  __device__ __forceinline__ int operator()(A code) const { return low_bits((code > least ? code : least) + offset) & 0xff; }
+
+  static __device__ __forceinline__ int low_bits(float x) { return __float_as_int(x); }
+  static __device__ __forceinline__ int low_bits(double x) { return __double2loint(x); }
+};
+
+template <class A>
+struct alignas(2 * sizeof(A)) Bin {
+  A count, error;
+};
+
+// Every lane has bins of its own: bin b of [from, from + count) lies at own[32 b].
+template <class A>
+struct BinLane {
+  Binner<A> binner;
+  Bin<A>* own;
+  int from, count;
+
+  template <int n>
+  __device__ void take(const A (&w)[n]) {
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      const A code = binner.coder(w[j]), error = w[j] - binner.coder.step * code;
+      const int at = binner(code) - from;
+      if (unsigned(at) >= unsigned(count)) continue;
+      Bin<A> bin = own[at * 32];
+      bin.count += 1, bin.error += error * error;
+      own[at * 32] = bin;
+    }
+  }
+};
+
+// With kRoom bytes of shared memory; where not all bins fit into it, the chunk is read once for each part of them.
+template <int kRoom>
+struct BinRegReader {
+  template <class T, class A = Acc<T>>
+  static __device__ void chunk(const Rows<T>& rows, Column c, A* partial) {
+    extern __shared__ double2 room[];
+    constexpr int most = kRoom / (kThreads * sizeof(Bin<A>));
+    const int bins = 1 << c.bits, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    for (int from = 0; from < bins; from += most) {
+      const int count = min(bins - from, most);
+      Bin<A>* all = reinterpret_cast<Bin<A>*>(room);
+      for (int i = threadIdx.x; i < count * kThreads; i += kThreads) all[i] = {0, 0};
+      __syncthreads();
+      BinLane<A> own = {Binner<A>(c.first, c.bits), all + warp * count * 32 + lane, from, count};
+      sweep(rows, own);
+      __syncthreads();
+      for (int b = warp; b < count; b += kWarps) {
+        Bin<A> sum = all[b * 32 + lane];
+        for (int other = 1; other < kWarps; ++other) {
+          const Bin<A> more = all[(other * count + b) * 32 + lane];
+          sum.count += more.count, sum.error += more.error;
+        }
+        for (int distance = 16; distance > 0; distance /= 2) {
+          sum.count += __shfl_xor_sync(~0u, sum.count, distance);
+          sum.error += __shfl_xor_sync(~0u, sum.error, distance);
+        }
+        if (lane == 0) partial[from + b] = sum.count, partial[bins + from + b] = sum.error;
+      }
+      __syncthreads();
+    }
+  }
+};
+
+template <class A>
+__device__ void merge_bins(const List& list, const Forward& f, int64_t t, Merging& memory) {
+  static_assert(sizeof(Merging) >= 2 * kMergers * sizeof(double));
+  double (*count)[kMergers] = reinterpret_cast<double (*)[kMergers]>(&memory), (*error)[kMergers] = count + 1;
+  const int bins = 1 << f.bits, groups = kMergers / bins, me = threadIdx.x;
+  const int64_t first = list.tensors[t].first, parts = (list.tensors[t].rows + list.chunk - 1) / list.chunk;
+  double counted = 0, summed = 0;
+  for (int64_t part = me / bins; part < parts; part += groups) {
+    const A* partial = static_cast<const A*>(f.partial) + (first + part) * 2 * bins + me % bins;
+    counted += double(partial[0]), summed += double(partial[bins]);
+  }
+  (*count)[me] = counted, (*error)[me] = summed;
+  __syncthreads();
+  if (me < bins) {
+    for (int group = 1; group < groups; ++group) counted += (*count)[group * bins + me], summed += (*error)[group * bins + me];
+    static_cast<A*>(f.saved)[t * bins + me] = A(counted);
+  }
+  __syncthreads();
+  (*error)[me] = BinReg::mean(summed, counted);
+  __syncthreads();
+  if (me != 0) return;
+  double total = 0;
+  for (int b = 0; b < bins; ++b) total += (*error)[b];
+  static_cast<A*>(f.out)[t] = A(total);
+}
+
+// 2 / count (w - q), from a table of 2 / count.
+template <class A>
+struct BinRegGradient {
+  Binner<A> binner;
+  const A* slopes;
+
+  __device__ __forceinline__ A operator()(A w) const {
+    const A code = binner.coder(w);
+    return slopes[binner(code)] * (w - binner.coder.step * code);
+  }
+
+  // By all threads of the block.
+  static __device__ void fill(const Backward& b, int64_t t, A* slopes) {
+    const A* counts = static_cast<const A*>(b.saved) + (t << b.bits);
+    const A twice = A(2 * Plain<BinReg>::upstream<A>(b, t));
+    for (int i = threadIdx.x; i < 1 << b.bits; i += blockDim.x) slopes[i] = twice / counts[i];
+  }
+};
+
+}  // namespace r2::cuda

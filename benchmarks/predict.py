@@ -25,7 +25,7 @@ LANES, MUFU = 128, 16                           # instructions of a thread, MUFU
 WEIGHTS = {"ResNet-18": 11_678_912, "256 MB of float32": 2**26}
 SIZES = {"float": 4, "__nv_bfloat16": 2, "fp32": 4, "bf16": 2}
 NAMES = {"float": "float32", "__nv_bfloat16": "bfloat16", "fp32": "float32", "bf16": "bfloat16"}
-TWO_ARRAYS = ("Upstream", "Recur<true>", "backward of", "gradient", "adding")
+TWO_ARRAYS = ("Upstream", "Recur<true>", "gradient", "adding")
 ITERATIONS = 5
 
 
@@ -73,7 +73,7 @@ def cuda_rows():
         for kernel, name in zip(kernels.values(), names, strict=True):
             signature = re.sub(r"Plain<r2::device::(\w+)>", r"\1", re.sub(r"r2::cuda::", "", name)).replace("r2::device::", "")
             dtype = next((d for d in ("__nv_bfloat16", "float") if re.search(rf"[<, ]{d}[,>]", signature)), None)
-            if dtype is None or "__half" in signature or "merge" in signature:
+            if dtype is None or "__half" in signature or "merge" in signature or "terms" in signature:      # a set of terms costs what they cost
                 continue
             op = label(signature)
             if "dkm_gradient_kernel<true" in signature:
@@ -86,9 +86,11 @@ def label(signature):
     """`partial_kernel<SoftReader<false>, float>(...)` as `Soft<false> forward`."""
     name = re.sub(r"^void |\(r2::List.*", "", signature)
     kernel, arguments = re.match(r"(\w+?)_kernel<(.*)>$", name).groups()
-    arguments = re.sub(r", (float|__nv_bfloat16)|^(float|__nv_bfloat16)$", "", arguments)
-    adding = ", adding" if kernel == "map" and arguments.endswith(", true") else ""
-    formula = re.sub(r"Reader|Op|, (true|false)$", "", arguments)
+    arguments = re.sub(r", (float|__nv_bfloat16)|^(float|__nv_bfloat16)(, )?", "", arguments)
+    adding = ", adding" if kernel.endswith("map") and arguments.endswith("true") else ""
+    formula = re.sub(r"Reader|Op|(^|, )(true|false)$", "", arguments)
+    if kernel in ("bins", "bins_map"):
+        return f"BinReg {'forward' if kernel == 'bins' else 'backward'}{adding}"
     if kernel == "partial":
         return f"{formula} forward"
     return f"{formula} backward{adding}" if kernel == "map" else f"{kernel} {formula}".replace("_", " ").replace("Sums", "").strip()
@@ -118,6 +120,7 @@ def triton_here():
         os.environ["TRITON_CACHE_DIR"] = folder
         import aot_check
         import aot_dkm
+        import aot_quantizers
         for dtype in ("fp32", "bf16"):
             for make, ops in ((aot_check.reduce_chunks, aot_check.REDUCE), (aot_check.map_chunks, aot_check.MAP)):
                 for op in ops:
@@ -128,6 +131,14 @@ def triton_here():
                 compiled = aot_check.compile_kernel(kernel, pointers, constants, dtype, 90, maxnreg=aot_dkm.scalar.registers(gradient, False))
                 kernel = aot_check.disassemble(compiled)
                 yield row("triton", f"dkm {'gradient, T = 1' if gradient else 'output'}", dtype, kernel, kernel.main_loop(), 1 + gradient)
+            for formula in aot_quantizers.FORMULAS:
+                kernel = aot_quantizers.compile_kernel(*aot_quantizers.quantize_chunks(formula, dtype), dtype, 90, enable_fp_fusion=False)
+                backward = not formula.endswith("_fwd")
+                yield row("triton", formula.replace("_fwd", " quantize").replace("_bwd", " gradient"), dtype, kernel, kernel.main_loop(), 1 + backward)
+            for make in (aot_quantizers.reduce_terms, aot_quantizers.map_terms):
+                for term in ("bin_reg", "msqe", "partial_l2"):
+                    kernel = aot_quantizers.compile_kernel(*make(term, dtype), dtype, 90)
+                    yield row("triton", f"{term} {make.__name__.split('_')[0]}", dtype, kernel, kernel.main_loop(), 1)
 
 
 def predicted(found, weights):
@@ -142,7 +153,7 @@ def markdown(data):
     lines = [f"# Predicted for an H200, {data['date']}: **nothing here has run on a GPU**", "", __doc__.split("\n\n")[2].replace("\n", " ").strip(), "",
              f"- {BANDWIDTH / 1e12} TB/s, {SMS} multiprocessors, {CLOCK / 1e9} GHz, {MUFU} MUFU results for each clock and multiprocessor; {data['versions']}",
              "- *in flight*: KB of 128-bit loads that the resident warps of a multiprocessor can have under way, by registers; 4.8 TB/s needs about 25",
-             "- by default range losses run on Triton, DKM on CUDA C++; rows are what one pass costs each weight", "",
+             "- rows are what one pass costs each weight; bin_reg and partial_l2 count by bins and digits before (`digits`: of four passes in float32)", "",
              "| backend | pass | dtype | registers | KB in flight | bytes | instructions | MUFU | shared wavefronts | limit | of bandwidth | "
              + " | ".join(f"µs, {name}" for name in WEIGHTS) + " |", "|---|---|---|---:|---:|---:|---:|---:|---:|---|---:|" + "---:|" * len(WEIGHTS)]
     for found in data["rows"]:

@@ -18,18 +18,26 @@ TARGETS = (
     *((ONE, op, {"x floor": 1.7, "over torch.compile": 1}) for op in ("ewgs", "pact", "dorefa", "msqe", "bin_reg, 2 bits", "bin_reg, 4 bits", "partial_l2")),
     (LIST, "weight_terms", {"x the dearest term alone": 1.5}), (ONE, "weight_terms", {"x the dearest term alone": 1.5}),
 )
-# op -> paper, formula, the case that is its headline
-METHODS = {
-    "lsq": ("Esser et al. 2020", "s round(clip(x / s, -QN, QP))", "lsq"),
-    "ewgs": ("Lee et al. 2021", "2 round(n z) / n - 1, z = clip((x - l) / (u - l), 0, 1); gradient g + δ \\|g\\| (z - q)", "ewgs"),
-    "pact": ("Choi et al. 2018", "s round(clip(x, 0, a) / s), s = a / n", "pact"),
-    "dorefa": ("Zhou et al. 2016", "2 round(n (tanh w / (2 max\\|tanh w\\|) + 1/2)) / n - 1", "dorefa"),
-    "kure": ("Shkolnik et al. 2020", "(kurtosis(W) - 1.8)²", None),
-    "bin_reg": ("Han et al. 2021", "Σ over bins of the mean (W - q)²", "bin_reg, 4 bits"),
-    "msqe": ("Choi, El-Khamy, Lee 2020", "mean (W - s round(clip(W / s)))²", "msqe"),
-    "partial_l2": ("Choi, El-Khamy, Lee 2020", "1/N Σ W² over the smallest r N", "partial_l2"),
-    "weight_terms": ("", "five of these and the range losses from one read", "weight_terms"),
-}
+# (call, paper, formula, the case that is its headline)
+METHODS = (
+    ("`lsq(x, step, bits)`", "[LSQ](https://arxiv.org/abs/1902.08153)",
+     "s·round(clip(x/s, -QN, QP)), s learned", "lsq"),
+    ("`ewgs(x, lower, upper, bits)`", "[EWGS](https://arxiv.org/abs/2104.00903)",
+     "round(n·clip((x - l)/(u - l), 0, 1))/n; the gradient g passes as g + δ·\\|g\\|·(x - xq)", "ewgs"),
+    ("`pact(x, alpha, bits)`", "[PACT](https://arxiv.org/abs/1805.06085)",
+     "s·round(clip(x, 0, a)/s), s = a/n, a learned", "pact"),
+    ("`dorefa(w, bits)`", "[DoReFa-Net](https://arxiv.org/abs/1606.06160)",
+     "2·round(n·(tanh w/(2·max\\|tanh w\\|) + 1/2))/n - 1", "dorefa"),
+    ("`bin_reg(W, step, bits)`", "[Bin regularization](https://openaccess.thecvf.com/content/ICCV2021/html/Han_Improving_Low-Precision_Network_Quantization_via_Bin_Regularization_ICCV_2021_paper.html)",
+     "Σ over bins of (mean of the bin - its level)² + its variance", "bin_reg, 4 bits"),
+    ("`msqe(W, step, bits)`", "[Choi et al. 2020](https://arxiv.org/abs/1809.00095)",
+     "(1/N) Σ (w - Q(w; s))²", "msqe"),
+    ("`partial_l2(W, fraction)`", "[Choi et al. 2020](https://arxiv.org/abs/1809.00095)",
+     "(1/N) Σ w² over the smallest `fraction` of \\|w\\|", "partial_l2"),
+    ("`kure(W, target=1.8)`", "[KURE](https://arxiv.org/abs/2002.07686)",
+     "(kurtosis - target)²", None),
+    ("`weight_terms(W, terms)`", "", "several of these and the range losses from one read of W; here five", "weight_terms"),
+)
 ABOUT = """- forward and backward; times: medians over rounds in which every contender of a case takes its turn; ratios: medians of the rounds' ratios
 - *floor*: PyTorch moving the fewest bytes: two reads of x, one of g, two fresh writes (regularizers: two reads, one fresh write)
 - *eager*: `r2kernels.reference` under autograd; *torch.compile*: of the same; *PyTorch's fake quantize*: `torch._fake_quantize_learnable_per_tensor_affine`
@@ -128,16 +136,16 @@ def plot(data, path):
 def readme_tables(found):
     parts = []
     for data in found:
-        lines = ["| method | paper | formula | r2kernels | over eager | over torch.compile | times the floor |", "|---|---|---|---:|---:|---:|---:|"]
-        for op, (paper, formula, case) in METHODS.items():
+        lines = ["| call | paper | formula | r2kernels | over eager | over torch.compile | times the floor |", "|---|---|---|---:|---:|---:|---:|"]
+        for call, paper, formula, case in METHODS:
             rows = rows_of(data, ONE, case)
             ours = next((row for row in rows.values() if row["default"]), None)
             cells = ["", "", "", ""] if ours is None else [number(ours["median_ms"]) + " ms", *(
                 "" if (value := ratio(data, ONE, case, what)) is None else number(value) + "x" for what in ("over eager", "over torch.compile", "x floor"))]
-            lines.append("| " + " | ".join([f"`{op}`", paper, formula, *cells]) + " |")
+            lines.append("| " + " | ".join([call, paper, formula, *cells]) + " |")
         machine, version = data["machine"], data["versions"]
         where = f"{machine['device']}" + (f", {machine['cores']} cores, {data['threads']} threads" if data["kind"] == "cpu" else "")
-        parts.append(f"Forward and backward of 11.7 million float32 numbers, 4 bits, on {where}; torch {version['torch']}; {data['date']}. n = 2^bits - 1. "
+        parts.append(f"Forward and backward of 11.7 million float32 numbers, 4 bits, on {where}; torch {version['torch']}; {data['date']}. "
                      "The floor: PyTorch moving the fewest bytes. kure is measured with the range losses. "
                      f"Full tables in `benchmarks/results/{file_stem(data)}.md`.\n\n" + "\n".join(lines))
     return "\n\n".join(parts)

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstring>
 
-#include "values.h"
+#include "codes.h"
 
 namespace r2 {
 inline namespace R2_ISA {
@@ -69,15 +69,6 @@ R2_HD V sign_of(V v) {
   return v < splat<V>(0) ? splat<V>(-1) : v >= splat<V>(0) ? splat<V>(1) : v;
 }
 
-struct Levels {
-  int low, high;
-};
-// QN and QP of LSQ
-R2_HD Levels levels(int bits, bool is_signed) {
-  if (!is_signed) return {0, (1 << bits) - 1};
-  return bits == 1 ? Levels{1, 1} : Levels{1 << (bits - 1), (1 << (bits - 1)) - 1};
-}
-
 template <class A>
 R2_HD A number(const void* flat, int64_t i) {
   return static_cast<const A*>(flat)[i];
@@ -105,7 +96,7 @@ struct Lsq {
     D step;
     V low, high;
     R2_HD At(const Quantizer& q, V s)
-        : step(s), low(splat<V>(A(-levels(q.bits, q.flag).low))), high(splat<V>(A(levels(q.bits, q.flag).high))) {}
+        : step(s), low(splat<V>(A(-Levels(q.bits, q.flag).low))), high(splat<V>(A(Levels(q.bits, q.flag).high))) {}
     R2_HD At(const Quantizer& q, int64_t column) : At(q, splat<V>(divisor<A>(q, column))) {}
 
     R2_HD V code(V v) const {
@@ -123,7 +114,7 @@ struct Lsq {
 
   template <class A>
   R2_HD static void finish(const Quantizer& q, int64_t column, const double* sums, double rows) {
-    give<A>(q.first_gradient, column, sums[0] / sqrt(rows * levels(q.bits, q.flag).high));
+    give<A>(q.first_gradient, column, sums[0] / sqrt(rows * Levels(q.bits, q.flag).high));
   }
 };
 

@@ -110,14 +110,18 @@ def _kernel(name, backend):
     return _reference(name) if backend is None else getattr(backend, name)
 
 
+# Ops that sum or count by cluster, code or digit.
+_SCATTERS = (*_ITERATED, "assign_fwd", *(f"{op}_{part}" for op in ("bin_reg", "partial_l2") for part in ("fwd", "bwd")))
+
+
 def _dispatch(name):
     """The kernel of the backend that serves the device of the weights."""
     fallback = _kernel(name, None)
     at = 1 if name.endswith("_bwd") else 0
-    by_interval = name in _ITERATED or name == "assign_fwd"
+    scatters = name in _SCATTERS
 
     def run(*args, **options):
-        backend = select(args[at][0].device, by_interval)
+        backend = select(args[at][0].device, scatters)
         return (fallback if backend is None else _kernel(name, backend))(*args, **options)
     return run
 

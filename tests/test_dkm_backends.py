@@ -332,4 +332,8 @@ def test_passes_beside_a_larger_list(K, device, variant):
     wide = torch.cat([c, torch.zeros_like(c)], 1)
     one, other = job([w], c, tau, "euclidean"), job([w], wide, tau, "euclidean", clusters=(K,))
     for a, b in zip([*one.update(c), one.upstream(c, gs)], [*other.update(wide), other.upstream(wide, gs)], strict=True):
-        assert torch.equal(a, b[:, :K]) and not b[:, K:].any()
+        assert not b[:, K:].any()
+        if variant.backend == "cuda":       # how many threads share a bin follows from the most clusters of the list
+            assert_close(a, b[:, :K], rtol=1e-12, atol=1e-12)
+        else:
+            assert torch.equal(a, b[:, :K])

@@ -113,11 +113,9 @@ def pretrain(model, images, loss, plan):
 
 def quantized(model, images, plan, method, bits):
     quantizer = Quantizer(model, method.lower(), bits, bits)
-    with torch.no_grad():
-        model.train()(next(iter(images.train))[0].to(_device(model)))        # the first batch gives the steps
     groups = [{"params": list(model.parameters())}, *quantizer.param_groups()]
     rates = [plan.tuning_rate, *[plan.tuning_rate] * (len(groups) - 1)]
-    fit(model, images, groups, rates, plan, plan.tuning_epochs, beside=quantizer)
+    fit(model, images, groups, rates, plan, plan.tuning_epochs)         # its first batch sets the ranges
     return accuracy(model, images.test)
 
 
@@ -140,31 +138,23 @@ def _first(loader, count):
     return [batch for batch, _ in zip(loader, range(count), strict=False)]
 
 
-def fit(model, images, groups, rates, plan, epochs, *, regularizer=None, after=lambda: None, beside=None):
-    """SGD with Nesterov momentum, one cycle of the learning rates. `beside`: a module whose parameters are trained but are not the model's."""
+def fit(model, images, groups, rates, plan, epochs, *, regularizer=None, after=lambda: None):
+    """SGD with Nesterov momentum, one cycle of the learning rates."""
     optimizer = torch.optim.SGD(groups, plan.learning_rate, momentum=0.9, nesterov=True, weight_decay=plan.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [max(rate, 1e-9) for rate in rates], total_steps=epochs * len(images.train))
-    device, spread = _device(model), distributed.is_initialized()
-    whole = DistributedDataParallel(model.train(), device_ids=[device.index] if device.type == "cuda" else None) if spread else model.train()
+    device, whole = _device(model), model.train()
+    if distributed.is_initialized():
+        whole = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     for epoch in range(epochs):
         images.start(epoch)
         for inputs, labels in images.train:
             optimizer.zero_grad()
             cross_entropy(whole(inputs.to(device, non_blocking=True)), labels.to(device, non_blocking=True)).backward()
-            if spread and beside is not None:
-                _mean_gradients(beside)
             if regularizer is not None:
                 regularizer.accumulate_grad_()
             optimizer.step()
             schedule.step()
             after()
-
-
-def _mean_gradients(module):
-    for p in module.parameters():
-        if p.grad is not None:
-            distributed.all_reduce(p.grad)
-            p.grad /= distributed.get_world_size()
 
 
 def _device(model):

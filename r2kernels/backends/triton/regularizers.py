@@ -248,7 +248,8 @@ def setup(column, TERM: tl.constexpr, BITS: tl.constexpr):
         elif TERM == MSQE:
             return -g / column.rows * tl.load(column.p_saved + column.i), (positive(tl.load(column.p_first + column.i)), g / column.rows)
         else:
-            return 0, (tl.load(column.p_saved + column.i), g / column.rows)
+            theta = tl.load(column.p_saved + column.i)
+            return 0, (theta, g / tl.where(theta == theta, column.rows, theta))
 
 
 @triton.jit

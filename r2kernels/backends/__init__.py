@@ -47,7 +47,9 @@ def _environment():
 
 
 def serving(device, scatters=False):
-    """The name of the backend that serves tensors on `device`; RuntimeError where the one chosen explicitly cannot. `scatters`: for ops that sum by cluster or code."""
+    """The name of the backend that serves tensors on `device`; RuntimeError where the one chosen explicitly cannot.
+
+    `scatters`: for ops that sum by cluster or count by code."""
     name = getattr(_chosen, "name", None) or _environment()
     if name is None:
         return _default(device.type, scatters)

@@ -49,7 +49,7 @@ def measured(case, deadline, seconds):
         except Exception as error:      # another's failure fails nothing of ours
             rows[name]["absent"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             del found[name]
-    timed = interleave(found, [inputs], seconds, torch.cuda.synchronize if case.device == "cuda" else lambda: None)
+    timed = interleave(found, [inputs], seconds, torch.cuda.synchronize if case.device == "cuda" else lambda: None, settle=True)
     for name, (samples, calls) in timed.items():
         quartiles = statistics.quantiles(samples, n=4)
         median = statistics.median(samples)

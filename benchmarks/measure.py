@@ -51,8 +51,12 @@ def sample(contender, inputs, calls, synchronize):
     return elapsed / calls
 
 
-def interleave(contenders, inputs, seconds, synchronize=lambda: None, *, least_rounds=LEAST_ROUNDS, tries=3):
-    """name -> (samples in seconds per call, one for each round; calls per sample), in about `seconds` altogether."""
+def interleave(contenders, inputs, seconds, synchronize=lambda: None, *, least_rounds=LEAST_ROUNDS, tries=3, settle=False):
+    """name -> (samples in seconds per call, one for each round; calls per sample), in about `seconds` altogether.
+
+    `settle`: before each sample one call that is not timed, as in a loop of training: in a virtual machine the first one after another contender may have to
+    wait for memory that the host took back, ten times as long as the call itself.
+    """
     calls, cost = {}, 0.0
     for name, contender in contenders.items():
         with contender.active():
@@ -60,7 +64,7 @@ def interleave(contenders, inputs, seconds, synchronize=lambda: None, *, least_r
         once = min(sample(contender, inputs, 1, synchronize) for _ in range(tries))
         fits = max(int(LEAST_SAMPLE / max(once, 1e-7)), 1)
         calls[name] = fits if len(inputs) == 1 else -(-fits // len(inputs)) * len(inputs)
-        cost += once * calls[name]
+        cost += once * (calls[name] + settle)
     rounds = min(max(int(seconds / cost), least_rounds), MOST_ROUNDS)
     samples = {name: [] for name in contenders}
     order, shuffle = list(contenders), random.Random(0).shuffle
@@ -69,6 +73,9 @@ def interleave(contenders, inputs, seconds, synchronize=lambda: None, *, least_r
     try:
         for _ in range(rounds):
             for name in order:
+                if settle:
+                    with contenders[name].active():
+                        run(contenders[name], inputs, 1)
                 samples[name].append(sample(contenders[name], inputs, calls[name], synchronize))
             shuffle(order)                          # nobody always follows the same neighbour
     finally:

@@ -38,7 +38,8 @@ METHODS = (
      "(kurtosis - target)²", None),
     ("`weight_terms(W, terms)`", "", "several of these and the range losses from one read of W; here five", "weight_terms"),
 )
-ABOUT = """- forward and backward; times: medians over rounds in which every contender of a case takes its turn; ratios: medians of the rounds' ratios
+ABOUT = """- forward and backward; times: medians over rounds in which every contender of a case takes its turn, the second of two calls; ratios: medians of the
+  rounds' ratios
 - *floor*: PyTorch moving the fewest bytes: two reads of x, one of g, two fresh writes (regularizers: two reads, one fresh write)
 - *eager*: `r2kernels.reference` under autograd; *torch.compile*: of the same; *PyTorch's fake quantize*: `torch._fake_quantize_learnable_per_tensor_affine`
 - 4 bits where not said otherwise; normal numbers, sigma 0.05; the parameters have gradients too; ours are timed only where they agree with the reference

@@ -71,6 +71,8 @@ def pytest_generate_tests(metafunc):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.benchmark(timer=clock)
 def test_quantizer(case, contender, quantizer_results, benchmark):
+    if (case.shape, case.label) in quantizer_results.kept:
+        pytest.skip("measured in an earlier run")
     rows = measured(case, quantizer_results.deadline, quantizer_results.seconds)
     quantizer_results.add(rows)
     row = rows[contender]

@@ -5,6 +5,7 @@
 """
 import contextlib
 import importlib.util
+import json
 import sys
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ def pytest_addoption(parser):
     group.addoption("--bench-device", default="cpu", choices=("cpu", "cuda"))
     group.addoption("--bench-seconds", type=float, default=540, help="time for the whole run; results name the cases not reached (default 540)")
     group.addoption("--bench-case-seconds", type=float, default=2, help="about how long the contenders of one case are timed (default 2)")
+    group.addoption("--bench-continue", action="store_true", help="keep what an earlier run of this day has measured, and measure the rest (DKM, quantizers)")
     group.addoption("--bench-results", type=Path, default=HERE / "results", help="folder for the JSON, the Markdown tables and the figure")
 
 
@@ -40,6 +42,13 @@ class Results:
         self.data = report.header(config.getoption("bench_device"))
         self.stem = config.getoption("bench_results") / report.file_stem(self.data)
         self.last = None
+        self.kept = set()
+        path = self.stem.with_name(self.stem.name + ".json")
+        if config.getoption("bench_continue") and path.exists():
+            earlier = json.loads(path.read_text())
+            self.kept = {(row["table"], row["case"]) for row in earlier["rows"] if "median_ms" in row}
+            self.data["rows"] = [row for row in earlier["rows"] if (row["table"], row["case"]) in self.kept]
+            self.data.update({load: max(earlier[load], self.data[load]) for load in ("load at start", "most load")})
 
     def add(self, rows):
         """Takes the rows of a case, once."""

@@ -123,7 +123,7 @@ def plot(data, path):
     ax.axhline(1, color="black", linewidth=0.8)
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter("{x:g}")
-    ax.set_xticks(range(len(ops)), ops)
+    ax.set_xticks(range(len(ops)), [op.replace(", ", "\n") for op in ops])
     ax.set_ylabel("times the floor (fewest bytes)")
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(fontsize=8, frameon=False)
@@ -147,7 +147,7 @@ def readme_tables(found):
         machine, version = data["machine"], data["versions"]
         where = f"{machine['device']}" + (f", {machine['cores']} cores, {data['threads']} threads" if data["kind"] == "cpu" else "")
         parts.append(f"Forward and backward of 11.7 million float32 numbers, 4 bits, on {where}; torch {version['torch']}; {data['date']}. "
-                     "The floor: PyTorch moving the fewest bytes, its fresh results in small pages, ours in large ones. kure is measured with the range losses. "
+                     "The floor: PyTorch moving the fewest bytes, its results in small fresh pages, ours in large ones. kure is among the range losses. "
                      f"Full tables in `benchmarks/results/{file_stem(data)}.md`.\n\n" + "\n".join(lines))
     return "\n\n".join(parts)
 

@@ -24,7 +24,7 @@ from training import LOSSES, METHODS, Job, Plan, alone, processes, run
 
 RESULTS = Path(__file__).parents[1] / "results"
 # epochs of training and of each method, seeds
-QUICK, FULL, PICTURES = (20, 3, 3), (60, 10, 5), (90, 20, 1)
+QUICK, FULL, PICTURES = (20, 3, 2), (60, 10, 5), (90, 20, 1)
 
 
 def parse(argv):
@@ -88,8 +88,13 @@ class Results:
 
     def add(self, job, found):
         self.data["jobs"].append({"key": key(job), "network": job.network, "loss": job.loss, "seed": job.seed, "found": found})
+        self.write()
+
+    def write(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for path, text in ((self.path, json.dumps(self.data, indent=1)), (self.path.with_suffix(".md"), markdown(self.data))):
+            if path.exists() and path.read_text() == text:
+                continue
             part = path.with_name(path.name + ".part")
             part.write_text(text)
             part.replace(path)
@@ -150,6 +155,7 @@ def main(argv=None):
             print(f"stopped; what is done is in {results.path}, and the next call goes on from there", file=sys.stderr)
             return 130
         if first:
+            results.write()         # with the setting of this call, also where all was done
             show(console, results.data)
             console.print(f"results: {results.path} and .md")
     return 0

@@ -38,6 +38,11 @@ METHODS = {
 }
 
 
+# How much slower than the weights the ranges of a quantizer are trained. EWGS's bounds have sums over all weights for gradients, without LSQ's scale: at the
+# rate of the weights they run away, and 2 bits end at chance.
+RANGE_RATES = {"EWGS": 0.01}
+
+
 class Plan(NamedTuple):
     """How long and how fast to train."""
     epochs: int
@@ -114,7 +119,7 @@ def pretrain(model, images, loss, plan):
 def quantized(model, images, plan, method, bits):
     quantizer = Quantizer(model, method.lower(), bits, bits)
     groups = [{"params": list(model.parameters())}, *quantizer.param_groups()]
-    rates = [plan.tuning_rate, *[plan.tuning_rate] * (len(groups) - 1)]
+    rates = [plan.tuning_rate, *[plan.tuning_rate * RANGE_RATES.get(method, 1)] * (len(groups) - 1)]
     fit(model, images, groups, rates, plan, plan.tuning_epochs)         # its first batch sets the ranges
     return accuracy(model, images.test)
 

@@ -153,8 +153,8 @@ def markdown(data):
     lines = [f"# Predicted for an H200, {data['date']}: **nothing here has run on a GPU**", "", __doc__.split("\n\n")[2].replace("\n", " ").strip(), "",
              f"- {BANDWIDTH / 1e12} TB/s, {SMS} multiprocessors, {CLOCK / 1e9} GHz, {MUFU} MUFU results for each clock and multiprocessor; {data['versions']}",
              "- *in flight*: KB of 128-bit loads that the resident warps of a multiprocessor can have under way, by registers; 4.8 TB/s needs about 25",
-             "- rows are what one pass costs each weight; bin_reg and partial_l2 count by bins and digits before (`digits`: of four passes in float32); what lies behind",
-             "  a branch is not counted, so BinReg forward lacks its bins: about 6 instructions and 0.12 wavefronts", "",
+             "- rows are what one pass costs each weight; bin_reg and partial_l2 count by bins and digits before (`digits`: of four passes in float32);",
+             "  what lies behind a branch is not counted, so BinReg forward lacks its bins: about 6 instructions and 0.12 wavefronts", "",
              "| backend | pass | dtype | registers | KB in flight | bytes | instructions | MUFU | shared wavefronts | limit | of bandwidth | "
              + " | ".join(f"µs, {name}" for name in WEIGHTS) + " |", "|---|---|---|---:|---:|---:|---:|---:|---:|---|---:|" + "---:|" * len(WEIGHTS)]
     for found in data["rows"]:

@@ -35,12 +35,12 @@ def pytest_configure(config):
 class Results:
     """The rows so far, and where they go."""
 
-    def __init__(self, config, report):
-        self.report = report
+    def __init__(self, config, module):
+        self.report = module
         self.seconds = config.getoption("bench_case_seconds")
         self.deadline = time.monotonic() + config.getoption("bench_seconds")
-        self.data = report.header(config.getoption("bench_device"))
-        self.stem = config.getoption("bench_results") / report.file_stem(self.data)
+        self.data = module.header(config.getoption("bench_device"))
+        self.stem = config.getoption("bench_results") / module.file_stem(self.data)
         self.last = None
         self.kept = set()
         path = self.stem.with_name(self.stem.name + ".json")
@@ -57,7 +57,7 @@ class Results:
         self.last = rows
         self.data["rows"] += [dict(row) for row in rows.values()]
         self.data["most load"] = max(self.data["most load"], self.report.load())
-        self.report.write(self.data, self.stem)
+        report.write(self.data, self.stem, self.report)
 
 
 @pytest.fixture(scope="session")
@@ -65,12 +65,12 @@ def results_of(request):
     """The results that a module of reports writes; its clock starts when the first case asks."""
     made = request.config.bench_results_made = []
 
-    def results_of(report):
-        made.append(Results(request.config, report))
+    def results_of(module):
+        made.append(Results(request.config, module))
         return made[-1]
     yield results_of
     for found in made:
-        found.report.write(found.data, found.stem, figure=True)
+        report.write(found.data, found.stem, found.report, figure=True)
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,7 @@
 
     python benchmarks/quantizer_report.py benchmarks/results/quantizers-NAME.json [MORE.json] [--readme]
 """
-import argparse
-import json
-from pathlib import Path
+import sys
 
 import report
 from report import header, load, number  # noqa: F401
@@ -48,16 +46,6 @@ ABOUT = """- forward and backward; times: medians over rounds in which every con
 
 def file_stem(data):
     return "quantizers-" + report.file_stem(data)
-
-
-def write(data, stem, figure=False):
-    """Writes the files whole or not at all."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    data = {**data, "rows": [{k: v for k, v in row.items() if k != "samples"} for row in data["rows"]]}
-    report._replace(stem.with_name(stem.name + ".json"), json.dumps(data, indent=1))
-    report._replace(stem.with_name(stem.name + ".md"), markdown(data))
-    if figure:
-        plot(data, stem.with_name(stem.name + ".png"))
 
 
 def markdown(data):
@@ -152,19 +140,5 @@ def readme_tables(found):
     return "\n\n".join(parts)
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Markdown and a figure from the quantizers' benchmark results.")
-    parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS.json")
-    parser.add_argument("--readme", action="store_true", help="replace the method table between the markers of README.md")
-    args = parser.parse_args()
-    found = [json.loads(path.read_text()) for path in args.results]
-    if args.readme:
-        report.insert(BEGIN, END, readme_tables(found), parser.error)
-        return
-    for path, data in zip(args.results, found, strict=True):
-        write(data, path.with_suffix(""), figure=True)
-        print(targets(data, plain=True))
-
-
 if __name__ == "__main__":
-    main()
+    report.run(sys.modules[__name__], "Markdown and a figure from the quantizers' benchmark results.")

@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 README = Path(__file__).parents[1] / "README.md"
@@ -83,14 +84,14 @@ def file_stem(data):
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + "-" + data["date"]
 
 
-def write(data, stem, figure=False):
-    """Writes the files whole or not at all."""
+def write(data, stem, module, figure=False):
+    """Writes the files whole or not at all. `module` has `markdown`, `plot`, `targets` and `readme_tables` for its kind of results."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     data = {**data, "rows": [{k: v for k, v in row.items() if k != "samples"} for row in data["rows"]]}
     _replace(stem.with_name(stem.name + ".json"), json.dumps(data, indent=1))
-    _replace(stem.with_name(stem.name + ".md"), markdown(data))
+    _replace(stem.with_name(stem.name + ".md"), module.markdown(data))
     if figure:
-        plot(data, stem.with_name(stem.name + ".png"))
+        module.plot(data, stem.with_name(stem.name + ".png"))
 
 
 def _replace(path, text):
@@ -263,19 +264,20 @@ def insert(begin, end, tables, fail):
     _replace(README, f"{before}{begin}\n{tables}\n{end}{after}")
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Markdown and a figure from benchmark results.")
+def run(module, description):
+    """The command line of a module of results."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS.json")
     parser.add_argument("--readme", action="store_true", help="replace the tables between the markers of README.md")
     args = parser.parse_args()
     found = [json.loads(path.read_text()) for path in args.results]
     if args.readme:
-        insert(BEGIN, END, readme_tables(found), parser.error)
+        insert(module.BEGIN, module.END, module.readme_tables(found), parser.error)
         return
     for path, data in zip(args.results, found, strict=True):
-        write(data, path.with_suffix(""), figure=True)
-        print(targets(data, plain=True))
+        write(data, path.with_suffix(""), module, figure=True)
+        print(module.targets(data, plain=True))
 
 
 if __name__ == "__main__":
-    main()
+    run(sys.modules[__name__], "Markdown and a figure from benchmark results.")

@@ -8,7 +8,7 @@ for a sequence one such tensor for each, not all of the same K.
 import torch
 
 from . import arguments, ops
-from .backends import chosen, use_backend
+from .backends import chosen
 from .weights import carve_gradients
 
 
@@ -40,8 +40,6 @@ class _DKM(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("r2kernels: second derivatives (create_graph=True, or backward within enabled grad) are not implemented")
         tau, history, moments, order, *weights = ctx.saved_tensors
         clusters, metric, gradient, d, layout = ctx.call
         count = len(weights)
@@ -52,11 +50,7 @@ class _DKM(torch.autograd.Function):
             upstream = upstream.gather(1, order)
         needed = ctx.needs_input_grad[9:]
         args = upstream, weights, gs, history, moments, gradient, any(needed[:count]), tau, clusters, metric, d, layout
-        if ctx.backend is None:
-            buffers, first = ops.run("dkm_bwd", *args)
-        else:
-            with use_backend(ctx.backend):
-                buffers, first = ops.run("dkm_bwd", *args)
+        buffers, first = ops.run_backward(ctx.backend, "dkm_bwd", *args)
         centroid_gradients = _restored(first, order, ctx.shapes) if gradient == "unrolled" else [None] * count
         gradients = [*centroid_gradients, *carve_gradients(buffers, weights, d, layout)]
         return *[None] * 9, *[g if need else None for g, need in zip(gradients, needed, strict=True)]

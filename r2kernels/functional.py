@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import arguments, ops
 from .arguments import WeightStats
-from .backends import chosen, use_backend
+from .backends import chosen
 from .weights import carve_gradients
 
 
@@ -36,17 +36,11 @@ class _RangeLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("r2kernels: second derivatives (create_graph=True, or backward within enabled grad) are not implemented")
         op, single, options, n = ctx.call
         saved, value, *rest = ctx.saved_tensors
         parameters, weights = rest[:n], rest[n:]
         grad = grad.reshape(2, len(weights), -1) if op == "soft_extrema" else grad.reshape(-1)
-        if ctx.backend is None:
-            result = ops.run(op + "_bwd", grad, weights, *parameters, saved, *options)
-        else:
-            with use_backend(ctx.backend):
-                result = ops.run(op + "_bwd", grad, weights, *parameters, saved, *options)
+        result = ops.run_backward(ctx.backend, op + "_bwd", grad, weights, *parameters, saved, *options)
         buffers, g_value = result if isinstance(result, tuple) else (result, None)
         needed = ctx.needs_input_grad
         if needed[3]:

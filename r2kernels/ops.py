@@ -14,7 +14,7 @@ import functools
 import torch
 
 from . import fixed_point, iterations, reference
-from .backends import select
+from .backends import select, use_backend
 from .weights import pack_gradients
 
 SCHEMAS = """
@@ -134,6 +134,16 @@ def run(name, *args):
     """The op; where nothing traces, the kernel itself, which saves 3 us a call."""
     traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
     return (op if traced else call)[name](*args)
+
+
+def run_backward(backend, name, *args):
+    """`run` on the backend that was chosen explicitly for the forward, if one was; RuntimeError where a second derivative is asked for."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError("r2kernels: second derivatives (create_graph=True, or backward within enabled grad) are not implemented")
+    if backend is None:
+        return run(name, *args)
+    with use_backend(backend):
+        return run(name, *args)
 
 
 for _schema in SCHEMAS.replace("\\\n", "").strip().splitlines():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import arguments, ops
-from .backends import chosen, use_backend
+from .backends import chosen
 from .weights import carve_gradients
 
 
@@ -31,16 +31,10 @@ class _Quantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gs):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("r2kernels: second derivatives (create_graph=True, or backward within enabled grad) are not implemented")
         op, learned, count, options = ctx.call
         tensors = ctx.saved_tensors         # read once, as activation checkpointing asks
         parameters, xs = tensors[:count], tensors[count:]
-        if ctx.backend is None:
-            result = ops.run(op + "_bwd", list(gs), xs, *parameters, *options)
-        else:
-            with use_backend(ctx.backend):
-                result = ops.run(op + "_bwd", list(gs), xs, *parameters, *options)
+        result = ops.run_backward(ctx.backend, op + "_bwd", list(gs), xs, *parameters, *options)
         buffers, *of_parameters = result if isinstance(result, tuple) else (result,)
         gradients = [*of_parameters, *[None] * (count - learned), *carve_gradients(buffers, xs)]
         return None, None, None, None, *[g if need else None for g, need in zip(gradients, ctx.needs_input_grad[4:], strict=True)]

@@ -2,7 +2,7 @@
 import torch
 
 from . import arguments, ops
-from .backends import chosen, use_backend
+from .backends import chosen
 from .weights import carve_gradients
 
 
@@ -21,14 +21,11 @@ class _Terms(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("r2kernels: second derivatives (create_graph=True, or backward within enabled grad) are not implemented")
         tensors = ctx.saved_tensors         # read once, as activation checkpointing asks
         tensors, saved = tensors[: -ctx.terms], tensors[-ctx.terms :]
         parameters, ws = tensors[: ctx.count], tensors[ctx.count :]
         names, *rest = ctx.call
-        with use_backend(ctx.backend):
-            buffers, of_parameters = ops.run("terms_bwd", list(grads), ws, names, parameters, *rest, saved)
+        buffers, of_parameters = ops.run_backward(ctx.backend, "terms_bwd", list(grads), ws, names, parameters, *rest, saved)
         learned = iter(of_parameters)
         gradients = []
         for name in names:

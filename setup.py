@@ -2,6 +2,7 @@
 
 R2KERNELS_CUDA = auto (default), 0, 1 (fail without nvcc); R2KERNELS_CUDA_ARCH = all-major (default), or numbers such as "90" or "80;90".
 """
+
 import os
 import platform
 import shutil
@@ -15,11 +16,15 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-INSTRUCTION_SETS = {"portable": ""} | ({
-    "avx2": "-mavx2 -mfma -mf16c",
-    # -Wno-maybe-uninitialized: GCC 12 warns of its own header
-    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512 -Wno-maybe-uninitialized",
-} if X86 else {})
+INSTRUCTION_SETS = {"portable": ""} | (
+    {
+        "avx2": "-mavx2 -mfma -mf16c",
+        # -Wno-maybe-uninitialized: GCC 12 warns of its own header
+        "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512 -Wno-maybe-uninitialized",
+    }
+    if X86
+    else {}
+)
 # Fused multiply-adds are part of the formulas' accuracy; no other liberty is taken with floating point.
 CXXFLAGS = "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math -fopenmp -Wall -Wextra"
 
@@ -32,12 +37,16 @@ def find_nvcc():
     if choice == "0":
         return None
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    found = [Path(home) / "bin/nvcc" for home in homes if home] + [Path(path).resolve() for path in [shutil.which("nvcc")] if path]
+    found = [Path(home) / "bin/nvcc" for home in homes if home] + [
+        Path(path).resolve() for path in [shutil.which("nvcc")] if path
+    ]
     for nvcc in found:
         if nvcc.exists() and cudart(nvcc):
             return nvcc
     if choice == "1":
-        raise SystemExit("R2KERNELS_CUDA=1, but no nvcc with a static cudart was found in CUDA_HOME, CUDA_PATH, /usr/local/cuda or PATH")
+        raise SystemExit(
+            "R2KERNELS_CUDA=1, but no nvcc with a static cudart was found in CUDA_HOME, CUDA_PATH, /usr/local/cuda or PATH"
+        )
     return None
 
 
@@ -56,7 +65,9 @@ def architecture_flags():
     numbers = choice.replace(",", ";").split(";")
     if not all(number.rstrip("af").isdigit() for number in numbers):
         raise SystemExit(f"R2KERNELS_CUDA_ARCH={choice!r} is neither all-major nor numbers such as 90 or 80;90")
-    flags = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers] + [f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}"]
+    flags = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers] + [
+        f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}"
+    ]
     return " ".join(flags)
 
 
@@ -68,7 +79,10 @@ class NinjaBuild(build_ext):
     def build_extension(self, ext):
         cxx = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
         if not cxx or not shutil.which(cxx.split()[0]):
-            print("r2kernels: no C++ compiler found; the package will run on eager PyTorch and Triton alone", file=sys.stderr)
+            print(
+                "r2kernels: no C++ compiler found; the package will run on eager PyTorch and Triton alone",
+                file=sys.stderr,
+            )
             return
         folder, target = Path(self.build_temp).resolve() / "r2kernels", Path(self.get_ext_fullpath(ext.name)).resolve()
         for path in (folder, target.parent):
@@ -81,6 +95,7 @@ class NinjaBuild(build_ext):
     def ninja():
         try:
             import ninja
+
             return str(Path(ninja.BIN_DIR) / "ninja")
         except ImportError:
             return shutil.which("ninja") or "ninja"
@@ -88,14 +103,25 @@ class NinjaBuild(build_ext):
     @staticmethod
     def plan(cxx, nvcc, folder, target):
         import pybind11
+
         # -isystem would leave our own headers out of the dependency files, so only foreign ones get it
-        include = " ".join(f"-isystem {escape(path)}" for path in (pybind11.get_include(), sysconfig.get_path("include")))
-        version = subprocess.run([*cxx.split(), "-dumpfullversion", "-dumpversion"], capture_output=True, text=True).stdout.strip()
+        include = " ".join(
+            f"-isystem {escape(path)}" for path in (pybind11.get_include(), sysconfig.get_path("include"))
+        )
+        version = subprocess.run(
+            [*cxx.split(), "-dumpfullversion", "-dumpversion"], capture_output=True, text=True
+        ).stdout.strip()
         defines = f'-DR2_COMPILER=\\"{version}\\"' + (" -DR2_WITH_CUDA" if nvcc else "")
         lines = [
-            "ninja_required_version = 1.5", f"cxx = {cxx}", f"cxxflags = {CXXFLAGS} {os.environ.get('CXXFLAGS', '')}",
-            "rule cxx", "  command = $cxx -MMD -MF $out.d $cxxflags $extra -c $in -o $out", "  depfile = $out.d", "  deps = gcc",
-            "rule link", "  command = $cxx -shared -fopenmp -Wl,--exclude-libs,ALL -Wl,--as-needed $in -o $out $libs",
+            "ninja_required_version = 1.5",
+            f"cxx = {cxx}",
+            f"cxxflags = {CXXFLAGS} {os.environ.get('CXXFLAGS', '')}",
+            "rule cxx",
+            "  command = $cxx -MMD -MF $out.d $cxxflags $extra -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            "  command = $cxx -shared -fopenmp -Wl,--exclude-libs,ALL -Wl,--as-needed $in -o $out $libs",
         ]
         objects, libraries = [], ""
 
@@ -105,7 +131,13 @@ class NinjaBuild(build_ext):
 
         if nvcc:
             libraries = f"-L{escape(cudart(nvcc))} -lcudart_static -lrt -lpthread -ldl"
-            lines += [f"nvcc = {escape(nvcc)}", "rule nvcc", "  command = $nvcc -MD -MF $out.d $extra -c $in -o $out", "  depfile = $out.d", "  deps = gcc"]
+            lines += [
+                f"nvcc = {escape(nvcc)}",
+                "rule nvcc",
+                "  command = $nvcc -MD -MF $out.d $extra -c $in -o $out",
+                "  depfile = $out.d",
+                "  deps = gcc",
+            ]
             extra = f"-std=c++17 -O3 {architecture_flags()} -cudart static -Xfatbin=-compress-all -Xcompiler -fPIC,-fvisibility=hidden,-Wall"
             for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
                 compile_one("nvcc", source, f"cuda_{source.stem}", extra)
@@ -113,9 +145,18 @@ class NinjaBuild(build_ext):
             for isa, flags in INSTRUCTION_SETS.items():
                 compile_one("cxx", source, f"cpu_{source.stem}_{isa}", f"{flags} -DR2_ISA={isa}")
         compile_one("cxx", ROOT / "csrc/bindings.cpp", "bindings", f"{include} {defines}")
-        lines += [f"build {escape(target)}: link {' '.join(objects)}", f"  libs = {libraries}", f"default {escape(target)}", ""]
+        lines += [
+            f"build {escape(target)}: link {' '.join(objects)}",
+            f"  libs = {libraries}",
+            f"default {escape(target)}",
+            "",
+        ]
         return "\n".join(lines)
 
 
-sources = [str(path.relative_to(ROOT)) for pattern in ("*.cpp", "cpu/*.cpp", "cuda/*.cu") for path in sorted((ROOT / "csrc").glob(pattern))]
+sources = [
+    str(path.relative_to(ROOT))
+    for pattern in ("*.cpp", "cpu/*.cpp", "cuda/*.cu")
+    for path in sorted((ROOT / "csrc").glob(pattern))
+]
 setup(ext_modules=[Extension("r2kernels._C", sources)], cmdclass={"build_ext": NinjaBuild})

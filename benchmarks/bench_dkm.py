@@ -3,6 +3,7 @@
 A case is a number of weights, of clusters, a row's length, a metric and a kind of work. All its contenders are measured together, round by round
 (measure.py), at the first test that asks for one of them; each test reports one contender's samples through pytest-benchmark by replaying them.
 """
+
 import functools
 import statistics
 import time
@@ -15,17 +16,27 @@ from measure import Clock, extra_memory, interleave, ratios
 
 EAGER, ALL, FEW = ("eager",), ("eager", "torch.compile", "checkpointing", "coremltools"), ("eager", "coremltools")
 SQUARED = "sqeuclidean"
-LARGE, MIDDLE, SMALL = 2_400_000, 600_000, 150_000      # weights: what eager needs for K = 16, 64, 256 fits into memory
+LARGE, MIDDLE, SMALL = 2_400_000, 600_000, 150_000  # weights: what eager needs for K = 16, 64, 256 fits into memory
 CASES = (
-    Case(LARGE, 16, peers=ALL), Case(SMALL, 256, peers=ALL),
-    Case(11_678_912, 16, work=KMEANS), Case(LARGE, 16, work=KMEANS, peers=("scikit-learn",)), Case(100_000, 16, work=KMEANS, peers=("coremltools",)),
+    Case(LARGE, 16, peers=ALL),
+    Case(SMALL, 256, peers=ALL),
+    Case(11_678_912, 16, work=KMEANS),
+    Case(LARGE, 16, work=KMEANS, peers=("scikit-learn",)),
+    Case(100_000, 16, work=KMEANS, peers=("coremltools",)),
     *(Case("ResNet-18", 4, metric=metric, work=STEP, peers=("coremltools",)) for metric in ("euclidean", SQUARED)),
-    Case(LARGE, 2), Case(LARGE, 4, peers=EAGER), Case(LARGE, 64), Case(LARGE, 256), Case(MIDDLE, 64, peers=EAGER),
+    Case(LARGE, 2),
+    Case(LARGE, 4, peers=EAGER),
+    Case(LARGE, 64),
+    Case(LARGE, 256),
+    Case(MIDDLE, 64, peers=EAGER),
     *(Case("ResNet-18", k) for k in (4, 16, 256)),
-    Case(LARGE, 16, metric=SQUARED, peers=ALL), Case(SMALL, 256, metric=SQUARED, peers=FEW),
-    Case(LARGE, 4, metric=SQUARED, peers=EAGER), Case(MIDDLE, 64, metric=SQUARED, peers=EAGER),
+    Case(LARGE, 16, metric=SQUARED, peers=ALL),
+    Case(SMALL, 256, metric=SQUARED, peers=FEW),
+    Case(LARGE, 4, metric=SQUARED, peers=EAGER),
+    Case(MIDDLE, 64, metric=SQUARED, peers=EAGER),
     *(Case(LARGE, 16, metric=metric, dtype=torch.bfloat16, peers=EAGER) for metric in ("euclidean", SQUARED)),
-    *(Case(LARGE, 16, d, SQUARED, peers=FEW) for d in (2, 4, 8)), Case(LARGE, 16, 4, peers=EAGER),
+    *(Case(LARGE, 16, d, SQUARED, peers=FEW) for d in (2, 4, 8)),
+    Case(LARGE, 16, 4, peers=EAGER),
     *(Case(MIDDLE, 256, d, SQUARED, peers=EAGER) for d in (4, 8)),
     *(Case(LARGE, k, d, work=ASSIGN, peers=EAGER) for k, d in ((16, 1), (256, 4), (4096, 8))),
 )
@@ -36,8 +47,17 @@ SLOW = ("eager", "torch.compile", "checkpointing", "coremltools", "scikit-learn"
 def measured(case, deadline, seconds):
     """name -> the row of that contender, with `samples` where it was measured and `absent` where not."""
     found, absent = contenders(case)
-    base = {"table": case.table, "case": case.label, "clusters": case.clusters, "weights": case.weights, "work": case.work}
-    rows = {name: {**base, "contender": name, "absent": absent.get(name, "the run's time budget was spent")} for name in [*found, *absent]}
+    base = {
+        "table": case.table,
+        "case": case.label,
+        "clusters": case.clusters,
+        "weights": case.weights,
+        "work": case.work,
+    }
+    rows = {
+        name: {**base, "contender": name, "absent": absent.get(name, "the run's time budget was spent")}
+        for name in [*found, *absent]
+    }
     if time.monotonic() > deadline:
         return rows
     ours = next(iter(found), None)
@@ -50,7 +70,9 @@ def measured(case, deadline, seconds):
             if name in rows:
                 rows[name]["errors"] = error
                 if name not in SLOW and not all(e <= most for e, most in zip(error, limit, strict=True)):
-                    wrong[name] = f"errs by {error[0]:.2g} and {error[1]:.2g} of W_hat and dL/dW, allowed are {limit[0]:.2g} and {limit[1]:.2g}"
+                    wrong[name] = (
+                        f"errs by {error[0]:.2g} and {error[1]:.2g} of W_hat and dL/dW, allowed are {limit[0]:.2g} and {limit[1]:.2g}"
+                    )
     for name in wrong:
         del found[name]
     inputs = Inputs(case)
@@ -60,13 +82,23 @@ def measured(case, deadline, seconds):
         row, quartiles = rows[name], statistics.quantiles(samples, n=4)
         del row["absent"]
         median = statistics.median(samples)
-        row.update(samples=samples, calls=calls, default=name == ours, rounds=len(samples), median_ms=median * 1e3,
-                   iqr_ms=(quartiles[2] - quartiles[0]) * 1e3, ns_per_weight=median * 1e9 / inputs.numel, faster=ratios(timed, name, ours))
+        row.update(
+            samples=samples,
+            calls=calls,
+            default=name == ours,
+            rounds=len(samples),
+            median_ms=median * 1e3,
+            iqr_ms=(quartiles[2] - quartiles[0]) * 1e3,
+            ns_per_weight=median * 1e9 / inputs.numel,
+            faster=ratios(timed, name, ours),
+        )
         if case.work == STEP:
             row["copies"] = extra_memory(found[name], inputs) / inputs.bytes
         if case.work == DKM:
             row["saved_per_weight"] = saved_bytes(found[name], inputs)
-            row["extra_per_weight"] = max(extra_memory(found[name], inputs) - 2 * inputs.bytes, 0) / inputs.numel     # beyond W_hat and dL/dW
+            row["extra_per_weight"] = (
+                max(extra_memory(found[name], inputs) - 2 * inputs.bytes, 0) / inputs.numel
+            )  # beyond W_hat and dL/dW
             row["sharpness"] = attention_unit(case)
     for name, reason in wrong.items():
         rows[name]["absent"] = rows[name]["wrong"] = f"not timed, its numbers are wrong: {reason}"

@@ -3,6 +3,7 @@
 A case is an op on a tensor or a list, forward and backward. All its contenders are measured together, round by round (measure.py), at the first test that
 asks for one of them; each test reports one contender's samples through pytest-benchmark by replaying them.
 """
+
 import functools
 import statistics
 import time
@@ -14,16 +15,26 @@ from measure import Clock, interleave, ratios, sample
 from quantizer_contenders import ACTIVATION, LIST, ONE, REGULARIZERS, TERMS, Case, Inputs, contenders, wrong
 
 CASES = (
-    *(Case(op) for op in ("lsq", "ewgs", "pact", "dorefa")), *(Case(op) for op in REGULARIZERS), Case("weight_terms", LIST), Case("weight_terms", ONE),
-    Case("lsq", LIST), Case("lsq", LIST, axis=0), Case("pact", ACTIVATION), Case("lsq", ACTIVATION), Case("lsq", ONE, torch.bfloat16),
-    Case("pact", ONE, torch.bfloat16), *(Case(op, LIST) for op in ("ewgs", "dorefa", *REGULARIZERS)),
+    *(Case(op) for op in ("lsq", "ewgs", "pact", "dorefa")),
+    *(Case(op) for op in REGULARIZERS),
+    Case("weight_terms", LIST),
+    Case("weight_terms", ONE),
+    Case("lsq", LIST),
+    Case("lsq", LIST, axis=0),
+    Case("pact", ACTIVATION),
+    Case("lsq", ACTIVATION),
+    Case("lsq", ONE, torch.bfloat16),
+    Case("pact", ONE, torch.bfloat16),
+    *(Case(op, LIST) for op in ("ewgs", "dorefa", *REGULARIZERS)),
 )
 NAMES = ("eager", "torch.compile", "floor")
 
 
 def names(case):
     ours = ("triton", "cuda") if case.device == "cuda" else ("cpu",)
-    peers = ("PyTorch's fake quantize",) if case.op == "lsq" and case.shape == ONE and case.dtype == torch.float32 else ()
+    peers = (
+        ("PyTorch's fake quantize",) if case.op == "lsq" and case.shape == ONE and case.dtype == torch.float32 else ()
+    )
     return (*ours, *NAMES, *peers, *(f"{name} alone" for name in TERMS if case.function == "weight_terms"))
 
 
@@ -46,16 +57,26 @@ def measured(case, deadline, seconds):
     for name in [name for name in found if name not in ("cpu", "triton", "cuda")]:
         try:
             sample(found[name], [inputs], 1, lambda: None)
-        except Exception as error:      # another's failure fails nothing of ours
+        except Exception as error:  # another's failure fails nothing of ours
             rows[name]["absent"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             del found[name]
-    timed = interleave(found, [inputs], seconds, torch.cuda.synchronize if case.device == "cuda" else lambda: None, settle=True)
+    timed = interleave(
+        found, [inputs], seconds, torch.cuda.synchronize if case.device == "cuda" else lambda: None, settle=True
+    )
     for name, (samples, calls) in timed.items():
         quartiles = statistics.quantiles(samples, n=4)
         median = statistics.median(samples)
         rows[name].pop("absent", None)
-        rows[name].update(samples=samples, calls=calls, default=name == ours, rounds=len(samples), median_ms=median * 1e3,
-                          iqr_ms=(quartiles[2] - quartiles[0]) * 1e3, ns_per_number=median * 1e9 / inputs.numel, slower=ratios(timed, name, ours))
+        rows[name].update(
+            samples=samples,
+            calls=calls,
+            default=name == ours,
+            rounds=len(samples),
+            median_ms=median * 1e3,
+            iqr_ms=(quartiles[2] - quartiles[0]) * 1e3,
+            ns_per_number=median * 1e9 / inputs.numel,
+            slower=ratios(timed, name, ours),
+        )
     return rows
 
 

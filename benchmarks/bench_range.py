@@ -3,6 +3,7 @@
 A case is an op, a model's shapes and a kind of work. All its contenders are measured together, round by round (measure.py), at the first test that
 asks for one of them; each test then reports one contender's samples through pytest-benchmark by replaying them on a clock of its own.
 """
+
 import functools
 import statistics
 import time
@@ -11,11 +12,25 @@ import cases
 import pytest
 import report
 import torch
-from contenders import ACCUMULATE, BACKWARD, BOTH, FORWARD, MOVES, OPS, Case, Inputs, check, contenders, copy, floors, line
+from contenders import (
+    ACCUMULATE,
+    BACKWARD,
+    BOTH,
+    FORWARD,
+    MOVES,
+    OPS,
+    Case,
+    Inputs,
+    check,
+    contenders,
+    copy,
+    floors,
+    line,
+)
 from measure import Clock, extra_memory, interleave, launches, ratios, sample
 
-COMPILE_LEAST = 90          # seconds that must be left of the budget to start compiling a list
-L2_SETS = 2.5               # inputs on a GPU rotate among sets of so many times its L2 cache
+COMPILE_LEAST = 90  # seconds that must be left of the budget to start compiling a list
+L2_SETS = 2.5  # inputs on a GPU rotate among sets of so many times its L2 cache
 MOST_SETS = 32
 
 
@@ -58,7 +73,9 @@ def not_compiled(case, left):
     if count > 1 and (case.op.learn or case.op.label == "kure"):
         return "compiled for single tensors only: a list takes a minute or more for every op"
     if count > 40 and (case.op.label != "soft_min_max" or case.work == FORWARD):
-        return f"a list of {count} tensors is compiled for soft_min_max forward + backward only: it takes a minute or more"
+        return (
+            f"a list of {count} tensors is compiled for soft_min_max forward + backward only: it takes a minute or more"
+        )
     if left < COMPILE_LEAST and count > 1:
         return "too little was left of the run's time budget to compile it"
     return None
@@ -77,7 +94,16 @@ def input_sets(case):
 @functools.lru_cache(maxsize=1)
 def measured(case, deadline, seconds):
     """name -> the row of that contender, with `samples` where it was measured and `absent` where not."""
-    rows = {name: {"table": case.table, "op": case.op.label, "work": case.work, "contender": name, "absent": "not usable here"} for name in names(case.device)}
+    rows = {
+        name: {
+            "table": case.table,
+            "op": case.op.label,
+            "work": case.work,
+            "contender": name,
+            "absent": "not usable here",
+        }
+        for name in names(case.device)
+    }
     if time.monotonic() > deadline:
         for row in rows.values():
             row["absent"] = "the run's time budget was spent"
@@ -98,11 +124,15 @@ def measured(case, deadline, seconds):
     ways = floors(case)
     for way in ways.values():
         sample(way, inputs[:1], 1, synchronize)
-    found["floor"] = min(ways.values(), key=lambda way: min(sample(way, inputs, len(inputs), synchronize) for _ in range(3)))
+    found["floor"] = min(
+        ways.values(), key=lambda way: min(sample(way, inputs, len(inputs), synchronize) for _ in range(3))
+    )
     found["copy"] = copy(case, inputs)
     timed = interleave(found, inputs, seconds, synchronize)
     for name, (samples, calls) in timed.items():
-        rows[name].update(_numbers(case, inputs[0], name, found[name], timed), samples=samples, calls=calls, default=name == default)
+        rows[name].update(
+            _numbers(case, inputs[0], name, found[name], timed), samples=samples, calls=calls, default=name == default
+        )
         del rows[name]["absent"]
     for name, reason in absent.items():
         rows.setdefault(name, {**rows["eager"], "contender": name})["absent"] = reason
@@ -117,11 +147,17 @@ def _numbers(case, inputs, name, contender, timed):
     quartiles = statistics.quantiles(samples, n=4)
     median = statistics.median(samples)
     compared = {
-        "to_floor": ratios(timed, name, "floor"), "to_copy": ratios(timed, name, "copy", moved / (2 * inputs.bytes)),
-        "over_eager": ratios(timed, "eager", name), "over_compile": ratios(timed, "torch.compile", name),
+        "to_floor": ratios(timed, name, "floor"),
+        "to_copy": ratios(timed, name, "copy", moved / (2 * inputs.bytes)),
+        "over_eager": ratios(timed, "eager", name),
+        "over_compile": ratios(timed, "torch.compile", name),
     }
     numbers = {
-        "median_ms": median * 1e3, "iqr_ms": (quartiles[2] - quartiles[0]) * 1e3, "rounds": len(samples), "bytes": moved, "gb_per_s": moved / median / 1e9,
+        "median_ms": median * 1e3,
+        "iqr_ms": (quartiles[2] - quartiles[0]) * 1e3,
+        "rounds": len(samples),
+        "bytes": moved,
+        "gb_per_s": moved / median / 1e9,
         **{ratio: values and values[1] for ratio, values in compared.items()},
         "quartiles": {ratio: values and values[::2] for ratio, values in compared.items()},
     }
@@ -139,7 +175,9 @@ clock = Clock()
 def pytest_generate_tests(metafunc):
     device = metafunc.config.getoption("bench_device")
     rows = [(case, name) for case in in_order(device) for name in names(device)]
-    metafunc.parametrize("case, contender", rows, ids=[f"{case.op.label}, {case.table}, {case.work}, {name}" for case, name in rows])
+    metafunc.parametrize(
+        "case, contender", rows, ids=[f"{case.op.label}, {case.table}, {case.work}, {name}" for case, name in rows]
+    )
 
 
 @pytest.mark.benchmark(timer=clock)
@@ -147,7 +185,9 @@ def test_range_loss(case, contender, results, benchmark):
     rows = measured(case, results.deadline, results.seconds)
     results.add(rows)
     row = rows[contender]
-    if "wrong" in row and contender != "torch.compile":      # another's wrong numbers are named in the table, and fail nothing of ours
+    if (
+        "wrong" in row and contender != "torch.compile"
+    ):  # another's wrong numbers are named in the table, and fail nothing of ours
         pytest.fail(row["absent"], pytrace=False)
     if "absent" in row:
         pytest.skip(row["absent"])

@@ -1,8 +1,9 @@
 """Options, and the results file, which is written anew after every case.
 
-    pytest benchmarks/bench_range.py                         the CPU
-    pytest benchmarks/bench_range.py --bench-device cuda     a GPU
+pytest benchmarks/bench_range.py                         the CPU
+pytest benchmarks/bench_range.py --bench-device cuda     a GPU
 """
+
 import contextlib
 import importlib.util
 import json
@@ -21,10 +22,29 @@ import report  # noqa: E402
 def pytest_addoption(parser):
     group = parser.getgroup("r2kernels")
     group.addoption("--bench-device", default="cpu", choices=("cpu", "cuda"))
-    group.addoption("--bench-seconds", type=float, default=540, help="time for the whole run; results name the cases not reached (default 540)")
-    group.addoption("--bench-case-seconds", type=float, default=2, help="about how long the contenders of one case are timed (default 2)")
-    group.addoption("--bench-continue", action="store_true", help="keep what an earlier run of this day has measured, and measure the rest (DKM, quantizers)")
-    group.addoption("--bench-results", type=Path, default=HERE / "results", help="folder for the JSON, the Markdown tables and the figure")
+    group.addoption(
+        "--bench-seconds",
+        type=float,
+        default=540,
+        help="time for the whole run; results name the cases not reached (default 540)",
+    )
+    group.addoption(
+        "--bench-case-seconds",
+        type=float,
+        default=2,
+        help="about how long the contenders of one case are timed (default 2)",
+    )
+    group.addoption(
+        "--bench-continue",
+        action="store_true",
+        help="keep what an earlier run of this day has measured, and measure the rest (DKM, quantizers)",
+    )
+    group.addoption(
+        "--bench-results",
+        type=Path,
+        default=HERE / "results",
+        help="folder for the JSON, the Markdown tables and the figure",
+    )
 
 
 def pytest_configure(config):
@@ -68,6 +88,7 @@ def results_of(request):
     def results_of(module):
         made.append(Results(request.config, module))
         return made[-1]
+
     yield results_of
     for found in made:
         report.write(found.data, found.stem, found.report, figure=True)
@@ -85,13 +106,16 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 if importlib.util.find_spec("pytest_benchmark") is None:
+
     @pytest.fixture
     def benchmark():
         """Stands in for pytest-benchmark: the rows are reported without it."""
+
         class Stub:
             group, extra_info = None, {}
 
             def pedantic(self, target, rounds):
                 with contextlib.suppress(StopIteration):
                     target()
+
         return Stub()

@@ -1,4 +1,5 @@
 """The cases of the benchmark: what each contender does, what it may not avoid (the floor), and whether its numbers are right."""
+
 import contextlib
 import functools
 import gc
@@ -16,16 +17,19 @@ from r2kernels import RangeRegularizer, reference, use_backend
 
 class Op(NamedTuple):
     label: str
-    case: str                   # its row in tests/cases.py
-    learn: bool = False         # the parameter (alpha) has a gradient too
+    case: str  # its row in tests/cases.py
+    learn: bool = False  # the parameter (alpha) has a gradient too
 
 
 OPS = (
-    Op("soft_min_max", "soft_min_max"), Op("l_inf", "l_inf"), Op("margin", "margin"),
-    Op("soft_min_max, alpha learned", "soft_min_max", learn=True), Op("kure", "kure"),
+    Op("soft_min_max", "soft_min_max"),
+    Op("l_inf", "l_inf"),
+    Op("margin", "margin"),
+    Op("soft_min_max, alpha learned", "soft_min_max", learn=True),
+    Op("kure", "kure"),
 )
 FORWARD, BOTH, ACCUMULATE, BACKWARD = "forward", "forward + backward", "accumulate_grad_", "backward"
-MOVES = {FORWARD: 1, BOTH: 3, ACCUMULATE: 4, BACKWARD: 2}      # times every weight or gradient is read or written, at least
+MOVES = {FORWARD: 1, BOTH: 3, ACCUMULATE: 4, BACKWARD: 2}  # times every weight or gradient is read or written, at least
 
 
 class Case(NamedTuple):
@@ -34,7 +38,7 @@ class Case(NamedTuple):
     work: str
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
-    cached: bool = False        # on a GPU: one set of inputs, which stays in the L2 cache as far as it fits
+    cached: bool = False  # on a GPU: one set of inputs, which stays in the L2 cache as far as it fits
 
     @property
     def table(self):
@@ -58,7 +62,9 @@ class Inputs:
             options["alpha"] = [self.op.value / w.std().item() for w in self.draw(seed=0)]
         if self.op.parameter == "M":
             options["margin_std"] = self.op.value
-        self.regularizer = RangeRegularizer(nn.ParameterList(self.weights), self.op.function, 1.0, learn=self.learn, include="*", **options)
+        self.regularizer = RangeRegularizer(
+            nn.ParameterList(self.weights), self.op.function, 1.0, learn=self.learn, include="*", **options
+        )
         self.parameter = None if self.op.parameter is None else getattr(self.regularizer, self.op.parameter)
         self.W = self.weights[0] if self.single else self.weights
         self.arguments = {}
@@ -107,7 +113,9 @@ def contenders(case, inputs, compiling=None):
         ours.append(name)
         # The first is the default, and is used as a user would: without choosing it.
         active = functools.partial(use_backend, name) if ours[1:] else contextlib.nullcontext
-        found[name] = _regularizer(case, active) if case.work == ACCUMULATE else _loss(case, getattr(r2kernels, function), active)
+        found[name] = (
+            _regularizer(case, active) if case.work == ACCUMULATE else _loss(case, getattr(r2kernels, function), active)
+        )
     if ours and case.device == "cuda" and case.work != BACKWARD:
         try:
             found["CUDA graph"] = _graph(found[ours[0]], inputs)
@@ -147,23 +155,29 @@ def _loss(case, function, active=contextlib.nullcontext):
     """A loss through autograd."""
     prepare = _prepare(case)
     if case.work == FORWARD:
+
         def context():
             stack = contextlib.ExitStack()
             stack.enter_context(torch.no_grad())
             stack.enter_context(active())
             return stack
+
         return Contender(lambda inputs: function(inputs.W, **inputs.arguments), prepare, context)
     if case.work == BACKWARD:
         graphs = {}
+
         def backward(inputs):
             if id(inputs) not in graphs:
                 graphs[id(inputs)] = _total(function(inputs.W, **inputs.arguments))
             graphs[id(inputs)].backward(retain_graph=True)
+
         return Contender(backward, prepare, active)
+
     def both(inputs):
         loss = _total(function(inputs.W, **inputs.arguments))
         loss.backward()
         return loss
+
     return Contender(both, prepare, active)
 
 
@@ -194,6 +208,7 @@ def _graph(contender, inputs):
         graph, result, gradients, own = graphs[id(one)]
         graph.replay()
         return Replayed(result, gradients, own)
+
     return Contender(call, contender.prepare, contender.active)
 
 
@@ -205,6 +220,7 @@ class Replayed(NamedTuple):
 
 def floors(case):
     """Ways to do nothing but move the bytes that must move; the quickest of them is the floor."""
+
     def fused_read(ws):
         return torch._foreach_max(ws)
 
@@ -228,6 +244,7 @@ def floors(case):
             BACKWARD: lambda inputs: write(inputs.weights),
         }[case.work]
         return Contender(call, _prepare(case), torch.no_grad)
+
     return {"fused": of(fused_read, fused_write), "plain": of(plain_read, plain_write)}
 
 
@@ -246,12 +263,20 @@ def check(case, inputs, found):
         for name, contender in found.items():
             with contender.active():
                 result = _outcome(case, inputs, contender, exact)
-            pools[name].add(budget.errors(result, exact if case.op.learn and case.work != FORWARD else exact._replace(parameter=None), scale))
+            pools[name].add(
+                budget.errors(
+                    result, exact if case.op.learn and case.work != FORWARD else exact._replace(parameter=None), scale
+                )
+            )
     inputs.fill(0)
     allowed = budget.limits(pools["eager"].rms(), case.dtype)
     wrong = {}
     for name, pool in pools.items():
-        over = [f"{what} errs by {rms:.2g}, allowed is {allowed[what]:.2g}" for what, rms in pool.rms().items() if not rms <= allowed[what]]
+        over = [
+            f"{what} errs by {rms:.2g}, allowed is {allowed[what]:.2g}"
+            for what, rms in pool.rms().items()
+            if not rms <= allowed[what]
+        ]
         if over:
             wrong[name] = "; ".join(over)
     return wrong
@@ -273,7 +298,9 @@ def _truths(case):
         inputs.fill(seed)
         parameter = None if inputs.parameter is None else inputs.parameter.detach().reshape(shape)
         ones = torch.ones(shape, device=inputs.device)
-        exact, scale = budget.truth(budget.Draw(inputs.op, [w.detach() for w in inputs.weights], parameter, ones, single=inputs.single))
+        exact, scale = budget.truth(
+            budget.Draw(inputs.op, [w.detach() for w in inputs.weights], parameter, ones, single=inputs.single)
+        )
         truths.append((seed, exact, scale))
     return truths
 
@@ -292,6 +319,10 @@ def _outcome(case, inputs, contender, exact):
     if case.work == FORWARD:
         return budget.Result(result, exact.weights, None)
     # The sum of the losses: its error, shared out. A backward alone has none.
-    loss = exact.loss if result is None else exact.loss + (result.detach() - exact.loss.sum()) / max(exact.loss.numel(), 1)
+    loss = (
+        exact.loss if result is None else exact.loss + (result.detach() - exact.loss.sum()) / max(exact.loss.numel(), 1)
+    )
     factor = 0.5 if twice else 1
-    return budget.Result(loss, [g * factor for g in gradients], None if own is None else own.reshape(exact.loss.shape) * factor)
+    return budget.Result(
+        loss, [g * factor for g in gradients], None if own is None else own.reshape(exact.loss.shape) * factor
+    )

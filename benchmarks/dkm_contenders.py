@@ -1,4 +1,5 @@
 """The cases of DKM's benchmark: who clusters what, and how far each is from the truth."""
+
 import functools
 import gc
 from typing import NamedTuple
@@ -14,24 +15,28 @@ from r2kernels import reference, use_backend
 from r2kernels.reference.dkm import attention, iterate
 
 ITERATIONS = 5
-CHECKED = 40_000            # weights on which the numbers of every contender are compared with float64
+CHECKED = 40_000  # weights on which the numbers of every contender are compared with float64
 DKM, ASSIGN, KMEANS, STEP = "dkm", "assign", "kmeans", "step"
 
 
 class Case(NamedTuple):
-    weights: int | str          # a number of them, or a model's name
+    weights: int | str  # a number of them, or a model's name
     clusters: int
     d: int = 1
     metric: str = "euclidean"
     dtype: torch.dtype = torch.float32
     work: str = DKM
-    peers: tuple = ()           # contenders beside ours
+    peers: tuple = ()  # contenders beside ours
     device: str = "cpu"
 
     @property
     def table(self):
-        what = {DKM: f"forward + backward, T = {ITERATIONS}", ASSIGN: "hard assignment", KMEANS: "k-means",
-                STEP: f"Palettizer's step, T = {ITERATIONS}"}[self.work]
+        what = {
+            DKM: f"forward + backward, T = {ITERATIONS}",
+            ASSIGN: "hard assignment",
+            KMEANS: "k-means",
+            STEP: f"Palettizer's step, T = {ITERATIONS}",
+        }[self.work]
         dtype = "" if self.dtype == torch.float32 else f", {str(self.dtype).removeprefix('torch.')}"
         return f"{what}, {'scalars' if self.d == 1 else f'rows of {self.d}'}, {self.metric}{dtype}"
 
@@ -59,7 +64,11 @@ class Inputs:
         part = self.weights[-1].detach().float()[:1000]
         start = r2kernels.kmeans(part, case.clusters, cluster_dim=case.d)
         self.centroids = [start.clone() for _ in self.weights]
-        spacing = (start[1:] - start[:-1]).norm(dim=-1).mean() if case.d > 1 else (start[-1] - start[0]) / max(case.clusters - 1, 1)
+        spacing = (
+            (start[1:] - start[:-1]).norm(dim=-1).mean()
+            if case.d > 1
+            else (start[-1] - start[0]) / max(case.clusters - 1, 1)
+        )
         self.tau = max(spacing.item() if case.clusters > 1 else 0.05, 1e-3) / 4
         if case.metric == "sqeuclidean":
             self.tau = self.tau**2
@@ -68,7 +77,13 @@ class Inputs:
     def model(self):
         """A model of layers with these weights under a Palettizer; it gives the weights that its layers compute with."""
         model = Layers(self.weights)
-        r2kernels.Palettizer(model, self.case.clusters.bit_length() - 1, cluster_dim=self.case.d, metric=self.case.metric, iterations=ITERATIONS)
+        r2kernels.Palettizer(
+            model,
+            self.case.clusters.bit_length() - 1,
+            cluster_dim=self.case.d,
+            metric=self.case.metric,
+            iterations=ITERATIONS,
+        )
         return model.train()
 
     def double(self):
@@ -99,10 +114,14 @@ class Layers(torch.nn.Module):
 
 def _through(cluster):
     """Forward and backward of cluster(w, c, tau, case) for each weight."""
+
     def call(inputs):
-        outputs = [cluster(w, c, inputs.tau, inputs.case) for w, c in zip(inputs.weights, inputs.centroids, strict=True)]
+        outputs = [
+            cluster(w, c, inputs.tau, inputs.case) for w, c in zip(inputs.weights, inputs.centroids, strict=True)
+        ]
         torch.autograd.backward(outputs, inputs.gradients)
         return outputs
+
     return call
 
 
@@ -130,7 +149,9 @@ def _peer(w, c, tau, case):
 
 def _ours(inputs):
     case = inputs.case
-    outputs, _ = r2kernels.dkm(inputs.weights, inputs.centroids, inputs.tau, iterations=ITERATIONS, metric=case.metric, cluster_dim=case.d)
+    outputs, _ = r2kernels.dkm(
+        inputs.weights, inputs.centroids, inputs.tau, iterations=ITERATIONS, metric=case.metric, cluster_dim=case.d
+    )
     torch.autograd.backward(outputs, inputs.gradients)
     return outputs
 
@@ -154,6 +175,7 @@ def _eager_assign(inputs):
 
 def _sklearn(inputs):
     from sklearn.cluster import KMeans
+
     rows = reference.columns(inputs.weights[0].detach(), inputs.case.d).t()
     return torch.from_numpy(KMeans(inputs.case.clusters, n_init=1, random_state=0).fit(rows.numpy()).cluster_centers_)
 
@@ -166,8 +188,10 @@ def _peer_kmeans(inputs):
 
 CALLS = {
     DKM: {
-        "eager": _through(_eager), "torch.compile": lambda inputs: _through(_compiled(inputs.case))(inputs),
-        "checkpointing": _through(_checkpointed), "coremltools": _through(_peer),
+        "eager": _through(_eager),
+        "torch.compile": lambda inputs: _through(_compiled(inputs.case))(inputs),
+        "checkpointing": _through(_checkpointed),
+        "coremltools": _through(_peer),
     },
     ASSIGN: {"eager": _eager_assign},
     STEP: {"coremltools": _through(_peer)},
@@ -217,6 +241,7 @@ def saved_bytes(contender, inputs):
     def pack(t):
         storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
+
     with contender.active(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         contender.prepare(inputs)
         contender.call(inputs)
@@ -234,7 +259,9 @@ def errors(case, found):
         with contender.active():
             result = _rows(contender.call, inputs)
         size = wide.weights[0].detach().square().mean().sqrt(), scale
-        measured[name] = [((a.double() - b).square().mean().sqrt() / s).item() for a, b, s in zip(result, exact, size, strict=True)]
+        measured[name] = [
+            ((a.double() - b).square().mean().sqrt() / s).item() for a, b, s in zip(result, exact, size, strict=True)
+        ]
     return measured
 
 
@@ -249,4 +276,9 @@ def attention_unit(case):
     """How sharp the case is: the mean largest attention of a weight at its start."""
     inputs = Inputs(case, CHECKED)
     rows = reference.columns(inputs.weights[0].detach(), case.d).t()
-    return attention(rows, inputs.centroids[0].reshape(-1, case.d), torch.tensor(inputs.tau), case.metric).amax(1).mean().item()
+    return (
+        attention(rows, inputs.centroids[0].reshape(-1, case.d), torch.tensor(inputs.tau), case.metric)
+        .amax(1)
+        .mean()
+        .item()
+    )

@@ -5,6 +5,7 @@
 Writes gpu-check.log and gpu-check.json into benchmarks/results as it goes. Exit code 0 where all that could run has passed. A package that is absent
 is named, and what needs it is left out.
 """
+
 import argparse
 import contextlib
 import importlib.util
@@ -28,7 +29,7 @@ WANTED = {
     "safetensors": "the tests of .safetensors",
     "sklearn": "the demo and its tests",
 }
-GRACE = 10                  # seconds between asking a step to stop and killing it
+GRACE = 10  # seconds between asking a step to stop and killing it
 
 
 def steps(results):
@@ -46,7 +47,9 @@ def run(name, command, seconds, log):
     """One step; what it prints goes to the log. Its processes are stopped when the time is up."""
     start = time.monotonic()
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
     stopped = False
     try:
         code = process.wait(timeout=seconds)
@@ -56,7 +59,13 @@ def run(name, command, seconds, log):
         stop(process)
         raise
     state = "stopped: its time was up" if stopped else "passed" if code == 0 else f"failed (exit code {code})"
-    return {"step": name, "state": state, "seconds": round(time.monotonic() - start, 1), "allowed": round(seconds, 1), "command": " ".join(command[1:])}
+    return {
+        "step": name,
+        "state": state,
+        "seconds": round(time.monotonic() - start, 1),
+        "allowed": round(seconds, 1),
+        "command": " ".join(command[1:]),
+    }
 
 
 def stop(process):
@@ -74,19 +83,28 @@ def machine():
     """What the check ran on; raises where torch or its GPU is missing."""
     sys.path.insert(0, str(ROOT))
     import torch
+
     found = {"python": platform.python_version(), "torch": torch.__version__, "gpu": torch.cuda.get_device_name(0)}
     with contextlib.suppress(ImportError):
         import triton
+
         found["triton"] = triton.__version__
     import r2kernels
-    return {**found, "r2kernels": r2kernels.__version__, "backends": {name: reason or "usable" for name, reason in r2kernels.backends().items()}}
+
+    return {
+        **found,
+        "r2kernels": r2kernels.__version__,
+        "backends": {name: reason or "usable" for name, reason in r2kernels.backends().items()},
+    }
 
 
 def check(results, seconds, say=print):
     """Runs the steps; the summary, written after each of them."""
     results.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + seconds
-    absent = {package: use for package, use in {**NEEDED, **WANTED}.items() if importlib.util.find_spec(package) is None}
+    absent = {
+        package: use for package, use in {**NEEDED, **WANTED}.items() if importlib.util.find_spec(package) is None
+    }
     summary = {"machine": {}, "absent packages": absent, "steps": []}
 
     def save():
@@ -112,7 +130,11 @@ def check(results, seconds, say=print):
         for name, command, part in steps(results):
             allowed = part * (deadline - time.monotonic() - GRACE)
             if name != "tests":
-                command = [*command, "--bench-seconds", f"{max(allowed - 45, 1):.0f}"]      # a case under way, and the figure, take a while
+                command = [
+                    *command,
+                    "--bench-seconds",
+                    f"{max(allowed - 45, 1):.0f}",
+                ]  # a case under way, and the figure, take a while
             say(f"gpu-check: {name}, at most {allowed:.0f} s")
             at = log.seek(0, os.SEEK_END)
             summary["steps"].append({"step": name, "state": "running"})
@@ -127,7 +149,9 @@ def check(results, seconds, say=print):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="The tests on CUDA tensors, then the benchmarks, within a time budget.")
+    parser = argparse.ArgumentParser(
+        description="The tests on CUDA tensors, then the benchmarks, within a time budget."
+    )
     parser.add_argument("--seconds", type=float, default=420, help="for both together (default 420)")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", metavar="FOLDER")
     args = parser.parse_args(argv)

@@ -1,4 +1,5 @@
 """Times contenders side by side: one call of each in turn, round after round, so that a machine that drifts drifts for all alike."""
+
 import contextlib
 import gc
 import json
@@ -13,15 +14,16 @@ from typing import NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-LEAST_SAMPLE = 1e-3         # seconds: a call shorter than this is repeated within a sample
+LEAST_SAMPLE = 1e-3  # seconds: a call shorter than this is repeated within a sample
 LEAST_ROUNDS, MOST_ROUNDS = 5, 200
 
 
 class Contender(NamedTuple):
     """`call(inputs)` is what is timed; `prepare(inputs)` puts the gradients into their state before it, and is the same for all of a case."""
+
     call: Callable
     prepare: Callable
-    active: Callable = contextlib.nullcontext      # the context in which it runs: a backend chosen, gradients off
+    active: Callable = contextlib.nullcontext  # the context in which it runs: a backend chosen, gradients off
 
 
 def run(contender, inputs, calls):
@@ -51,7 +53,9 @@ def sample(contender, inputs, calls, synchronize):
     return elapsed / calls
 
 
-def interleave(contenders, inputs, seconds, synchronize=lambda: None, *, least_rounds=LEAST_ROUNDS, tries=3, settle=False):
+def interleave(
+    contenders, inputs, seconds, synchronize=lambda: None, *, least_rounds=LEAST_ROUNDS, tries=3, settle=False
+):
     """name -> (samples in seconds per call, one for each round; calls per sample), in about `seconds` altogether.
 
     `settle`: before each sample one call that is not timed, as in a loop of training: in a virtual machine the first one after another contender may have to
@@ -77,7 +81,7 @@ def interleave(contenders, inputs, seconds, synchronize=lambda: None, *, least_r
                     with contenders[name].active():
                         run(contenders[name], inputs, 1)
                 samples[name].append(sample(contenders[name], inputs, calls[name], synchronize))
-            shuffle(order)                          # nobody always follows the same neighbour
+            shuffle(order)  # nobody always follows the same neighbour
     finally:
         gc.enable()
     return {name: (samples[name], calls[name]) for name in contenders}
@@ -92,6 +96,7 @@ def ratios(timed, a, b, times=1.0):
 
 class Clock:
     """Time that passes only as samples are replayed."""
+
     __name__ = "interleaved_clock"
 
     def __init__(self):
@@ -105,6 +110,7 @@ class Clock:
 
         def advance():
             self.now += next(samples)
+
         return advance
 
 

@@ -6,6 +6,7 @@ The hot loop of a kernel is the way once round the loop with the most 128-bit lo
 unit (MUFU: exponentials, reciprocals) and wavefronts of shared memory each weight costs. The predicted time is that of the dearest of them, as if the
 others were hidden behind it: a floor, which launches, the last wave of blocks and waiting add to. Shared memory is counted without bank conflicts.
 """
+
 import argparse
 import datetime
 import json
@@ -20,8 +21,11 @@ TESTS = HERE.parent / "tests"
 PINNED = HERE.parent / ".venv-triton36" / "bin" / "python"
 sys.path.insert(0, str(TESTS))
 
-BANDWIDTH, SMS, CLOCK = 4.8e12, 132, 1.9e9      # bytes/s of an H200's memory
-LANES, MUFU = 128, 16                           # instructions of a thread, MUFU results, for each clock and multiprocessor; of shared memory one wavefront
+BANDWIDTH, SMS, CLOCK = 4.8e12, 132, 1.9e9  # bytes/s of an H200's memory
+LANES, MUFU = (
+    128,
+    16,
+)  # instructions of a thread, MUFU results, for each clock and multiprocessor; of shared memory one wavefront
 WEIGHTS = {"ResNet-18": 11_678_912, "256 MB of float32": 2**26}
 SIZES = {"float": 4, "__nv_bfloat16": 2, "fp32": 4, "bf16": 2}
 NAMES = {"float": "float32", "__nv_bfloat16": "bfloat16", "fp32": "float32", "bf16": "bfloat16"}
@@ -60,26 +64,44 @@ def row(backend, op, dtype, kernel, loop, arrays):
         return None
     written = accessed(kernel, loop, "STG")
     warps = min(65536 // (-(-kernel.registers // 8) * 8 * 32), 64)
-    return {"backend": backend, "op": op, "dtype": NAMES[dtype], "registers": kernel.registers, "spills": bool(kernel.spills),
-            "bytes": (accessed(kernel, loop, "LDG") + written) / weights, "instructions": len(loop) / weights, "mufu": kernel.count("MUFU", "", loop) / weights,
-            "shared": wavefronts(kernel, loop) / weights / 32, "in flight": warps * 32 * read / 1024}
+    return {
+        "backend": backend,
+        "op": op,
+        "dtype": NAMES[dtype],
+        "registers": kernel.registers,
+        "spills": bool(kernel.spills),
+        "bytes": (accessed(kernel, loop, "LDG") + written) / weights,
+        "instructions": len(loop) / weights,
+        "mufu": kernel.count("MUFU", "", loop) / weights,
+        "shared": wavefronts(kernel, loop) / weights / 32,
+        "in flight": warps * 32 * read / 1024,
+    }
 
 
 def cuda_rows():
     import sass
+
     for source in sorted(sass.SOURCES.glob("*.cu")):
         kernels = sass.compiled(source.name)
-        names = subprocess.run(["c++filt"], input="\n".join(kernels), capture_output=True, text=True, check=True).stdout.splitlines()
+        names = subprocess.run(
+            ["c++filt"], input="\n".join(kernels), capture_output=True, text=True, check=True
+        ).stdout.splitlines()
         for kernel, name in zip(kernels.values(), names, strict=True):
-            signature = re.sub(r"Plain<r2::device::(\w+)>", r"\1", re.sub(r"r2::cuda::", "", name)).replace("r2::device::", "")
+            signature = re.sub(r"Plain<r2::device::(\w+)>", r"\1", re.sub(r"r2::cuda::", "", name)).replace(
+                "r2::device::", ""
+            )
             dtype = next((d for d in ("__nv_bfloat16", "float") if re.search(rf"[<, ]{d}[,>]", signature)), None)
-            if dtype is None or "__half" in signature or "merge" in signature or "terms" in signature:      # a set of terms costs what they cost
+            if (
+                dtype is None or "__half" in signature or "merge" in signature or "terms" in signature
+            ):  # a set of terms costs what they cost
                 continue
             op = label(signature)
             if "dkm_gradient_kernel<true" in signature:
                 yield gradient_row(op, dtype, kernel)
             else:
-                yield row("cuda", op, dtype, kernel, kernel.main_loop(), 2 if any(mark in op for mark in TWO_ARRAYS) else 1)
+                yield row(
+                    "cuda", op, dtype, kernel, kernel.main_loop(), 2 if any(mark in op for mark in TWO_ARRAYS) else 1
+                )
 
 
 def label(signature):
@@ -93,16 +115,29 @@ def label(signature):
         return f"BinReg {'forward' if kernel == 'bins' else 'backward'}{adding}"
     if kernel == "partial":
         return f"{formula} forward"
-    return f"{formula} backward{adding}" if kernel == "map" else f"{kernel} {formula}".replace("_", " ").replace("Sums", "").strip()
+    return (
+        f"{formula} backward{adding}"
+        if kernel == "map"
+        else f"{kernel} {formula}".replace("_", " ").replace("Sums", "").strip()
+    )
 
 
 def gradient_row(op, dtype, kernel):
     """All iterations in registers: w and g are read and dL/dW written once."""
     step = max(kernel.loops(), key=lambda path: kernel.count("MUFU", path=path))
-    size, weights = SIZES[dtype], kernel.count("MUFU", "", step) / 2        # an exponential and a reciprocal each
-    return {"backend": "cuda", "op": f"dkm gradient, T = {ITERATIONS}", "dtype": NAMES[dtype], "registers": kernel.registers, "spills": bool(kernel.spills),
-            "bytes": 3 * size, "instructions": ITERATIONS * len(step) / weights, "mufu": 2 * ITERATIONS, "in flight": None,
-            "shared": ITERATIONS * wavefronts(kernel, step) / weights / 32}
+    size, weights = SIZES[dtype], kernel.count("MUFU", "", step) / 2  # an exponential and a reciprocal each
+    return {
+        "backend": "cuda",
+        "op": f"dkm gradient, T = {ITERATIONS}",
+        "dtype": NAMES[dtype],
+        "registers": kernel.registers,
+        "spills": bool(kernel.spills),
+        "bytes": 3 * size,
+        "instructions": ITERATIONS * len(step) / weights,
+        "mufu": 2 * ITERATIONS,
+        "in flight": None,
+        "shared": ITERATIONS * wavefronts(kernel, step) / weights / 32,
+    }
 
 
 def triton_rows():
@@ -116,25 +151,52 @@ def triton_rows():
 
 def triton_here():
     import os
+
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
         import aot_check
         import aot_dkm
         import aot_quantizers
+
         for dtype in ("fp32", "bf16"):
             for make, ops in ((aot_check.reduce_chunks, aot_check.REDUCE), (aot_check.map_chunks, aot_check.MAP)):
                 for op in ops:
                     kernel = aot_check.disassemble(aot_check.compile_kernel(*make(op, dtype), dtype, 90))
-                    yield row("triton", f"{op} {'forward' if make is aot_check.reduce_chunks else 'backward'}", dtype, kernel, aot_check.hot_loop(kernel), 1)
+                    yield row(
+                        "triton",
+                        f"{op} {'forward' if make is aot_check.reduce_chunks else 'backward'}",
+                        dtype,
+                        kernel,
+                        aot_check.hot_loop(kernel),
+                        1,
+                    )
             for gradient in (False, True):
                 kernel, pointers, constants = aot_dkm.map_scalars(dtype, gradient=gradient)
-                compiled = aot_check.compile_kernel(kernel, pointers, constants, dtype, 90, maxnreg=aot_dkm.scalar.registers(gradient, False))
+                compiled = aot_check.compile_kernel(
+                    kernel, pointers, constants, dtype, 90, maxnreg=aot_dkm.scalar.registers(gradient, False)
+                )
                 kernel = aot_check.disassemble(compiled)
-                yield row("triton", f"dkm {'gradient, T = 1' if gradient else 'output'}", dtype, kernel, kernel.main_loop(), 1 + gradient)
-            for formula in [name for name in aot_quantizers.FORMULAS if name != "sign_bwd"]:         # a copy
-                kernel = aot_quantizers.compile_kernel(*aot_quantizers.quantize_chunks(formula, dtype), dtype, 90, enable_fp_fusion=False)
+                yield row(
+                    "triton",
+                    f"dkm {'gradient, T = 1' if gradient else 'output'}",
+                    dtype,
+                    kernel,
+                    kernel.main_loop(),
+                    1 + gradient,
+                )
+            for formula in [name for name in aot_quantizers.FORMULAS if name != "sign_bwd"]:  # a copy
+                kernel = aot_quantizers.compile_kernel(
+                    *aot_quantizers.quantize_chunks(formula, dtype), dtype, 90, enable_fp_fusion=False
+                )
                 backward = not formula.endswith("_fwd")
-                yield row("triton", formula.replace("_fwd", " quantize").replace("_bwd", " gradient"), dtype, kernel, kernel.main_loop(), 1 + backward)
+                yield row(
+                    "triton",
+                    formula.replace("_fwd", " quantize").replace("_bwd", " gradient"),
+                    dtype,
+                    kernel,
+                    kernel.main_loop(),
+                    1 + backward,
+                )
             for make in (aot_quantizers.reduce_terms, aot_quantizers.map_terms):
                 for term in ("bin_reg", "msqe", "partial_l2"):
                     kernel = aot_quantizers.compile_kernel(*make(term, dtype), dtype, 90)
@@ -143,26 +205,52 @@ def triton_here():
 
 def predicted(found, weights):
     """(microseconds, what takes that long, part of the bandwidth that is then used)"""
-    seconds = {"memory": found["bytes"] * weights / BANDWIDTH, "instructions": found["instructions"] * weights / (SMS * LANES * CLOCK),
-               "MUFU": found["mufu"] * weights / (SMS * MUFU * CLOCK), "shared memory": found["shared"] * weights / (SMS * CLOCK)}
+    seconds = {
+        "memory": found["bytes"] * weights / BANDWIDTH,
+        "instructions": found["instructions"] * weights / (SMS * LANES * CLOCK),
+        "MUFU": found["mufu"] * weights / (SMS * MUFU * CLOCK),
+        "shared memory": found["shared"] * weights / (SMS * CLOCK),
+    }
     limit = max(seconds, key=seconds.get)
     return 1e6 * seconds[limit], limit, seconds["memory"] / seconds[limit]
 
 
 def markdown(data):
-    lines = [f"# Predicted for an H200, {data['date']}: **nothing here has run on a GPU**", "", __doc__.split("\n\n")[2].replace("\n", " ").strip(), "",
-             f"- {BANDWIDTH / 1e12} TB/s, {SMS} multiprocessors, {CLOCK / 1e9} GHz, {MUFU} MUFU results for each clock and multiprocessor; {data['versions']}",
-             "- *in flight*: KB of 128-bit loads that the resident warps of a multiprocessor can have under way, by registers; 4.8 TB/s needs about 25",
-             "- rows are what one pass costs each weight; bin_reg and partial_l2 count by bins and digits before (`digits`: of four passes in float32);",
-             "  what lies behind a branch is not counted, so BinReg forward lacks its bins: about 6 instructions and 0.12 wavefronts", "",
-             "| backend | pass | dtype | registers | KB in flight | bytes | instructions | MUFU | shared wavefronts | limit | of bandwidth | "
-             + " | ".join(f"µs, {name}" for name in WEIGHTS) + " |", "|---|---|---|---:|---:|---:|---:|---:|---:|---|---:|" + "---:|" * len(WEIGHTS)]
+    lines = [
+        f"# Predicted for an H200, {data['date']}: **nothing here has run on a GPU**",
+        "",
+        __doc__.split("\n\n")[2].replace("\n", " ").strip(),
+        "",
+        f"- {BANDWIDTH / 1e12} TB/s, {SMS} multiprocessors, {CLOCK / 1e9} GHz, {MUFU} MUFU results for each clock and multiprocessor; {data['versions']}",
+        "- *in flight*: KB of 128-bit loads that the resident warps of a multiprocessor can have under way, by registers; 4.8 TB/s needs about 25",
+        "- rows are what one pass costs each weight; bin_reg and partial_l2 count by bins and digits before (`digits`: of four passes in float32);",
+        "  what lies behind a branch is not counted, so BinReg forward lacks its bins: about 6 instructions and 0.12 wavefronts",
+        "",
+        "| backend | pass | dtype | registers | KB in flight | bytes | instructions | MUFU | shared wavefronts | limit | of bandwidth | "
+        + " | ".join(f"µs, {name}" for name in WEIGHTS)
+        + " |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---|---:|" + "---:|" * len(WEIGHTS),
+    ]
     for found in data["rows"]:
         times = [predicted(found, weights) for weights in WEIGHTS.values()]
         flight = "" if found["in flight"] is None else f"{found['in flight']:.0f}"
-        numbers = [f"{found['bytes']:.1f}", f"{found['instructions']:.1f}", f"{found['mufu']:.2f}", f"{found['shared']:.2f}"]
-        cells = [found["backend"], found["op"], found["dtype"], f"{found['registers']}{' (spills)' if found['spills'] else ''}", flight, *numbers,
-                 times[0][1], f"{times[0][2]:.0%}", *(f"{t[0]:.1f}" for t in times)]
+        numbers = [
+            f"{found['bytes']:.1f}",
+            f"{found['instructions']:.1f}",
+            f"{found['mufu']:.2f}",
+            f"{found['shared']:.2f}",
+        ]
+        cells = [
+            found["backend"],
+            found["op"],
+            found["dtype"],
+            f"{found['registers']}{' (spills)' if found['spills'] else ''}",
+            flight,
+            *numbers,
+            times[0][1],
+            f"{times[0][2]:.0%}",
+            *(f"{t[0]:.1f}" for t in times),
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -178,9 +266,15 @@ def main():
     rows = [found for found in cuda_rows() if found]
     rows = sorted(rows, key=lambda found: (found["op"], found["dtype"])) + triton_rows()
     import sass
-    nvcc = re.search(r"release ([\d.]+)", subprocess.run([sass.find_nvcc(), "--version"], capture_output=True, text=True, check=True).stdout)[1]
+
+    nvcc = re.search(
+        r"release ([\d.]+)",
+        subprocess.run([sass.find_nvcc(), "--version"], capture_output=True, text=True, check=True).stdout,
+    )[1]
     python = str(PINNED) if PINNED.exists() else sys.executable
-    triton = subprocess.run([python, "-c", "import triton; print(triton.__version__)"], capture_output=True, text=True, check=True).stdout.strip()
+    triton = subprocess.run(
+        [python, "-c", "import triton; print(triton.__version__)"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     data = {"date": datetime.date.today().isoformat(), "versions": f"nvcc {nvcc}, Triton {triton}", "rows": rows}
     args.results.mkdir(parents=True, exist_ok=True)
     for suffix, text in ((".json", json.dumps(data, indent=1)), (".md", markdown(data))):

@@ -1,4 +1,5 @@
 """The cases of the quantizers' and regularizers' benchmark: what each contender does, what none may avoid (the floor), and whether its numbers are right."""
+
 import contextlib
 import functools
 import gc
@@ -12,17 +13,27 @@ from torch.testing import assert_close
 import r2kernels
 from r2kernels import reference, use_backend
 
-CHECKED = 40_000            # numbers on which every contender is compared with the reference
+CHECKED = 40_000  # numbers on which every contender is compared with the reference
 ONE, LIST, ACTIVATION = "one tensor 11.7M", "ResNet-18", "activation 32x64x80x80, channels last"
 SIGMA = 0.05
 QUANTIZERS = {
-    "lsq": lambda x, p, function, axis=None: function(x, p, 4, axis=axis), "ewgs": lambda x, p, function: function(x, -p, p, 4, delta=1e-3),
-    "pact": lambda x, p, function: function(x, p, 4), "dorefa": lambda x, p, function: function(x, 4),
+    "lsq": lambda x, p, function, axis=None: function(x, p, 4, axis=axis),
+    "ewgs": lambda x, p, function: function(x, -p, p, 4, delta=1e-3),
+    "pact": lambda x, p, function: function(x, p, 4),
+    "dorefa": lambda x, p, function: function(x, 4),
 }
-TERMS = {"soft_min_max": {"alpha": 2.0}, "kure": {}, "msqe": {"bits": 4}, "bin_reg": {"step": 0.02, "bits": 4}, "margin": {"M": 0.1, "k": 0.01}}
+TERMS = {
+    "soft_min_max": {"alpha": 2.0},
+    "kure": {},
+    "msqe": {"bits": 4},
+    "bin_reg": {"step": 0.02, "bits": 4},
+    "margin": {"M": 0.1, "k": 0.01},
+}
 REGULARIZERS = {
-    "msqe": lambda x, p, function: function(x, p, 4), "bin_reg, 2 bits": lambda x, p, function: function(x, 0.05, 2),
-    "bin_reg, 4 bits": lambda x, p, function: function(x, 0.02, 4), "partial_l2": lambda x, p, function: function(x, 0.5),
+    "msqe": lambda x, p, function: function(x, p, 4),
+    "bin_reg, 2 bits": lambda x, p, function: function(x, 0.05, 2),
+    "bin_reg, 4 bits": lambda x, p, function: function(x, 0.02, 4),
+    "partial_l2": lambda x, p, function: function(x, 0.5),
 }
 
 
@@ -73,7 +84,9 @@ class Inputs:
             self.p = torch.full((), start, device=self.device, requires_grad=True)
             self.parameters = [self.p]
         else:
-            self.parameters = [torch.full((x.shape[case.axis],), start, device=self.device, requires_grad=True) for x in self.xs]
+            self.parameters = [
+                torch.full((x.shape[case.axis],), start, device=self.device, requires_grad=True) for x in self.xs
+            ]
             self.p = self.parameters[0] if self.single else self.parameters
 
     def no_gradients(self):
@@ -117,13 +130,17 @@ def learnable_fake_quantize(inputs):
 
 def floor(case):
     """The fewest bytes, moved by PyTorch: two reads of x, one of g, two fresh writes; of a regularizer two reads and one fresh write."""
+
     def quantizer(inputs):
         with torch.no_grad():
-            return [(x.clone(memory_format=torch.preserve_format), x + g) for x, g in zip(inputs.xs, inputs.gs, strict=True)]
+            return [
+                (x.clone(memory_format=torch.preserve_format), x + g) for x, g in zip(inputs.xs, inputs.gs, strict=True)
+            ]
 
     def regularizer(inputs):
         with torch.no_grad():
             return [(x.sum(), x * 2) for x in inputs.xs]
+
     return quantizer if case.quantizes else regularizer
 
 
@@ -132,7 +149,9 @@ def _compiled(case):
     torch._dynamo.reset()
     gc.collect()
     name = case.function
-    return type("Compiled", (), {name: staticmethod(torch.compile(getattr(reference, name), fullgraph=True, dynamic=False))})
+    return type(
+        "Compiled", (), {name: staticmethod(torch.compile(getattr(reference, name), fullgraph=True, dynamic=False))}
+    )
 
 
 def contenders(case):
@@ -157,7 +176,9 @@ def contenders(case):
         found["PyTorch's fake quantize"] = Contender(learnable_fake_quantize, Inputs.no_gradients)
     if case.function == "weight_terms":
         for name in TERMS:
-            found[f"{name} alone"] = Contender(lambda inputs, name=name: call(case, r2kernels, inputs, name), Inputs.no_gradients)
+            found[f"{name} alone"] = Contender(
+                lambda inputs, name=name: call(case, r2kernels, inputs, name), Inputs.no_gradients
+            )
     found["floor"] = Contender(floor(case), Inputs.no_gradients)
     return found, absent
 

@@ -1,8 +1,9 @@
 """Results as JSON, Markdown and a figure; the table in README.md.
 
-    python benchmarks/report.py benchmarks/results/NAME.json [MORE.json]              writes NAME.md and NAME.png again, prints the targets
-    python benchmarks/report.py benchmarks/results/NAME.json [MORE.json] --readme     puts the short tables between the markers of README.md
+python benchmarks/report.py benchmarks/results/NAME.json [MORE.json]              writes NAME.md and NAME.png again, prints the targets
+python benchmarks/report.py benchmarks/results/NAME.json [MORE.json] --readme     puts the short tables between the markers of README.md
 """
+
 import argparse
 import datetime
 import json
@@ -39,7 +40,12 @@ TARGETS = {
         ("soft_min_max", LLAMA, BACKWARD, {"to_copy": 1 / 0.85}),
     ),
 }
-RATIOS = {"to_floor": "x the floor", "to_copy": "x a copy", "over_eager": "x over eager", "over_compile": "x over torch.compile"}
+RATIOS = {
+    "to_floor": "x the floor",
+    "to_copy": "x a copy",
+    "over_eager": "x over eager",
+    "over_compile": "x over torch.compile",
+}
 
 
 def header(device):
@@ -48,15 +54,29 @@ def header(device):
 
     import r2kernels
     from r2kernels.backends import versions
+
     machine = {"device": _cpu(), "cores": len(os.sched_getaffinity(0)), "os": platform.platform()}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
-        machine = {"device": properties.name, "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0"),
-                   "CUDA": torch.version.cuda, "L2 bytes": properties.L2_cache_size, "host": _cpu(), **{k: machine[k] for k in ("cores", "os")}}
+        machine = {
+            "device": properties.name,
+            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0"),
+            "CUDA": torch.version.cuda,
+            "L2 bytes": properties.L2_cache_size,
+            "host": _cpu(),
+            **{k: machine[k] for k in ("cores", "os")},
+        }
     found = {"python": platform.python_version(), "r2kernels": r2kernels.__version__, **versions()}
     return {
-        "kind": device, "date": datetime.date.today().isoformat(), "machine": machine, "versions": found, "threads": torch.get_num_threads(),
-        "load at start": load(), "most load": load(), "backends": r2kernels.backends(), "rows": [],
+        "kind": device,
+        "date": datetime.date.today().isoformat(),
+        "machine": machine,
+        "versions": found,
+        "threads": torch.get_num_threads(),
+        "load at start": load(),
+        "most load": load(),
+        "backends": r2kernels.backends(),
+        "rows": [],
     }
 
 
@@ -101,14 +121,23 @@ def _replace(path, text):
 
 
 def markdown(data):
-    parts = [f"# Range losses on {data['machine']['device']}, {data['date']}", _about(data), "## Targets", targets(data)]
+    parts = [
+        f"# Range losses on {data['machine']['device']}, {data['date']}",
+        _about(data),
+        "## Targets",
+        targets(data),
+    ]
     for table in dict.fromkeys(row["table"] for row in data["rows"]):
         parts += [f"## {table}", _full_table([row for row in data["rows"] if row["table"] == table])]
     absent = {}
     for row in data["rows"]:
         if "absent" in row:
-            absent.setdefault((row["contender"], row["absent"]), []).append(f"{row['op']}, {row['table']}, {row['work']}")
-    parts += ["## Absent rows"] + [f"- **{name}**: {reason} ({'; '.join(cases)})" for (name, reason), cases in absent.items()]
+            absent.setdefault((row["contender"], row["absent"]), []).append(
+                f"{row['op']}, {row['table']}, {row['work']}"
+            )
+    parts += ["## Absent rows"] + [
+        f"- **{name}**: {reason} ({'; '.join(cases)})" for (name, reason), cases in absent.items()
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -120,7 +149,11 @@ ABOUT = """- times: medians over rounds in which every contender of a case takes
 
 
 def _about(data):
-    lines = [("machine", data["machine"]), ("versions", data["versions"]), ("backends", {k: v or "usable" for k, v in data["backends"].items()})]
+    lines = [
+        ("machine", data["machine"]),
+        ("versions", data["versions"]),
+        ("backends", {k: v or "usable" for k, v in data["backends"].items()}),
+    ]
     facts = [f"- {name}: " + ", ".join(f"{k} {v}" for k, v in items.items()) for name, items in lines]
     timed = [row for row in data["rows"] if "absent" not in row]
     noisy = sum(row["iqr_ms"] > row["median_ms"] / 2 for row in timed)
@@ -139,14 +172,34 @@ def _busy(data):
 
 def _full_table(rows):
     cuda = any(row.get("launches") for row in rows)
-    head = ["op", "work", "contender", "ms", "IQR", "MB", "GB/s", "x floor", "x copy", "over eager", "over compile", "extra MB"] + ["launches"] * cuda
+    head = [
+        "op",
+        "work",
+        "contender",
+        "ms",
+        "IQR",
+        "MB",
+        "GB/s",
+        "x floor",
+        "x copy",
+        "over eager",
+        "over compile",
+        "extra MB",
+    ] + ["launches"] * cuda
     lines = [head, ["---"] * 3 + ["---:"] * (len(head) - 3)]
     for row in rows:
         if "absent" in row:
             continue
         name = row["contender"] if row["contender"] in OTHERS else f"**{row['contender']}**"
         extra = row["extra_bytes"] / 1e6 if "extra_bytes" in row else None
-        numbers = [row["median_ms"], row["iqr_ms"], row["bytes"] / 1e6, row["gb_per_s"], *(row[ratio] for ratio in RATIOS), extra]
+        numbers = [
+            row["median_ms"],
+            row["iqr_ms"],
+            row["bytes"] / 1e6,
+            row["gb_per_s"],
+            *(row[ratio] for ratio in RATIOS),
+            extra,
+        ]
         lines.append([row["op"], row["work"], name, *map(number, numbers)] + [str(row.get("launches") or "")] * cuda)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
@@ -175,9 +228,21 @@ def targets(data, plain=False):
             measured = row and row.get(ratio)
             fewer = ratio.startswith("to_")
             verdict = "not measured" if measured is None else _verdict(measured, limit, fewer, row["quartiles"][ratio])
-            floor = "" if measured is None or ratio == "to_floor" else number(find(data, op, table, work, "floor")[ratio])
-            cells = f"{op} {work}, {table}", f"{'≤' if fewer else '≥'} {limit:.3g} {RATIOS[ratio]}", number(measured), floor, verdict
-            lines.append("{:50} {:32} {:>8} {:>8}  {}".format(*cells).replace("**", "") if plain else "| " + " | ".join(cells) + " |")
+            floor = (
+                "" if measured is None or ratio == "to_floor" else number(find(data, op, table, work, "floor")[ratio])
+            )
+            cells = (
+                f"{op} {work}, {table}",
+                f"{'≤' if fewer else '≥'} {limit:.3g} {RATIOS[ratio]}",
+                number(measured),
+                floor,
+                verdict,
+            )
+            lines.append(
+                "{:50} {:32} {:>8} {:>8}  {}".format(*cells).replace("**", "")
+                if plain
+                else "| " + " | ".join(cells) + " |"
+            )
     return "\n".join([*lines, "", _busy(data)[2:].replace("**", "")] if plain else lines)
 
 
@@ -198,7 +263,11 @@ def plot(data, path):
         print(f"matplotlib is not installed: {path.name} is not drawn")
         return
     rows = {(r["op"], r["table"], r["work"]): r for r in data["rows"] if r.get("default") and "absent" not in r}
-    compiled = {(r["op"], r["table"], r["work"]): r for r in data["rows"] if r["contender"] == "torch.compile" and "absent" not in r}
+    compiled = {
+        (r["op"], r["table"], r["work"]): r
+        for r in data["rows"]
+        if r["contender"] == "torch.compile" and "absent" not in r
+    }
     if not rows:
         return
     ops, tables, works = (list(dict.fromkeys(key[i] for key in rows)) for i in range(3))
@@ -226,10 +295,15 @@ def plot(data, path):
     axes[0].set_ylim(len(tables) - 0.5, -0.5)
     low, high = axes[0].get_xlim()
     axes[0].set_xlim(low, high * 1.8)
-    handles = [Patch(color=f"C{i}", label=op) for i, op in enumerate(ops)] + [Line2D([], [], color="k", marker="|", linestyle="", label="torch.compile")]
+    handles = [Patch(color=f"C{i}", label=op) for i, op in enumerate(ops)] + [
+        Line2D([], [], color="k", marker="|", linestyle="", label="torch.compile")
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
     version = data["versions"]
-    figure.suptitle(f"r2kernels on {data['machine']['device']} ({data['threads']} threads), torch {version['torch']}, {data['date']}", fontsize=10)
+    figure.suptitle(
+        f"r2kernels on {data['machine']['device']} ({data['threads']} threads), torch {version['torch']}, {data['date']}",
+        fontsize=10,
+    )
     part = path.with_name(path.name + ".part")
     figure.savefig(part, format="png", dpi=150)
     part.replace(path)
@@ -239,19 +313,29 @@ def readme_tables(found):
     """soft_min_max with the default backend, one short table for each machine."""
     parts = []
     for data in found:
-        lines = ["| weights | work | r2kernels | eager | torch.compile | over eager | over compile | x floor |", "|---|---|---:|---:|---:|---:|---:|---:|"]
+        lines = [
+            "| weights | work | r2kernels | eager | torch.compile | over eager | over compile | x floor |",
+            "|---|---|---:|---:|---:|---:|---:|---:|",
+        ]
         rows = [row for row in data["rows"] if row["op"] == "soft_min_max" and "absent" not in row]
         for row in rows:
             if not row["default"]:
                 continue
             beside = {r["contender"]: r for r in rows if (r["table"], r["work"]) == (row["table"], row["work"])}
-            times = [number(r["median_ms"]) + " ms" if (r := beside.get(name)) else "" for name in (row["contender"], "eager", "torch.compile")]
+            times = [
+                number(r["median_ms"]) + " ms" if (r := beside.get(name)) else ""
+                for name in (row["contender"], "eager", "torch.compile")
+            ]
             ratios = [number(row[key]) + "x" if row[key] else "" for key in ("over_eager", "over_compile", "to_floor")]
             lines.append("| " + " | ".join([row["table"], row["work"], *times, *ratios]) + " |")
         machine, version = data["machine"], data["versions"]
-        where = f"{machine['device']}" + (f", {machine['cores']} cores, {data['threads']} threads" if data["kind"] == "cpu" else "")
-        parts.append(f"`soft_min_max`, float32 unless it says otherwise, on {where}; torch {version['torch']}; {data['date']}. "
-                     f"Medians; full tables in `benchmarks/results/{file_stem(data)}.md`.\n\n" + "\n".join(lines))
+        where = f"{machine['device']}" + (
+            f", {machine['cores']} cores, {data['threads']} threads" if data["kind"] == "cpu" else ""
+        )
+        parts.append(
+            f"`soft_min_max`, float32 unless it says otherwise, on {where}; torch {version['torch']}; {data['date']}. "
+            f"Medians; full tables in `benchmarks/results/{file_stem(data)}.md`.\n\n" + "\n".join(lines)
+        )
     return "\n\n".join(parts)
 
 

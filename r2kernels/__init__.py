@@ -1,17 +1,56 @@
 """GPU kernels for training models that quantize and compress well: the R2 range losses, fused. See README.md."""
+
 from . import reference
 from .backends import backends, use_backend
-from .clustering import assign, dkm
-from .functional import WeightStats, bin_reg, kure, l_inf, margin, msqe, partial_l2, soft_extrema, soft_min_max, weight_stats
-from .io import load_palettized, save_palettized, save_quantized
-from .kmeans import kmeans
+from .files.format import load_palettized, save_palettized, save_quantized
+from .functional.dkm import assign, dkm
+from .functional.kmeans import kmeans
+from .functional.quantizers import dorefa, ewgs, lsq, pact
+from .functional.range_losses import (
+    WeightStats,
+    bin_reg,
+    kure,
+    l_inf,
+    margin,
+    msqe,
+    partial_l2,
+    soft_extrema,
+    soft_min_max,
+    weight_stats,
+)
+from .functional.regularizers import weight_terms
 from .nn import LearnableCoefficient, Palettizer, Quantizer, RangeRegularizer, calibrate
-from .quantizers import dorefa, ewgs, lsq, pact
-from .terms import weight_terms
 from .version import __version__
 
 __all__ = [
-    "LearnableCoefficient", "Palettizer", "Quantizer", "RangeRegularizer", "WeightStats", "__version__", "assign", "backends", "bin_reg", "calibrate", "dkm",
-    "dorefa", "ewgs", "kmeans", "kure", "l_inf", "load_palettized", "lsq", "margin", "msqe", "pact", "partial_l2", "reference", "save_palettized",
-    "save_quantized", "soft_extrema", "soft_min_max", "use_backend", "weight_stats", "weight_terms",
+    "LearnableCoefficient",
+    "Palettizer",
+    "Quantizer",
+    "RangeRegularizer",
+    "WeightStats",
+    "__version__",
+    "assign",
+    "backends",
+    "bin_reg",
+    "calibrate",
+    "dkm",
+    "dorefa",
+    "ewgs",
+    "kmeans",
+    "kure",
+    "l_inf",
+    "load_palettized",
+    "lsq",
+    "margin",
+    "msqe",
+    "pact",
+    "partial_l2",
+    "reference",
+    "save_palettized",
+    "save_quantized",
+    "soft_extrema",
+    "soft_min_max",
+    "use_backend",
+    "weight_stats",
+    "weight_terms",
 ]

@@ -1,4 +1,5 @@
 """`python -m r2kernels`: the command line."""
+
 import sys
 
 from .cli import main

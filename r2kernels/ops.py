@@ -9,13 +9,15 @@ ys and the gradients are laid out as `weights.empty_gradients` has them.
 DKM's ops run `iterations` and `fixed_point` over the passes of a backend, its `DKM`; W_hat is laid out as the gradients are. Centroids are (L, K, d), filled up
 with zeros where tensor t has fewer, clusters[t], than K; for d = 1 sorted, except for `assign_fwd`.
 """
+
 import functools
 
 import torch
 
-from . import fixed_point, iterations, reference
+from . import reference
+from .algorithms import fixed_point, iterations
 from .backends import select, use_backend
-from .weights import pack_gradients
+from .lists import pack_gradients
 
 SCHEMAS = """
 l_inf_fwd(Tensor[] weights, int d, str layout) -> (Tensor, Tensor)
@@ -73,6 +75,7 @@ def _reference(name):
         else:
             made = pack_gradients(made, args[at], *args[-2:] if isinstance(args[-1], str) else ())
         return (made, *result[1:]) if isinstance(result, tuple) else made
+
     return packed
 
 
@@ -97,6 +100,7 @@ def _dkm_bwd(DKM, grad_centroids, weights, grads, history, moments, gradient, ce
 def _dkm_solve(DKM, weights, centroids, tol, max_passes, accelerated, tau, clusters, *rest):
     def passes_of(some):
         return DKM([weights[i] for i in some], tau[some], tuple([clusters[i] for i in some]), *rest)
+
     return fixed_point.solve(passes_of, centroids, tol, max_passes, accelerated)
 
 
@@ -123,11 +127,12 @@ def _dispatch(name):
     def run(*args, **options):
         backend = select(args[at][0].device, scatters)
         return (fallback if backend is None else _kernel(name, backend))(*args, **options)
+
     return run
 
 
-call = {}       # name -> the kernel itself, without the dispatcher; takes `out=`: add the gradients to these tensors
-op = {}         # name -> the op
+call = {}  # name -> the kernel itself, without the dispatcher; takes `out=`: add the gradients to these tensors
+op = {}  # name -> the op
 
 
 def run(name, *args):
@@ -139,7 +144,9 @@ def run(name, *args):
 def run_backward(backend, name, *args):
     """`run` on the backend that was chosen explicitly for the forward, if one was; RuntimeError where a second derivative is asked for."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError("r2kernels: second derivatives (create_graph=True, or backward within enabled grad) are not implemented")
+        raise RuntimeError(
+            "r2kernels: second derivatives (create_graph=True, or backward within enabled grad) are not implemented"
+        )
     if backend is None:
         return run(name, *args)
     with use_backend(backend):
@@ -150,7 +157,7 @@ for _schema in SCHEMAS.replace("\\\n", "").strip().splitlines():
     _name = _schema.split("(", 1)[0]
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
     call[_name] = _dispatch(_name)
-    if _name != "dkm_solve":        # how often that goes round depends on values
+    if _name != "dkm_solve":  # how often that goes round depends on values
         _library.impl(_name, _kernel(_name, None), "CompositeExplicitAutograd")
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, call[_name], _key)

@@ -9,6 +9,7 @@ The hot loop is the innermost loop (a backward branch whose span holds no other)
 the longest of those, so the sums rather than the search for extremes. Every instruction in its span counts, whatever it does. A 128-bit load
 brings 16 / itemsize weights to a thread (half of the loads bring old gradients where they are added to).
 """
+
 import importlib
 import json
 import os
@@ -30,7 +31,7 @@ REDUCE = ("soft_min_max", "frozen_soft_min_max", "l_inf", "margin", "kure")
 MERGE = ("soft_min_max", "soft_extrema", "l_inf", "margin", "kure", "weight_stats")
 MAP = ("soft_min_max", "soft_extrema", "l_inf", "margin", "kure")
 LOSSES = {"soft_extrema": 2, "weight_stats": 0}
-PARAMETERS = {"l_inf": 0, "weight_stats": 0, "margin": 2}      # else one
+PARAMETERS = {"l_inf": 0, "weight_stats": 0, "margin": 2}  # else one
 
 
 def load_kernels():
@@ -38,7 +39,10 @@ def load_kernels():
     package = types.ModuleType("kernels")
     package.__path__ = [str(SOURCES)]
     sys.modules["kernels"] = package
-    return importlib.import_module("kernels.common"), {**vars(importlib.import_module("kernels.range")), **vars(importlib.import_module("kernels.moments"))}
+    return importlib.import_module("kernels.common"), {
+        **vars(importlib.import_module("kernels.range")),
+        **vars(importlib.import_module("kernels.moments")),
+    }
 
 
 common, formulas = load_kernels()
@@ -50,27 +54,52 @@ def accumulator(dtype):
 
 def absent(op):
     """The parameters that an op does not have."""
-    return dict.fromkeys(("p_first", "p_second")[PARAMETERS.get(op, 1):])
+    return dict.fromkeys(("p_first", "p_second")[PARAMETERS.get(op, 1) :])
 
 
 def geometry(dtype, d, aligned):
     block, unroll = common.tile(DTYPES[dtype][1], d)
-    return {"DT": DTYPES[dtype][0], "ACC": DTYPES[accumulator(dtype)][0], "D": d, "ALIGNED": aligned, "BLOCK": block, "UNROLL": unroll}
+    return {
+        "DT": DTYPES[dtype][0],
+        "ACC": DTYPES[accumulator(dtype)][0],
+        "D": d,
+        "ALIGNED": aligned,
+        "BLOCK": block,
+        "UNROLL": unroll,
+    }
 
 
 def reduce_chunks(op, dtype, d=1, aligned=True):
     pointers = {"p_weights": "*i64", "p_tensors": "*i64", "p_owner": "*i32"}
-    return common.reduce_chunks, pointers, {"REDUCE": formulas[op + "_reduce"], **absent(op), **geometry(dtype, d, aligned)}
+    return (
+        common.reduce_chunks,
+        pointers,
+        {"REDUCE": formulas[op + "_reduce"], **absent(op), **geometry(dtype, d, aligned)},
+    )
 
 
 def merge_chunks(op, dtype, d=1):
     constants = {"MERGE": formulas[op + "_merge"], "LOSSES": LOSSES.get(op, 1), **absent(op)}
-    return common.merge_chunks, {"p_tensors": "*i64"}, {**constants, "ACC": DTYPES[accumulator(dtype)][0], "D": d, "LANES": common.MERGE_LANES}
+    return (
+        common.merge_chunks,
+        {"p_tensors": "*i64"},
+        {**constants, "ACC": DTYPES[accumulator(dtype)][0], "D": d, "LANES": common.MERGE_LANES},
+    )
 
 
 def map_chunks(op, dtype, target="FLAT", d=1, aligned=True):
-    pointers = {"p_weights": "*i64", "p_tensors": "*i64", "p_owner": "*i32", "p_targets": "*" + dtype if target == "FLAT" else "*i64"}
-    constants = {"SETUP": formulas[op + "_setup"], "GRADIENT": formulas[op + "_gradient"], "TARGET": getattr(common, target), **absent(op)}
+    pointers = {
+        "p_weights": "*i64",
+        "p_tensors": "*i64",
+        "p_owner": "*i32",
+        "p_targets": "*" + dtype if target == "FLAT" else "*i64",
+    }
+    constants = {
+        "SETUP": formulas[op + "_setup"],
+        "GRADIENT": formulas[op + "_gradient"],
+        "TARGET": getattr(common, target),
+        **absent(op),
+    }
     if op in ("l_inf", "kure"):
         constants["p_parameter_gradient"] = None
     return common.map_chunks, pointers, {**constants, **geometry(dtype, d, aligned)}
@@ -101,8 +130,15 @@ def compile_kernel(kernel, pointers, constants, dtype, architecture, **options):
     """`pointers`: those that are not to numbers of the accumulator's dtype."""
     number = "*" + accumulator(dtype)
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    signature = {name: "constexpr" if name in constants else pointers.get(name, number if name.startswith("p_") else "i32") for name in kernel.arg_names}
-    divisible = {(i,): [["tt.divisibility", 16]] for i, (name, kind) in enumerate(signature.items()) if kind.startswith("*") or name == "n_chunk"}
+    signature = {
+        name: "constexpr" if name in constants else pointers.get(name, number if name.startswith("p_") else "i32")
+        for name in kernel.arg_names
+    }
+    divisible = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or name == "n_chunk"
+    }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
     options = {"num_warps": common.WARPS, "enable_fp_fusion": True, **options}
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options).asm["cubin"]
@@ -121,19 +157,33 @@ def hot_loop(kernel):
     innermost = [range(s, e + 1) for s, e in spans if not any((s, e) != (t, f) and s <= t and f <= e for t, f in spans)]
 
     def predicates(loop):
-        return [predicate for predicate, opcode, _ in (kernel.instructions[i] for i in loop) if opcode.startswith("LDG")]
+        return [
+            predicate for predicate, opcode, _ in (kernel.instructions[i] for i in loop) if opcode.startswith("LDG")
+        ]
+
     return max((loop for loop in innermost if predicates(loop) and not any(predicates(loop))), key=len, default=())
 
 
 def check(make, op, dtype, change, architecture):
     kernel = disassemble(compile_kernel(*make(op, dtype, **change), dtype, architecture))
     loop = hot_loop(kernel)
-    loads, wide_loads, stores, wide_stores = [kernel.count(prefix, contains, loop) for prefix in ("LDG", "STG") for contains in ("", ".128")]
+    loads, wide_loads, stores, wide_stores = [
+        kernel.count(prefix, contains, loop) for prefix in ("LDG", "STG") for contains in ("", ".128")
+    ]
     weights = wide_loads * 16 // DTYPES[dtype][1] // (2 if change.get("target") == "ADD" else 1)
     return {
-        "kernel": make.__name__, "op": op, "dtype": dtype, "variant": " ".join(f"{k}={v}" for k, v in change.items()), "arch": architecture,
-        "registers": kernel.registers, "stack": kernel.stack + kernel.local, "spills": kernel.count("LDL") + kernel.count("STL"),
-        "loads128": wide_loads, "other_loads": loads - wide_loads, "stores128": wide_stores, "other_stores": stores - wide_stores,
+        "kernel": make.__name__,
+        "op": op,
+        "dtype": dtype,
+        "variant": " ".join(f"{k}={v}" for k, v in change.items()),
+        "arch": architecture,
+        "registers": kernel.registers,
+        "stack": kernel.stack + kernel.local,
+        "spills": kernel.count("LDL") + kernel.count("STL"),
+        "loads128": wide_loads,
+        "other_loads": loads - wide_loads,
+        "stores128": wide_stores,
+        "other_stores": stores - wide_stores,
         "per_weight": round(len(loop) / weights, 2) if weights and loads == wide_loads else None,
     }
 

@@ -5,6 +5,7 @@
 `per_weight`: instructions of the way once round the main loop for each weight that it reads, the rare branches aside; of the gradient of scalars with one
 iteration, and `per_step` for each one more. `per_pair`: of the sums and maps over rows, instructions of the innermost loop for a row and a centroid.
 """
+
 import importlib
 import json
 import os
@@ -16,7 +17,14 @@ import triton
 from aot_check import DTYPES, accumulator, common
 
 scalar, rows, sums = (importlib.import_module(f"kernels.dkm_{name}") for name in ("scalar", "rows", "sums"))
-TABLES = {"p_weights": "*i64", "p_grads": "*i64", "p_tensors": "*i64", "p_owner": "*i32", "p_clusters": "*i32", "p_codes": "*i64"}
+TABLES = {
+    "p_weights": "*i64",
+    "p_grads": "*i64",
+    "p_tensors": "*i64",
+    "p_owner": "*i32",
+    "p_clusters": "*i32",
+    "p_codes": "*i64",
+}
 
 
 def cells_of(K):
@@ -29,15 +37,31 @@ def types(dtype, aligned=True):
 
 def tables(dtype, K=16, gradient=True):
     bucket = scalar.bucket(K)
-    constants = {"GRADIENT": gradient, "BUCKET": bucket, "CELLS": scalar.cells(bucket), "INTERVALS": scalar.INTERVALS, "LANES": scalar.LANES}
+    constants = {
+        "GRADIENT": gradient,
+        "BUCKET": bucket,
+        "CELLS": scalar.cells(bucket),
+        "INTERVALS": scalar.INTERVALS,
+        "LANES": scalar.LANES,
+    }
     return scalar.tables, {**TABLES, "p_cells": cells_of(K)}, {**constants, **types(dtype)}
 
 
 def map_scalars(dtype, K=16, gradient=False, aligned=True, target="FLAT"):
     bucket = scalar.bucket(K)
-    constants = {"GRADIENT": gradient, "BUCKET": bucket, "CELLS": scalar.cells(bucket), "BLOCK": scalar.BLOCK, "TARGET": getattr(common, target)}
+    constants = {
+        "GRADIENT": gradient,
+        "BUCKET": bucket,
+        "CELLS": scalar.cells(bucket),
+        "BLOCK": scalar.BLOCK,
+        "TARGET": getattr(common, target),
+    }
     pointers = {**TABLES, "p_cells": cells_of(K), "p_targets": "*" + dtype if target == "FLAT" else "*i64"}
-    return scalar.map_scalars, pointers, {**constants, **types(dtype, aligned), **({} if gradient else {"p_grads": None})}
+    return (
+        scalar.map_scalars,
+        pointers,
+        {**constants, **types(dtype, aligned), **({} if gradient else {"p_grads": None})},
+    )
 
 
 def tile(dtype, d, K, summed):
@@ -51,24 +75,55 @@ def cluster_sums(dtype, mode, d=1, K=16, euclidean=True, last=False):
     last = last or mode is sums.UPSTREAM
     planes = 0 if constants["J"] >= K else 2 if mode is not sums.RECUR else 3 + last * d
     absent = {**({} if last else {"p_grads": None}), **({} if planes else {"p_states": None})}
-    more = {"MODE": mode, "PLANES": planes, "WITH_G": last, "EUCLIDEAN": euclidean, "SUMS": sums.fields(mode.value, d, euclidean and d == 1)}
+    more = {
+        "MODE": mode,
+        "PLANES": planes,
+        "WITH_G": last,
+        "EUCLIDEAN": euclidean,
+        "SUMS": sums.fields(mode.value, d, euclidean and d == 1),
+    }
     return sums.cluster_sums, TABLES, {**constants, **more, **absent}
 
 
 def row_states(dtype, d=1, K=64, mean=True, last=False):
-    more = {"MEAN": mean, "WITH_G": last, "PLANES": 3 + last * d if mean else 2, "EUCLIDEAN": True, **({} if last else {"p_grads": None})}
+    more = {
+        "MEAN": mean,
+        "WITH_G": last,
+        "PLANES": 3 + last * d if mean else 2,
+        "EUCLIDEAN": True,
+        **({} if last else {"p_grads": None}),
+    }
     return sums.row_states, TABLES, {**tile(dtype, d, K, False), **more}
 
 
 def merge_sums(dtype, mode, d=1, K=16):
     fields = sums.fields(getattr(sums, mode).value, d, d == 1)
-    constants = {"MODE": getattr(sums, mode), "SIGNED": d == 1, "SUMS": fields, "COLUMNS": 8, "LANES": 128 if fields <= 5 else 32}
-    return sums.merge_sums, {**TABLES, **({"p_out": "*fp64"} if mode == "JACOBIAN" else {})}, {**constants, **tile(dtype, d, K, True)}
+    constants = {
+        "MODE": getattr(sums, mode),
+        "SIGNED": d == 1,
+        "SUMS": fields,
+        "COLUMNS": 8,
+        "LANES": 128 if fields <= 5 else 32,
+    }
+    return (
+        sums.merge_sums,
+        {**TABLES, **({"p_out": "*fp64"} if mode == "JACOBIAN" else {})},
+        {**constants, **tile(dtype, d, K, True)},
+    )
 
 
 def map_rows(dtype, d=1, K=16, gradient=False, euclidean=True, target="FLAT"):
-    constants = {"GRADIENT": gradient, "EUCLIDEAN": euclidean, "TARGET": getattr(common, target), **({} if gradient else {"p_grads": None})}
-    return rows.map_rows, {**TABLES, "p_targets": "*" + dtype if target == "FLAT" else "*i64"}, {**constants, **tile(dtype, d, K, False)}
+    constants = {
+        "GRADIENT": gradient,
+        "EUCLIDEAN": euclidean,
+        "TARGET": getattr(common, target),
+        **({} if gradient else {"p_grads": None}),
+    }
+    return (
+        rows.map_rows,
+        {**TABLES, "p_targets": "*" + dtype if target == "FLAT" else "*i64"},
+        {**constants, **tile(dtype, d, K, False)},
+    )
 
 
 def nearest(dtype, d=1, K=16):
@@ -124,7 +179,11 @@ def spans(kernel):
 
 def step_loop(kernel):
     """Once round the loop over the iterations: it divides, but reads and writes no weights."""
-    loops = [path for path in kernel.loops() if kernel.count("MUFU", "RCP", path) and not kernel.count("LDG", "128", path) + kernel.count("STG", "", path)]
+    loops = [
+        path
+        for path in kernel.loops()
+        if kernel.count("MUFU", "RCP", path) and not kernel.count("LDG", "128", path) + kernel.count("STG", "", path)
+    ]
     return max(loops, key=len, default=[])
 
 
@@ -132,14 +191,25 @@ def check(make, dtype, change, architecture):
     kernel, pointers, constants = make(dtype, **change)
     options = {"maxnreg": scalar.registers(constants["GRADIENT"], dtype == "fp64")} if make is map_scalars else {}
     found = aot_check.disassemble(aot_check.compile_kernel(kernel, pointers, constants, dtype, architecture, **options))
-    row = {"kernel": make.__name__, "dtype": dtype, "variant": " ".join(f"{k}={v}" for k, v in change.items()), "arch": architecture,
-           "registers": found.registers, "stack": found.stack + found.local, "spills": found.count("LDL") + found.count("STL")}
+    row = {
+        "kernel": make.__name__,
+        "dtype": dtype,
+        "variant": " ".join(f"{k}={v}" for k, v in change.items()),
+        "arch": architecture,
+        "registers": found.registers,
+        "stack": found.stack + found.local,
+        "spills": found.count("LDL") + found.count("STL"),
+    }
     if make is map_scalars:
         main = found.main_loop()
         weights = found.count("LDG", "128", main) * 16 // DTYPES[dtype][1] // (2 if change.get("gradient") else 1)
         steps = step_loop(found) if change.get("gradient") else []
-        row.update(weights=weights, stores128=found.count("STG", "128", main), per_weight=round(len(main) / weights, 2) if weights else None,
-                   per_step=round(len(steps) / weights, 2) if weights else None)
+        row.update(
+            weights=weights,
+            stores128=found.count("STG", "128", main),
+            per_weight=round(len(main) / weights, 2) if weights else None,
+            per_step=round(len(steps) / weights, 2) if weights else None,
+        )
     elif make in (cluster_sums, map_rows, row_states, nearest):
         loop = max(spans(found), key=len, default=())
         row["per_pair"] = round(len(loop) / (constants["J"] * constants["R"] // (32 * common.WARPS)), 2)

@@ -4,6 +4,7 @@
 
 `per_element`: instructions of the shortest way once round the loop over full tiles, for each element of x that it reads.
 """
+
 import importlib
 import json
 import os
@@ -16,10 +17,18 @@ from aot_check import DTYPES, accumulator, common
 from triton.compiler import ASTSource
 
 quantizers, regularizers = (importlib.import_module(f"kernels.{name}") for name in ("quantizers", "regularizers"))
-FORMULAS = {        # of the passes: SETUP, parameters, sums, FLAG
-    "lsq_fwd": ("lsq", 1, 0, False), "lsq_bwd": ("lsq", 1, 1, False), "ewgs_fwd": ("ewgs", 3, 0, True), "ewgs_bwd": ("ewgs", 3, 2, True),
-    "pact_fwd": ("pact", 1, 0, False), "pact_bwd": ("pact", 1, 1, True), "dorefa_fwd": ("dorefa", 1, 0, False), "dorefa_bwd": ("dorefa", 1, 2, False),
-    "dorefa_detached": ("dorefa", 1, 0, False), "sign_fwd": ("mean", 1, 0, False), "sign_bwd": ("mean", 1, 0, False),
+FORMULAS = {  # of the passes: SETUP, parameters, sums, FLAG
+    "lsq_fwd": ("lsq", 1, 0, False),
+    "lsq_bwd": ("lsq", 1, 1, False),
+    "ewgs_fwd": ("ewgs", 3, 0, True),
+    "ewgs_bwd": ("ewgs", 3, 2, True),
+    "pact_fwd": ("pact", 1, 0, False),
+    "pact_bwd": ("pact", 1, 1, True),
+    "dorefa_fwd": ("dorefa", 1, 0, False),
+    "dorefa_bwd": ("dorefa", 1, 2, False),
+    "dorefa_detached": ("dorefa", 1, 0, False),
+    "sign_fwd": ("mean", 1, 0, False),
+    "sign_bwd": ("mean", 1, 0, False),
 }
 LEARNED = {"lsq": 1, "ewgs": 2, "pact": 1}
 
@@ -35,10 +44,18 @@ def compile_kernel(kernel, arguments, dtype, architecture, **options):
         signature[name] = tuple("constexpr" if k is None else k for k in kind) if isinstance(kind, tuple) else kind
         places = {(i, j): k for j, k in enumerate(kind)} if isinstance(kind, tuple) else {(i,): kind}
         constants.update({place: None for place, k in places.items() if k is None})
-        divisible.update({place: [["tt.divisibility", 16]] for place, k in places.items() if k and (k.startswith("*") or name == "n_chunk")})
+        divisible.update(
+            {
+                place: [["tt.divisibility", 16]]
+                for place, k in places.items()
+                if k and (k.startswith("*") or name == "n_chunk")
+            }
+        )
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
     options = {"num_warps": common.WARPS, "enable_fp_fusion": True, **options}
-    return aot_check.disassemble(triton.compile(source, target=aot_check.GPUTarget("cuda", architecture, 32), options=options).asm["cubin"])
+    return aot_check.disassemble(
+        triton.compile(source, target=aot_check.GPUTarget("cuda", architecture, 32), options=options).asm["cubin"]
+    )
 
 
 def constant(**values):
@@ -55,31 +72,66 @@ def quantize_chunks(formula, dtype, place="WHOLE", aligned=True, target="FLAT", 
     block, unroll = quantizers.tile(DTYPES[dtype][1], 1 + backward)
     weights = "*" + dtype if alone else "*i64"
     return quantizers.quantize_chunks, {
-        "p_xs": weights, "p_gs": weights if backward else ("=", None), "p_ys": "*" + dtype if target == "FLAT" else "*i64", "p_tensors": "*i64",
-        "p_owner": "*i32", "p_parameters": ("*" + wide,) * parameters, "p_sums": "*" + wide if sums else ("=", None),
-        **constant(SETUP=getattr(quantizers, setup + "_setup"), FORMULA=getattr(quantizers, formula), SUMS=sums, FLAG=flag, TARGET=getattr(common, target),
-                   LOW=8.0 if setup == "lsq" else 0.0, HIGH=float(high), ALONE=alone, PLACE=getattr(quantizers, place), BLOCK=block, UNROLL=unroll),
-        **types(dtype, aligned)}
+        "p_xs": weights,
+        "p_gs": weights if backward else ("=", None),
+        "p_ys": "*" + dtype if target == "FLAT" else "*i64",
+        "p_tensors": "*i64",
+        "p_owner": "*i32",
+        "p_parameters": ("*" + wide,) * parameters,
+        "p_sums": "*" + wide if sums else ("=", None),
+        **constant(
+            SETUP=getattr(quantizers, setup + "_setup"),
+            FORMULA=getattr(quantizers, formula),
+            SUMS=sums,
+            FLAG=flag,
+            TARGET=getattr(common, target),
+            LOW=8.0 if setup == "lsq" else 0.0,
+            HIGH=float(high),
+            ALONE=alone,
+            PLACE=getattr(quantizers, place),
+            BLOCK=block,
+            UNROLL=unroll,
+        ),
+        **types(dtype, aligned),
+    }
 
 
 def merge_columns(op, dtype, columns=1, lanes=common.MERGE_LANES):
     sums, parameters = FORMULAS[op + "_bwd"][2], FORMULAS[op + "_bwd"][1]
     return quantizers.merge_columns, {
-        "p_sums": "*" + dtype, "p_tensors": "*i64", "p_parameters": ("*" + dtype,) * parameters, "p_gradients": ("*" + dtype,) * LEARNED[op],
-        **constant(FINISH=getattr(quantizers, op + "_finish"), SUMS=sums, HIGH=7.0, COLUMNS=columns, LANES=lanes)}
+        "p_sums": "*" + dtype,
+        "p_tensors": "*i64",
+        "p_parameters": ("*" + dtype,) * parameters,
+        "p_gradients": ("*" + dtype,) * LEARNED[op],
+        **constant(FINISH=getattr(quantizers, op + "_finish"), SUMS=sums, HIGH=7.0, COLUMNS=columns, LANES=lanes),
+    }
 
 
 def correct_maxima(op, dtype):
     return quantizers.correct_maxima, {**quantize_chunks("dorefa_bwd", dtype)[1], **constant(LANES=common.MERGE_LANES)}
 
 
-TERMS = {           # name -> its parameters
-    "l_inf": 0, "margin": 2, "soft_min_max": 1, "frozen": 1, "kure": 1, "bin_reg": 1, "msqe": 1, "partial_l2": 1,
+TERMS = {  # name -> its parameters
+    "l_inf": 0,
+    "margin": 2,
+    "soft_min_max": 1,
+    "frozen": 1,
+    "kure": 1,
+    "bin_reg": 1,
+    "msqe": 1,
+    "partial_l2": 1,
 }
 LEARNED_TERMS = ("margin", "soft_min_max", "frozen", "msqe")
 
 
-SETS = ("bin_reg", "msqe", "partial_l2", "soft_min_max+kure+msqe", "frozen+bin_reg", "l_inf+margin+soft_min_max+kure+bin_reg+msqe+partial_l2")
+SETS = (
+    "bin_reg",
+    "msqe",
+    "partial_l2",
+    "soft_min_max+kure+msqe",
+    "frozen+bin_reg",
+    "l_inf+margin+soft_min_max+kure+bin_reg+msqe+partial_l2",
+)
 
 
 def terms(names, dtype, bits=4):
@@ -91,11 +143,21 @@ def terms(names, dtype, bits=4):
 
     def each(kind):
         return tuple(kind(name) for name in names)
+
     return {
         "p_first": each(lambda name: "*i64" if name == "partial_l2" else wide if TERMS[name] else None),
-        "p_second": each(lambda name: wide if TERMS[name] == 2 else None), "p_saved": each(lambda name: wide), "p_losses": each(lambda name: wide),
-        "p_grads": each(lambda name: wide), "p_parameter_gradients": each(lambda name: wide if name in LEARNED_TERMS else None),
-        "p_weights": "*i64", "p_tensors": "*i64", "p_owner": "*i32", "p_states": wide, **constant(TERMS=tuple(codes)), **types(dtype)}
+        "p_second": each(lambda name: wide if TERMS[name] == 2 else None),
+        "p_saved": each(lambda name: wide),
+        "p_losses": each(lambda name: wide),
+        "p_grads": each(lambda name: wide),
+        "p_parameter_gradients": each(lambda name: wide if name in LEARNED_TERMS else None),
+        "p_weights": "*i64",
+        "p_tensors": "*i64",
+        "p_owner": "*i32",
+        "p_states": wide,
+        **constant(TERMS=tuple(codes)),
+        **types(dtype),
+    }
 
 
 def tiles(dtype):
@@ -113,19 +175,35 @@ def merge_terms(names, dtype):
 
 def map_terms(names, dtype, target="FLAT", bits=4):
     targets = "*" + dtype if target == "FLAT" else "*i64"
-    return regularizers.map_terms, {**terms(names, dtype, bits), "p_targets": targets, **tiles(dtype), **constant(TARGET=getattr(common, target))}
+    return regularizers.map_terms, {
+        **terms(names, dtype, bits),
+        "p_targets": targets,
+        **tiles(dtype),
+        **constant(TARGET=getattr(common, target)),
+    }
 
 
 def count_chunks(op, dtype, bits=0, digit=None):
     first = "*i64" if op == "partial_l2" else "*" + accumulator(dtype)
     return regularizers.count_chunks, {
-        "p_weights": "*i64", "p_tensors": "*i64", "p_owner": "*i32", "p_first": first, "p_counts": "*i32",
-        **constant(BITS=bits, PASS=digit, BINS=256 if op == "partial_l2" else 2**bits, BLOCK=1024), **types(dtype)}
+        "p_weights": "*i64",
+        "p_tensors": "*i64",
+        "p_owner": "*i32",
+        "p_first": first,
+        "p_counts": "*i32",
+        **constant(BITS=bits, PASS=digit, BINS=256 if op == "partial_l2" else 2**bits, BLOCK=1024),
+        **types(dtype),
+    }
 
 
 def store_threshold(op, dtype):
-    return regularizers.store_threshold, {"p_rank": "*i64", "p_counts": "*i32", "p_saved": "*" + accumulator(dtype),
-                                          **constant(PASSES=DTYPES[dtype][1]), **types(dtype)}
+    return regularizers.store_threshold, {
+        "p_rank": "*i64",
+        "p_counts": "*i32",
+        "p_saved": "*" + accumulator(dtype),
+        **constant(PASSES=DTYPES[dtype][1]),
+        **types(dtype),
+    }
 
 
 def variants(everything):
@@ -147,22 +225,40 @@ def variants(everything):
         yield merge_columns, "lsq", "fp32", {"columns": 32, "lanes": 16}
         for dtype in ("fp32", "bf16"):
             for formula in ("lsq_fwd", "lsq_bwd"):
-                for change in ({"alone": True, "target": "TABLE"}, {"place": "RUNS"}, {"place": "RUNS", "aligned": False}, {"place": "SPREAD"}):
+                for change in (
+                    {"alone": True, "target": "TABLE"},
+                    {"place": "RUNS"},
+                    {"place": "RUNS", "aligned": False},
+                    {"place": "SPREAD"},
+                ):
                     yield quantize_chunks, formula, dtype, change
         yield quantize_chunks, "lsq_bwd", "fp32", {"place": "HUGE"}
 
 
 def check(make, op, dtype, change, architecture):
     kernel, arguments = make(op, dtype, **change)
-    found = compile_kernel(kernel, arguments, dtype, architecture, enable_fp_fusion=make not in (quantize_chunks, correct_maxima))
+    found = compile_kernel(
+        kernel, arguments, dtype, architecture, enable_fp_fusion=make not in (quantize_chunks, correct_maxima)
+    )
     loop = found.main_loop()
     loads, stores = found.count("LDG", "128", loop), found.count("STG", "128", loop)
     reads = 2 if make is quantize_chunks and not op.endswith("_fwd") else 1
     elements = loads * 16 // DTYPES[dtype][1] // reads
-    return {"kernel": make.__name__, "op": op, "dtype": dtype, "variant": " ".join(f"{k}={v}" for k, v in change.items()), "arch": architecture,
-            "registers": found.registers, "stack": found.stack + found.local, "spills": found.count("LDL") + found.count("STL"),
-            "loads128": loads, "other_loads": found.count("LDG", "", loop) - loads, "stores128": stores, "other_stores": found.count("STG", "", loop) - stores,
-            "per_element": round(len(loop) / elements, 2) if elements else None}
+    return {
+        "kernel": make.__name__,
+        "op": op,
+        "dtype": dtype,
+        "variant": " ".join(f"{k}={v}" for k, v in change.items()),
+        "arch": architecture,
+        "registers": found.registers,
+        "stack": found.stack + found.local,
+        "spills": found.count("LDL") + found.count("STL"),
+        "loads128": loads,
+        "other_loads": found.count("LDG", "", loop) - loads,
+        "stores128": stores,
+        "other_stores": found.count("STG", "", loop) - stores,
+        "per_element": round(len(loop) / elements, 2) if elements else None,
+    }
 
 
 if __name__ == "__main__":

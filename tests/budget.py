@@ -19,6 +19,7 @@ for the reference is sometimes exact by luck. An ulp is the epsilon of the quant
 Float64 has no wider truth here. Its reference is taken to err as the float32 one does on the same draws, scaled by the ratio of the epsilons;
 and since the yardstick then errs too, it is allowed that much more.
 """
+
 import math
 from typing import NamedTuple
 
@@ -26,43 +27,56 @@ import cases
 import torch
 
 import r2kernels
-from r2kernels import functional, reference
-from r2kernels.arguments import accumulator
-from r2kernels.weights import memory_order
+from r2kernels import reference
+from r2kernels.functional import range_losses as functional
+from r2kernels.lists import memory_order
+from r2kernels.reference.columns import accumulator
 
 DRAWS = 50
-TARGET = 1.8                    # of kure
+TARGET = 1.8  # of kure
 
 
 class Draw(NamedTuple):
     """One call: an op with its weights, its differentiable parameter ((L,), or (L, d)) and the gradient of the loss."""
+
     op: cases.Op
     weights: list
     parameter: torch.Tensor | None
     grad: torch.Tensor
     geometry: tuple = (1, "output")
     single: bool = False
-    base: list | None = None        # add the gradients to these
-    learned: bool = True            # whether the parameter needs a gradient
+    base: list | None = None  # add the gradients to these
+    learned: bool = True  # whether the parameter needs a gradient
 
     def to(self, dtype):
         """The same numbers in another dtype, rounded where that is narrower."""
         wide = accumulator(dtype)
         ws = [w.to(dtype) for w in self.weights]
         base = self.base and [b.to(dtype) for b in self.base]
-        return self._replace(weights=ws, parameter=None if self.parameter is None else self.parameter.to(wide), grad=self.grad.to(wide), base=base)
+        return self._replace(
+            weights=ws,
+            parameter=None if self.parameter is None else self.parameter.to(wide),
+            grad=self.grad.to(wide),
+            base=base,
+        )
 
 
 def draws(op, names, dtype, device="cpu", **options):
     """At least DRAWS draws over these inputs, as a list and, where there is but one tensor, also alone."""
     rounds = -(-DRAWS // len(names))
-    return [draw(op, name, dtype, device, seed, single=len(cases.INPUTS[name]) == 1 and seed % 2 == 0, **options) for name in names for seed in range(rounds)]
+    return [
+        draw(op, name, dtype, device, seed, single=len(cases.INPUTS[name]) == 1 and seed % 2 == 0, **options)
+        for name in names
+        for seed in range(rounds)
+    ]
 
 
 def draw(op, name, dtype, device="cpu", seed=0, geometry=(1, "output"), single=False, accumulate=False):
     """A draw of the input `name`; tensors smaller than a row of the geometry are left out."""
     ws = [w for w in cases.make(name, dtype, device, seed) if w.numel() >= geometry[0]]
-    return with_weights(op, ws[:1] if single else ws, torch.Generator().manual_seed(seed + 1000), geometry, single, accumulate)
+    return with_weights(
+        op, ws[:1] if single else ws, torch.Generator().manual_seed(seed + 1000), geometry, single, accumulate
+    )
 
 
 def with_weights(op, ws, g, geometry=(1, "output"), single=False, accumulate=False):
@@ -75,7 +89,9 @@ def with_weights(op, ws, g, geometry=(1, "output"), single=False, accumulate=Fal
     if op.parameter:
         factor = 0.8 + 0.4 * torch.rand((*shape, *columns), generator=g, dtype=torch.float64)
         parameter = (op.arguments(cases.SCALE)[op.parameter] * factor).to(device, wide)
-    grad = torch.randn((2, *shape, *columns) if op.function == "soft_extrema" else shape, generator=g, dtype=torch.float64).to(device, wide)
+    grad = torch.randn(
+        (2, *shape, *columns) if op.function == "soft_extrema" else shape, generator=g, dtype=torch.float64
+    ).to(device, wide)
     base = None
     if accumulate:
         base = [torch.empty_strided(w.shape, memory_order(w, d, layout)[0], dtype=dtype, device=device) for w in ws]
@@ -86,7 +102,7 @@ def with_weights(op, ws, g, geometry=(1, "output"), single=False, accumulate=Fal
 
 class Result(NamedTuple):
     loss: torch.Tensor
-    weights: list                   # dL/dW
+    weights: list  # dL/dW
     parameter: torch.Tensor | None
 
 
@@ -124,8 +140,12 @@ def contract(draw):
 def _accumulate(draw):
     grad, parameters = contract(draw)
     sums = [b.clone() for b in draw.base]
-    loss, g = functional.add_gradients_(draw.op.function, draw.weights, sums, grad, parameters, alpha_grad=True, geometry=draw.geometry)
-    return Result(loss.reshape(draw.grad.shape), sums, None if draw.parameter is None else g.reshape(draw.parameter.shape))
+    loss, g = functional.add_gradients_(
+        draw.op.function, draw.weights, sums, grad, parameters, alpha_grad=True, geometry=draw.geometry
+    )
+    return Result(
+        loss.reshape(draw.grad.shape), sums, None if draw.parameter is None else g.reshape(draw.parameter.shape)
+    )
 
 
 def truth(draw):
@@ -146,7 +166,7 @@ def truth(draw):
         elif op == "soft_min_max":
             losses.append((x.amax(1) - x.amin(1) + (-parameter[i]).exp()).sum())
         elif op == "kure":
-            *_, std, _, kurtosis = reference.range._moments(x)
+            *_, std, _, kurtosis = reference.regularizers._moments(x)
             losses.append((kurtosis + TARGET).square())
             worth = torch.where(std == 0, 0, worth * losses[-1] / std)
         else:
@@ -157,12 +177,20 @@ def truth(draw):
             outside = (x.abs() > parameter[i].abs()[:, None]).sum(1) / (k * n if k < 1 else k)
             parameters.append(upstream[i] * (1 + outside))
         elif parameter is not None:
-            saved = reference.range._soft_extremes([w], parameter[i : i + 1], *draw.geometry)[0]
+            saved = reference.range_losses._soft_extremes([w], parameter[i : i + 1], *draw.geometry)[0]
             low, high = upstream[:, i] if op == "soft_extrema" else (upstream[i], upstream[i])
             variance = (x.amax(1) - x.amin(1)).square() / n
-            parameters.append(high * (saved[:, 3] + variance) + low * (saved[:, 7] + variance) + (0 if op == "soft_extrema" else high * (-parameter[i]).exp()))
+            parameters.append(
+                high * (saved[:, 3] + variance)
+                + low * (saved[:, 7] + variance)
+                + (0 if op == "soft_extrema" else high * (-parameter[i]).exp())
+            )
     losses = torch.stack(losses, 1) if op == "soft_extrema" else torch.stack(losses)
-    return exact, Result(losses.reshape(exact.loss.shape), weights, torch.stack(parameters).reshape(wide.parameter.shape) if parameters else None)
+    return exact, Result(
+        losses.reshape(exact.loss.shape),
+        weights,
+        torch.stack(parameters).reshape(wide.parameter.shape) if parameters else None,
+    )
 
 
 def relative(error, scale):
@@ -173,7 +201,9 @@ def relative(error, scale):
 def errors(result, exact, scale):
     """quantity -> normalised errors, one for each loss, each tensor's gradient and each parameter."""
     found = {"loss": relative((result.loss.double() - exact.loss).abs(), scale.loss).reshape(-1)}
-    rms = torch.stack([(g.double() - e).square().mean().sqrt() for g, e in zip(result.weights, exact.weights, strict=True)])
+    rms = torch.stack(
+        [(g.double() - e).square().mean().sqrt() for g, e in zip(result.weights, exact.weights, strict=True)]
+    )
     found["dW"] = relative(rms, torch.stack(scale.weights))
     if exact.parameter is not None:
         found["dparameter"] = relative((result.parameter.double() - exact.parameter).abs(), scale.parameter).reshape(-1)
@@ -229,4 +259,7 @@ def exceeded(own, pools, dtype, narrow=False):
     limit, rounded = limits(own.rms(), dtype, narrow), " in float32" if narrow else ""
     return "\n".join(
         f"{variant}: {quantity} errs by {rms:.3g}, allowed is {limit[quantity]:.3g} (the reference{rounded} errs by {own.rms()[quantity]:.3g})"
-        for variant, pool in pools.items() for quantity, rms in pool.rms().items() if not rms <= limit[quantity])
+        for variant, pool in pools.items()
+        for quantity, rms in pool.rms().items()
+        if not rms <= limit[quantity]
+    )

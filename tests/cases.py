@@ -1,4 +1,5 @@
 """The one table of ops and inputs that tests and benchmarks read."""
+
 from typing import Any, NamedTuple
 
 import torch
@@ -8,12 +9,13 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 class Op(NamedTuple):
     """A public function with its arguments; `parameter` is the differentiable one, given in units of 1/std (alpha) or std (M) of the weights."""
+
     label: str
     function: str
     parameter: str | None = None
     value: float | None = None
     options: dict[str, Any] = {}
-    columns: bool = True        # takes cluster_dim
+    columns: bool = True  # takes cluster_dim
 
     def arguments(self, scale):
         """The keyword arguments for weights of standard deviation `scale`."""
@@ -35,7 +37,7 @@ OPS = (
     Op("kure", "kure", columns=False),
 )
 BY_LABEL = {op.label: op for op in OPS}
-SCALE = 0.05                # of the inputs below
+SCALE = 0.05  # of the inputs below
 
 
 def _normal(*shape):
@@ -48,6 +50,7 @@ def _outliers(*shape):
         flat = w.view(-1)
         flat[:: max(flat.numel() // 5, 1)] *= 10
         return w
+
     return make
 
 
@@ -77,7 +80,15 @@ INPUTS = {
     "every second": [lambda g: _normal(64, 50)(g)[:, ::2]],
     "expanded": [lambda g: _normal(64, 1)(g).expand(64, 9)],
     "unaligned": [lambda g: _normal(5000)(g)[1:]],
-    "mixed list": [_normal(3), _outliers(64, 3, 7, 7), _ties(1000), _normal(1), _normal(5000), lambda g: _normal(12, 40)(g).t(), _normal(128, 64, 1, 1)],
+    "mixed list": [
+        _normal(3),
+        _outliers(64, 3, 7, 7),
+        _ties(1000),
+        _normal(1),
+        _normal(5000),
+        lambda g: _normal(12, 40)(g).t(),
+        _normal(128, 64, 1, 1),
+    ],
 }
 
 
@@ -132,4 +143,7 @@ def model_weights(name, dtype=torch.float32, device="cpu", seed=0):
     """Weights of a model's shapes, drawn with the usual 1/sqrt(fan-in) scale."""
     g = torch.Generator(device).manual_seed(seed)
     fan_in = [torch.Size(s[1:]).numel() if len(s) > 1 else 400 for s in MODELS[name]()]
-    return [torch.randn(s, generator=g, device=device).mul_(n**-0.5).to(dtype) for s, n in zip(MODELS[name](), fan_in, strict=True)]
+    return [
+        torch.randn(s, generator=g, device=device).mul_(n**-0.5).to(dtype)
+        for s, n in zip(MODELS[name](), fan_in, strict=True)
+    ]

@@ -7,6 +7,7 @@
 The interpreter must be on before triton is imported, for the whole process: `test_triton_interpreter.py` starts a pytest with
 TRITON_INTERPRET=1 and `--backend triton`.
 """
+
 import contextlib
 import importlib
 import os
@@ -22,11 +23,17 @@ _SERVES = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", choices=tuple(_SERVES), help="where the tensors of the tests lie")
-    parser.addoption("--backend", action="append", choices=("triton", "cuda", "cpu", "reference"), help="test these instead of all that are usable")
+    parser.addoption(
+        "--backend",
+        action="append",
+        choices=("triton", "cuda", "cpu", "reference"),
+        help="test these instead of all that are usable",
+    )
 
 
 class Variant(NamedTuple):
     """A backend, and for the extension on the CPU an instruction set."""
+
     backend: str
     isa: str | None = None
 

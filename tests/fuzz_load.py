@@ -5,6 +5,7 @@
 The first byte of an input says whether checksums count, so that what they guard is reached too. Anything but a CheckpointError is a finding, and so is
 a difference between the extension and numpy.
 """
+
 import json
 import random
 import sys
@@ -15,14 +16,43 @@ import atheris
 import torch
 
 with atheris.instrument_imports(include=["r2kernels"]):
-    from r2kernels import container, io, use_backend
-    from r2kernels.checkpoint import CheckpointError
-    from r2kernels.clipping import coded
-    from r2kernels.codes import Clustered, Form
-    from r2kernels.uniform import Grid
+    from r2kernels import use_backend
+    from r2kernels.files import container
+    from r2kernels.files import format as io
+    from r2kernels.files.checkpoint import CheckpointError
+    from r2kernels.files.clustered import Clustered, Form
+    from r2kernels.files.uniform import Grid
+    from r2kernels.nn.clipping import coded
 
 CHECKED = container.Reader.check_seal, container.Reader.read
-NUMBERS = (-1, 0, 1, 2, 3, 7, 8, 9, 64, 255, 256, 65536, 2**31, 2**32, 2**62, 2**63, 2**64, 10**40, 0.5, True, None, "", "F32", "output", [], {})
+NUMBERS = (
+    -1,
+    0,
+    1,
+    2,
+    3,
+    7,
+    8,
+    9,
+    64,
+    255,
+    256,
+    65536,
+    2**31,
+    2**32,
+    2**62,
+    2**63,
+    2**64,
+    10**40,
+    0.5,
+    True,
+    None,
+    "",
+    "F32",
+    "output",
+    [],
+    {},
+)
 folder = tempfile.TemporaryDirectory()
 path = Path(folder.name) / "a.safetensors"
 
@@ -38,7 +68,9 @@ def load(data):
 def same(a, b):
     if a is None or b is None:
         return a is b
-    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and raw(a[k]) == raw(b[k]) for k in a)
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and raw(a[k]) == raw(b[k]) for k in a
+    )
 
 
 def raw(tensor):
@@ -51,7 +83,10 @@ def test_one_input(data):
     if data[0] & 1:
         container.Reader.check_seal, container.Reader.read = CHECKED
     else:
-        container.Reader.check_seal, container.Reader.read = lambda reader: None, lambda reader, name, expected=None: CHECKED[1](reader, name)
+        container.Reader.check_seal, container.Reader.read = (
+            lambda reader: None,
+            lambda reader, name, expected=None: CHECKED[1](reader, name),
+        )
     found = load(data[1:])
     if data[0] & 2:
         with use_backend("reference"):
@@ -89,17 +124,27 @@ def mutate(data, most, seed):
 
 def seeds():
     for shape, bits, d, layout, group, scaled, lut, dtype, entropy in (
-            ((10, 7, 3), 2, 1, "output", None, False, "fp32", torch.float32, None), ((10, 7, 3), 3, 2, "output", 3, True, "int8", torch.bfloat16, None),
-            ((10, 7, 3), 1, 4, "output", 4, True, "fp32", torch.float16, None), ((9, 40, 5), 4, 2, "contiguous", None, False, "fp16", torch.float64, "huffman"),
-            ((300, 300), 2, 1, "output", 70, True, "fp32", torch.float32, "huffman")):
+        ((10, 7, 3), 2, 1, "output", None, False, "fp32", torch.float32, None),
+        ((10, 7, 3), 3, 2, "output", 3, True, "int8", torch.bfloat16, None),
+        ((10, 7, 3), 1, 4, "output", 4, True, "fp32", torch.float16, None),
+        ((9, 40, 5), 4, 2, "contiguous", None, False, "fp16", torch.float64, "huffman"),
+        ((300, 300), 2, 1, "output", 70, True, "fp32", torch.float32, "huffman"),
+    ):
         w = torch.randn(shape, generator=torch.Generator().manual_seed(0)).pow(5).to(dtype)
         form = Form(bits, d, layout, group, scaled, lut)
         groups = -(-len(w) // (group or len(w)))
-        centroids = torch.linspace(-0.5, 3, groups * 2**bits * d, dtype=torch.promote_types(dtype, torch.float32)).reshape(groups, -1, d)
+        centroids = torch.linspace(
+            -0.5, 3, groups * 2**bits * d, dtype=torch.promote_types(dtype, torch.float32)
+        ).reshape(groups, -1, d)
         state = {"a.weight": w, "b": torch.arange(3), "c": w, "e": torch.empty(0, 2)}
         io.save_clustered({"a.weight": Clustered.of(w, centroids, form)}, state, path, entropy=entropy)
         yield path.read_bytes()
-        io.save_clustered({"a.weight": coded(w, Grid(bits, len(w.shape) - 1 if scaled else None), "minmax", layout == "output")}, state, path, entropy=entropy)
+        io.save_clustered(
+            {"a.weight": coded(w, Grid(bits, len(w.shape) - 1 if scaled else None), "minmax", layout == "output")},
+            state,
+            path,
+            entropy=entropy,
+        )
         yield path.read_bytes()
 
 

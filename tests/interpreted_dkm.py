@@ -1,7 +1,8 @@
 """DKM in Triton's interpreter. test_triton_dkm.py runs this file, in a process of its own:
 
-    TRITON_INTERPRET=1 pytest tests/interpreted_dkm.py
+TRITON_INTERPRET=1 pytest tests/interpreted_dkm.py
 """
+
 import math
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from torch.testing import assert_close
 
 import r2kernels as r2
-from r2kernels import reference, weights
-from r2kernels.arguments import accumulator
+from r2kernels import lists as weights
+from r2kernels import reference
 from r2kernels.backends import select
+from r2kernels.reference.columns import accumulator
 
 METRICS = pytest.mark.parametrize("metric", ["euclidean", "sqeuclidean"])
 
@@ -34,12 +36,14 @@ def start(k, d=1, seed=0, dtype=torch.float64):
 def results(layer, ws, cs, tau, **options):
     ws, cs = [w.detach().requires_grad_() for w in ws], [c.detach().requires_grad_() for c in cs]
     w_hat, fresh = layer.dkm(ws, cs, tau, **options)
-    grads = [draw(*w.shape, seed=50 + i, dtype=w.dtype) for i, w in enumerate(ws)] + [draw(*c.shape, seed=70 + i, dtype=c.dtype) for i, c in enumerate(cs)]
+    grads = [draw(*w.shape, seed=50 + i, dtype=w.dtype) for i, w in enumerate(ws)] + [
+        draw(*c.shape, seed=70 + i, dtype=c.dtype) for i, c in enumerate(cs)
+    ]
     found = torch.autograd.grad([*w_hat, *fresh], [*ws, *cs], grads, allow_unused=True)
     return [*w_hat, *fresh, *[f for f in found if f is not None]]
 
 
-LISTS = {       # shapes, clusters, cluster_dim, layout
+LISTS = {  # shapes, clusters, cluster_dim, layout
     "scalars": ([(9, 7), (11,), ()], (4, 3, 1), 1, "output"),
     "a tile and more": ([(40, 9), (301,)], (19, 40), 1, "output"),
     "pairs": ([(8, 5), (7, 3)], (3, 5), 2, "output"),
@@ -58,19 +62,27 @@ def test_equals_the_reference(name, metric, triton):
     if d == 2:
         ws[0] = ws[0].t().contiguous().t()
     if d == 1:
-        ws[0].view(-1)[:2] = start(clusters[0], seed=clusters[0])[:2]       # where |w - c| has a kink
+        ws[0].view(-1)[:2] = start(clusters[0], seed=clusters[0])[:2]  # where |w - c| has a kink
     cs = [start(k, d, seed=k) for k in clusters]
     for gradient in ("unrolled", "implicit") if name in ("scalars", "pairs") else ("unrolled",):
         options = {"iterations": 3, "metric": metric, "gradient": gradient, "cluster_dim": d, "layout": layout}
         tau = [0.3 + 0.2 * i for i in range(len(ws))]
-        for ours, exact in zip(results(r2, ws, cs, tau, **options), results(reference, ws, cs, tau, **options), strict=True):
+        for ours, exact in zip(
+            results(r2, ws, cs, tau, **options), results(reference, ws, cs, tau, **options), strict=True
+        ):
             assert ours.stride() == exact.stride() or d > 1
             assert_close(ours, exact, rtol=1e-10, atol=1e-11)
 
 
-BUDGET = [      # cluster_dim, metric, K, tau of weights with deviation 0.05, their centre
-    (1, "euclidean", 16, 2e-3, 0), (1, "euclidean", 5, 1, 0), (1, "euclidean", 8, 5e-3, 3), (1, "euclidean", 20, 5e-4, 0),
-    (1, "sqeuclidean", 8, 1e-4, 0), (2, "euclidean", 9, 3e-3, 0), (4, "sqeuclidean", 10, 2e-4, 0), (8, "euclidean", 4, 0.5, 0),
+BUDGET = [  # cluster_dim, metric, K, tau of weights with deviation 0.05, their centre
+    (1, "euclidean", 16, 2e-3, 0),
+    (1, "euclidean", 5, 1, 0),
+    (1, "euclidean", 8, 5e-3, 3),
+    (1, "euclidean", 20, 5e-4, 0),
+    (1, "sqeuclidean", 8, 1e-4, 0),
+    (2, "euclidean", 9, 3e-3, 0),
+    (4, "sqeuclidean", 10, 2e-4, 0),
+    (8, "euclidean", 4, 0.5, 0),
 ]
 
 
@@ -89,14 +101,24 @@ def test_error_budget(case, triton):
             exact = results(reference, [w.double()], [c.double()], tau, **options)
             scales = [w.double().abs().amax(), w.double().abs().amax(), *[e.square().mean().sqrt() for e in exact[2:]]]
             for layer, sums in ((reference, own), (r2, ours)):
-                for i, (x, e, scale) in enumerate(zip(results(layer, [w], [c], tau, **options), exact, scales, strict=True)):
+                for i, (x, e, scale) in enumerate(
+                    zip(results(layer, [w], [c], tau, **options), exact, scales, strict=True)
+                ):
                     sums[i] += ((x.double() - e) / scale).square().mean() / draws
-        assert (ours.sqrt() <= 2 * own.sqrt() + torch.tensor(ulps, dtype=torch.float64)).all(), (dtype, ours.sqrt(), own.sqrt())
+        assert (ours.sqrt() <= 2 * own.sqrt() + torch.tensor(ulps, dtype=torch.float64)).all(), (
+            dtype,
+            ours.sqrt(),
+            own.sqrt(),
+        )
 
 
 CENTROIDS = {
-    "crowded": [0, 1e-6, 1.5e-6, 1.7e-6, 2e-6, 2.1e-6, 0.5, 0.50001, 0.50002, 1], "duplicates": [0.2, 0.2, 0.2, 0.7, 0.7], "one": [0.3], "equal": [0.3] * 4,
-    "far": [-1e30, 0, 1e-30, 1e30], "out of order by an ulp": [0.1, 0.3, math.nextafter(0.3, 0), 0.8],
+    "crowded": [0, 1e-6, 1.5e-6, 1.7e-6, 2e-6, 2.1e-6, 0.5, 0.50001, 0.50002, 1],
+    "duplicates": [0.2, 0.2, 0.2, 0.7, 0.7],
+    "one": [0.3],
+    "equal": [0.3] * 4,
+    "far": [-1e30, 0, 1e-30, 1e30],
+    "out of order by an ulp": [0.1, 0.3, math.nextafter(0.3, 0), 0.8],
 }
 
 
@@ -104,7 +126,9 @@ CENTROIDS = {
 def test_intervals_are_found_exactly(name, triton):
     """Wherever the centroids lie, also where a cell of the grid holds many, and at the centroids themselves."""
     c = torch.tensor(CENTROIDS[name], dtype=torch.float64)
-    w = torch.cat([c, c.nextafter(torch.tensor(9e30)), c.nextafter(torch.tensor(-9e30)), draw(300), 1e-6 * draw(100)]).repeat(3)
+    w = torch.cat(
+        [c, c.nextafter(torch.tensor(9e30)), c.nextafter(torch.tensor(-9e30)), draw(300), 1e-6 * draw(100)]
+    ).repeat(3)
     problem = [w], torch.tensor([0.05], dtype=torch.float64), (len(c),), "euclidean", 1, "output"
     new, g = c + 0.01 * draw(len(c)), draw(len(w), seed=3)
     u, moments = draw(1, len(c), 1, seed=4), draw(1, len(c), 3, seed=5).abs()
@@ -113,7 +137,12 @@ def test_intervals_are_found_exactly(name, triton):
     assert_close(ours.output(*steps[0][:2])[0], exact.output(*steps[0][:2])[0], rtol=1e-9, atol=1e-9)
     gradient = ours.gradient(steps, [g])[0]
     assert gradient.isfinite().all()
-    if name in ("crowded", "duplicates", "one", "equal"):       # numbers of 1e30 take all digits of the others; an ulp decides about a slope
+    if name in (
+        "crowded",
+        "duplicates",
+        "one",
+        "equal",
+    ):  # numbers of 1e30 take all digits of the others; an ulp decides about a slope
         assert_close(gradient, exact.gradient(steps, [g])[0], rtol=1e-8, atol=1e-8)
 
 
@@ -121,7 +150,9 @@ def test_many_centroids(triton):
     """More than a byte holds."""
     w, k = draw(500), 300
     options = {"iterations": 1}
-    for ours, exact in zip(results(r2, [w], [start(k)], 0.01, **options), results(reference, [w], [start(k)], 0.01, **options), strict=True):
+    for ours, exact in zip(
+        results(r2, [w], [start(k)], 0.01, **options), results(reference, [w], [start(k)], 0.01, **options), strict=True
+    ):
         assert_close(ours, exact, rtol=1e-9, atol=1e-10)
 
 
@@ -132,11 +163,18 @@ def test_invalid_numbers_give_nan(d, metric, triton):
     for special in (math.nan, math.inf, -math.inf):
         bad = w.clone()
         bad[3, 2] = special
-        for ours, exact in zip(results(r2, [bad], [start(4, d).float()], 0.2, iterations=2, metric=metric, cluster_dim=d),
-                               results(reference, [bad], [start(4, d).float()], 0.2, iterations=2, metric=metric, cluster_dim=d), strict=True):
+        for ours, exact in zip(
+            results(r2, [bad], [start(4, d).float()], 0.2, iterations=2, metric=metric, cluster_dim=d),
+            results(reference, [bad], [start(4, d).float()], 0.2, iterations=2, metric=metric, cluster_dim=d),
+            strict=True,
+        ):
             assert ours.isnan()[exact.isnan()].all()
-        one = triton.DKM([bad], torch.tensor([0.2]), (4,), metric, d, "output").output(*[start(4, d).float().sort(0).values.reshape(1, 4, d)] * 2)[0]
-        exact = reference.DKM([bad], torch.tensor([0.2]), (4,), metric, d, "output").output(*[start(4, d).float().sort(0).values.reshape(1, 4, d)] * 2)[0]
+        one = triton.DKM([bad], torch.tensor([0.2]), (4,), metric, d, "output").output(
+            *[start(4, d).float().sort(0).values.reshape(1, 4, d)] * 2
+        )[0]
+        exact = reference.DKM([bad], torch.tensor([0.2]), (4,), metric, d, "output").output(
+            *[start(4, d).float().sort(0).values.reshape(1, 4, d)] * 2
+        )[0]
         assert torch.equal(one.isnan(), exact.isnan())
     c = start(4, d).float().sort(0).values.reshape(1, 4, d).expand(4, 4, d)
     job = triton.DKM([w] * 4, torch.tensor([0.0, -1.0, math.nan, 0.3]), (4,) * 4, metric, d, "output")
@@ -145,7 +183,11 @@ def test_invalid_numbers_give_nan(d, metric, triton):
     outputs = job.output(c, c)
     u = job.recur(c, c, torch.ones_like(c), moments, [w] * 4)
     gradients = job.gradient([(c, c, u, moments, True)], [w] * 4)
-    assert all(x.isnan().all() for x in (*outputs[:3], *gradients[:3], u[:3])) and outputs[3].isfinite().all() and gradients[3].isfinite().all()
+    assert (
+        all(x.isnan().all() for x in (*outputs[:3], *gradients[:3], u[:3]))
+        and outputs[3].isfinite().all()
+        and gradients[3].isfinite().all()
+    )
 
 
 def test_empty_clusters_stay(triton):
@@ -176,7 +218,11 @@ def test_assign(k, d, triton):
         with pytest.warns(UserWarning) if k > 9 else torch.no_grad():
             codes = r2.assign(ws, cs, cluster_dim=d, layout=layout)
         for w, c, found in zip(ws, cs, codes, strict=True):
-            D = torch.cdist(reference.columns(w, d, layout).t().double(), c.double().reshape(-1, d), compute_mode="donot_use_mm_for_euclid_dist")
+            D = torch.cdist(
+                reference.columns(w, d, layout).t().double(),
+                c.double().reshape(-1, d),
+                compute_mode="donot_use_mm_for_euclid_dist",
+            )
             assert found.dtype == (torch.uint8 if len(c) <= 256 else torch.int32)
             assert_close(D.gather(1, found.long()[:, None])[:, 0], D.amin(1), rtol=1e-6, atol=0)
     w = torch.tensor([-9.0, 0.5, 1.5, 2.0, math.nan, math.inf])
@@ -185,7 +231,8 @@ def test_assign(k, d, triton):
 
 def test_chunks_groups_and_bits(triton, monkeypatch):
     """Several chunks of each plan; few partial sums at a time; a padding longer than the largest number of clusters; the same bits again."""
-    from r2kernels.backends.triton import clustering
+    from r2kernels.backends.triton import dkm as clustering
+
     ws, tau = [draw(20000).float(), draw(17).float()], torch.tensor([0.2, 0.1])
     for metric in ("euclidean", "sqeuclidean"):
         c = torch.zeros(2, 24, 1)
@@ -199,14 +246,18 @@ def test_chunks_groups_and_bits(triton, monkeypatch):
             found.append([new, moments, u, *job.output(c, new), *job.gradient([(c, new, u, moments, True)], ws)])
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
         assert all((x[0, 20:] == 0).all() and (x[1, 3:] == 0).all() for x in found[0][:3])
-        exact = reference.DKM([w.double() for w in ws], tau.double(), (20, 3), metric, 1, "output").update(c.double())[0]
+        exact = reference.DKM([w.double() for w in ws], tau.double(), (20, 3), metric, 1, "output").update(c.double())[
+            0
+        ]
         assert_close(new.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("d", [1, 3])
 def test_flat_target(d, triton, monkeypatch):
     """As on a GPU: in one tensor, leftovers passed on and the gaps zeroed."""
-    from r2kernels.backends.triton import clustering, common
+    from r2kernels.backends.triton import dkm as clustering
+    from r2kernels.backends.triton import skeletons as common
+
     ws = [draw(50, 2).float(), draw(64).float(), draw(7).float()]
     flat = torch.full((weights.gradient_offsets(ws)[-1],), math.nan)
     monkeypatch.setattr(clustering.DKM, "_targets", lambda job: ([flat], flat, common.FLAT))
@@ -215,10 +266,11 @@ def test_flat_target(d, triton, monkeypatch):
     exact = reference.DKM(*problem)
     ours = triton.DKM(*problem)
     moments, u = draw(3, 3, 3 if d == 1 else 1).abs().float(), draw(3, 3, d).float()
-    for run in (lambda job: job.output(c, c + 1), lambda job: job.gradient([(c, c + 1, u, moments, True)], [w * 2 for w in ws])):
+    for run in (
+        lambda job: job.output(c, c + 1),
+        lambda job: job.gradient([(c, c + 1, u, moments, True)], [w * 2 for w in ws]),
+    ):
         run(ours)
         for w, e, offset in zip(ws, run(exact), weights.gradient_offsets(ws), strict=False):
             assert_close(flat[offset : offset + w.numel()], e.flatten(), rtol=1e-4, atol=1e-4)
             assert (flat[offset + w.numel() : offset + -(-w.numel() // 64) * 64] == 0).all()
-
-

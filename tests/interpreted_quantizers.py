@@ -1,7 +1,8 @@
 """Quantizers and regularizers in Triton's interpreter. test_triton_quantizers.py runs this file, in a process of its own:
 
-    TRITON_INTERPRET=1 pytest tests/interpreted_quantizers.py
+TRITON_INTERPRET=1 pytest tests/interpreted_quantizers.py
 """
+
 import math
 
 import pytest
@@ -10,11 +11,14 @@ from cases import DTYPES
 from torch.testing import assert_close
 
 import r2kernels as r2
-from r2kernels import reference, weights
-from r2kernels.arguments import accumulator
+from r2kernels import lists as weights
+from r2kernels import reference
 from r2kernels.backends import select
+from r2kernels.reference.columns import accumulator
 
-BITS = [(torch.float32, bits) for bits in (1, 2, 5, 8)] + [(dtype, bits) for dtype in DTYPES if dtype != torch.float32 for bits in (1, 4)]
+BITS = [(torch.float32, bits) for bits in (1, 2, 5, 8)] + [
+    (dtype, bits) for dtype in DTYPES if dtype != torch.float32 for bits in (1, 4)
+]
 TERMS = {"l_inf": 0, "margin": 2, "soft_min_max": 1, "kure": 1, "bin_reg": 1, "msqe": 1, "partial_l2": 1}
 
 
@@ -30,8 +34,13 @@ def draw(*shape, seed=1, dtype=torch.float64):
 
 def tensors(dtype, seed=0):
     """Contiguous, unaligned and longer than a chunk, transposed, channels_last, one element; every one with ties of codes."""
-    found = [draw(2, 3, 4, seed=seed), draw(2, 2200, seed=seed + 1).reshape(-1)[1:].reshape(1, -1), draw(2, 9, seed=seed + 2).t(),
-             draw(2, 3, 2, 5, seed=seed + 3), draw(1, 1, seed=seed + 4)]
+    found = [
+        draw(2, 3, 4, seed=seed),
+        draw(2, 2200, seed=seed + 1).reshape(-1)[1:].reshape(1, -1),
+        draw(2, 9, seed=seed + 2).t(),
+        draw(2, 3, 2, 5, seed=seed + 3),
+        draw(1, 1, seed=seed + 4),
+    ]
     found = [x.to(dtype) for x in found]
     found[3] = found[3].contiguous(memory_format=torch.channels_last)
     found[0][0, 0] = torch.tensor([0.5, 0.75, -0.25, 0.0]) * 0.5
@@ -91,7 +100,11 @@ def test_quantizers(dtype, bits, triton):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("axis", [0, 1, -1])
 def test_lsq_by_channel(axis, dtype, triton):
-    xs = [draw(2, 3, 4, dtype=dtype), draw(3, 2, seed=2, dtype=dtype).t(), draw(2, 3, 2, 2, seed=3, dtype=dtype).contiguous(memory_format=torch.channels_last)]
+    xs = [
+        draw(2, 3, 4, dtype=dtype),
+        draw(3, 2, seed=2, dtype=dtype).t(),
+        draw(2, 3, 2, 2, seed=3, dtype=dtype).contiguous(memory_format=torch.channels_last),
+    ]
     step = draw(sum(x.shape[axis] for x in xs), seed=4, dtype=accumulator(dtype)).abs() + 0.05
     both(triton, "lsq", xs, step, 3, True, axis)
     both(triton, "lsq", [draw(2, 4100, dtype=dtype)], step[:2], 2, False, 0)
@@ -106,7 +119,9 @@ def test_every_code_and_tie(dtype, triton):
     halves = torch.arange(-300, 300, dtype=dtype) / 2
     for s in (0.3, 1e-3, 1 / 3, 7e4):
         x = halves * torch.tensor(s, dtype=dtype)
-        x = torch.cat([x, torch.nextafter(x, torch.full_like(x, math.inf)), torch.nextafter(x, torch.full_like(x, -math.inf))])
+        x = torch.cat(
+            [x, torch.nextafter(x, torch.full_like(x, math.inf)), torch.nextafter(x, torch.full_like(x, -math.inf))]
+        )
         for bits, signed in ((8, True), (8, False), (3, True)):
             both(triton, "lsq", [x], numbers(s, dtype=dtype), bits, signed, None)
         both(triton, "pact", [x], numbers(255 * s, dtype=dtype), 8, True)
@@ -116,7 +131,9 @@ def test_every_code_and_tie(dtype, triton):
 
 def test_tanh(triton):
     for dtype in (torch.float64, torch.float32):
-        x = torch.cat([torch.linspace(-10, 10, 4001, dtype=torch.float64), torch.logspace(-8, 1, 3000, dtype=torch.float64)]).to(dtype)
+        x = torch.cat(
+            [torch.linspace(-10, 10, 4001, dtype=torch.float64), torch.logspace(-8, 1, 3000, dtype=torch.float64)]
+        ).to(dtype)
         scale, g = numbers(0.5, 1.0, dtype=dtype)[None], torch.ones_like(x)
         found = triton.dorefa_bwd([g], [x], scale, 2, True)[0]
         t = x.double().tanh()
@@ -128,7 +145,15 @@ def test_ties_of_the_maximum(triton):
     """Some chunks hold the maximum, one of either sign, others do not."""
     x = draw(13000, dtype=torch.float32).clamp(-1.5, 1.5)
     x[4096:8192] *= 0.5
-    both(triton, "dorefa", [x, x[:300].clone(), torch.zeros(5)], tops([x, x[:300], torch.zeros(5)], 3), 3, False, bits_of_gradients=False)
+    both(
+        triton,
+        "dorefa",
+        [x, x[:300].clone(), torch.zeros(5)],
+        tops([x, x[:300], torch.zeros(5)], 3),
+        3,
+        False,
+        bits_of_gradients=False,
+    )
 
 
 def test_special_values_and_invalid_parameters(triton):
@@ -139,7 +164,17 @@ def test_special_values_and_invalid_parameters(triton):
                 both(triton, "lsq", [x], torch.tensor([p]), bits, flag, None)
                 both(triton, "pact", [x], torch.tensor([p]), bits, flag)
             for low, high in ((-1.0, 1.0), (1.0, 1.0), (1.0, -1.0), (math.nan, 1.0)):
-                both(triton, "ewgs", [x], torch.tensor([low]), torch.tensor([high]), torch.tensor([0.1]), bits, flag, bits_of_gradients=False)
+                both(
+                    triton,
+                    "ewgs",
+                    [x],
+                    torch.tensor([low]),
+                    torch.tensor([high]),
+                    torch.tensor([0.1]),
+                    bits,
+                    flag,
+                    bits_of_gradients=False,
+                )
     for some in (x, x[3:]):
         both(triton, "dorefa", [some], tops([some], 2), 2, False, bits_of_gradients=False)
     for s in (0.3, 0.0, math.nan):
@@ -183,14 +218,27 @@ def test_threshold_is_exact(dtype, triton):
 
 def given(names, dtype, count):
     def one(value):
-        return torch.full((count, 1), value, dtype=accumulator(dtype)) * torch.linspace(0.8, 1.2, count, dtype=accumulator(dtype))[:, None]
-    of = {"l_inf": [], "margin": [one(-0.6), one(0.4)], "soft_min_max": [one(2.0)], "kure": [one(1.8)], "bin_reg": [one(0.3)], "msqe": [one(0.2)],
-          "partial_l2": [torch.ones(count, dtype=torch.int64)]}
+        return (
+            torch.full((count, 1), value, dtype=accumulator(dtype))
+            * torch.linspace(0.8, 1.2, count, dtype=accumulator(dtype))[:, None]
+        )
+
+    of = {
+        "l_inf": [],
+        "margin": [one(-0.6), one(0.4)],
+        "soft_min_max": [one(2.0)],
+        "kure": [one(1.8)],
+        "bin_reg": [one(0.3)],
+        "msqe": [one(0.2)],
+        "partial_l2": [torch.ones(count, dtype=torch.int64)],
+    }
     return [p for name in names for p in of[name]], [3 if name in ("bin_reg", "msqe") else 0 for name in names]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("names", [list(TERMS), ["soft_min_max", "kure", "msqe"], ["partial_l2", "bin_reg"], ["msqe", "l_inf"]], ids="+".join)
+@pytest.mark.parametrize(
+    "names", [list(TERMS), ["soft_min_max", "kure", "msqe"], ["partial_l2", "bin_reg"], ["msqe", "l_inf"]], ids="+".join
+)
 def test_terms(names, dtype, triton):
     ws = tensors(dtype, seed=50)
     parameters, bits = given(names, dtype, len(ws))
@@ -201,7 +249,9 @@ def test_terms(names, dtype, triton):
         close(losses, exact_losses, digits=50)
         assert [s.shape for s in saved] == [s.shape for s in exact_saved]
         grads = [draw(len(ws), seed=60 + i, dtype=losses[0].dtype) for i in range(len(names))]
-        ours, exact = (layer.terms_bwd(grads, ws, *problem, kept) for layer, kept in ((triton, saved), (reference, exact_saved)))
+        ours, exact = (
+            layer.terms_bwd(grads, ws, *problem, kept) for layer, kept in ((triton, saved), (reference, exact_saved))
+        )
         close(ours[0], exact[0], digits=20)
         if learned:
             close(ours[1], exact[1], digits=100)
@@ -214,8 +264,16 @@ def test_a_chunk_that_is_read_again(triton):
     w[4000] = 900.0
     names = ["soft_min_max", "kure", "msqe"]
     for learned in (True, False):
-        problem = names, [torch.tensor([[3.0]]), torch.tensor([[1.8]]), torch.tensor([[0.5]])], [0, 0, 4], [learned, False, False]
-        alone = triton.soft_min_max_fwd([w], torch.tensor([[3.0]]), learned, 1, "output")[0], triton.kure_fwd([w], torch.tensor([[1.8]]))[0]
+        problem = (
+            names,
+            [torch.tensor([[3.0]]), torch.tensor([[1.8]]), torch.tensor([[0.5]])],
+            [0, 0, 4],
+            [learned, False, False],
+        )
+        alone = (
+            triton.soft_min_max_fwd([w], torch.tensor([[3.0]]), learned, 1, "output")[0],
+            triton.kure_fwd([w], torch.tensor([[1.8]]))[0],
+        )
         losses, _ = triton.terms_fwd([w], *problem)
         assert torch.equal(losses[0], alone[0]) and torch.equal(losses[1], alone[1])
 
@@ -233,8 +291,15 @@ def test_flat_target_and_added_gradients(triton, monkeypatch):
     exact_y = triton.lsq_fwd(ws, step[:, 0], 3, True, None)
     monkeypatch.setattr(triton.skeletons, "TABLE", triton.skeletons.FLAT)
     monkeypatch.setattr(weights, "empty_gradients", lambda *_: [flat])
-    monkeypatch.setattr(weights, "device_table", lambda tensors, device, plain=weights.device_table: flat if tensors[0] is flat else plain(tensors, device))
-    for run, wanted in ((lambda: triton.lsq_fwd(ws, step[:, 0], 3, True, None), exact_y), (lambda: triton.msqe_bwd(grad, ws, step, saved, 3), exact)):
+    monkeypatch.setattr(
+        weights,
+        "device_table",
+        lambda tensors, device, plain=weights.device_table: flat if tensors[0] is flat else plain(tensors, device),
+    )
+    for run, wanted in (
+        (lambda: triton.lsq_fwd(ws, step[:, 0], 3, True, None), exact_y),
+        (lambda: triton.msqe_bwd(grad, ws, step, saved, 3), exact),
+    ):
         flat.fill_(math.nan)
         run()
         for w, e, offset in zip(ws, wanted, weights.gradient_offsets(ws), strict=False):
@@ -249,6 +314,16 @@ def test_public_functions_and_the_same_bits_again(triton):
     for _ in range(2):
         a, step = x.clone().requires_grad_(), torch.tensor(0.2, requires_grad=True)
         y = r2.lsq(a, step, 4) + r2.pact(a, 1.0, 4) + r2.dorefa(a, 4) + r2.ewgs(a, -1.0, 1.0, 4)
-        losses = r2.weight_terms(a, {"kure": {}, "msqe": {"step": step, "bits": 4}, "bin_reg": {"step": 0.2, "bits": 4}, "partial_l2": {"fraction": 0.3}})
-        found.append(torch.autograd.grad((y * x.t().contiguous().t()).sum() + y.sum() + sum(losses.values()), [a, step]))
+        losses = r2.weight_terms(
+            a,
+            {
+                "kure": {},
+                "msqe": {"step": step, "bits": 4},
+                "bin_reg": {"step": 0.2, "bits": 4},
+                "partial_l2": {"fraction": 0.3},
+            },
+        )
+        found.append(
+            torch.autograd.grad((y * x.t().contiguous().t()).sum() + y.sum() + sum(losses.values()), [a, step])
+        )
     assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))

@@ -1,11 +1,12 @@
 """coremltools' differentiable k-means (`FakePalettize`), brought to the inputs and outputs of `r2kernels.dkm`. Also used by the benchmarks."""
+
 import contextlib
 import io
 import logging
 
 import torch
 
-FLOOR = 1e-7            # coremltools clamps attention from below at this, without normalising again
+FLOOR = 1e-7  # coremltools clamps attention from below at this, without normalising again
 
 
 def load():
@@ -23,8 +24,18 @@ def palettizer(w, centroids, tau, iterations, cluster_dim=1, floor=FLOOR, cluste
     """
     bits = (clusters or len(centroids)).bit_length() - 1
     made = load()(
-        observer=torch.ao.quantization.MovingAverageMinMaxObserver, dtype=torch.qint8, n_bits=bits, cluster_dim=cluster_dim,
-        advanced_options={"palett_tau": tau, "kmeans_max_iter": iterations, "palett_epsilon": -1.0, "prune_threshold": 0.0, "zero_threshold": floor})
+        observer=torch.ao.quantization.MovingAverageMinMaxObserver,
+        dtype=torch.qint8,
+        n_bits=bits,
+        cluster_dim=cluster_dim,
+        advanced_options={
+            "palett_tau": tau,
+            "kmeans_max_iter": iterations,
+            "palett_epsilon": -1.0,
+            "prune_threshold": 0.0,
+            "zero_threshold": floor,
+        },
+    )
     made.enable_fake_palett()
     made.train()
     made.create_partitions(w.detach())

@@ -1,4 +1,5 @@
 """Draws of numbers, what k-means minimises of them, and the least that it can be."""
+
 import math
 
 import numpy as np
@@ -29,7 +30,12 @@ DRAWS = {"gaussian": normal, "laplace": laplace, "student": student}
 def inertia(rows, centroids, weight=1.0):
     """The sum that k-means minimises, in float64; rows (N,) or (N, d)."""
     rows, centroids = (t.double().reshape(len(t), -1) for t in (rows, centroids))
-    near = torch.cat([torch.cdist(block, centroids, compute_mode="donot_use_mm_for_euclid_dist").amin(1) for block in rows.split(4096)])
+    near = torch.cat(
+        [
+            torch.cdist(block, centroids, compute_mode="donot_use_mm_for_euclid_dist").amin(1)
+            for block in rows.split(4096)
+        ]
+    )
     return (weight * near.square()).sum().item()
 
 

@@ -1,4 +1,5 @@
 """What a compiled kernel costs, read from its machine code: registers, spills, 128-bit accesses, instructions per weight. Needs no GPU."""
+
 import functools
 import heapq
 import importlib.util
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 SOURCES = Path(__file__).parent.parent / "csrc/cuda"
-TYPES = {"float32": ("f", 4), "bfloat16": ("13__nv_bfloat16", 2), "float16": ("6__half", 2)}      # mangled, bytes
+TYPES = {"float32": ("f", 4), "bfloat16": ("13__nv_bfloat16", 2), "float16": ("6__half", 2)}  # mangled, bytes
 
 _FUNCTION = re.compile(r"^\s*Function : (\S+)", re.M)
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", re.M)
@@ -39,12 +40,17 @@ def find_nvcc():
 def compiled(name):
     """Name -> Kernel of this source file as compiled for sm_90; skips the test where that cannot be done."""
     import pytest
+
     nvcc, cuobjdump = find_nvcc(), find_cuobjdump()
     if nvcc is None or cuobjdump is None:
         pytest.skip("no nvcc was found" if nvcc is None else "no cuobjdump was found")
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
-        subprocess.run([nvcc, "-std=c++17", "-O3", "-DR2_WITH_CUDA", "-arch=sm_90", "-cubin", "-o", cubin, SOURCES / name], check=True, timeout=900)
+        subprocess.run(
+            [nvcc, "-std=c++17", "-O3", "-DR2_WITH_CUDA", "-arch=sm_90", "-cubin", "-o", cubin, SOURCES / name],
+            check=True,
+            timeout=900,
+        )
         return kernels(cubin, cuobjdump)
 
 
@@ -54,8 +60,8 @@ class Kernel:
     registers: int
     stack: int
     local: int
-    instructions: list = field(default_factory=list)    # (predicate or "", opcode, operands), in order
-    targets: dict = field(default_factory=dict)         # index of a jump -> index it goes to
+    instructions: list = field(default_factory=list)  # (predicate or "", opcode, operands), in order
+    targets: dict = field(default_factory=dict)  # index of a jump -> index it goes to
 
     @property
     def spills(self):
@@ -109,8 +115,13 @@ class Kernel:
 def kernels(binary, cuobjdump):
     """Name -> Kernel for each kernel of a cubin or object file."""
     usage = subprocess.run([cuobjdump, "-res-usage", str(binary)], check=True, capture_output=True, text=True)
-    found = {name: Kernel(name, int(reg), int(stack), int(local)) for name, reg, stack, _, local in _USAGE.findall(usage.stdout + usage.stderr)}
-    parts = _FUNCTION.split(subprocess.run([cuobjdump, "-sass", str(binary)], check=True, capture_output=True, text=True).stdout)
+    found = {
+        name: Kernel(name, int(reg), int(stack), int(local))
+        for name, reg, stack, _, local in _USAGE.findall(usage.stdout + usage.stderr)
+    }
+    parts = _FUNCTION.split(
+        subprocess.run([cuobjdump, "-sass", str(binary)], check=True, capture_output=True, text=True).stdout
+    )
     for name, body in zip(parts[1::2], parts[2::2], strict=True):
         if name in found:
             _read(found[name], body)
@@ -129,7 +140,7 @@ def _read(kernel, body):
         target = re.search(r"0x([0-9a-f]+)$", operands)
         if opcode.startswith("BSSY"):
             barriers[operands.split(",")[0].strip()] = int(target[1], 16)
-        elif opcode.startswith("BSYNC"):        # threads that come together again go on where BSSY said
+        elif opcode.startswith("BSYNC"):  # threads that come together again go on where BSSY said
             jumps[i] = barriers.get(operands.split(",")[-1].strip())
         elif opcode.startswith("BRA") and target:
             jumps[i] = int(target[1], 16)

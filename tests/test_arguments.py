@@ -1,4 +1,5 @@
 """Bad input: every call says which argument is wrong, what it was and what is allowed, before any work; the public functions and the reference alike."""
+
 import importlib
 import re
 import threading
@@ -8,9 +9,10 @@ import torch
 import torch.distributed as dist
 
 import r2kernels
-from r2kernels import arguments, reference
+from r2kernels import reference
+from r2kernels.reference import parameters
 
-served = importlib.import_module("r2kernels.backends")      # the package; r2kernels.backends is the function
+served = importlib.import_module("r2kernels.backends")  # the package; r2kernels.backends is the function
 W = torch.randn(4, 6)
 LAYERS = pytest.mark.parametrize("layer", [r2kernels, reference], ids=["r2kernels", "reference"])
 
@@ -46,7 +48,11 @@ WEIGHTS = [
     (W.to(torch.complex64), TypeError, "W has dtype torch.complex64; allowed are"),
     (W.to(torch.float8_e4m3fn), TypeError, "W has dtype torch.float8_e4m3fn; allowed are"),
     ([W, W.long()], TypeError, "W[1] has dtype torch.int64; allowed are"),
-    ([W, W, W.half()], TypeError, "W[2] has dtype torch.float16 but W[0] has torch.float32; a sequence must have one dtype"),
+    (
+        [W, W, W.half()],
+        TypeError,
+        "W[2] has dtype torch.float16 but W[0] has torch.float32; a sequence must have one dtype",
+    ),
     ([W, W.to("meta")], ValueError, "W[1] is on meta but W[0] is on cpu; a sequence must be on one device"),
     (torch.empty(0, 3), ValueError, "W is empty (shape (0, 3)); it must have at least one element"),
     ([W, torch.empty(0)], ValueError, "W[1] is empty (shape (0,)); it must have at least one element"),
@@ -56,7 +62,12 @@ WEIGHTS = [
     (lazy, TypeError, "W is an uninitialized parameter; run the model once before its weights are used"),
 ]
 CALLS = {
-    "l_inf": {}, "margin": {"M": 0.1}, "soft_min_max": {"alpha": 0.1}, "soft_extrema": {"alpha": 0.1}, "kure": {}, "weight_stats": {},
+    "l_inf": {},
+    "margin": {"M": 0.1},
+    "soft_min_max": {"alpha": 0.1},
+    "soft_extrema": {"alpha": 0.1},
+    "kure": {},
+    "weight_stats": {},
 }
 
 
@@ -103,7 +114,12 @@ def numbers(name):
         ("one", [0.1], ValueError, f"{name} has 1 values; allowed is a number or a tensor"),
         ("list", [0.5], ValueError, f"{name} has 1 values; allowed is one number, or 2, one for each tensor of W"),
         ("list", [0.5, "a"], TypeError, f"{name}[1] must be a number or a tensor, got str"),
-        ("one", torch.tensor(1), TypeError, f"{name} has dtype torch.int64; allowed are float64, float32, bfloat16 and float16"),
+        (
+            "one",
+            torch.tensor(1),
+            TypeError,
+            f"{name} has dtype torch.int64; allowed are float64, float32, bfloat16 and float16",
+        ),
         ("one", torch.tensor([0.5]), None, None),
         ("one", torch.tensor([0.5, 0.5]), ValueError, f"{name} has shape (2,); allowed are (), (1,)"),
         ("list", torch.tensor([0.5, 0.5, 0.5]), ValueError, f"{name} has shape (3,); allowed are (), (2,), (2, 1)"),
@@ -117,18 +133,38 @@ PARAMETERS = [
     *[("margin", "M", *row) for row in numbers("M")],
     *[("margin", "k", *row) for row in numbers("k")],
     *[("kure", "target", *row) for row in numbers("target")],
-    *[(function, name, "one", value, ValueError, f"{name} must be a finite number, got {value:g}") for value in (NAN, INF, -INF)
-      for function, name in (("soft_min_max", "alpha"), ("soft_extrema", "alpha"), ("margin", "M"), ("kure", "target"))],
-    *[("margin", "k", "one", value, ValueError, f"k must be an int >= 1, or a fraction in (0, 1), got {value:g}") for value in (0, -1, 1.5, 2.5, NAN, INF)],
+    *[
+        (function, name, "one", value, ValueError, f"{name} must be a finite number, got {value:g}")
+        for value in (NAN, INF, -INF)
+        for function, name in (
+            ("soft_min_max", "alpha"),
+            ("soft_extrema", "alpha"),
+            ("margin", "M"),
+            ("kure", "target"),
+        )
+    ],
+    *[
+        ("margin", "k", "one", value, ValueError, f"k must be an int >= 1, or a fraction in (0, 1), got {value:g}")
+        for value in (0, -1, 1.5, 2.5, NAN, INF)
+    ],
     ("margin", "k", "list", [1, 0], ValueError, "k[1] must be an int >= 1, or a fraction in (0, 1), got 0"),
     ("soft_min_max", "alpha", "list", [0.5, INF], ValueError, "alpha[1] must be a finite number, got inf"),
-    ("margin", "k", "one", LEARNED, ValueError, "k requires grad, but no gradient is defined for it; pass k.detach() or a number"),
+    (
+        "margin",
+        "k",
+        "one",
+        LEARNED,
+        ValueError,
+        "k requires grad, but no gradient is defined for it; pass k.detach() or a number",
+    ),
     ("kure", "target", "one", LEARNED, ValueError, "target requires grad, but no gradient is defined for it"),
 ]
 
 
 @LAYERS
-@pytest.mark.parametrize(("function", "name", "given", "value", "error", "message"), PARAMETERS, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize(
+    ("function", "name", "given", "value", "error", "message"), PARAMETERS, ids=lambda x: str(x)[:40]
+)
 def test_parameters(function, name, given, value, error, message, layer):
     call = {**CALLS[function], name: value}
     w = W if given == "one" else [W, W]
@@ -161,10 +197,13 @@ ALLOWED = [
 def test_forms_of_a_parameter(given, d, value, expected):
     for dtype, wide in ((torch.float16, torch.float32), (torch.float64, torch.float64)):
         like = W.to(dtype)
-        p = arguments.parameter("alpha", value, len(expected), given == "one", d, like)
+        p = parameters.parameter("alpha", value, len(expected), given == "one", d, like)
         assert p.dtype == wide and p.is_contiguous() and p.tolist() == expected
         w = like if given == "one" else [like, like]
-        assert torch.equal(r2kernels.soft_min_max(w, value, cluster_dim=d), r2kernels.soft_min_max(w, p[0] if given == "one" else p, cluster_dim=d))
+        assert torch.equal(
+            r2kernels.soft_min_max(w, value, cluster_dim=d),
+            r2kernels.soft_min_max(w, p[0] if given == "one" else p, cluster_dim=d),
+        )
 
 
 def test_sequences_that_are_no_lists():
@@ -176,6 +215,7 @@ def test_sequences_that_are_no_lists():
 def test_dtensors_are_rejected():
     """Their data_ptr() is 0, without an error."""
     from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
+
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         w = DTensor.from_local(W, init_device_mesh("cpu", (1,)), [Replicate()])
@@ -213,22 +253,31 @@ def test_unknown_backend(name):
 
 def test_environment(fresh, monkeypatch):
     monkeypatch.setenv("R2KERNELS_BACKEND", "fast")
-    with pytest.raises(ValueError, match=re.escape("R2KERNELS_BACKEND='fast' is unknown; allowed are ('triton', 'cuda', 'cpu', 'reference')")):
+    with pytest.raises(
+        ValueError,
+        match=re.escape("R2KERNELS_BACKEND='fast' is unknown; allowed are ('triton', 'cuda', 'cpu', 'reference')"),
+    ):
         r2kernels.l_inf(W)
     fresh._environment.cache_clear()
     monkeypatch.setenv("R2KERNELS_BACKEND", "cuda")
     with pytest.raises(RuntimeError, match=r"backend 'cuda' was chosen explicitly but cannot be used: .+"):
         r2kernels.l_inf(W)
-    with r2kernels.use_backend("reference"):        # the nearer choice wins
+    with r2kernels.use_backend("reference"):  # the nearer choice wins
         assert r2kernels.l_inf(W) == W.abs().max()
 
 
 def test_explicit_choice_never_falls_back(fresh, monkeypatch):
     monkeypatch.setattr(served, "_load", lambda name: (None, "it is broken"))
-    with pytest.raises(RuntimeError, match="backend 'cpu' was chosen explicitly but cannot be used: it is broken"), r2kernels.use_backend("cpu"):
+    with (
+        pytest.raises(RuntimeError, match="backend 'cpu' was chosen explicitly but cannot be used: it is broken"),
+        r2kernels.use_backend("cpu"),
+    ):
         r2kernels.l_inf(W)
     monkeypatch.setattr(served, "_load", lambda name: (type("Backend", (), {"devices": ("cuda",)}), None))
-    with pytest.raises(RuntimeError, match="cannot be used: it serves cuda tensors, W is on cpu"), r2kernels.use_backend("triton"):
+    with (
+        pytest.raises(RuntimeError, match="cannot be used: it serves cuda tensors, W is on cpu"),
+        r2kernels.use_backend("triton"),
+    ):
         r2kernels.l_inf(W)
 
 

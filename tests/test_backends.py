@@ -1,4 +1,5 @@
 """Every backend, held to the reference by the budget of budget.py, and to what the contract promises beside accuracy."""
+
 import os
 
 import budget
@@ -8,12 +9,14 @@ import torch
 
 import r2kernels as r2
 from r2kernels import ops, reference
-from r2kernels.arguments import accumulator
-from r2kernels.weights import carve_gradients, is_dense
+from r2kernels.lists import carve_gradients, is_dense
+from r2kernels.reference.columns import accumulator
 
 pytestmark = pytest.mark.usefixtures("nan_filled", "one_thread")
 
-ONE_EACH = [cases.BY_LABEL[label] for label in ("l_inf", "margin-fraction", "soft_min_max", "soft_extrema-negative", "kure")]
+ONE_EACH = [
+    cases.BY_LABEL[label] for label in ("l_inf", "margin-fraction", "soft_min_max", "soft_extrema-negative", "kure")
+]
 GEOMETRIES = [(d, layout) for d in (2, 3, 4) for layout in ("output", "contiguous")]
 QUICK = [name for name in cases.INPUTS if name not in ("several chunks", "outliers", "mixed list")]
 STRIDED = ["below a vector", "channels last", "transposed", "every second", "expanded", "unaligned"]
@@ -25,7 +28,9 @@ every_dtype = pytest.mark.parametrize("dtype", cases.DTYPES, ids=lambda dtype: s
 
 def first(name, chosen, values, ids=None):
     """Parametrizes a test over the values; those beside the chosen ones are marked as exhaustive."""
-    return pytest.mark.parametrize(name, [v if v in chosen else pytest.param(v, marks=pytest.mark.exhaustive) for v in values], ids=ids)
+    return pytest.mark.parametrize(
+        name, [v if v in chosen else pytest.param(v, marks=pytest.mark.exhaustive) for v in values], ids=ids
+    )
 
 
 def first_dtypes(*chosen):
@@ -72,7 +77,10 @@ def test_the_budget_itself(op, plain):
         with plain.chosen():
             result = budget.evaluate(one)
         own.add(budget.errors(result, exact, scale))
-        off = {"loss": result.loss + 1e-6 * scale.loss, "weights": [g + 1e-6 * s for g, s in zip(result.weights, scale.weights, strict=True)]}
+        off = {
+            "loss": result.loss + 1e-6 * scale.loss,
+            "weights": [g + 1e-6 * s for g, s in zip(result.weights, scale.weights, strict=True)],
+        }
         off["parameter"] = None if result.parameter is None else result.parameter + 1e-6 * scale.parameter
         for field, quantity in (("loss", "loss"), ("weights", "dW"), ("parameter", "dparameter")):
             wrong[quantity].add(budget.errors(result._replace(**{field: off[field]}), exact, scale))
@@ -93,7 +101,9 @@ def test_columns(op, dtype, geometry, device, variants):
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @pytest.mark.parametrize("op", [op for op in ONE_EACH if op.columns], ids=lambda op: op.label)
 def test_columns_of_a_list(op, geometry, device, variants):
-    within_budget(budget.draws(op, ["mixed list", "several chunks"], torch.float32, device, geometry=geometry), variants)
+    within_budget(
+        budget.draws(op, ["mixed list", "several chunks"], torch.float32, device, geometry=geometry), variants
+    )
 
 
 @pytest.mark.parametrize("geometry", [(1, "output"), (3, "contiguous")], ids=str)
@@ -115,12 +125,17 @@ def test_extreme_alpha(value, device, variants):
 
 @every_dtype
 def test_weight_stats(dtype, device, variants):
-    names, narrow = [name for name in cases.INPUTS if name not in ("several chunks", "mixed list")], dtype == torch.float64
+    names, narrow = (
+        [name for name in cases.INPUTS if name not in ("several chunks", "mixed list")],
+        dtype == torch.float64,
+    )
     own, pools = budget.Pool(), {v: budget.Pool() for v in variants}
 
     def errors(rows, exact):
         scale = torch.where(torch.arange(6, device=device) == 2, exact[:, 5:], exact.abs())
-        return dict(zip(r2.WeightStats._fields, budget.relative((rows.double() - exact).abs(), scale).unbind(1), strict=False))
+        return dict(
+            zip(r2.WeightStats._fields, budget.relative((rows.double() - exact).abs(), scale).unbind(1), strict=False)
+        )
 
     for seed in range(4):
         ws = [w for name in names for w in cases.make(name, dtype, device, seed)]
@@ -130,9 +145,14 @@ def test_weight_stats(dtype, device, variants):
         for v in variants:
             with v.chosen():
                 stats, alone = r2.weight_stats(ws), r2.weight_stats(ws[-1])
-            assert stats.numel == tuple(w.numel() for w in ws) and alone.numel == ws[-1].numel() and alone.std.shape == ()
+            assert (
+                stats.numel == tuple(w.numel() for w in ws) and alone.numel == ws[-1].numel() and alone.std.shape == ()
+            )
             assert {row.dtype for row in stats[:6]} == {accumulator(dtype)}
-            assert all(torch.equal(getattr(stats, name).double(), exact[:, i]) for name, i in (("min", 0), ("max", 1), ("abs_max", 5))), f"{v}: these are exact"
+            assert all(
+                torch.equal(getattr(stats, name).double(), exact[:, i])
+                for name, i in (("min", 0), ("max", 1), ("abs_max", 5))
+            ), f"{v}: these are exact"
             pools[v].add(errors(torch.stack(stats[:6], 1), exact))
     failures = budget.exceeded(own, pools, accumulator(dtype), narrow)
     assert not failures, "\n" + failures
@@ -161,7 +181,14 @@ def test_a_list_is_its_tensors(op, dtype, device, variant):
     together = budget.evaluate(one)
     for i, w in enumerate(one.weights):
         at = (slice(None), i) if op.function == "soft_extrema" else i
-        alone = budget.evaluate(one._replace(weights=[w], grad=one.grad[at], parameter=None if one.parameter is None else one.parameter[i], single=True))
+        alone = budget.evaluate(
+            one._replace(
+                weights=[w],
+                grad=one.grad[at],
+                parameter=None if one.parameter is None else one.parameter[i],
+                single=True,
+            )
+        )
         assert torch.equal(alone.loss, together.loss[at])
         assert torch.equal(alone.weights[0], together.weights[i])
         assert one.parameter is None or torch.equal(alone.parameter, together.parameter[i])
@@ -174,12 +201,12 @@ def test_form_of_gradients(op, geometry, name, device, variant):
     """dtype and shape are the weight's; so are the strides of a dense weight where a row is one number."""
     d = geometry[0] if op.columns else 1
     for dtype in (torch.float64, torch.float16):
-        w, = cases.make(name, dtype, device)
+        (w,) = cases.make(name, dtype, device)
         if w.numel() < d:
             assert name == "scalar"
             continue
         result = budget.evaluate(budget.draw(op, name, dtype, device, geometry=(d, geometry[1])))
-        g, = result.weights
+        (g,) = result.weights
         assert (g.dtype, g.shape, result.loss.dtype) == (w.dtype, w.shape, accumulator(dtype))
         assert is_dense(g) and (d > 1 or not is_dense(w) or g.stride() == w.stride())
 
@@ -197,7 +224,11 @@ def test_wide_parameters_beside_16_bits(op, wide, dtype, device, variant):
 
 
 SPECIALS = {
-    "nan": [float("nan")], "inf": [float("inf")], "-inf": [float("-inf")], "both": [float("inf"), float("-inf")], "nan and inf": [float("nan"), float("inf")],
+    "nan": [float("nan")],
+    "inf": [float("inf")],
+    "-inf": [float("-inf")],
+    "both": [float("inf"), float("-inf")],
+    "nan and inf": [float("nan"), float("inf")],
 }
 
 
@@ -209,22 +240,33 @@ def test_nan_and_inf_in_weights(op, special, place, device, variant):
     for dtype in (torch.float32, torch.float16):
         one = budget.draw(op, "unaligned", dtype, device)
         values = torch.tensor(SPECIALS[special], dtype=dtype, device=device)
-        w = values if place == "only" else torch.cat([values, one.weights[0]] if place == "first" else [one.weights[0], values])
+        w = (
+            values
+            if place == "only"
+            else torch.cat([values, one.weights[0]] if place == "first" else [one.weights[0], values])
+        )
         _same_special_values(one._replace(weights=[w, *cases.make("below a vector", dtype, device)], **_twice(one)))
 
 
 def _twice(one):
     """The gradient and parameter of a list of one, for a list of two."""
-    return {"grad": torch.cat([one.grad, one.grad], -1), "parameter": None if one.parameter is None else torch.cat([one.parameter, one.parameter])}
+    return {
+        "grad": torch.cat([one.grad, one.grad], -1),
+        "parameter": None if one.parameter is None else torch.cat([one.parameter, one.parameter]),
+    }
 
 
 def _same_special_values(one):
     with r2.use_backend("reference"):
         expected = bits(budget.evaluate(one))
-    for name, a, b in zip(("loss", *["dW"] * len(one.weights), "dparameter"), bits(budget.evaluate(one)), expected, strict=False):
+    for name, a, b in zip(
+        ("loss", *["dW"] * len(one.weights), "dparameter"), bits(budget.evaluate(one)), expected, strict=False
+    ):
         for kind in (torch.isnan, torch.isposinf, torch.isneginf):
             here, there = kind(a), kind(b)
-            assert (here == there).all(), f"{kind.__name__} of {name}: {here.sum().item()} here, {there.sum().item()} in the reference"
+            assert (here == there).all(), (
+                f"{kind.__name__} of {name}: {here.sum().item()} here, {there.sum().item()} in the reference"
+            )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -244,7 +286,10 @@ def test_k_of_no_use_gives_nan(device, variant):
 @one_each
 def test_gradcheck(op, device, variant):
     g = torch.Generator().manual_seed(3)
-    ws = [(torch.randn(shape, generator=g, dtype=torch.float64)).to(device).requires_grad_() for shape in ((3,), (2, 1, 2), (1,))]
+    ws = [
+        (torch.randn(shape, generator=g, dtype=torch.float64)).to(device).requires_grad_()
+        for shape in ((3,), (2, 1, 2), (1,))
+    ]
     options = {k: v for k, v in op.options.items() if k != "k"}
     parameter = torch.tensor([0.7, 1.1, -0.6], dtype=torch.float64, device=device, requires_grad=True)
 
@@ -299,16 +344,19 @@ def test_more_than_two_to_the_31(device, variants):
     """Offsets are 64 bits wide: the extremes lie past 2^31."""
     if _available_memory(device) < 12e9:
         pytest.skip(f"needs 12 GB of memory, {_available_memory(device) / 1e9:.1f} are available")
-    torch.use_deterministic_algorithms(False)       # 4 GB are not to be filled
+    torch.use_deterministic_algorithms(False)  # 4 GB are not to be filled
     torch.set_num_threads(os.cpu_count())
     w = torch.zeros(2**31 + 7, dtype=torch.bfloat16, device=device)
     w[-6:] = torch.tensor([3, -3, 2, 0, 1, 3.0])
     w.requires_grad_()
     with variants[-1].chosen():
-        for loss, value, expected in ((r2.l_inf, 3, [1 / 3, -1 / 3, 0, 0, 0, 1 / 3]), (lambda w: r2.margin(w, 1.0, k=2), 4.5, [0.5, -0.5, 0.5, 0, 0, 0.5])):
+        for loss, value, expected in (
+            (r2.l_inf, 3, [1 / 3, -1 / 3, 0, 0, 0, 1 / 3]),
+            (lambda w: r2.margin(w, 1.0, k=2), 4.5, [0.5, -0.5, 0.5, 0, 0, 0.5]),
+        ):
             out = loss(w)
             assert out.item() == value
-            g, = torch.autograd.grad(out, w)
+            (g,) = torch.autograd.grad(out, w)
             assert g[-6:].tolist() == torch.tensor(expected).bfloat16().tolist()
             assert g.count_nonzero() == 3 + (value == 4.5)
             del g

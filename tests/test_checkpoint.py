@@ -1,4 +1,5 @@
 """Checkpoints: every kind of file that is read, and every kind that is refused in one line."""
+
 import collections
 import pickle
 from pathlib import Path
@@ -8,11 +9,14 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from r2kernels.checkpoint import Checkpoint, CheckpointError
+from r2kernels.files.checkpoint import Checkpoint, CheckpointError
 
 STATE = {
-    "conv.weight": torch.arange(24.0).reshape(2, 3, 4), "conv.bias": torch.ones(2), "half": torch.ones(3, 2, dtype=torch.float16),
-    "ids": torch.arange(6).reshape(2, 3), "scalar": torch.tensor(1.5),
+    "conv.weight": torch.arange(24.0).reshape(2, 3, 4),
+    "conv.bias": torch.ones(2),
+    "half": torch.ones(3, 2, dtype=torch.float16),
+    "ids": torch.arange(6).reshape(2, 3),
+    "scalar": torch.tensor(1.5),
 }
 LEGACY = {"_use_new_zipfile_serialization": False}
 
@@ -48,10 +52,16 @@ def assert_same(found, expected=STATE):
         assert torch.equal(found[name], tensor)
 
 
-@pytest.mark.parametrize(("name", "write"), [
-    ("a.safetensors", safetensors_file), ("A.SAFETENSORS", safetensors_file), ("a.pt", torch_file), ("a.pth", torch_file),
-    ("legacy.pt", lambda path: torch_file(path, **LEGACY)),
-])
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a.safetensors", safetensors_file),
+        ("A.SAFETENSORS", safetensors_file),
+        ("a.pt", torch_file),
+        ("a.pth", torch_file),
+        ("legacy.pt", lambda path: torch_file(path, **LEGACY)),
+    ],
+)
 def test_reads_every_tensor(tmp_path, name, write):
     checkpoint = Checkpoint(write(tmp_path / name))
     for entry in checkpoint.entries:
@@ -60,16 +70,23 @@ def test_reads_every_tensor(tmp_path, name, write):
     assert_same(contents(checkpoint))
 
 
-@pytest.mark.parametrize("nest", [
-    lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": s, "optimizer": {"lr": 1.0}}, lambda s: {"model_state_dict": s}, lambda s: {"module": s},
-    lambda s: {"model": {"state_dict": s}, "rng": torch.zeros(5)}, collections.OrderedDict,
-])
+@pytest.mark.parametrize(
+    "nest",
+    [
+        lambda s: {"state_dict": s, "epoch": 3},
+        lambda s: {"model": s, "optimizer": {"lr": 1.0}},
+        lambda s: {"model_state_dict": s},
+        lambda s: {"module": s},
+        lambda s: {"model": {"state_dict": s}, "rng": torch.zeros(5)},
+        collections.OrderedDict,
+    ],
+)
 def test_finds_a_nested_state_dict(tmp_path, nest):
     assert_same(contents(Checkpoint(torch_file(tmp_path / "a.pt", nest(STATE)))))
 
 
 def test_reads_parameters_without_grad(tmp_path):
-    (_, tensor), = Checkpoint(torch_file(tmp_path / "a.pt", {"w": nn.Parameter(torch.ones(2, 2))})).read()
+    ((_, tensor),) = Checkpoint(torch_file(tmp_path / "a.pt", {"w": nn.Parameter(torch.ones(2, 2))})).read()
     assert not tensor.requires_grad
 
 
@@ -82,7 +99,11 @@ def test_a_dictionary_that_holds_itself_ends(tmp_path):
 
 def test_safetensors_are_in_natural_order(tmp_path):
     save_file({f"layers.{i}.w": torch.ones(1) for i in (10, 2, 1)}, tmp_path / "a.safetensors")
-    assert [entry.name for entry in Checkpoint(tmp_path / "a.safetensors").entries] == ["layers.1.w", "layers.2.w", "layers.10.w"]
+    assert [entry.name for entry in Checkpoint(tmp_path / "a.safetensors").entries] == [
+        "layers.1.w",
+        "layers.2.w",
+        "layers.10.w",
+    ]
 
 
 def test_weights_are_floating_point_with_two_dimensions(tmp_path):
@@ -99,7 +120,7 @@ def test_no_weights(tmp_path):
 
 def cut(path, keep):
     data = path.read_bytes()
-    path.write_bytes(data[:int(len(data) * keep)])
+    path.write_bytes(data[: int(len(data) * keep)])
     return path
 
 
@@ -129,9 +150,18 @@ REFUSED = {
     "truncated header": (lambda d: cut(safetensors_file(d / "a.safetensors"), 0.1), "truncated"),
     "other pickle": (lambda d: raw(d / "a.pt", pickle.dumps({"a": 1})), "not written by torch.save"),
     "other format": (lambda d: torch_file(d / "a.safetensors"), "not a safetensors file"),
-    "whole model": (lambda d: torch_file(d / "a.pt", nn.Linear(2, 2)), r"pickled object \(torch.nn.modules.linear.Linear\).*state_dict"),
-    "code": (lambda d: torch_file(d / "a.pt", {"w": torch.ones(2, 2), "x": Command(d / "ran")}), "refused because loading it can run code"),
-    "legacy code": (lambda d: torch_file(d / "a.pt", {"x": Command(d / "ran")}, **LEGACY), "refused because loading it can run code"),
+    "whole model": (
+        lambda d: torch_file(d / "a.pt", nn.Linear(2, 2)),
+        r"pickled object \(torch.nn.modules.linear.Linear\).*state_dict",
+    ),
+    "code": (
+        lambda d: torch_file(d / "a.pt", {"w": torch.ones(2, 2), "x": Command(d / "ran")}),
+        "refused because loading it can run code",
+    ),
+    "legacy code": (
+        lambda d: torch_file(d / "a.pt", {"x": Command(d / "ran")}, **LEGACY),
+        "refused because loading it can run code",
+    ),
     "a list": (lambda d: torch_file(d / "a.pt", [torch.ones(2, 2)]), "holds a list"),
     "a tensor": (lambda d: torch_file(d / "a.pt", torch.ones(2, 2)), "holds a Tensor"),
     "no tensors": (lambda d: torch_file(d / "a.pt", {"epoch": 3}), "holds no tensors"),

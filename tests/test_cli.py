@@ -1,4 +1,5 @@
 """The commands as a user types them: what they print, and one line with exit code 2 where they cannot."""
+
 import builtins
 import json
 import os
@@ -12,13 +13,16 @@ from rich.progress import Progress
 from safetensors.torch import save_file
 
 import r2kernels
-from r2kernels import cli, report
+from r2kernels import cli
+from r2kernels.cli import report
 
 
 @pytest.fixture
 def model(tmp_path):
     path = tmp_path / "model.safetensors"
-    save_file({"conv.weight": torch.arange(12.0).reshape(3, 4), "fc.weight": torch.ones(2, 2), "fc.bias": torch.ones(2)}, path)
+    save_file(
+        {"conv.weight": torch.arange(12.0).reshape(3, 4), "fc.weight": torch.ones(2, 2), "fc.bias": torch.ones(2)}, path
+    )
     return path
 
 
@@ -72,7 +76,10 @@ def test_report(capsys, model):
     code, out, error = command(capsys, "report", model)
     assert (code, error) == (0, "")
     assert "conv.weight   3x4     float32      12   0.000   11.00   11.00   3.606       3.051" in out
-    assert out.splitlines()[-1] == "2 weights, 16 elements; 1 tensor left out (not floating point, fewer than two dimensions, or empty)"
+    assert (
+        out.splitlines()[-1]
+        == "2 weights, 16 elements; 1 tensor left out (not floating point, fewer than two dimensions, or empty)"
+    )
 
 
 def test_report_json(capsys, model):
@@ -135,7 +142,9 @@ def test_bad_input(capsys, tmp_path, model):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bias.pt", "broken.pt", "model.safetensors"]
 
 
-@pytest.mark.parametrize(("package", "args"), [("rich", []), ("matplotlib", ["--plot", "a.png"]), ("safetensors", ["--json"])])
+@pytest.mark.parametrize(
+    ("package", "args"), [("rich", []), ("matplotlib", ["--plot", "a.png"]), ("safetensors", ["--json"])]
+)
 def test_a_missing_package_is_named(capsys, monkeypatch, model, package, args):
     original = builtins.__import__
 
@@ -145,7 +154,10 @@ def test_a_missing_package_is_named(capsys, monkeypatch, model, package, args):
         return original(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    assert_refused(command(capsys, "report", model, *args), f"needs {package}, which is not installed: pip install 'r2kernels[cli]'")
+    assert_refused(
+        command(capsys, "report", model, *args),
+        f"needs {package}, which is not installed: pip install 'r2kernels[cli]'",
+    )
 
 
 @pytest.mark.parametrize("name", ["bogus", "cuda"])
@@ -157,6 +169,7 @@ def test_a_backend_that_cannot_be_used(tmp_path, model, name):
 def test_ctrl_c(capsys, monkeypatch, model):
     def interrupted(*args, **options):
         raise KeyboardInterrupt
+
     monkeypatch.setattr(report, "layers", interrupted)
     assert command(capsys, "report", model) == (130, "", "r2kernels: interrupted\n")
 
@@ -164,7 +177,9 @@ def test_ctrl_c(capsys, monkeypatch, model):
 def test_a_closed_pipe_is_quiet(tmp_path):
     torch.save({f"layer{i}.weight": torch.ones(2, 2) for i in range(3000)}, tmp_path / "a.pt")
     for options in ([], ["--json"]):
-        with subprocess.Popen(line("report", tmp_path / "a.pt", *options), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        with subprocess.Popen(
+            line("report", tmp_path / "a.pt", *options), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as running:
             running.stdout.readline()
             running.stdout.close()
             assert running.stderr.read() == b""
@@ -195,7 +210,7 @@ def on_a_terminal(*args, columns):
         while True:
             try:
                 piece = os.read(leader, 65536)
-            except OSError:             # Linux's end of a terminal
+            except OSError:  # Linux's end of a terminal
                 break
             if not piece:
                 break

@@ -1,4 +1,5 @@
 """`compress`, `expand` and `report --sizes` as a user types them, and what they do with memory and with bad input."""
+
 import json
 import math
 import os
@@ -10,10 +11,12 @@ from safetensors.torch import load_file, save_file
 from test_cli import assert_refused, command, on_a_terminal
 
 import r2kernels
-from r2kernels import cli, compress, io, sizes
-from r2kernels.checkpoint import Checkpoint
-from r2kernels.codes import Form
-from r2kernels.io import Palettized, load_palettized
+from r2kernels import cli
+from r2kernels.cli import compress, sizes
+from r2kernels.files import format as io
+from r2kernels.files.checkpoint import Checkpoint
+from r2kernels.files.clustered import Form
+from r2kernels.files.format import Palettized, load_palettized
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -23,9 +26,16 @@ def draw(*shape, seed=0):
 
 
 STATE = {
-    "conv.weight": draw(8, 6, 3, 3), "conv.bias": draw(8), "norm.running_mean": draw(8), "norm.num_batches_tracked": torch.tensor(3),
-    "half.weight": draw(10, 12, seed=1).half(), "brain.weight": draw(10, 12, seed=2).bfloat16(), "double.weight": draw(10, 12, seed=3).double(),
-    "tiny.weight": draw(1, 3), "ids": torch.arange(12).reshape(3, 4), "empty": torch.empty(0, 4),
+    "conv.weight": draw(8, 6, 3, 3),
+    "conv.bias": draw(8),
+    "norm.running_mean": draw(8),
+    "norm.num_batches_tracked": torch.tensor(3),
+    "half.weight": draw(10, 12, seed=1).half(),
+    "brain.weight": draw(10, 12, seed=2).bfloat16(),
+    "double.weight": draw(10, 12, seed=3).double(),
+    "tiny.weight": draw(1, 3),
+    "ids": torch.arange(12).reshape(3, 4),
+    "empty": torch.empty(0, 4),
 }
 WEIGHTS = ["conv.weight", "half.weight", "brain.weight", "double.weight"]
 
@@ -70,7 +80,7 @@ def test_what_is_printed(capsys, tmp_path, model):
     ratio = ((w - by_kmeans(w, 2)).double().norm() / w.double().norm()).item()
     shown = next(line for line in lines if line.startswith("conv.weight")).split()
     assert shown[:6] == ["conv.weight", "8x6x3x3", "float32", "432", f"{ratio:#.4g}", f"{-20 * math.log10(ratio):#.4g}"]
-    assert " ".join(shown[6:10]) == "1.728 kB 128 B"           # 108 bytes of codes, filled up to 112, and 4 centroids
+    assert " ".join(shown[6:10]) == "1.728 kB 128 B"  # 108 bytes of codes, filled up to 112, and 4 centroids
     assert lines[-2] == "kept as they are: 1 weight fewer rows than centroids (tiny.weight); 5 other tensors"
     size = (tmp_path / "a.safetensors").stat().st_size
     assert lines[-1] == f"{tmp_path / 'a.safetensors'}: 3.348 kB -> {size / 1000:#.4g} kB, {3348 / size:.2f}x smaller"
@@ -78,21 +88,41 @@ def test_what_is_printed(capsys, tmp_path, model):
 
 def test_json(capsys, tmp_path, model):
     small = tmp_path / "a.safetensors"
-    code, out, error = command(capsys, "compress", model, "-o", small, "--bits", 6, "--skip", "half.*", "conv", "--lut-dtype", "int8", "--json")
+    code, out, error = command(
+        capsys, "compress", model, "-o", small, "--bits", 6, "--skip", "half.*", "conv", "--lut-dtype", "int8", "--json"
+    )
     assert (code, error) == (0, "")
     data = json.loads(out)
-    assert data["kept"] == {"conv.weight": "skipped", "half.weight": "skipped", "tiny.weight": "fewer rows than centroids"}
-    assert [row["name"] for row in data["weights"]] == ["brain.weight", "double.weight"] and data["stored"] == small.stat().st_size
-    assert (data["bits"], data["lut_dtype"], data["group_size"], data["entropy"], data["others"]) == (6, "int8", None, None, 5)
+    assert data["kept"] == {
+        "conv.weight": "skipped",
+        "half.weight": "skipped",
+        "tiny.weight": "fewer rows than centroids",
+    }
+    assert [row["name"] for row in data["weights"]] == ["brain.weight", "double.weight"] and data[
+        "stored"
+    ] == small.stat().st_size
+    assert (data["bits"], data["lut_dtype"], data["group_size"], data["entropy"], data["others"]) == (
+        6,
+        "int8",
+        None,
+        None,
+        5,
+    )
     assert data["weights"][0]["dense"] == 240 and data["weights"][0]["stored"] == 64 + 4 + 90 + 2
     code, out, _ = command(capsys, "expand", small, "-o", tmp_path / "b.pt", "--json")
     assert json.loads(out) == {"file": str(small), "out": str(tmp_path / "b.pt"), "tensors": 10, "bytes": 3348}
 
 
-@pytest.mark.parametrize(("options", "form"), [
-    (["--cluster-dim", 2], Form(2, 2)), (["--cluster-dim", 3, "--layout", "contiguous"], Form(2, 3, "contiguous")),
-    (["--group-size", 4, "--per-channel-scale", "--lut-dtype", "int8"], Form(2, 1, "output", 4, True, "int8")),
-    (["--lut-dtype", "fp16", "--entropy", "huffman"], Form(2, lut_dtype="fp16"))], ids=str)
+@pytest.mark.parametrize(
+    ("options", "form"),
+    [
+        (["--cluster-dim", 2], Form(2, 2)),
+        (["--cluster-dim", 3, "--layout", "contiguous"], Form(2, 3, "contiguous")),
+        (["--group-size", 4, "--per-channel-scale", "--lut-dtype", "int8"], Form(2, 1, "output", 4, True, "int8")),
+        (["--lut-dtype", "fp16", "--entropy", "huffman"], Form(2, lut_dtype="fp16")),
+    ],
+    ids=str,
+)
 def test_options(capsys, tmp_path, model, options, form):
     code, _, error = command(capsys, "compress", model, "-o", tmp_path / "a.safetensors", "--bits", 2, *options)
     assert (code, error) == (0, "")
@@ -113,23 +143,40 @@ def test_shared_weights(capsys, tmp_path):
     for name in ("b.pt", "b.safetensors"):
         assert command(capsys, "expand", tmp_path / "a.safetensors", "-o", tmp_path / name)[0] == 0
     found = torch.load(tmp_path / "b.pt")
-    assert found["a"].data_ptr() == found["b"].data_ptr() and found["c"].data_ptr() == found["d"].data_ptr() != found["a"].data_ptr()
+    assert (
+        found["a"].data_ptr() == found["b"].data_ptr()
+        and found["c"].data_ptr() == found["d"].data_ptr() != found["a"].data_ptr()
+    )
     assert_same(found, load_file(tmp_path / "b.safetensors"))
     torch.nn.Linear(10, 20, bias=False).load_state_dict({"weight": found["a"]})
 
 
 def test_weights_that_stay(capsys, tmp_path):
-    state = {"nan": draw(9, 9), "inf": draw(9, 9).half(), "fine": draw(9, 9), "constant": torch.ones(4, 4), "zero": torch.zeros(4, 4), "few": draw(3, 5)}
+    state = {
+        "nan": draw(9, 9),
+        "inf": draw(9, 9).half(),
+        "fine": draw(9, 9),
+        "constant": torch.ones(4, 4),
+        "zero": torch.zeros(4, 4),
+        "few": draw(3, 5),
+    }
     state["nan"][3, 3], state["inf"][2, 2] = math.nan, -math.inf
     torch.save(state, tmp_path / "a.pt")
-    code, out, error = command(capsys, "compress", tmp_path / "a.pt", "-o", tmp_path / "b.safetensors", "--bits", 4, "--json")
+    code, out, error = command(
+        capsys, "compress", tmp_path / "a.pt", "-o", tmp_path / "b.safetensors", "--bits", 4, "--json"
+    )
     assert (code, error) == (0, "")
     data = json.loads(out)
     assert data["kept"] == {"nan": "not finite", "inf": "not finite", "few": "fewer rows than centroids"}
-    assert [(row["name"], row["error"], row["snr"]) for row in data["weights"] if row["name"] != "fine"] == [("constant", 0, None), ("zero", 0, None)]
+    assert [(row["name"], row["error"], row["snr"]) for row in data["weights"] if row["name"] != "fine"] == [
+        ("constant", 0, None),
+        ("zero", 0, None),
+    ]
     found = load_palettized(tmp_path / "b.safetensors")
     for name in ("nan", "inf", "constant", "zero", "few"):
-        assert torch.equal(found[name].nan_to_num(7), state[name].nan_to_num(7)) and found[name].dtype == state[name].dtype
+        assert (
+            torch.equal(found[name].nan_to_num(7), state[name].nan_to_num(7)) and found[name].dtype == state[name].dtype
+        )
 
 
 def test_groups_of_other_sizes(capsys, tmp_path):
@@ -147,25 +194,38 @@ def test_a_palettized_file_is_a_checkpoint(capsys, tmp_path, model):
     assert command(capsys, "compress", model, "-o", tmp_path / "a.safetensors", "--bits", 4)[0] == 0
     code, out, _ = command(capsys, "report", tmp_path / "a.safetensors", "--json")
     assert code == 0 and {weight["name"] for weight in json.loads(out)["weights"]} == {*WEIGHTS, "tiny.weight"}
-    assert command(capsys, "compress", tmp_path / "a.safetensors", "-o", tmp_path / "a.safetensors", "--bits", 1, "--force")[0] == 0
+    assert (
+        command(
+            capsys, "compress", tmp_path / "a.safetensors", "-o", tmp_path / "a.safetensors", "--bits", 1, "--force"
+        )[0]
+        == 0
+    )
     again = {name: by_kmeans(w, 1) if name in (*WEIGHTS, "tiny.weight") else w for name, w in expected(4).items()}
     assert_same(load_palettized(tmp_path / "a.safetensors"), again)
 
 
 def test_plot(capsys, tmp_path, model):
-    code, out, _ = command(capsys, "compress", model, "-o", tmp_path / "a.safetensors", "--bits", 2, "--plot", tmp_path / "a.png")
+    code, out, _ = command(
+        capsys, "compress", model, "-o", tmp_path / "a.safetensors", "--bits", 2, "--plot", tmp_path / "a.png"
+    )
     assert code == 0 and out.splitlines()[-1] == f"histograms: {tmp_path / 'a.png'}"
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
     result = compress.compress(Checkpoint(model), tmp_path / "b.safetensors", Form(2), plot=True)
     assert [len(axes.patches) for axes in compress.result_figure(result, "x").axes] == [2] * 4
     low, high = STATE["conv.weight"].aminmax()
-    assert result.rows[0].panel[0] == (low, high) and sum(result.rows[0].panel[1]) == sum(result.rows[0].panel[2]) == 432
+    assert (
+        result.rows[0].panel[0] == (low, high) and sum(result.rows[0].panel[1]) == sum(result.rows[0].panel[2]) == 432
+    )
 
 
 def test_sizes(capsys, tmp_path):
     """1000 weights of -1 and +1 between two others of 40 that take four values, and 25 numbers that are no weights."""
-    state = {"first": torch.arange(40.0).reshape(4, 10) % 4, "middle": (torch.arange(1000.0) % 4 // 3 * 2 - 1).reshape(10, 100), "bias": torch.ones(25),
-             "last": torch.arange(40.0).reshape(4, 10) % 4}
+    state = {
+        "first": torch.arange(40.0).reshape(4, 10) % 4,
+        "middle": (torch.arange(1000.0) % 4 // 3 * 2 - 1).reshape(10, 100),
+        "bias": torch.ones(25),
+        "last": torch.arange(40.0).reshape(4, 10) % 4,
+    }
     torch.save(state, tmp_path / "a.pt")
     code, out, error = command(capsys, "report", tmp_path / "a.pt", "--sizes", "--json")
     assert (code, error) == (0, "")
@@ -180,8 +240,17 @@ def test_sizes(capsys, tmp_path):
     assert code == 0 and "first and last: middle" in out and "4.420 kB" in out
 
 
-@pytest.mark.parametrize(("size", "text"), [
-    (0, "0 B"), (999, "999 B"), (1000, "1.000 kB"), (46_726_848, "46.73 MB"), (3 * 10**9, "3.000 GB"), (5 * 10**15, "5000. TB")])
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.000 kB"),
+        (46_726_848, "46.73 MB"),
+        (3 * 10**9, "3.000 GB"),
+        (5 * 10**15, "5000. TB"),
+    ],
+)
 def test_size_text(size, text):
     assert compress.size_text(size) == text
 
@@ -204,20 +273,38 @@ def test_bad_input(capsys, tmp_path, model):
         (["compress", model, "-o", new, "--bits", 2, "--cluster-dim", 0], "--cluster-dim: must be at least 1"),
         (["compress", model, "-o", new, "--bits", 2, "--cluster-dim", 65], "cluster_dim 65; at most 64"),
         (["compress", model, "-o", new, "--bits", 2, "--layout", "input"], "--layout: invalid choice"),
-        (["compress", model, "-o", new, "--bits", 2, "--skip", "none.*"], "--skip none.* matches none of its 10 tensors"),
+        (
+            ["compress", model, "-o", new, "--bits", 2, "--skip", "none.*"],
+            "--skip none.* matches none of its 10 tensors",
+        ),
         (["compress", model, "-o", new, "--bits", 2, "--skip", "*"], "no weight is left to cluster"),
-        (["compress", model, "-o", new, "--bits", 8, "--cluster-dim", 64], "no weight is left to cluster (conv.weight: fewer rows than centroids; "),
-        (["compress", model, "-o", tmp_path / "new.pt", "--bits", 2], "unknown kind of checkpoint '.pt'; allowed are .safetensors"),
+        (
+            ["compress", model, "-o", new, "--bits", 8, "--cluster-dim", 64],
+            "no weight is left to cluster (conv.weight: fewer rows than centroids; ",
+        ),
+        (
+            ["compress", model, "-o", tmp_path / "new.pt", "--bits", 2],
+            "unknown kind of checkpoint '.pt'; allowed are .safetensors",
+        ),
         (["compress", model, "-o", tmp_path / "no" / "new.safetensors", "--bits", 2], "there is no directory"),
-        (["compress", model, "-o", tmp_path / "good.safetensors", "--bits", 2], "exists already; --force overwrites it"),
+        (
+            ["compress", model, "-o", tmp_path / "good.safetensors", "--bits", 2],
+            "exists already; --force overwrites it",
+        ),
         (["compress", model, "-o", new, "--bits", 2, "--plot", tmp_path / "a.xyz"], "unknown kind of image"),
         (["compress", tmp_path / "none.pt", "-o", new, "--bits", 2], "No such file"),
         (["compress", tmp_path / "broken.safetensors", "-o", new, "--bits", 2], "corrupt"),
         (["compress", tmp_path / "changed.safetensors", "-o", new, "--bits", 2], "its checksum differs"),
-        (["compress", tmp_path / "bias.pt", "-o", new, "--bits", 2], "no weight (floating point, two or more dimensions)"),
+        (
+            ["compress", tmp_path / "bias.pt", "-o", new, "--bits", 2],
+            "no weight (floating point, two or more dimensions)",
+        ),
         (["compress", tmp_path / "nan.pt", "-o", new, "--bits", 2], "all have a NaN or an infinity"),
         (["expand", tmp_path / "good.safetensors"], "required: -o/--out"),
-        (["expand", tmp_path / "good.safetensors", "-o", tmp_path / "new.bin"], "unknown kind of checkpoint '.bin'; allowed are .safetensors, .pt, .pth"),
+        (
+            ["expand", tmp_path / "good.safetensors", "-o", tmp_path / "new.bin"],
+            "unknown kind of checkpoint '.bin'; allowed are .safetensors, .pt, .pth",
+        ),
         (["expand", tmp_path / "good.safetensors", "-o", model], "exists already"),
         (["expand", tmp_path / "none", "-o", new], "No such file"),
         (["expand", tmp_path, "-o", new], "directory"),
@@ -235,24 +322,40 @@ def test_bad_input(capsys, tmp_path, model):
 def test_a_full_disk(capsys, tmp_path, model, monkeypatch):
     def full(self, name, tensor):
         raise OSError(28, "No space left on device")
+
     (tmp_path / "a.safetensors").write_text("mine")
     monkeypatch.setattr(compress.container.Writer, "add", full)
-    assert_refused(command(capsys, "compress", model, "-o", tmp_path / "a.safetensors", "--bits", 2, "--force"), "a.safetensors: No space left on device")
-    assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "model.pt"] and (tmp_path / "a.safetensors").read_text() == "mine"
+    assert_refused(
+        command(capsys, "compress", model, "-o", tmp_path / "a.safetensors", "--bits", 2, "--force"),
+        "a.safetensors: No space left on device",
+    )
+    assert (
+        sorted(os.listdir(tmp_path)) == ["a.safetensors", "model.pt"]
+        and (tmp_path / "a.safetensors").read_text() == "mine"
+    )
 
 
 def test_a_file_that_appears_meanwhile_is_kept(capsys, tmp_path, model, monkeypatch):
     original = compress.cluster
-    monkeypatch.setattr(compress, "cluster", lambda *args: (tmp_path / "a.safetensors").write_text("mine") and original(*args))
-    assert_refused(command(capsys, "compress", model, "-o", tmp_path / "a.safetensors", "--bits", 2), "a.safetensors: File exists")
+    monkeypatch.setattr(
+        compress, "cluster", lambda *args: (tmp_path / "a.safetensors").write_text("mine") and original(*args)
+    )
+    assert_refused(
+        command(capsys, "compress", model, "-o", tmp_path / "a.safetensors", "--bits", 2), "a.safetensors: File exists"
+    )
     assert (tmp_path / "a.safetensors").read_text() == "mine" and len(os.listdir(tmp_path)) == 2
 
 
 def test_ctrl_c_leaves_nothing(capsys, tmp_path, model, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
+
     monkeypatch.setattr(compress, "cluster", interrupted)
-    assert command(capsys, "compress", model, "-o", tmp_path / "a.safetensors", "--bits", 2) == (130, "", "r2kernels: interrupted\n")
+    assert command(capsys, "compress", model, "-o", tmp_path / "a.safetensors", "--bits", 2) == (
+        130,
+        "",
+        "r2kernels: interrupted\n",
+    )
     assert os.listdir(tmp_path) == ["model.pt"]
 
 
@@ -272,7 +375,10 @@ class Living:
 
 def test_one_tensor_at_a_time(tmp_path, monkeypatch):
     """A checkpoint larger than memory works: of what is read, clustered or decoded no more than two are there at once, the one before and the next."""
-    save_file({f"layer{i}.weight": draw(20, 20, seed=i) for i in range(12)} | {f"layer{i}.bias": draw(20) for i in range(12)}, tmp_path / "a.safetensors")
+    save_file(
+        {f"layer{i}.weight": draw(20, 20, seed=i) for i in range(12)} | {f"layer{i}.bias": draw(20) for i in range(12)},
+        tmp_path / "a.safetensors",
+    )
     checkpoint = Checkpoint(tmp_path / "a.safetensors")
     checkpoint._get = read = Living(checkpoint._get)
     decoded = Living(compress.Clustered.decoded)

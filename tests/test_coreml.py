@@ -1,4 +1,5 @@
 """Deployment: what coremltools palettized, and what we cluster, decode to the same weights on both sides."""
+
 import re
 
 import peers
@@ -6,16 +7,19 @@ import pytest
 import torch
 from torch import nn
 
-from r2kernels.codes import Clustered, Form
-from r2kernels.coreml import from_coreml, indices, to_coreml, vector_axis
-from r2kernels.io import load_palettized, save_clustered
+from r2kernels.files.clustered import Clustered, Form
+from r2kernels.files.coreml import from_coreml, indices, to_coreml, vector_axis
+from r2kernels.files.format import load_palettized, save_clustered
 
 try:
     peers.load()
     from coremltools.optimize import _utils
     from coremltools.optimize.torch.palettization import DKMPalettizer, DKMPalettizerConfig, ModuleDKMPalettizerConfig
 except ImportError as error:
-    pytest.skip(f"coremltools cannot be imported ({error}); it is in the test extra where it has a wheel", allow_module_level=True)
+    pytest.skip(
+        f"coremltools cannot be imported ({error}); it is in the test extra where it has a wheel",
+        allow_module_level=True,
+    )
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 
@@ -24,7 +28,9 @@ def finalized(**options):
     """The state_dict of a small network that coremltools' DKM trained for two steps."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 16))
-    palettizer = DKMPalettizer(model, DKMPalettizerConfig(global_config=ModuleDKMPalettizerConfig(weight_threshold=0, milestone=0, **options)))
+    palettizer = DKMPalettizer(
+        model, DKMPalettizerConfig(global_config=ModuleDKMPalettizerConfig(weight_threshold=0, milestone=0, **options))
+    )
     prepared = palettizer.prepare().train()
     optimizer = torch.optim.SGD(prepared.parameters(), 0.1)
     for _ in range(2):
@@ -34,10 +40,16 @@ def finalized(**options):
     return palettizer.finalize().state_dict()
 
 
-@pytest.mark.parametrize(("options", "form"), [
-    ({"n_bits": 2}, Form(2)), ({"n_bits": 2, "cluster_dim": 2}, Form(2, 2)),
-    ({"n_bits": 3, "enable_per_channel_scale": True}, Form(3, 1, "output", None, True)),
-    ({"n_bits": 1, "granularity": "per_grouped_channel", "group_size": 4}, Form(1, 1, "output", 4))], ids=str)
+@pytest.mark.parametrize(
+    ("options", "form"),
+    [
+        ({"n_bits": 2}, Form(2)),
+        ({"n_bits": 2, "cluster_dim": 2}, Form(2, 2)),
+        ({"n_bits": 3, "enable_per_channel_scale": True}, Form(3, 1, "output", None, True)),
+        ({"n_bits": 1, "granularity": "per_grouped_channel", "group_size": 4}, Form(1, 1, "output", 4)),
+    ],
+    ids=str,
+)
 def test_a_state_dict_of_coremltools(tmp_path, options, form):
     state = finalized(**options)
     found = from_coreml(state)
@@ -51,10 +63,20 @@ def test_a_state_dict_of_coremltools(tmp_path, options, form):
     assert loaded.keys() == state.keys() and all(torch.equal(loaded[name], state[name]) for name in state)
 
 
-@pytest.mark.parametrize(("shape", "form"), [
-    ((8, 4, 3, 3), Form(3)), ((8, 6, 5), Form(2, 4)), ((8, 12), Form(2, 3, "contiguous")), ((8, 12), Form(2, 2, "output", 4)),
-    ((8, 12), Form(2, 2, "contiguous", 4, True)), ((8, 4, 3, 3), Form(4, 1, "output", 2, True, "int8")), ((6, 2, 2, 3, 4), Form(1, 2, lut_dtype="fp16")),
-    ((10, 4), Form(2, group_size=20))], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "form"),
+    [
+        ((8, 4, 3, 3), Form(3)),
+        ((8, 6, 5), Form(2, 4)),
+        ((8, 12), Form(2, 3, "contiguous")),
+        ((8, 12), Form(2, 2, "output", 4)),
+        ((8, 12), Form(2, 2, "contiguous", 4, True)),
+        ((8, 4, 3, 3), Form(4, 1, "output", 2, True, "int8")),
+        ((6, 2, 2, 3, 4), Form(1, 2, lut_dtype="fp16")),
+        ((10, 4), Form(2, group_size=20)),
+    ],
+    ids=str,
+)
 def test_constexpr_lut_to_dense(shape, form):
     """What Core ML computes from our codes and tables, and the codes that coremltools finds for our weights."""
     g = torch.Generator().manual_seed(0)
@@ -74,9 +96,17 @@ def test_constexpr_lut_to_dense(shape, form):
     assert torch.equal(again.decoded(), c.decoded()) and torch.equal(again.codes, c.codes)
 
 
-@pytest.mark.parametrize(("shape", "form"), [
-    ((9, 4), Form(1, 2)), ((8, 9), Form(1, 2, "contiguous")), ((9, 4), Form(1, group_size=4)), ((6, 4), Form(1, 2, group_size=3)), ((5, 3), Form(1, 4)),
-], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "form"),
+    [
+        ((9, 4), Form(1, 2)),
+        ((8, 9), Form(1, 2, "contiguous")),
+        ((9, 4), Form(1, group_size=4)),
+        ((6, 4), Form(1, 2, group_size=3)),
+        ((5, 3), Form(1, 4)),
+    ],
+    ids=str,
+)
 def test_what_the_layout_cannot_express(shape, form):
     w = torch.randn(shape)
     groups = -(-len(w) // (form.group_size or len(w)))
@@ -90,8 +120,13 @@ def test_tables_of_any_length():
     w = torch.tensor([[1.0, 2, 3], [3, 1, 5]])
     c = from_coreml({"w": w, "_COREML_/w/lut": torch.tensor([5.0, 1, 2, 3, 4]).reshape(1, 1, 5, 1)})["w"]
     assert c.form.bits == 3 and torch.equal(c.decoded(), w) and int(c.codes.max()) == 3
-    for lut, axis, message in ((torch.ones(1, 2, 4, 1), None, "w has tables of shape"), (torch.ones(1, 1, 300, 1), None, "at most 256"),
-                               (torch.ones(1, 1, 1, 4, 2), 1, "w has rows along dimension 1")):
-        state = {"w": torch.ones(lut.shape[:-2]), "_COREML_/w/lut": lut} | ({} if axis is None else {"_COREML_/w/vector_axis": torch.tensor(axis)})
+    for lut, axis, message in (
+        (torch.ones(1, 2, 4, 1), None, "w has tables of shape"),
+        (torch.ones(1, 1, 300, 1), None, "at most 256"),
+        (torch.ones(1, 1, 1, 4, 2), 1, "w has rows along dimension 1"),
+    ):
+        state = {"w": torch.ones(lut.shape[:-2]), "_COREML_/w/lut": lut} | (
+            {} if axis is None else {"_COREML_/w/vector_axis": torch.tensor(axis)}
+        )
         with pytest.raises(ValueError, match=message):
             from_coreml(state)

@@ -1,4 +1,5 @@
 """Parity with the peer: Apple's coremltools, whose DKM has the squared metric."""
+
 import peers
 import pytest
 import torch
@@ -8,7 +9,10 @@ import r2kernels
 try:
     peers.load()
 except ImportError as error:
-    pytest.skip(f"coremltools cannot be imported ({error}); it is in the test extra where it has a wheel", allow_module_level=True)
+    pytest.skip(
+        f"coremltools cannot be imported ({error}); it is in the test extra where it has a wheel",
+        allow_module_level=True,
+    )
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -17,8 +21,10 @@ def both(w, c, tau, iterations, d, floor, g):
     """(W_hat, centroids, dL/dW) of coremltools and ours."""
     found = []
     peer = peers.palettizer(w, c, tau, iterations, d, floor)
-    for run in (lambda w: (peer(w), peer.centroids[0].reshape(c.shape)),
-                lambda w: r2kernels.dkm(w, c, tau, iterations=iterations, metric="sqeuclidean", cluster_dim=d)):
+    for run in (
+        lambda w: (peer(w), peer.centroids[0].reshape(c.shape)),
+        lambda w: r2kernels.dkm(w, c, tau, iterations=iterations, metric="sqeuclidean", cluster_dim=d),
+    ):
         leaf = w.clone().requires_grad_()
         w_hat, centroids = run(leaf)
         found.append((w_hat.detach(), centroids.detach(), torch.autograd.grad((w_hat * g).sum(), leaf)[0]))
@@ -26,7 +32,10 @@ def both(w, c, tau, iterations, d, floor, g):
 
 
 @pytest.mark.parametrize("iterations", [1, 3, 5])
-@pytest.mark.parametrize(("d", "shape", "clusters"), [(1, (16, 8, 3, 3), 4), (1, (40, 33), 16), (2, (16, 8, 3, 3), 4), (2, (64, 30), 16), (4, (32, 9), 8)])
+@pytest.mark.parametrize(
+    ("d", "shape", "clusters"),
+    [(1, (16, 8, 3, 3), 4), (1, (40, 33), 16), (2, (16, 8, 3, 3), 4), (2, (64, 30), 16), (4, (32, 9), 8)],
+)
 def test_same_output_and_gradient(d, shape, clusters, iterations):
     """Where the floor on attention is out of reach the two agree to rounding; at its default they differ by what K - 1 clamped attentions weigh."""
     g = torch.Generator().manual_seed(0)

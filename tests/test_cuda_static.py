@@ -2,17 +2,18 @@
 
 At full bandwidth an H200 has time for 30 instructions per float32 weight that it reads, 15 per 16-bit one, and twice that where it writes too.
 """
+
 import re
 
 import pytest
 import sass
 from sass import TYPES
 
-IN_FLIGHT = 4               # 128-bit loads of each array at a time
+IN_FLIGHT = 4  # 128-bit loads of each array at a time
 
 # instructions per weight of a full tile: float32, 16 bit
 READ = {
-    "LInfReader": (2, 3),                           # and 2 more where the batch holds a new maximum
+    "LInfReader": (2, 3),  # and 2 more where the batch holds a new maximum
     "MarginReader": (6, 7),
     "SoftReader<false>": (11.5, 12.5),
     "SoftReader<true>": (15.5, 16.5),
@@ -23,7 +24,11 @@ WRITE = {"LInf": (7.5, 9), "Margin": (7.5, 9), "Soft<false>": (11.5, 13), "Soft<
 
 @pytest.fixture(scope="module")
 def kernels():
-    return {name: kernel for source in sorted(sass.SOURCES.glob("*.cu")) for name, kernel in sass.compiled(source.name).items()}
+    return {
+        name: kernel
+        for source in sorted(sass.SOURCES.glob("*.cu"))
+        for name, kernel in sass.compiled(source.name).items()
+    }
 
 
 def find(kernels, kind, name, dtype, add=None):

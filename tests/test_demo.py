@@ -1,4 +1,5 @@
 """The demo, shortened to an epoch: what it measures is checked against the definitions, not against hoped-for accuracies."""
+
 import io
 import json
 import math
@@ -7,8 +8,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from r2kernels import RangeRegularizer, cli, demo, report
+from r2kernels import RangeRegularizer, cli
 from r2kernels.backends import serving
+from r2kernels.cli import demo, report
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -131,11 +133,18 @@ def test_several_seeds_give_the_mean(short):
 
 def test_the_verdict_names_what_missed(short):
     def trained(values):
-        return {case.name: [short[0].trained[case.name][0]._replace(accuracy={2: value})] for case, value in zip(demo.CASES, values, strict=True)}
+        return {
+            case.name: [short[0].trained[case.name][0]._replace(accuracy={2: value})]
+            for case, value in zip(demo.CASES, values, strict=True)
+        }
+
     good = demo.verdict(short[0]._replace(trained=trained([0.5, 0.9, 0.95, 0.97, 0.6])))
     assert good == "2 bit: 0.500 without R2, 0.600 to 0.970 with"
     bad = demo.verdict(short[0]._replace(trained=trained([0.5, 0.9, 0.5, 0.97, 0.4])))
-    assert bad == "2 bit: 0.500 without R2, 0.400 to 0.970 with; in this run no gain from margin, top 1 %, soft-min-max, alpha learned"
+    assert (
+        bad
+        == "2 bit: 0.500 without R2, 0.400 to 0.970 with; in this run no gain from margin, top 1 %, soft-min-max, alpha learned"
+    )
 
 
 def test_the_histograms(short):
@@ -152,7 +161,7 @@ def test_the_histograms(short):
 def test_the_command(short, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "run", lambda **options: short[0])
-    for _ in range(2):          # the default plot is the demo's own and is replaced
+    for _ in range(2):  # the default plot is the demo's own and is replaced
         assert cli.main(["demo", "--json", "a.json", "--force"]) == 0
         assert (tmp_path / "r2kernels_demo.png").read_bytes()[:4] == b"\x89PNG"
     assert "histograms: r2kernels_demo.png\nresults: a.json\n" in capsys.readouterr().out

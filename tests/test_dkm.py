@@ -1,4 +1,5 @@
 """DKM: the mathematics of the reference, and the public functions on whatever backend serves the device."""
+
 import math
 import warnings
 
@@ -8,7 +9,8 @@ import torch
 from torch.testing import assert_close
 
 import r2kernels as r2
-from r2kernels import fixed_point, ops, reference
+from r2kernels import ops, reference
+from r2kernels.algorithms import fixed_point
 from r2kernels.reference.dkm import iterate
 
 METRICS = pytest.mark.parametrize("metric", ["euclidean", "sqeuclidean"])
@@ -102,7 +104,11 @@ def test_implicit_equals_many_unrolled_iterations(metric, d, device, variant):
     leaf = w.clone().requires_grad_()
     _, settled = r2.dkm(w, c, tau, iterations=400, metric=metric, cluster_dim=d)
     gradients = []
-    for options in ({"iterations": 500}, {"iterations": "converge", "gradient": "implicit", "tol": 1e-12}, {"iterations": 3, "gradient": "implicit"}):
+    for options in (
+        {"iterations": 500},
+        {"iterations": "converge", "gradient": "implicit", "tol": 1e-12},
+        {"iterations": 3, "gradient": "implicit"},
+    ):
         w_hat, _ = r2.dkm(leaf, settled, tau, metric=metric, cluster_dim=d, **options)
         gradients.append(torch.autograd.grad((w_hat * g).sum(), leaf)[0])
     for other in gradients[1:]:
@@ -114,7 +120,9 @@ def test_implicit_equals_many_unrolled_iterations(metric, d, device, variant):
 @pytest.mark.parametrize("d", [1, 2])
 def test_equals_the_reference_under_autograd(d, metric, gradient, device, variant):
     """Outputs, centroids, dL/dW and dL/dC_0 of the whole function, for a list with different numbers of clusters, in float64."""
-    ws = [draw(9, 7, seed=s, device=device).requires_grad_() for s in range(2)] + [draw(11, seed=5, device=device).requires_grad_()]
+    ws = [draw(9, 7, seed=s, device=device).requires_grad_() for s in range(2)] + [
+        draw(11, seed=5, device=device).requires_grad_()
+    ]
     cs = [start(k, d, seed=k, device=device).requires_grad_() for k in (4, 3, 6)]
     results = []
     for layer in (r2, reference):
@@ -146,7 +154,16 @@ def test_gradcheck_implicit(metric, device, variant):
     w = draw(6, 5, device=device).requires_grad_()
 
     def f(w):
-        return r2.dkm(w, start(3, device=device), 0.6, iterations="converge", tol=1e-13, max_passes=400, metric=metric, gradient="implicit")
+        return r2.dkm(
+            w,
+            start(3, device=device),
+            0.6,
+            iterations="converge",
+            tol=1e-13,
+            max_passes=400,
+            metric=metric,
+            gradient="implicit",
+        )
 
     assert torch.autograd.gradcheck(f, w, atol=1e-6)
 
@@ -158,7 +175,7 @@ def test_centroids_keep_the_order_of_the_caller(metric, device, variant):
     w_hat, centroids = r2.dkm(w, c, 0.3, metric=metric)
     w_hat_2, centroids_2 = r2.dkm(w, c[order], 0.3, metric=metric)
     assert torch.equal(w_hat, w_hat_2) and torch.equal(centroids[order], centroids_2)
-    if metric == "euclidean":           # an iteration keeps the order: the kernel is totally positive
+    if metric == "euclidean":  # an iteration keeps the order: the kernel is totally positive
         assert (centroids[c.argsort()].diff() >= 0).all()
 
 
@@ -193,13 +210,17 @@ def test_saved_for_backward_is_w_and_little_else(metric, gradient, device, varia
 
 def test_leftovers_and_strides(device, variant):
     """Ŵ lies as W does; the numel mod d numbers that are left over pass through, and so does their gradient."""
-    for w, d, layout in ((draw(7, 3, device=device), 2, "contiguous"), (draw(7, 3, device=device), 2, "output"), (draw(7, 4, device=device).t(), 1, "output"),
-                         (draw(8, 6, 3, 3, device=device).contiguous(memory_format=torch.channels_last), 4, "output")):
+    for w, d, layout in (
+        (draw(7, 3, device=device), 2, "contiguous"),
+        (draw(7, 3, device=device), 2, "output"),
+        (draw(7, 4, device=device).t(), 1, "output"),
+        (draw(8, 6, 3, 3, device=device).contiguous(memory_format=torch.channels_last), 4, "output"),
+    ):
         leaf = w.clone(memory_format=torch.preserve_format).requires_grad_()
         w_hat, _ = r2.dkm(leaf, start(3, d, device=device), 0.4, cluster_dim=d, layout=layout)
         exact, _ = reference.dkm(w, start(3, d, device=device), 0.4, cluster_dim=d, layout=layout)
         assert_close(w_hat, exact, rtol=1e-11, atol=1e-12)
-        g, = torch.autograd.grad(w_hat.sum(), leaf)
+        (g,) = torch.autograd.grad(w_hat.sum(), leaf)
         if w.numel() % d:
             left = w == (w.transpose(0, -1).reshape(-1) if layout == "output" else w.reshape(-1))[-1]
             assert torch.equal(w_hat[left], w[left]) and (g[left] == 1).all()
@@ -233,7 +254,9 @@ def test_edges(name, metric, device, variant):
         for layer in (r2, reference):
             leaf, first = w.clone().requires_grad_(), c.clone().requires_grad_()
             w_hat, centroids = layer.dkm(leaf, first, tau, iterations=3, metric=metric)
-            g = torch.autograd.grad((w_hat * torch.arange(1.0, len(w) + 1, device=device)).sum() + centroids.square().sum(), [leaf, first])
+            g = torch.autograd.grad(
+                (w_hat * torch.arange(1.0, len(w) + 1, device=device)).sum() + centroids.square().sum(), [leaf, first]
+            )
             results.append([w_hat, centroids, *g])
         for ours, exact in zip(*results, strict=True):
             assert ours.isfinite().all()
@@ -251,8 +274,10 @@ def test_nan_and_inf(special, d, metric, device, variant):
         w_hat, c = r2.dkm(leaf, start(4, d, device=device).float(), 0.2, metric=metric, cluster_dim=d)
         w_hat.sum().backward()
         assert c.isnan().any() and leaf.grad.isnan().any() and w_hat.isnan().any()
-        _, c = r2.dkm(leaf, start(4, d, device=device).float(), 0.2, metric=metric, cluster_dim=d, iterations="converge")
-        assert c.isnan().any()          # at once: there is nothing to converge to
+        _, c = r2.dkm(
+            leaf, start(4, d, device=device).float(), 0.2, metric=metric, cluster_dim=d, iterations="converge"
+        )
+        assert c.isnan().any()  # at once: there is nothing to converge to
 
 
 @METRICS
@@ -286,35 +311,85 @@ def test_assign_literals(layer, device):
     """Ties and duplicates take the lower index, in the order of the caller; NaN takes 0."""
     w = torch.tensor([-9.0, 0.5, 1.5, 2.0, float("nan"), 7.0], device=device)
     assert layer.assign(w, torch.tensor([2.0, 1.0, 2.0, 0.0], device=device)).tolist() == [3, 1, 0, 0, 0, 0]
-    assert layer.assign(w[:4], torch.tensor([[0.0, 0], [1, 2]], device=device), cluster_dim=2, layout="contiguous").tolist() == [0, 1]
+    assert layer.assign(
+        w[:4], torch.tensor([[0.0, 0], [1, 2]], device=device), cluster_dim=2, layout="contiguous"
+    ).tolist() == [0, 1]
 
 
 CENTROIDS = torch.tensor([0.1, 0.2])
 BAD = [
     (lambda f: f(0.1, CENTROIDS, 1.0), TypeError, "W must be a floating-point tensor or a sequence of them, got float"),
     (lambda f: f(torch.ones(4), [0.1, 0.2], 1.0), TypeError, "centroids must be a tensor, got list"),
-    (lambda f: f([torch.ones(4)], CENTROIDS, 1.0), TypeError, "centroids must be a sequence of 1 tensors, one for each tensor of W, got Tensor"),
+    (
+        lambda f: f([torch.ones(4)], CENTROIDS, 1.0),
+        TypeError,
+        "centroids must be a sequence of 1 tensors, one for each tensor of W, got Tensor",
+    ),
     (lambda f: f([torch.ones(4)], [CENTROIDS] * 2, 1.0), ValueError, "centroids has 2 tensors; W has 1"),
     (lambda f: f([torch.ones(4)], [0.3], 1.0), TypeError, r"centroids\[0\] must be a tensor, got float"),
-    (lambda f: f(torch.ones(4), CENTROIDS[:0], 1.0), ValueError, r"centroids has shape \(0,\); allowed is \(K,\) with K >= 1 for cluster_dim=1"),
+    (
+        lambda f: f(torch.ones(4), CENTROIDS[:0], 1.0),
+        ValueError,
+        r"centroids has shape \(0,\); allowed is \(K,\) with K >= 1 for cluster_dim=1",
+    ),
     (lambda f: f(torch.ones(4), CENTROIDS[None], 1.0), ValueError, r"centroids has shape \(1, 2\); allowed is \(K,\)"),
-    (lambda f: f(torch.ones(4), CENTROIDS, 1.0, cluster_dim=2), ValueError, r"centroids has shape \(2,\); allowed is \(K, 2\) with K >= 1 for cluster_dim=2"),
-    (lambda f: f(torch.ones(4), CENTROIDS.double(), 1.0), TypeError, "centroids has dtype torch.float64; allowed is torch.float32 for W of torch.float32"),
-    (lambda f: f(torch.ones(4).double(), CENTROIDS, 1.0), TypeError, "centroids has dtype torch.float32; allowed is torch.float64"),
+    (
+        lambda f: f(torch.ones(4), CENTROIDS, 1.0, cluster_dim=2),
+        ValueError,
+        r"centroids has shape \(2,\); allowed is \(K, 2\) with K >= 1 for cluster_dim=2",
+    ),
+    (
+        lambda f: f(torch.ones(4), CENTROIDS.double(), 1.0),
+        TypeError,
+        "centroids has dtype torch.float64; allowed is torch.float32 for W of torch.float32",
+    ),
+    (
+        lambda f: f(torch.ones(4).double(), CENTROIDS, 1.0),
+        TypeError,
+        "centroids has dtype torch.float32; allowed is torch.float64",
+    ),
     (lambda f: f(torch.ones(4), CENTROIDS.to("meta"), 1.0), ValueError, "centroids is on meta but W is on cpu"),
     (lambda f: f(torch.ones(4), CENTROIDS, 0.0), ValueError, "tau must be a finite number > 0, got 0"),
     (lambda f: f(torch.ones(4), CENTROIDS, -1), ValueError, "tau must be a finite number > 0, got -1"),
     (lambda f: f(torch.ones(4), CENTROIDS, float("nan")), ValueError, "tau must be a finite number > 0, got nan"),
     (lambda f: f(torch.ones(4), CENTROIDS, "1"), TypeError, "tau must be a number or a tensor, got str"),
     (lambda f: f(torch.ones(4), CENTROIDS, torch.tensor(1.0, requires_grad=True)), ValueError, "tau requires grad"),
-    (lambda f: f(torch.ones(4), CENTROIDS, 1.0, iterations=0), ValueError, 'iterations must be an int >= 1 or "converge", got 0'),
-    (lambda f: f(torch.ones(4), CENTROIDS, 1.0, iterations=2.0), TypeError, 'iterations must be an int >= 1 or "converge", got 2.0'),
-    (lambda f: f(torch.ones(4), CENTROIDS, 1.0, iterations="forever"), TypeError, 'iterations must be an int >= 1 or "converge", got \'forever\''),
+    (
+        lambda f: f(torch.ones(4), CENTROIDS, 1.0, iterations=0),
+        ValueError,
+        'iterations must be an int >= 1 or "converge", got 0',
+    ),
+    (
+        lambda f: f(torch.ones(4), CENTROIDS, 1.0, iterations=2.0),
+        TypeError,
+        'iterations must be an int >= 1 or "converge", got 2.0',
+    ),
+    (
+        lambda f: f(torch.ones(4), CENTROIDS, 1.0, iterations="forever"),
+        TypeError,
+        "iterations must be an int >= 1 or \"converge\", got 'forever'",
+    ),
     (lambda f: f(torch.ones(4), CENTROIDS, 1.0, max_passes=0), ValueError, "max_passes must be an int >= 1, got 0"),
-    (lambda f: f(torch.ones(4), CENTROIDS, 1.0, metric="cosine"), ValueError, r"metric must be one of \('euclidean', 'sqeuclidean'\), got 'cosine'"),
-    (lambda f: f(torch.ones(4), CENTROIDS, 1.0, gradient="none"), ValueError, r"gradient must be one of \('unrolled', 'last', 'implicit'\), got 'none'"),
-    (lambda f: f(torch.ones(4), CENTROIDS, 1.0, tol=1e-3), ValueError, 'tol=0.001 is only used with iterations="converge", got iterations=5'),
-    (lambda f: f(torch.ones(4), CENTROIDS, 1.0, tol=-1.0, iterations="converge"), ValueError, "tol must be a finite number > 0, got -1"),
+    (
+        lambda f: f(torch.ones(4), CENTROIDS, 1.0, metric="cosine"),
+        ValueError,
+        r"metric must be one of \('euclidean', 'sqeuclidean'\), got 'cosine'",
+    ),
+    (
+        lambda f: f(torch.ones(4), CENTROIDS, 1.0, gradient="none"),
+        ValueError,
+        r"gradient must be one of \('unrolled', 'last', 'implicit'\), got 'none'",
+    ),
+    (
+        lambda f: f(torch.ones(4), CENTROIDS, 1.0, tol=1e-3),
+        ValueError,
+        'tol=0.001 is only used with iterations="converge", got iterations=5',
+    ),
+    (
+        lambda f: f(torch.ones(4), CENTROIDS, 1.0, tol=-1.0, iterations="converge"),
+        ValueError,
+        "tol must be a finite number > 0, got -1",
+    ),
     (lambda f: f(torch.ones(4), CENTROIDS, 1.0, cluster_dim=0), ValueError, "cluster_dim must be an int >= 1, got 0"),
 ]
 
@@ -333,14 +408,22 @@ def test_more_clusters_than_rows_warns(layer, device):
 
 
 def test_not_converged_warns(device):
-    with pytest.warns(UserWarning, match=r"1 of 2 tensors did not converge in max_passes=2 \(index: largest \|F\(C\) - C\|: 1: .* > .*\)"):
-        r2.dkm([torch.ones(3, device=device), draw(50, 9, device=device).float()], [torch.ones(1, device=device), start(5, device=device).float()], 0.3,
-               iterations="converge", max_passes=2)
+    with pytest.warns(
+        UserWarning,
+        match=r"1 of 2 tensors did not converge in max_passes=2 \(index: largest \|F\(C\) - C\|: 1: .* > .*\)",
+    ):
+        r2.dkm(
+            [torch.ones(3, device=device), draw(50, 9, device=device).float()],
+            [torch.ones(1, device=device), start(5, device=device).float()],
+            0.3,
+            iterations="converge",
+            max_passes=2,
+        )
 
 
 def test_second_derivatives_raise(device, variant):
     w = draw(5, 3, device=device).requires_grad_()
-    g, = torch.autograd.grad(r2.dkm(w, start(2, device=device), 0.5)[0].sum(), w, create_graph=False)
+    (g,) = torch.autograd.grad(r2.dkm(w, start(2, device=device), 0.5)[0].sum(), w, create_graph=False)
     assert g.isfinite().all()
     with pytest.raises(RuntimeError, match="second derivatives"):
         torch.autograd.grad(r2.dkm(w, start(2, device=device), 0.5)[0].sum(), w, create_graph=True)
@@ -356,13 +439,21 @@ def test_opcheck(d, metric, device):
     torch.library.opcheck(ops.op["dkm_fwd"], (ws, c, 3, *problem))
     buffers, history, moments = ops.op["dkm_fwd"](ws, c, 3, *problem)
     for gradient in ("unrolled", "last", "implicit"):
-        torch.library.opcheck(ops.op["dkm_bwd"], (c, ws, [torch.ones_like(w) for w in ws], history, moments, gradient, True, *problem))
-    torch.library.opcheck(ops.op["dkm_solve"], (ws, c, torch.tensor([1e-3, 1e-3], dtype=torch.float64, device=device), 50, True, *problem))
+        torch.library.opcheck(
+            ops.op["dkm_bwd"], (c, ws, [torch.ones_like(w) for w in ws], history, moments, gradient, True, *problem)
+        )
+    torch.library.opcheck(
+        ops.op["dkm_solve"], (ws, c, torch.tensor([1e-3, 1e-3], dtype=torch.float64, device=device), 50, True, *problem)
+    )
     torch.library.opcheck(ops.op["assign_fwd"], (ws, c, (4, 3), d, "output"))
     assert len(buffers) in (1, 2)
 
 
-@pytest.mark.parametrize("options", [{}, {"metric": "sqeuclidean", "gradient": "last"}, {"gradient": "implicit", "iterations": "converge"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"metric": "sqeuclidean", "gradient": "last"}, {"gradient": "implicit", "iterations": "converge"}],
+    ids=str,
+)
 @pytest.mark.parametrize("d", [1, 2])
 def test_compiled_equals_eager(d, options, device):
     ws = [draw(9, 4, seed=s, device=device).requires_grad_() for s in range(2)]

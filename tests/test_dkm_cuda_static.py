@@ -1,4 +1,5 @@
 """DKM's CUDA kernels as compiled for sm_90: how they use shared memory, and few instructions for each weight. Needs nvcc, but no GPU."""
+
 import re
 
 import pytest
@@ -13,7 +14,7 @@ SUMS = {
     "RecurSums<true>": (59, 59, 0.5, 2),
     "JacobianSums": (53, 53, 1.5, 1),
 }
-OUTPUT, GRADIENT = (22.5, 23), (38, 39)          # the gradient for each iteration
+OUTPUT, GRADIENT = (22.5, 23), (38, 39)  # the gradient for each iteration
 # By rows: instructions for a pair of a row and a centroid in the sweep that sums exponentials, d = 1, 2, 4, 8.
 PAIRS = {"output": (12, 16, 25, 40), "gradient": (24, 34, 60, 105)}
 
@@ -25,7 +26,11 @@ def scalar():
 
 def find(kernels, kind, name, dtype):
     name = re.sub("<(.).*", lambda m: f"ILb{int(m[1] == 't')}E", name)
-    found = [kernel for mangled, kernel in kernels.items() if re.search(rf"dkm_{kind}_kernelI(.*{name}E+)?{TYPES[dtype][0]}EEv", mangled)]
+    found = [
+        kernel
+        for mangled, kernel in kernels.items()
+        if re.search(rf"dkm_{kind}_kernelI(.*{name}E+)?{TYPES[dtype][0]}EEv", mangled)
+    ]
     assert len(found) == 1
     return found[0]
 
@@ -56,16 +61,26 @@ def test_gradient(scalar, dtype):
     kernel, size = find(scalar, "gradient", "Lb1", dtype), TYPES[dtype][1]
     assert kernel.count("STG", "128") == max(size // 2, 1)
     step = max(kernel.loops(), key=lambda path: kernel.count("MUFU", path=path))
-    assert kernel.count("MUFU", path=step) == 16 and kernel.count("LDG", path=step) == kernel.count("STG", path=step) == 0
+    assert (
+        kernel.count("MUFU", path=step) == 16 and kernel.count("LDG", path=step) == kernel.count("STG", path=step) == 0
+    )
     assert len(step) / 8 <= GRADIENT[size == 2]
 
 
 @pytest.mark.parametrize("kind", PAIRS)
 @pytest.mark.parametrize("d", [1, 2, 4, 8])
 def test_rows(kind, d):
-    kernel = next(kernel for mangled, kernel in sass.compiled("dkm_rows.cu").items() if f"dkm_row_{kind}_kernelILi{d}Ef" in mangled)
+    kernel = next(
+        kernel
+        for mangled, kernel in sass.compiled("dkm_rows.cu").items()
+        if f"dkm_row_{kind}_kernelILi{d}Ef" in mangled
+    )
     sweeps, at_once = [], 4 if d <= 2 else 2
     for path in kernel.loops():
-        if kernel.count("MUFU.EX2", path=path) == at_once and kernel.count("LDS", path=path) and not kernel.count("LDG", path=path):
+        if (
+            kernel.count("MUFU.EX2", path=path) == at_once
+            and kernel.count("LDS", path=path)
+            and not kernel.count("LDG", path=path)
+        ):
             sweeps.append(len(path) / at_once)
     assert sweeps and max(sweeps) <= PAIRS[kind][(1, 2, 4, 8).index(d)], sweeps

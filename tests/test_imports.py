@@ -1,4 +1,5 @@
 """What importing does, in processes of their own; and the law of imports."""
+
 import ast
 import os
 import subprocess
@@ -24,9 +25,16 @@ PathFinder.find_spec = classmethod(lambda cls, name, path=None, target=None: Non
 
 def run(code, *, blocked=(), **environment):
     """stdout of a fresh interpreter; its warnings are printed there too."""
-    program = f"blocked = {set(blocked)!r}\n" + BLOCK + "import warnings; warnings.simplefilter('always')\n" + textwrap.dedent(code)
+    program = (
+        f"blocked = {set(blocked)!r}\n"
+        + BLOCK
+        + "import warnings; warnings.simplefilter('always')\n"
+        + textwrap.dedent(code)
+    )
     inherited = {k: v for k, v in os.environ.items() if k not in ("R2KERNELS_BACKEND", "TRITON_INTERPRET")}
-    done = subprocess.run([sys.executable, "-c", program], env={**inherited, **environment}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**inherited, **environment}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
@@ -43,38 +51,53 @@ def test_import_is_light():
 
 @pytest.mark.parametrize("blocked", [("triton",), ("rich", "matplotlib", "safetensors", "sklearn")], ids=str)
 def test_optional_packages_are_optional(blocked):
-    found = run("""
+    found = run(
+        """
         import torch, r2kernels
         w = torch.randn(5, 5, requires_grad=True)
         r2kernels.soft_min_max([w, w], 0.5).sum().backward()
         r2kernels.RangeRegularizer(torch.nn.Linear(3, 3)).accumulate_grad_()
         print(w.grad.shape, r2kernels.backends()["triton"])
-    """, blocked=blocked)
+    """,
+        blocked=blocked,
+    )
     assert "[5, 5]" in found and ("triton" not in blocked or "triton is not installed" in found)
 
 
 def test_without_the_extension_everything_works_and_one_warning_says_so():
-    found = run("""
+    found = run(
+        """
         import torch, r2kernels
         for _ in range(3):
             w = torch.randn(5, 5, requires_grad=True)
             r2kernels.soft_min_max([w, w], 0.5).sum().backward()
             r2kernels.weight_stats(w)
         print("reason:", r2kernels.backends()["cpu"])
-    """, blocked=("r2kernels._C",))
+    """,
+        blocked=("r2kernels._C",),
+    )
     assert found.count("RuntimeWarning: r2kernels: backend 'cpu' is not usable") == 1
     assert "reason: the extension was not built" in found
 
 
 def test_without_the_extension_an_explicit_choice_raises():
-    for code, environment in (("with r2kernels.use_backend('cpu'):\n    call()", {}), ("call()", {"R2KERNELS_BACKEND": "cpu"})):
-        found = run("import torch, r2kernels\n" + textwrap.dedent("""
+    for code, environment in (
+        ("with r2kernels.use_backend('cpu'):\n    call()", {}),
+        ("call()", {"R2KERNELS_BACKEND": "cpu"}),
+    ):
+        found = run(
+            "import torch, r2kernels\n"
+            + textwrap.dedent("""
             def call():
                 try:
                     r2kernels.l_inf(torch.ones(3))
                 except RuntimeError as error:
                     print(error)
-        """) + code, blocked=("r2kernels._C",), **environment)
+        """)
+            + code,
+            blocked=("r2kernels._C",),
+            **environment,
+        )
         assert "backend 'cpu' was chosen explicitly but cannot be used: the extension was not built" in found
 
 
@@ -96,24 +119,37 @@ def test_a_broken_extension_is_named():
 def test_environment_variable(backend):
     if r2kernels.backends()[backend] is not None:
         pytest.skip(r2kernels.backends()[backend])
-    found = run("""
+    found = run(
+        """
         import torch, r2kernels
         r2kernels.l_inf(torch.ones(3))
         print("r2kernels._C" in sys.modules)
-    """, R2KERNELS_BACKEND=backend)
+    """,
+        R2KERNELS_BACKEND=backend,
+    )
     assert str(backend == "cpu") in found
 
 
-@pytest.mark.parametrize("order", ["import torch, r2kernels", "import r2kernels, torch", "from r2kernels.backends import native; import torch, r2kernels"])
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import torch, r2kernels",
+        "import r2kernels, torch",
+        "from r2kernels.backends import native; import torch, r2kernels",
+    ],
+)
 def test_the_extension_and_torch_share_one_openmp(order):
     """torch is imported first, whatever the order of the user's imports, so that its libgomp serves both."""
     if r2kernels.backends()["cpu"] is not None or not sys.platform.startswith("linux"):
         pytest.skip(r2kernels.backends()["cpu"] or "reads /proc")
-    found = run(order + """
+    found = run(
+        order
+        + """
 w = torch.randn(300, 300, requires_grad=True)
 r2kernels.l_inf(w).backward()
 print(len({line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line}), "copies")
-""")
+"""
+    )
     assert "1 copies" in found
 
 
@@ -193,9 +229,13 @@ def imported(path):
             found |= {name if name in modules else ".".join(base) for name in names}
         elif isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "r2kernels":
             base = node.module.split(".")[1:]
-            found |= {name if (name := ".".join([*base, alias.name])) in modules else ".".join(base) for alias in node.names}
+            found |= {
+                name if (name := ".".join([*base, alias.name])) in modules else ".".join(base) for alias in node.names
+            }
         elif isinstance(node, ast.Import):
-            found |= {".".join(alias.name.split(".")[1:]) for alias in node.names if alias.name.split(".")[0] == "r2kernels"}
+            found |= {
+                ".".join(alias.name.split(".")[1:]) for alias in node.names if alias.name.split(".")[0] == "r2kernels"
+            }
     return found
 
 
@@ -225,8 +265,11 @@ def test_the_law_sees_imports():
     assert "functional" in imported(PACKAGE / "__init__.py")
 
 
-@pytest.mark.parametrize("path", [p for p in [*PACKAGE.rglob("*"), *(ROOT / "csrc").rglob("*")] if p.suffix in (".py", ".h", ".cuh", ".cpp", ".cu")],
-                         ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path",
+    [p for p in [*PACKAGE.rglob("*"), *(ROOT / "csrc").rglob("*")] if p.suffix in (".py", ".h", ".cuh", ".cpp", ".cu")],
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
 def test_no_long_files(path):
     lines = path.read_text().splitlines()
     assert len(lines) <= 400

@@ -1,4 +1,5 @@
 """Palettized files: what is saved comes back bit for bit, and nothing wrong is loaded."""
+
 import json
 import math
 import os
@@ -12,18 +13,24 @@ from safetensors import safe_open
 from torch import nn
 
 import r2kernels
-from r2kernels import container, io
-from r2kernels.checkpoint import Checkpoint
-from r2kernels.codes import Clustered, Form, Size, channel_scales, quantized_lut
-from r2kernels.io import Palettized, load_palettized, save_clustered, save_palettized
+from r2kernels.files import container
+from r2kernels.files import format as io
+from r2kernels.files.checkpoint import Checkpoint
+from r2kernels.files.clustered import Clustered, Form, Size, channel_scales, quantized_lut
+from r2kernels.files.format import Palettized, load_palettized, save_clustered, save_palettized
 from r2kernels.nn.palettizer import Palettizer
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.* stays dense", "ignore:centroids")]
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.* stays dense", "ignore:centroids"),
+]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def examples(count):
-    return settings(max_examples=count, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    return settings(
+        max_examples=count, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
 
 
 def draw(shape, dtype=torch.float32, seed=0):
@@ -66,10 +73,25 @@ def by_hand(w, centroids, form):
     return torch.cat(parts) * scale
 
 
-FORMS = [Form(*options) for options in [
-    (1,), (2,), (3,), (4, 2), (4, 2, "contiguous"), (2, 3, "output", 4), (2, 3, "contiguous", 4, True), (3, 1, "output", 3, False, "fp16"),
-    (2, 4, "output", None, True, "int8"), (5, 5, "output", 2, True, "int8"), (8, 1, "output", None, True, "fp16"), (1, 64, "contiguous"),
-    (2, 1, "output", 1, True), (2, 2, "output", 100)]]
+FORMS = [
+    Form(*options)
+    for options in [
+        (1,),
+        (2,),
+        (3,),
+        (4, 2),
+        (4, 2, "contiguous"),
+        (2, 3, "output", 4),
+        (2, 3, "contiguous", 4, True),
+        (3, 1, "output", 3, False, "fp16"),
+        (2, 4, "output", None, True, "int8"),
+        (5, 5, "output", 2, True, "int8"),
+        (8, 1, "output", None, True, "fp16"),
+        (1, 64, "contiguous"),
+        (2, 1, "output", 1, True),
+        (2, 2, "output", 100),
+    ]
+]
 
 
 @pytest.mark.parametrize("entropy", [None, "huffman"])
@@ -78,16 +100,30 @@ FORMS = [Form(*options) for options in [
 def test_round_trip(tmp_path, form, dtype, entropy):
     state = {"a": draw((10, 7, 5), dtype), "b.c": draw((9, 40), dtype, 2)}
     centroids = {name: centroids_for(w, form) for name, w in state.items()}
-    save_clustered({name: Clustered.of(w, centroids[name], form) for name, w in state.items()}, state, tmp_path / "f", entropy=entropy)
+    save_clustered(
+        {name: Clustered.of(w, centroids[name], form) for name, w in state.items()},
+        state,
+        tmp_path / "f",
+        entropy=entropy,
+    )
     found = load_palettized(tmp_path / "f")
     assert_same(found, {name: by_hand(w, centroids[name], form) for name, w in state.items()})
     with r2kernels.use_backend("reference"):
         assert_same(load_palettized(tmp_path / "f"), found)
 
 
-@given(shape=st.lists(st.integers(1, 9), min_size=1, max_size=4), bits=st.integers(1, 8), d=st.integers(1, 9), layout=st.sampled_from(["output", "contiguous"]),
-       group=st.none() | st.integers(1, 9), scaled=st.booleans(), lut=st.sampled_from(["fp32", "fp16", "int8"]), dtype=st.sampled_from(DTYPES),
-       entropy=st.sampled_from(io.ENTROPIES), seed=st.integers(0, 9))
+@given(
+    shape=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    bits=st.integers(1, 8),
+    d=st.integers(1, 9),
+    layout=st.sampled_from(["output", "contiguous"]),
+    group=st.none() | st.integers(1, 9),
+    scaled=st.booleans(),
+    lut=st.sampled_from(["fp32", "fp16", "int8"]),
+    dtype=st.sampled_from(DTYPES),
+    entropy=st.sampled_from(io.ENTROPIES),
+    seed=st.integers(0, 9),
+)
 @examples(200)
 def test_round_trip_of_anything(tmp_path_factory, shape, bits, d, layout, group, scaled, lut, dtype, entropy, seed):
     form, path = Form(bits, d, layout, group, scaled and len(shape) > 1, lut), tmp_path_factory.mktemp("any") / "f"
@@ -99,7 +135,11 @@ def test_round_trip_of_anything(tmp_path_factory, shape, bits, d, layout, group,
     assert_same(load_palettized(path), {"w": made.decoded(), "other": torch.arange(seed)})
     with Palettized(path) as file:
         again = file.clustered("w").unpacked()
-    assert torch.equal(again.codes, made.codes) and torch.equal(again.entries, made.entries) and again.size() == made.size()
+    assert (
+        torch.equal(again.codes, made.codes)
+        and torch.equal(again.entries, made.entries)
+        and again.size() == made.size()
+    )
 
 
 class Model(nn.Module):
@@ -107,7 +147,12 @@ class Model(nn.Module):
 
     def __init__(self, dtype=torch.float32):
         super().__init__()
-        self.conv, self.norm, self.embed, self.out = nn.Conv2d(3, 10, 3), nn.BatchNorm2d(10), nn.Embedding(33, 10), nn.Linear(10, 33, bias=False)
+        self.conv, self.norm, self.embed, self.out = (
+            nn.Conv2d(3, 10, 3),
+            nn.BatchNorm2d(10),
+            nn.Embedding(33, 10),
+            nn.Linear(10, 33, bias=False),
+        )
         self.out.weight = self.embed.weight
         self.tiny = nn.Linear(2, 3)
         self.to(dtype)
@@ -119,10 +164,20 @@ class Model(nn.Module):
         self.register_buffer("again", self.norm.running_mean)
 
 
-@pytest.mark.parametrize(("options", "dtype"), [
-    ({}, torch.float32), ({"cluster_dim": 2, "lut_dtype": "int8"}, torch.bfloat16), ({"group_size": 4, "per_channel_scale": True}, torch.float16),
-    ({"cluster_dim": 4, "layout": "contiguous", "lut_dtype": "fp16"}, torch.float64),
-    ({"overrides": {"conv": {"bits": 1, "cluster_dim": 3, "per_channel_scale": True}, "embed": "skip"}}, torch.float32)], ids=str)
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ({}, torch.float32),
+        ({"cluster_dim": 2, "lut_dtype": "int8"}, torch.bfloat16),
+        ({"group_size": 4, "per_channel_scale": True}, torch.float16),
+        ({"cluster_dim": 4, "layout": "contiguous", "lut_dtype": "fp16"}, torch.float64),
+        (
+            {"overrides": {"conv": {"bits": 1, "cluster_dim": 3, "per_channel_scale": True}, "embed": "skip"}},
+            torch.float32,
+        ),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("entropy", [None, "huffman"])
 def test_a_model(tmp_path, options, dtype, entropy):
     model = Model(dtype)
@@ -158,41 +213,73 @@ def test_the_file(tmp_path):
     form = Form(2)
     made = Clustered.of(w, torch.tensor([0.0, 1, 2, 3]).reshape(1, 4, 1), form)
     assert made.codes.tolist() == [0, 1, 3, 1, 0, 1]
-    save_clustered({"w": made}, {"w": w, "v": w, "b": torch.tensor([7], dtype=torch.int16), "x": torch.tensor(2.0)}, tmp_path / "f.safetensors")
+    save_clustered(
+        {"w": made},
+        {"w": w, "v": w, "b": torch.tensor([7], dtype=torch.int16), "x": torch.tensor(2.0)},
+        tmp_path / "f.safetensors",
+    )
     data = (tmp_path / "f.safetensors").read_bytes()
     length = int.from_bytes(data[:8], "little")
-    parts = [torch.tensor([0.0, 1, 2, 3]).numpy().tobytes(), bytes([0b01110100, 0b0100, 0, 0, 0, 0, 0, 0]), torch.tensor(2.0).numpy().tobytes(), bytes([7, 0])]
+    parts = [
+        torch.tensor([0.0, 1, 2, 3]).numpy().tobytes(),
+        bytes([0b01110100, 0b0100, 0, 0, 0, 0, 0, 0]),
+        torch.tensor(2.0).numpy().tobytes(),
+        bytes([7, 0]),
+    ]
     assert data[8 + length :] == b"".join(parts)
     header = json.loads(data[8 : 8 + length])
     metadata = header.pop("__metadata__")
     assert header == {
-        "w:lut": {"dtype": "F32", "shape": [1, 4, 1], "data_offsets": [0, 16]}, "w:codes": {"dtype": "U8", "shape": [8], "data_offsets": [16, 24]},
-        "x": {"dtype": "F32", "shape": [], "data_offsets": [24, 28]}, "b": {"dtype": "I16", "shape": [1], "data_offsets": [28, 30]}}
-    assert (metadata["format"], metadata["version"], json.loads(metadata["aliases"])) == ("r2kernels.palettized", "1", {"v": "w"})
+        "w:lut": {"dtype": "F32", "shape": [1, 4, 1], "data_offsets": [0, 16]},
+        "w:codes": {"dtype": "U8", "shape": [8], "data_offsets": [16, 24]},
+        "x": {"dtype": "F32", "shape": [], "data_offsets": [24, 28]},
+        "b": {"dtype": "I16", "shape": [1], "data_offsets": [28, 30]},
+    }
+    assert (metadata["format"], metadata["version"], json.loads(metadata["aliases"])) == (
+        "r2kernels.palettized",
+        "1",
+        {"v": "w"},
+    )
     assert json.loads(metadata["weights"]) == {"w": {"shape": [2, 3], "dtype": "F32", "bits": 2}}
     assert metadata["checksums"] == "".join(f"{zlib.crc32(part):08x}" for part in parts)
-    assert metadata["checksum"] == f"{zlib.crc32(data[: 8 + length].replace(metadata['checksum'].encode(), b'00000000', 1)):08x}"
+    assert (
+        metadata["checksum"]
+        == f"{zlib.crc32(data[: 8 + length].replace(metadata['checksum'].encode(), b'00000000', 1)):08x}"
+    )
     with safe_open(tmp_path / "f.safetensors", "pt") as file:
-        assert sorted(file.keys()) == ["b", "w:codes", "w:lut", "x"] and file.get_tensor("w:lut").flatten().tolist() == [0, 1, 2, 3]
+        assert sorted(file.keys()) == ["b", "w:codes", "w:lut", "x"] and file.get_tensor(
+            "w:lut"
+        ).flatten().tolist() == [0, 1, 2, 3]
     file = Palettized(tmp_path / "f.safetensors")
     assert isinstance(file, Checkpoint) and [entry.name for entry in file.entries] == ["b", "v", "w", "x"]
     assert [entry.name for entry in file.weights] == ["v", "w"] and torch.equal(file.tensor("v"), w)
 
 
 def test_every_tensor_is_aligned(tmp_path):
-    forms = [Form(1, lut_dtype="int8"), Form(3, 3, lut_dtype="fp16", group_size=3), Form(2, 2, per_channel_scale=True, lut_dtype="int8")]
+    forms = [
+        Form(1, lut_dtype="int8"),
+        Form(3, 3, lut_dtype="fp16", group_size=3),
+        Form(2, 2, per_channel_scale=True, lut_dtype="int8"),
+    ]
     made = {f"{i}{dtype}": clustered((11, 5 + i), form, dtype) for i, form in enumerate(forms) for dtype in DTYPES}
-    others = {str(dtype): torch.ones(3, dtype=dtype) for dtype in (torch.bool, torch.float64, torch.float16, torch.int32)}
+    others = {
+        str(dtype): torch.ones(3, dtype=dtype) for dtype in (torch.bool, torch.float64, torch.float16, torch.int32)
+    }
     state = {name: c.decoded() for name, c in made.items()} | others
     save_clustered(made, state, tmp_path / "f", entropy="huffman")
     reader = container.Reader(tmp_path / "f")
-    assert reader.start % 8 == 0 and all(stored.begin % stored.dtype.itemsize == 0 for stored in reader.entries.values())
+    assert reader.start % 8 == 0 and all(
+        stored.begin % stored.dtype.itemsize == 0 for stored in reader.entries.values()
+    )
 
 
 def test_huffman_where_it_is_smaller(tmp_path):
-    w = draw((300, 300))                                            # most codes are one of two
+    w = draw((300, 300))  # most codes are one of two
     form = Form(4)
-    made = {"w": Clustered.of(w, torch.linspace(-20, 20, 16).reshape(1, 16, 1), form), "uniform": clustered((40, 40), Form(1))}
+    made = {
+        "w": Clustered.of(w, torch.linspace(-20, 20, 16).reshape(1, 16, 1), form),
+        "uniform": clustered((40, 40), Form(1)),
+    }
     state = {name: c.decoded() for name, c in made.items()}
     sizes = {}
     for entropy in io.ENTROPIES:
@@ -219,7 +306,11 @@ def test_sizes():
 def test_nothing_half_written(tmp_path, monkeypatch):
     path, made = tmp_path / "f", clustered((6, 6))
     path.write_text("old")
-    for entropy, state in (("zip", {"w": made.decoded()}), (None, {"w": made.decoded(), "x": torch.zeros(2).to_sparse()}), (None, {"w": 3})):
+    for entropy, state in (
+        ("zip", {"w": made.decoded()}),
+        (None, {"w": made.decoded(), "x": torch.zeros(2).to_sparse()}),
+        (None, {"w": 3}),
+    ):
         with pytest.raises((ValueError, TypeError)):
             save_clustered({"w": made}, state, path, entropy=entropy)
     monkeypatch.setattr(container.Writer, "finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -227,15 +318,24 @@ def test_nothing_half_written(tmp_path, monkeypatch):
         save_clustered({"w": made}, {"w": made.decoded()}, path)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["f"]
     monkeypatch.undo()
-    with pytest.raises(FileExistsError), io.saving(path, [io.Planned("x", (2,), torch.float32)], overwrite=False) as saver:
+    with (
+        pytest.raises(FileExistsError),
+        io.saving(path, [io.Planned("x", (2,), torch.float32)], overwrite=False) as saver,
+    ):
         saver.add("x", torch.ones(2))
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["f"]
 
 
-@pytest.mark.parametrize(("form", "state", "message"), [
-    (Form(1, 65), {}, "w has cluster_dim 65; at most 64"), (Form(2), {"w:lut": torch.ones(1)}, "w:lut cannot be stored"),
-    (Form(2), {"__metadata__": torch.ones(1)}, "__metadata__ cannot be stored"), (Form(2), {"x": torch.empty([0] * 33)}, "x has 33 dimensions"),
-    (Form(2), {"x": torch.ones(1, dtype=torch.complex128)}, "x has dtype torch.complex128")])
+@pytest.mark.parametrize(
+    ("form", "state", "message"),
+    [
+        (Form(1, 65), {}, "w has cluster_dim 65; at most 64"),
+        (Form(2), {"w:lut": torch.ones(1)}, "w:lut cannot be stored"),
+        (Form(2), {"__metadata__": torch.ones(1)}, "__metadata__ cannot be stored"),
+        (Form(2), {"x": torch.empty([0] * 33)}, "x has 33 dimensions"),
+        (Form(2), {"x": torch.ones(1, dtype=torch.complex128)}, "x has dtype torch.complex128"),
+    ],
+)
 def test_what_cannot_be_saved(tmp_path, form, state, message):
     made = clustered((6, 70), form)
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,5 @@
 """Palettized files that are wrong: each is refused in one line that names the file, and the tensor where it is one."""
+
 import itertools
 import json
 import zlib
@@ -7,10 +8,11 @@ import pytest
 import torch
 
 import r2kernels
-from r2kernels import container, io
-from r2kernels.checkpoint import CheckpointError
-from r2kernels.codes import Clustered, Form
-from r2kernels.io import Palettized, load_palettized, save_clustered
+from r2kernels.files import container
+from r2kernels.files import format as io
+from r2kernels.files.checkpoint import CheckpointError
+from r2kernels.files.clustered import Clustered, Form
+from r2kernels.files.format import Palettized, load_palettized, save_clustered
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -23,10 +25,19 @@ def draw(*shape):
 def small(tmp_path_factory):
     """A file of every kind of part, and its bytes."""
     path = tmp_path_factory.mktemp("small") / "f"
-    made = {"a": Clustered.of(draw(5, 7).half(), torch.linspace(-1, 1, 16).reshape(2, 4, 2), Form(2, 2, "output", 3, True, "int8")),
-            "h": Clustered.of(draw(40, 20), torch.linspace(-15, 15, 8).reshape(1, 8, 1), Form(3))}
+    made = {
+        "a": Clustered.of(
+            draw(5, 7).half(), torch.linspace(-1, 1, 16).reshape(2, 4, 2), Form(2, 2, "output", 3, True, "int8")
+        ),
+        "h": Clustered.of(draw(40, 20), torch.linspace(-15, 15, 8).reshape(1, 8, 1), Form(3)),
+    }
     state = {name: c.decoded() for name, c in made.items()}
-    save_clustered(made, {**state, "t": state["h"], "m": torch.tensor([True, False]), "s": torch.tensor(3)}, path, entropy="huffman")
+    save_clustered(
+        made,
+        {**state, "t": state["h"], "m": torch.tensor([True, False]), "s": torch.tensor(3)},
+        path,
+        entropy="huffman",
+    )
     assert load_palettized(path).keys() == {"a", "h", "t", "m", "s"} and b"huffman" in path.read_bytes()
     return path.read_bytes()
 
@@ -35,7 +46,11 @@ def refused(path, data, match=": "):
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=match) as caught:
         load_palettized(path)
-    assert isinstance(caught.value, ValueError) and str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+    assert (
+        isinstance(caught.value, ValueError)
+        and str(caught.value).startswith(f"{path}: ")
+        and "\n" not in str(caught.value)
+    )
 
 
 def test_every_changed_byte_is_seen(tmp_path, small):
@@ -60,7 +75,9 @@ def parsed(data):
 
 def sealed(header, data):
     """A file with this header, which has its right checksum."""
-    metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in header["__metadata__"].items()}
+    metadata = {
+        key: value if isinstance(value, str) else json.dumps(value) for key, value in header["__metadata__"].items()
+    }
     written = container.header({name: fields for name, fields in header.items() if name != "__metadata__"}, metadata)
     at = len(container.SEALED)
     if written.startswith(container.SEALED):
@@ -85,6 +102,7 @@ def put(*keys):
             del header[last]
         else:
             header[last] = value
+
     return edit
 
 
@@ -95,7 +113,10 @@ def weight(*keys):
 EDITS = {
     "another format": (put("__metadata__", "format", "other"), "is not a palettized file"),
     "no format": (put("__metadata__", "format", KeyError), "is not a palettized file"),
-    "another version": (put("__metadata__", "version", "2"), "has version '2' of the format; this version of r2kernels reads '1'"),
+    "another version": (
+        put("__metadata__", "version", "2"),
+        "has version '2' of the format; this version of r2kernels reads '1'",
+    ),
     "no version": (put("__metadata__", "version", KeyError), "has version None"),
     "more metadata": (put("__metadata__", "more", "x"), "has metadata other than"),
     "fewer checksums": (put("__metadata__", "checksums", "00000000"), "has checksums that are not those of 11 tensors"),
@@ -104,11 +125,17 @@ EDITS = {
     "weights": (put("__metadata__", "weights", []), "its list of weights is corrupt"),
     "weights cut off": (put("__metadata__", "weights", '{"a"'), "its list of weights is corrupt"),
     "aliases": (put("__metadata__", "aliases", "[" * 100_000), "its list of aliases is corrupt"),
-    "a weight twice": (put("__metadata__", "weights", '{"a":1,"a":2}'), "its list of weights is corrupt .*occurs twice"),
+    "a weight twice": (
+        put("__metadata__", "weights", '{"a":1,"a":2}'),
+        "its list of weights is corrupt .*occurs twice",
+    ),
     "an alias of nothing": (put("__metadata__", "aliases", "t", "nothing"), "t is another name of nothing"),
     "an alias of an alias": (put("__metadata__", "aliases", "u", "t"), "u is another name of nothing"),
     "an alias of a number": (put("__metadata__", "aliases", "t", 3), "t is another name of nothing"),
-    "an alias that exists": (put("__metadata__", "aliases", "s", "h"), "s is another name of nothing, or a name that occurs twice"),
+    "an alias that exists": (
+        put("__metadata__", "aliases", "s", "h"),
+        "s is another name of nothing, or a name that occurs twice",
+    ),
     "no description": (weight("a", 3), "a is not described"),
     "less described": (weight("a", "bits", KeyError), "a is not described"),
     "more described": (weight("a", "more", 1), "a is not described"),
@@ -184,9 +211,23 @@ def test_a_weight_that_is_not_described_is_its_parts(tmp_path, small):
     assert {"a:lut", "a:codes"} < load_palettized(tmp_path / "f").keys()
 
 
-@pytest.mark.parametrize("text", [
-    b"", b"{", b"[]", b"3", b"{} x", b'{"a":1,"a":1}', b'{"\xff":1}', b'{"\\ud800":1}', b'{"a":NaN}', b"[" * 10**5, b'{"a":' + b"9" * 5000 + b"}",
-], ids=range(11))
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"3",
+        b"{} x",
+        b'{"a":1,"a":1}',
+        b'{"\xff":1}',
+        b'{"\\ud800":1}',
+        b'{"a":NaN}',
+        b"[" * 10**5,
+        b'{"a":' + b"9" * 5000 + b"}",
+    ],
+    ids=range(11),
+)
 def test_headers_that_are_none(tmp_path, text):
     refused(tmp_path / "f", len(text).to_bytes(8, "little") + text)
 
@@ -216,11 +257,20 @@ def rewritten(small, name, change):
     return sealed(header, b"".join(parts[n] for n in names))
 
 
-@pytest.mark.parametrize(("name", "change", "message"), [
-    ("h:lengths", lambda b: bytes(len(b)), "h is corrupt .*no code"), ("h:lengths", lambda b: b"\1" * len(b), "h is corrupt .*no code"),
-    ("h:lengths", lambda b: b"\x0c" + b[1:], "h is corrupt"), ("h:blocks", lambda b: b"\xff" * len(b), "h is corrupt"),
-    ("h:blocks", lambda b: bytes(len(b)), "h is corrupt"), ("h:blocks", lambda b: bytes([b[0] - 1]) + b[1:], "h is corrupt .*too short"),
-    ("h:codes", lambda b: b"\xff" * len(b), "h is corrupt"), ("h:codes", lambda b: bytes(len(b)), "h is corrupt"), ("m", lambda b: b"\2\1", "m has values")])
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("h:lengths", lambda b: bytes(len(b)), "h is corrupt .*no code"),
+        ("h:lengths", lambda b: b"\1" * len(b), "h is corrupt .*no code"),
+        ("h:lengths", lambda b: b"\x0c" + b[1:], "h is corrupt"),
+        ("h:blocks", lambda b: b"\xff" * len(b), "h is corrupt"),
+        ("h:blocks", lambda b: bytes(len(b)), "h is corrupt"),
+        ("h:blocks", lambda b: bytes([b[0] - 1]) + b[1:], "h is corrupt .*too short"),
+        ("h:codes", lambda b: b"\xff" * len(b), "h is corrupt"),
+        ("h:codes", lambda b: bytes(len(b)), "h is corrupt"),
+        ("m", lambda b: b"\2\1", "m has values"),
+    ],
+)
 def test_wrong_contents(tmp_path, small, name, change, message):
     data = rewritten(small, name, change)
     refused(tmp_path / "f", data, message)

@@ -1,4 +1,5 @@
 """RangeRegularizer: which weights it takes, what it computes, how it lives with a model and an optimizer."""
+
 import copy
 
 import pytest
@@ -21,15 +22,30 @@ class Block(nn.Module):
         self.conv1, self.conv2, self.conv3 = nn.Conv1d(2, 3, 3), nn.Conv2d(2, 4, 3, groups=2), nn.Conv3d(1, 2, 2)
         self.up = nn.ConvTranspose2d(2, 3, 2)
         self.norms = nn.ModuleList([nn.BatchNorm2d(4), nn.LayerNorm([4, 5]), nn.GroupNorm(2, 4)])
-        self.same, self.separate = nn.MultiheadAttention(4, 2), nn.MultiheadAttention(4, 2, kdim=6, vdim=8, add_bias_kv=True)
+        self.same, self.separate = (
+            nn.MultiheadAttention(4, 2),
+            nn.MultiheadAttention(4, 2, kdim=6, vdim=8, add_bias_kv=True),
+        )
         self.embedding = nn.Embedding(7, 4)
         self.head, self.tied, self.bilinear = nn.Linear(4, 7), nn.Linear(4, 7), nn.Bilinear(2, 3, 4)
         self.tied.weight = self.head.weight
         self.lstm, self.scale = nn.LSTM(3, 4), nn.Parameter(torch.ones(4, 4))
 
 
-USUAL = ["conv1.weight", "conv2.weight", "conv3.weight", "up.weight", "same.in_proj_weight", "same.out_proj.weight", "separate.q_proj_weight",
-         "separate.k_proj_weight", "separate.v_proj_weight", "separate.out_proj.weight", "head.weight", "bilinear.weight"]
+USUAL = [
+    "conv1.weight",
+    "conv2.weight",
+    "conv3.weight",
+    "up.weight",
+    "same.in_proj_weight",
+    "same.out_proj.weight",
+    "separate.q_proj_weight",
+    "separate.k_proj_weight",
+    "separate.v_proj_weight",
+    "separate.out_proj.weight",
+    "head.weight",
+    "bilinear.weight",
+]
 RULES = [
     ({}, USUAL),
     ({"include": "embedding"}, [*USUAL[:10], "embedding.weight", *USUAL[10:]]),
@@ -37,7 +53,7 @@ RULES = [
     ({"include": ["scale", "embedding.weight"]}, ["scale", *USUAL[:10], "embedding.weight", *USUAL[10:]]),
     ({"include": lambda name, p: p.shape == (7, 4) and "emb" in name}, [*USUAL[:10], "embedding.weight", *USUAL[10:]]),
     ({"exclude": "conv*"}, USUAL[3:]),
-    ({"exclude": ["*attention*", "head", "s*"]}, [*USUAL[:4], "bilinear.weight"]),      # tied.weight is head.weight
+    ({"exclude": ["*attention*", "head", "s*"]}, [*USUAL[:4], "bilinear.weight"]),  # tied.weight is head.weight
     ({"exclude": ["tied", "s*"]}, [*USUAL[:4], "bilinear.weight"]),
     ({"exclude": lambda name, p: p.dim() > 2}, [name for name in USUAL[4:] if name != "bilinear.weight"]),
     ({"include": "embedding", "exclude": ["*.weight", "*_weight"], "only": True}, None),
@@ -47,7 +63,9 @@ RULES = [
 @pytest.mark.parametrize(("rule", "expected"), RULES, ids=lambda x: None)
 def test_selection(rule, expected):
     if expected is None:
-        with pytest.raises(ValueError, match=r"Block has no conv, linear or attention weight left after exclude=.*; use include="):
+        with pytest.raises(
+            ValueError, match=r"Block has no conv, linear or attention weight left after exclude=.*; use include="
+        ):
             select_weights(Block(), include=rule["include"], exclude=rule["exclude"])
     else:
         assert r2.RangeRegularizer(Block(), **rule).names == expected
@@ -92,7 +110,14 @@ def test_an_exclude_that_matches_nothing_warns():
 
 def model(device, mixed=False):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 8, 3), nn.Flatten(), nn.Linear(8 * 4 * 4, 10), nn.Linear(10, 3, bias=False))
+    net = nn.Sequential(
+        nn.Conv2d(1, 6, 3),
+        nn.BatchNorm2d(6),
+        nn.Conv2d(6, 8, 3),
+        nn.Flatten(),
+        nn.Linear(8 * 4 * 4, 10),
+        nn.Linear(10, 3, bias=False),
+    )
     net[2].to(memory_format=torch.channels_last)
     net = net.to(device)
     if mixed:
@@ -119,7 +144,9 @@ CONFIGURATIONS = [
     {"loss": "kure"},
     {"cluster_dim": 3, "layout": "contiguous"},
 ]
-configurations = pytest.mark.parametrize("options", CONFIGURATIONS, ids=lambda options: ",".join(f"{k}={v}" for k, v in options.items()) or "default")
+configurations = pytest.mark.parametrize(
+    "options", CONFIGURATIONS, ids=lambda options: ",".join(f"{k}={v}" for k, v in options.items()) or "default"
+)
 
 
 def by_hand(net, reg, options):
@@ -202,8 +229,14 @@ def start_every_second(net):
     start_random(net)
 
 
-STARTS = {"none": lambda net: None, "zero": start_zero, "random": start_random, "other strides": start_other_strides, "frozen": start_frozen,
-          "weight not dense": start_every_second}
+STARTS = {
+    "none": lambda net: None,
+    "zero": start_zero,
+    "random": start_random,
+    "other strides": start_other_strides,
+    "frozen": start_frozen,
+    "weight not dense": start_every_second,
+}
 
 
 @pytest.mark.parametrize("start", STARTS)
@@ -230,11 +263,17 @@ def test_accumulate_grad_equals_backward(options, mixed, start, device):
             assert (g - e).abs().max() <= 2 * torch.finfo(g.dtype).eps * e.abs().max()
         elif g is not None:
             assert_close(g, e)
-    assert all(a is None or a is b.grad for a, b in zip(kept, net.parameters(), strict=True)), "a gradient was replaced, not added to"
+    assert all(a is None or a is b.grad for a, b in zip(kept, net.parameters(), strict=True)), (
+        "a gradient was replaced, not added to"
+    )
 
 
 @pytest.mark.parametrize("scale", [0.25, 1024, torch.tensor(1024.0), torch.tensor(0.5, dtype=torch.float64)], ids=str)
-@pytest.mark.parametrize("options", [{}, {"alpha_unit": "std", "alpha": 3.0}, {"loss": "margin", "cluster_dim": 2}, {"loss": "kure"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"alpha_unit": "std", "alpha": 3.0}, {"loss": "margin", "cluster_dim": 2}, {"loss": "kure"}],
+    ids=str,
+)
 def test_scale(options, scale, device):
     """As a GradScaler has it: gradients are scaled, the value that comes back is not."""
     net = model(device)
@@ -271,7 +310,10 @@ def test_parametrized_later(device):
     assert_close(loss, reg.weight * sum(reference.soft_min_max(w, reg.alpha[i]) for i, w in enumerate(weights)))
     loss.backward()
     assert net[4].parametrizations.weight.original.grad.count_nonzero() > 0
-    with pytest.raises(RuntimeError, match=r"4\.weight is computed from other parameters \(a parametrization\) and has no \.grad; use reg\(\)"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"4\.weight is computed from other parameters \(a parametrization\) and has no \.grad; use reg\(\)",
+    ):
         reg.accumulate_grad_()
 
 
@@ -301,7 +343,9 @@ def test_deepcopy_of_both(device):
     assert_close(twin["reg"](), r2.RangeRegularizer(twin["net"], alpha=2.0)())
     twin["reg"]().backward()
     assert twin["net"][0].weight.grad is not None and both["net"][0].weight.grad is None
-    assert not any(name.startswith("reg") and "weight" in name for name in both.state_dict()), "the model's weights are not the regularizer's"
+    assert not any(name.startswith("reg") and "weight" in name for name in both.state_dict()), (
+        "the model's weights are not the regularizer's"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -340,10 +384,14 @@ def test_shared_and_replaced_parameters(device):
 def test_param_groups(device):
     net = model(device)
     reg = r2.RangeRegularizer(net, loss="margin")
-    group, = reg.param_groups(lr=0.5)
+    (group,) = reg.param_groups(lr=0.5)
     assert group["params"] == [reg.M] and group["weight_decay"] == 0 and group["lr"] == 0.5
     assert reg.param_groups(weight_decay=0.1)[0]["weight_decay"] == 0.1
-    assert r2.RangeRegularizer(net, learn=False).param_groups() == r2.RangeRegularizer(net, loss="kure").param_groups() == []
+    assert (
+        r2.RangeRegularizer(net, learn=False).param_groups()
+        == r2.RangeRegularizer(net, loss="kure").param_groups()
+        == []
+    )
     optimizer = torch.optim.AdamW([{"params": net.parameters()}, *reg.param_groups()], lr=1e-3, weight_decay=0.5)
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.5, 0]
 
@@ -362,7 +410,11 @@ def test_constant_weight_in_units_of_std(device):
     for call in (lambda: reg().backward(), reg.accumulate_grad_):
         clear(net, reg)
         call()
-        assert net[0].weight.grad.count_nonzero() == 0 and reg.alpha.grad.isfinite().all() and net[1].weight.grad.count_nonzero() > 0
+        assert (
+            net[0].weight.grad.count_nonzero() == 0
+            and reg.alpha.grad.isfinite().all()
+            and net[1].weight.grad.count_nonzero() > 0
+        )
 
 
 def test_repr(device):
@@ -371,10 +423,17 @@ def test_repr(device):
 
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["backward", "accumulate_grad_"])
-@pytest.mark.parametrize("options", [{"alpha_unit": "std", "alpha": 3.0}, {"loss": "margin", "k": 0.05}, {"loss": "l_inf"}, {"loss": "kure"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"alpha_unit": "std", "alpha": 3.0}, {"loss": "margin", "k": 0.05}, {"loss": "l_inf"}, {"loss": "kure"}],
+    ids=str,
+)
 def test_training_with_it_changes_the_weights_as_meant(options, in_place, device):
     """Smaller ranges relative to the spread (kure: a kurtosis nearer 1.8) than the same training without."""
-    x, y = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0)).to(device), torch.arange(64, device=device) % 3
+    x, y = (
+        torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0)).to(device),
+        torch.arange(64, device=device) % 3,
+    )
 
     def train(weight):
         net = model(device)
@@ -390,6 +449,10 @@ def test_training_with_it_changes_the_weights_as_meant(options, in_place, device
                 (loss + reg()).backward()
             optimizer.step()
         stats = r2.weight_stats([net.get_parameter(n).detach() for n in reg.names])
-        return r2.kure([net.get_parameter(n).detach() for n in reg.names]).sum() if reg.loss == "kure" else (stats.max - stats.min).sum()
+        return (
+            r2.kure([net.get_parameter(n).detach() for n in reg.names]).sum()
+            if reg.loss == "kure"
+            else (stats.max - stats.min).sum()
+        )
 
     assert train(0.3) < train(0.0)

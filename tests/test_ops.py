@@ -1,4 +1,5 @@
 """The ops as torch sees them: schemas, compilation, autograd, modes and threads."""
+
 import contextlib
 import itertools
 import threading
@@ -14,7 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import r2kernels as r2
 from r2kernels import ops
 
-ONE_EACH = [cases.BY_LABEL[label] for label in ("l_inf", "margin-fraction", "soft_min_max", "soft_extrema-negative", "kure")]
+ONE_EACH = [
+    cases.BY_LABEL[label] for label in ("l_inf", "margin-fraction", "soft_min_max", "soft_extrema-negative", "kure")
+]
 one_each = pytest.mark.parametrize("op", ONE_EACH, ids=lambda op: op.function)
 
 
@@ -37,11 +40,19 @@ def total(loss):
 @one_each
 def test_opcheck(op, geometry, device):
     geometry = geometry if op.columns else (1, "output")
-    for dtype, name in ((torch.float32, "mixed list"), (torch.float16, "channels last"), (torch.float64, "every second")):
+    for dtype, name in (
+        (torch.float32, "mixed list"),
+        (torch.float16, "channels last"),
+        (torch.float64, "every second"),
+    ):
         one = budget.draw(op, name, dtype, device, geometry=geometry)
         if name == "mixed list":
             grad = one.grad[:, :2] if op.function == "soft_extrema" else one.grad[:2]
-            one = one._replace(weights=one.weights[:2], grad=grad, parameter=one.parameter if one.parameter is None else one.parameter[:2])
+            one = one._replace(
+                weights=one.weights[:2],
+                grad=grad,
+                parameter=one.parameter if one.parameter is None else one.parameter[:2],
+            )
         grad, parameters = budget.contract(one)
         extra = (True,) if op.function in ("soft_min_max", "soft_extrema") else ()
         tail = one.geometry if op.columns else ()
@@ -55,7 +66,9 @@ def test_opcheck_weight_stats(device):
     torch.library.opcheck(ops.op["weight_stats_fwd"], (cases.make("mixed list", torch.bfloat16, device),))
 
 
-KINDS = [(op, kind) for op in ONE_EACH for kind in ("number", "learned") if op.parameter or kind == "number"] + [(cases.BY_LABEL["soft_min_max"], "tensor")]
+KINDS = [(op, kind) for op in ONE_EACH for kind in ("number", "learned") if op.parameter or kind == "number"] + [
+    (cases.BY_LABEL["soft_min_max"], "tensor")
+]
 
 
 @pytest.mark.parametrize(("op", "kind"), KINDS, ids=[f"{op.function}-{kind}" for op, kind in KINDS])
@@ -99,7 +112,9 @@ def test_no_recompilation_for_another_alpha(device):
 def test_compiled_without_gradients(op, count, device):
     """Nothing requires grad, or under no_grad: torch.compile then traces the forward of an autograd.Function in another way."""
     given, ws = op.arguments(cases.SCALE), weights(device)[:count]
-    compiled = torch.compile(lambda ws: total(getattr(r2, op.function)(ws, **given)), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda ws: total(getattr(r2, op.function)(ws, **given)), fullgraph=True, backend="aot_eager"
+    )
     expected = total(getattr(r2, op.function)(ws, **given))
     torch.testing.assert_close(compiled([w.detach() for w in ws]), expected)
     with torch.no_grad():
@@ -108,7 +123,10 @@ def test_compiled_without_gradients(op, count, device):
 
 def test_compiled_columns_and_stats(device):
     def step(ws):
-        loss = r2.soft_min_max(ws, [1.0, 2.0, 3.0], cluster_dim=2).sum() + r2.margin(ws, 0.05, k=0.1, cluster_dim=3, layout="contiguous").sum()
+        loss = (
+            r2.soft_min_max(ws, [1.0, 2.0, 3.0], cluster_dim=2).sum()
+            + r2.margin(ws, 0.05, k=0.1, cluster_dim=3, layout="contiguous").sum()
+        )
         return loss, r2.weight_stats(ws)
 
     ws = weights(device)
@@ -119,7 +137,9 @@ def test_compiled_columns_and_stats(device):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("options", [{}, {"alpha_unit": "std", "alpha": 4.0}, {"loss": "margin", "k": 0.01}, {"loss": "kure"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"alpha_unit": "std", "alpha": 4.0}, {"loss": "margin", "k": 0.01}, {"loss": "kure"}], ids=str
+)
 def test_regularizer_in_a_compiled_function(options, device):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)).to(device)
@@ -194,7 +214,7 @@ def test_constants_of_a_mode_do_not_leak(mode, device):
     with torch.inference_mode() if mode == "inference" else FakeTensorMode(allow_non_fake_inputs=True):
         r2.soft_min_max(torch.ones(3, device=device), number)
         r2.margin(torch.ones(3, device=device), number, k=7)
-    w, = weights(device, [(9,)])
+    (w,) = weights(device, [(9,)])
     (r2.soft_min_max(w, number) + r2.margin(w, number, k=7)).backward()
     assert type(w.grad) is torch.Tensor and w.grad.isfinite().all()
 
@@ -204,7 +224,9 @@ def test_meta_and_fake_tensors(op, device):
     given = op.arguments(cases.SCALE)
     ws = weights(device)
     expected = getattr(r2, op.function)(ws, **given)
-    shape = (lambda x: [(y.shape, y.dtype) for y in x]) if isinstance(expected, tuple) else (lambda x: (x.shape, x.dtype))
+    shape = (
+        (lambda x: [(y.shape, y.dtype) for y in x]) if isinstance(expected, tuple) else (lambda x: (x.shape, x.dtype))
+    )
     for fakes, mode in (([w.detach().to("meta").requires_grad_() for w in ws], None), (None, FakeTensorMode())):
         fakes = fakes or [mode.from_tensor(w.detach()).requires_grad_() for w in ws]
         with mode or contextlib.nullcontext():
@@ -246,8 +268,10 @@ def test_backward_keeps_the_backend_of_the_forward(device, monkeypatch, variants
     """Also outside the block, and in a thread where nothing was chosen."""
     called, kind = [], type(ops.select(torch.device(device)))
     original = kind.soft_min_max_bwd
-    monkeypatch.setattr(kind, "soft_min_max_bwd", lambda *args, **options: called.append(1) or original(*args, **options))
-    w, = weights(device, [(9, 9)])
+    monkeypatch.setattr(
+        kind, "soft_min_max_bwd", lambda *args, **options: called.append(1) or original(*args, **options)
+    )
+    (w,) = weights(device, [(9, 9)])
     with r2.use_backend("reference"):
         first, second = r2.soft_min_max(w, 10.0), r2.soft_min_max(w, 10.0)
     first.backward()

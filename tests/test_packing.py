@@ -1,4 +1,5 @@
 """Packed and Huffman-coded codes: the bytes, in the extension and in numpy, and what neither accepts."""
+
 import heapq
 import math
 
@@ -9,13 +10,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import r2kernels
-from r2kernels import huffman, packing
 from r2kernels.backends import native
-from r2kernels.packing import Groups
+from r2kernels.files import huffman, packing
+from r2kernels.files.packing import Groups
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IMPLEMENTATIONS = ("cpu", "reference")
-SHAPES = [(1, 1), (7, 7), (8, 8), (9, 9), (64, 64), (100, 33), (1000, 9), (999, 8), (65536, 65536), (65545, 65545), (131079, 65537)]
+SHAPES = [
+    (1, 1),
+    (7, 7),
+    (8, 8),
+    (9, 9),
+    (64, 64),
+    (100, 33),
+    (1000, 9),
+    (999, 8),
+    (65536, 65536),
+    (65545, 65545),
+    (131079, 65537),
+]
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -27,7 +40,9 @@ def implementation(request):
 
 
 def examples(count):
-    return settings(max_examples=count, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    return settings(
+        max_examples=count, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
 
 
 def random_codes(rows, symbols, seed=0):
@@ -42,7 +57,10 @@ def skewed(rows, symbols, seed=0):
 def packed_by_hand(codes, groups):
     """One large number for each group."""
     parts = [codes[i : i + groups.each].tolist() for i in range(0, groups.rows, groups.each)]
-    return b"".join(sum(c << i * groups.bits for i, c in enumerate(part)).to_bytes(-(-len(part) * groups.bits // 8), "little") for part in parts)
+    return b"".join(
+        sum(c << i * groups.bits for i, c in enumerate(part)).to_bytes(-(-len(part) * groups.bits // 8), "little")
+        for part in parts
+    )
 
 
 # codes, bits, codes of a group, bytes
@@ -96,7 +114,10 @@ def test_look_up(d, dtype, implementation):
             codes, count = random_codes(rows, 2**bits), -(-rows // each)
             tables = torch.randn(count, 2**bits, d, generator=torch.Generator().manual_seed(1)).to(dtype)
             expected = tables[torch.arange(rows) // each, codes.long()]
-            assert torch.equal(packing.look_up(packing.pack(codes, Groups(rows, each, bits)), Groups(rows, each, bits), tables), expected)
+            assert torch.equal(
+                packing.look_up(packing.pack(codes, Groups(rows, each, bits)), Groups(rows, each, bits), tables),
+                expected,
+            )
             assert torch.equal(packing.look_up(codes, Groups(rows, each, 8), tables), expected)
 
 
@@ -152,6 +173,7 @@ def test_refuses(implementation):
 def test_without_the_extension(monkeypatch):
     def missing(name):
         raise ImportError("not built")
+
     monkeypatch.setattr(native, "load", missing)
     assert packing.extension() is None
     assert packing.pack(torch.tensor([1, 2], dtype=torch.uint8), Groups(2, 2, 2)).tolist() == [9]
@@ -168,7 +190,11 @@ def test_code_lengths():
     assert huffman.code_lengths([1] * 8) == [3] * 8
     assert huffman.code_lengths([1] * 256) == [8] * 256
     lengths = huffman.code_lengths([2**i for i in range(40)])
-    assert max(lengths) == huffman.LONGEST and sum(2.0**-n for n in lengths) == 1 and lengths == sorted(lengths, reverse=True)
+    assert (
+        max(lengths) == huffman.LONGEST
+        and sum(2.0**-n for n in lengths) == 1
+        and lengths == sorted(lengths, reverse=True)
+    )
 
 
 def least_total(counts):
@@ -226,8 +252,16 @@ def test_coded_round_trip(values):
     assert huffman.decode(*huffman.encode(codes, lengths), len(codes), lengths).tolist() == values
 
 
-@pytest.mark.parametrize(("lengths", "message"), [
-    ([0, 0], "no code"), ([1, 1, 1], "no code"), ([12, 12], "no code"), ([255, 1], "no code"), ([2, 1], "holds a word that is none|too short|too long")])
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ([0, 0], "no code"),
+        ([1, 1, 1], "no code"),
+        ([12, 12], "no code"),
+        ([255, 1], "no code"),
+        ([2, 1], "holds a word that is none|too short|too long"),
+    ],
+)
 def test_wrong_lengths(lengths, message, implementation):
     with pytest.raises(ValueError, match=message):
         huffman.decode(torch.full((1,), 255, dtype=torch.uint8), torch.tensor([1]), 4, lengths)
@@ -237,10 +271,15 @@ def test_wrong_streams(implementation):
     codes, lengths = skewed(70_000, 16), [4] * 16
     stream, sizes = huffman.encode(codes, lengths)
     for sizes_2, stream_2, message in [
-        (sizes[:1], stream, "wrong sizes"), (sizes * torch.tensor([1, -1]), stream, "wrong sizes"), (sizes + 1, stream, "outside of its bytes"),
-        (sizes, stream[:-1], "outside of its bytes"), (sizes - torch.tensor([0, 1]), stream, "too short"),
-        (sizes + torch.tensor([-1, 1]), stream, "too short|too long"), (sizes - torch.tensor([1, 0]), stream, "too short"),
-        (sizes + torch.tensor([0, 1]), torch.cat([stream, stream[:1]]), "too long")]:
+        (sizes[:1], stream, "wrong sizes"),
+        (sizes * torch.tensor([1, -1]), stream, "wrong sizes"),
+        (sizes + 1, stream, "outside of its bytes"),
+        (sizes, stream[:-1], "outside of its bytes"),
+        (sizes - torch.tensor([0, 1]), stream, "too short"),
+        (sizes + torch.tensor([-1, 1]), stream, "too short|too long"),
+        (sizes - torch.tensor([1, 0]), stream, "too short"),
+        (sizes + torch.tensor([0, 1]), torch.cat([stream, stream[:1]]), "too long"),
+    ]:
         with pytest.raises(ValueError, match=message):
             huffman.decode(stream_2, sizes_2.int(), 70_000, lengths)
     with pytest.raises(ValueError, match="word that is none"):
@@ -250,7 +289,12 @@ def test_wrong_streams(implementation):
 LENGTHS = [[4] * 16, [1, 2, 3, 4, 5, 5], [2, 2, 2], [11, 1]]
 
 
-@given(data=st.binary(min_size=1, max_size=60), rows=st.integers(1, 120), cut=st.integers(0, 60), kind=st.sampled_from(LENGTHS))
+@given(
+    data=st.binary(min_size=1, max_size=60),
+    rows=st.integers(1, 120),
+    cut=st.integers(0, 60),
+    kind=st.sampled_from(LENGTHS),
+)
 @examples(200)
 def test_any_stream_gives_codes_or_an_error(data, rows, cut, kind):
     """And the same of both in the extension and in numpy."""

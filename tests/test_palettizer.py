@@ -1,4 +1,5 @@
 """Palettizer: attaches to any model, trains it on soft weights, leaves hard ones."""
+
 import copy
 import itertools
 import warnings
@@ -79,7 +80,11 @@ def test_forward_is_that_of_the_soft_weights():
     expected = torch.func.functional_call(net(), dict(zip(names, hats, strict=True)), (tokens(),))
     out = model(tokens())
     assert_close(out, expected)
-    for ours, exact in zip(torch.autograd.grad(out.square().sum(), weights), torch.autograd.grad(expected.square().sum(), weights), strict=True):
+    for ours, exact in zip(
+        torch.autograd.grad(out.square().sum(), weights),
+        torch.autograd.grad(expected.square().sum(), weights),
+        strict=True,
+    ):
         assert_close(ours, exact)
     model.eval()
     hard = dict(zip(names, palettizer._hard(palettizer.layers), strict=True))
@@ -103,7 +108,9 @@ def test_a_forward_changes_nothing():
 
 
 OPTIMIZERS = [
-    (torch.optim.SGD, {"momentum": 0.9}), (torch.optim.Adam, {"lr": 1e-2}), (torch.optim.AdamW, {"foreach": True, "lr": 1e-2}),
+    (torch.optim.SGD, {"momentum": 0.9}),
+    (torch.optim.Adam, {"lr": 1e-2}),
+    (torch.optim.AdamW, {"foreach": True, "lr": 1e-2}),
     (torch.optim.RMSprop, {"lr": 1e-3}),
 ]
 
@@ -135,7 +142,7 @@ def test_gradient_accumulation_and_evaluation_between():
     palettizer.step()
     for c, buffer in zip(kept, palettizer.centroids.buffers(), strict=True):
         assert torch.equal(c, buffer)
-    palettizer.step()           # nothing new: nothing changes
+    palettizer.step()  # nothing new: nothing changes
     for c, buffer in zip(kept, palettizer.centroids.buffers(), strict=True):
         assert torch.equal(c, buffer)
 
@@ -182,7 +189,9 @@ def test_compiled_equals_eager(mode):
     results = []
     for compiled in (False, True):
         model = plain()
-        palettizer = Palettizer(model, 2, overrides={"3": {"lut_dtype": "int8", "group_size": 5, "per_channel_scale": True}})
+        palettizer = Palettizer(
+            model, 2, overrides={"3": {"lut_dtype": "int8", "group_size": 5, "per_channel_scale": True}}
+        )
         getattr(model, mode)()
         run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
         outs = []
@@ -275,12 +284,23 @@ def test_range_losses_see_the_dense_weights():
     assert torch.equal(reg(), before) and torch.equal(RangeRegularizer(model, "l_inf", 1.0)(), before)
 
 
-@pytest.mark.parametrize("options", [
-    {"cluster_dim": 2}, {"cluster_dim": 4, "layout": "contiguous"}, {"metric": "sqeuclidean", "gradient": "last"}, {"gradient": "implicit", "tau": 0.05},
-    {"group_size": 3}, {"group_size": 4, "cluster_dim": 2}, {"per_channel_scale": True}, {"lut_dtype": "fp16"},
-    {"lut_dtype": "int8", "per_channel_scale": True},
-    {"tau": lambda step: 0.1 / (1 + step)}, {"tau": 0.02},
-], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cluster_dim": 2},
+        {"cluster_dim": 4, "layout": "contiguous"},
+        {"metric": "sqeuclidean", "gradient": "last"},
+        {"gradient": "implicit", "tau": 0.05},
+        {"group_size": 3},
+        {"group_size": 4, "cluster_dim": 2},
+        {"per_channel_scale": True},
+        {"lut_dtype": "fp16"},
+        {"lut_dtype": "int8", "per_channel_scale": True},
+        {"tau": lambda step: 0.1 / (1 + step)},
+        {"tau": 0.02},
+    ],
+    ids=str,
+)
 def test_options(options):
     model = plain()
     palettizer = Palettizer(model, 2, **options)
@@ -305,7 +325,10 @@ def test_options(options):
 
 
 def test_lut_dtypes_are_what_is_stored():
-    for lut_dtype, grid in (("fp16", lambda c: c.half().float()), ("int8", lambda c: (c / (c.abs().max() / 127)).round() * (c.abs().max() / 127))):
+    for lut_dtype, grid in (
+        ("fp16", lambda c: c.half().float()),
+        ("int8", lambda c: (c / (c.abs().max() / 127)).round() * (c.abs().max() / 127)),
+    ):
         model = plain()
         palettizer = Palettizer(model, 2, lut_dtype=lut_dtype)
         model.eval()
@@ -327,6 +350,7 @@ def test_rounding_of_the_table_is_seen_in_training():
 
 def test_temperatures():
     """Geometric from start to end; a function; "auto" follows the spacing of the centroids and their unit."""
+
     def taus(tau, steps, **options):
         model = plain()
         palettizer = Palettizer(model, 2, tau=tau, **options)
@@ -335,6 +359,7 @@ def test_temperatures():
             found.append(next(palettizer.taus.buffers())[0].item())
             palettizer.step()
         return found
+
     assert taus((0.1, 0.001, 2), 5) == pytest.approx([0.1, 0.01, 0.001, 0.001, 0.001])
     assert taus(lambda step: 1.0 + step, 3) == [1, 2, 3]
     assert taus(0.5, 2) == [0.5, 0.5]
@@ -342,7 +367,9 @@ def test_temperatures():
     c = next(Palettizer(model, 2).centroids.buffers())[0, :, 0].sort().values
     gaps = c.diff()
     nearest = torch.minimum(torch.cat([gaps[:1], gaps]), torch.cat([gaps, gaps[-1:]])).mean().item()
-    assert taus("auto", 1) == pytest.approx([nearest / 10]) and taus("auto", 1, metric="sqeuclidean") == pytest.approx([(nearest / 10) ** 2])
+    assert taus("auto", 1) == pytest.approx([nearest / 10]) and taus("auto", 1, metric="sqeuclidean") == pytest.approx(
+        [(nearest / 10) ** 2]
+    )
 
 
 def test_gap_shrinks_as_tau_does():
@@ -357,10 +384,23 @@ def test_overrides():
     model = net()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        palettizer = Palettizer(model, 2, overrides={"attention*": "skip", "attention.in_proj_weight": {"bits": 3}, "conv": {"bits": 1, "cluster_dim": 2}})
+        palettizer = Palettizer(
+            model,
+            2,
+            overrides={
+                "attention*": "skip",
+                "attention.in_proj_weight": {"bits": 3},
+                "conv": {"bits": 1, "cluster_dim": 2},
+            },
+        )
     found = {layer.name: layer.options for layer in palettizer.layers}
     assert found.keys() == {"embed.weight", "conv.weight", "attention.in_proj_weight"}
-    assert (found["embed.weight"].bits, found["conv.weight"].bits, found["conv.weight"].cluster_dim, found["attention.in_proj_weight"].bits) == (2, 1, 2, 3)
+    assert (
+        found["embed.weight"].bits,
+        found["conv.weight"].bits,
+        found["conv.weight"].cluster_dim,
+        found["attention.in_proj_weight"].bits,
+    ) == (2, 1, 2, 3)
 
 
 def test_small_layers_stay_dense():
@@ -374,7 +414,11 @@ def test_model_state_leaves_out_what_is_clustered():
     model = net()
     palettizer = Palettizer(model, 2, overrides={"conv": "skip"})
     assert set(palettizer.model_state()) == {
-        "conv.weight", "conv.bias", "attention.in_proj_bias", "attention.out_proj.bias"}
+        "conv.weight",
+        "conv.bias",
+        "attention.in_proj_bias",
+        "attention.out_proj.bias",
+    }
 
 
 BAD = [

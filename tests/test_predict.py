@@ -1,4 +1,5 @@
 """The predictions for an H200: what is read from a loop, and the arithmetic."""
+
 import sys
 from pathlib import Path
 
@@ -10,39 +11,78 @@ import sass
 def predict():
     sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
     import predict
+
     sys.path.pop(0)
     return predict
 
 
-LOOP = ["LDG.E.128.CONSTANT", "LDG.E.128.CONSTANT", "LDG.E.U8", "MUFU.EX2", "FADD", "LDS.128", "LDS", "STS.64", "STG.E.128", "STG.E.128", "STG.E.U16", "BRA"]
+LOOP = [
+    "LDG.E.128.CONSTANT",
+    "LDG.E.128.CONSTANT",
+    "LDG.E.U8",
+    "MUFU.EX2",
+    "FADD",
+    "LDS.128",
+    "LDS",
+    "STS.64",
+    "STG.E.128",
+    "STG.E.128",
+    "STG.E.U16",
+    "BRA",
+]
 
 
 def test_a_loop(predict):
     """Eight float32 weights: two loads and stores of 128 bits, 12 instructions, one of them special, 4 + 1 + 2 wavefronts for a warp."""
     kernel = sass.Kernel("k", 64, 0, 0, [("", opcode, "") for opcode in LOOP], {len(LOOP) - 1: 0})
     found = predict.row("cuda", "op", "float", kernel, kernel.main_loop(), 1)
-    assert found == {"backend": "cuda", "op": "op", "dtype": "float32", "registers": 64, "spills": False, "bytes": (32 + 34) / 8, "instructions": 12 / 8,
-                     "mufu": 1 / 8, "shared": 7 / 8 / 32, "in flight": 32 * 32 * 32 / 1024}
+    assert found == {
+        "backend": "cuda",
+        "op": "op",
+        "dtype": "float32",
+        "registers": 64,
+        "spills": False,
+        "bytes": (32 + 34) / 8,
+        "instructions": 12 / 8,
+        "mufu": 1 / 8,
+        "shared": 7 / 8 / 32,
+        "in flight": 32 * 32 * 32 / 1024,
+    }
     assert predict.row("cuda", "op", "bf16", kernel, kernel.main_loop(), 2)["bytes"] == (32 + 34) / 8
     assert predict.row("cuda", "op", "float", kernel, [3, 4], 1) is None
 
 
-@pytest.mark.parametrize(("cost", "limit", "seconds"), [
-    ({"bytes": 8}, "memory", 8 / 4.8e12), ({"bytes": 4, "instructions": 60}, "instructions", 60 / (132 * 128 * 1.9e9)),
-    ({"bytes": 2, "mufu": 2}, "MUFU", 2 / (132 * 16 * 1.9e9)), ({"bytes": 4, "shared": 0.5}, "shared memory", 0.5 / (132 * 1.9e9)),
-])
+@pytest.mark.parametrize(
+    ("cost", "limit", "seconds"),
+    [
+        ({"bytes": 8}, "memory", 8 / 4.8e12),
+        ({"bytes": 4, "instructions": 60}, "instructions", 60 / (132 * 128 * 1.9e9)),
+        ({"bytes": 2, "mufu": 2}, "MUFU", 2 / (132 * 16 * 1.9e9)),
+        ({"bytes": 4, "shared": 0.5}, "shared memory", 0.5 / (132 * 1.9e9)),
+    ],
+)
 def test_the_dearest_decides(predict, cost, limit, seconds):
     found = {"bytes": 0, "instructions": 0, "mufu": 0, "shared": 0, **cost}
     microseconds, what, part = predict.predicted(found, 1000)
-    assert what == limit and microseconds == pytest.approx(1e9 * seconds) and part == pytest.approx(found["bytes"] / 4.8e12 / seconds)
+    assert (
+        what == limit
+        and microseconds == pytest.approx(1e9 * seconds)
+        and part == pytest.approx(found["bytes"] / 4.8e12 / seconds)
+    )
 
 
-@pytest.mark.parametrize(("name", "label"), [
-    ("void partial_kernel<SoftReader<false>, float>(r2::List, r2::Forward)", "Soft<false> forward"),
-    ("void map_kernel<Kure, __nv_bfloat16, true>(r2::List, r2::Backward)", "Kure backward, adding"),
-    ("void map_kernel<SoftOp<true>, float, false>(r2::List, r2::Backward)", "Soft<true> backward"),
-    ("void dkm_sums_kernel<UpdateSums, float>(r2::List, r2::Clusters, r2::Pass, Shape, long, bool)", "dkm sums Update"),
-    ("void dkm_output_kernel<float>(r2::List, r2::Clusters, r2::Pass)", "dkm output"),
-])
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("void partial_kernel<SoftReader<false>, float>(r2::List, r2::Forward)", "Soft<false> forward"),
+        ("void map_kernel<Kure, __nv_bfloat16, true>(r2::List, r2::Backward)", "Kure backward, adding"),
+        ("void map_kernel<SoftOp<true>, float, false>(r2::List, r2::Backward)", "Soft<true> backward"),
+        (
+            "void dkm_sums_kernel<UpdateSums, float>(r2::List, r2::Clusters, r2::Pass, Shape, long, bool)",
+            "dkm sums Update",
+        ),
+        ("void dkm_output_kernel<float>(r2::List, r2::Clusters, r2::Pass)", "dkm output"),
+    ],
+)
 def test_labels(predict, name, label):
     assert predict.label(name) == label

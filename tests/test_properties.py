@@ -1,4 +1,5 @@
 """Lists of any make-up: shapes, strides, dtypes, rows. To the bit where the mathematics is exact, else by the budget over at least 50 tensors."""
+
 import math
 
 import budget
@@ -15,7 +16,14 @@ pytestmark = pytest.mark.usefixtures("nan_filled", "one_thread")
 
 def examples(count):
     phases = (Phase.explicit, Phase.generate, Phase.shrink)
-    return settings(max_examples=count, derandomize=True, deadline=None, database=None, phases=phases, suppress_health_check=list(HealthCheck))
+    return settings(
+        max_examples=count,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        phases=phases,
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 class Recipe:
@@ -45,8 +53,12 @@ class Recipe:
 
 
 recipes = st.builds(
-    Recipe, st.lists(st.integers(1, 9), max_size=4).map(tuple), st.sampled_from(["plain", "offset", "slice", "expand", "ties"]),
-    st.permutations(range(5)), st.integers(0, 999))
+    Recipe,
+    st.lists(st.integers(1, 9), max_size=4).map(tuple),
+    st.sampled_from(["plain", "offset", "slice", "expand", "ties"]),
+    st.permutations(range(5)),
+    st.integers(0, 999),
+)
 lists = st.lists(recipes, min_size=1, max_size=5)
 rows = st.tuples(st.integers(1, 4), st.sampled_from(["output", "contiguous"]))
 dtypes = st.sampled_from(cases.DTYPES)
@@ -73,7 +85,9 @@ def test_l_inf_is_exact(device, variants, makeup, dtype, geometry):
     with r2.use_backend("reference"):
         expected, gradients = results("l_inf", ws, cluster_dim=d, layout=layout)
         if dtype != torch.float64:
-            expected = results("l_inf", [w.double() for w in ws], cluster_dim=d, layout=layout)[0].float()      # at most 4 numbers: a sum without error
+            expected = results("l_inf", [w.double() for w in ws], cluster_dim=d, layout=layout)[
+                0
+            ].float()  # at most 4 numbers: a sum without error
     for v in variants:
         with v.chosen():
             loss, found = results("l_inf", ws, cluster_dim=d, layout=layout)
@@ -87,7 +101,9 @@ def test_margin_counts_exactly(device, variants, makeup, dtype, geometry, k, sta
     """Its gradients are signs and counts over k, a power of two."""
     d, layout = geometry
     ws = build(makeup, dtype, device, d)
-    M = torch.full((len(ws), d), start, dtype=torch.promote_types(dtype, torch.float32), device=device, requires_grad=True)
+    M = torch.full(
+        (len(ws), d), start, dtype=torch.promote_types(dtype, torch.float32), device=device, requires_grad=True
+    )
     with r2.use_backend("reference"):
         _, gradients = results("margin", ws, M=M, k=k, cluster_dim=d, layout=layout)
     for v in variants:
@@ -122,7 +138,9 @@ def test_scaling_by_a_power_of_two_is_exact(device, variants, makeup, dtype, geo
     for v in variants:
         with v.chosen():
             assert torch.equal(r2.l_inf(larger, **columns), r2.l_inf(ws, **columns) * c), v
-            assert torch.equal(r2.margin(larger, 0.0625 * c, k=3, **columns), r2.margin(ws, 0.0625, k=3, **columns) * c), v
+            assert torch.equal(
+                r2.margin(larger, 0.0625 * c, k=3, **columns), r2.margin(ws, 0.0625, k=3, **columns) * c
+            ), v
             small, large = r2.soft_extrema(ws, 32.0, **columns), r2.soft_extrema(larger, 32.0 / c, **columns)
             assert torch.equal(large[0], small[0] * c) and torch.equal(large[1], small[1] * c), v
 

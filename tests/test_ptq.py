@@ -1,4 +1,5 @@
 """calibrate: ranges without training, against brute force; what the loader may give; and files of quantized weights."""
+
 import copy
 import math
 
@@ -12,11 +13,12 @@ from torch import nn
 from torch.testing import assert_close
 
 import r2kernels as r2
-from r2kernels import Quantizer, calibrate, io
-from r2kernels.arguments import levels
-from r2kernels.clipping import BINS, Histogram, affine_of, nearest, step_of, weight_range
-from r2kernels.io import Palettized, load_palettized, save_clustered, save_quantized
-from r2kernels.uniform import Grid, Uniform
+from r2kernels import Quantizer, calibrate
+from r2kernels.files import format as io
+from r2kernels.files.format import Palettized, load_palettized, save_clustered, save_quantized
+from r2kernels.files.uniform import Grid, Uniform
+from r2kernels.nn.clipping import BINS, Histogram, affine_of, nearest, step_of, weight_range
+from r2kernels.reference.parameters import levels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,8 +35,14 @@ def images(seed=1, count=32):
 
 def sample(kind, n=4000, seed=0):
     x = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return {"normal": x, "outlier": torch.cat([x, torch.tensor([15.0], dtype=torch.float64)]), "skewed": x.abs().pow(1.5) - 0.3, "positive": x.abs(),
-            "negative": -x.abs(), "cubed": x.pow(3)}[kind]
+    return {
+        "normal": x,
+        "outlier": torch.cat([x, torch.tensor([15.0], dtype=torch.float64)]),
+        "skewed": x.abs().pow(1.5) - 0.3,
+        "positive": x.abs(),
+        "negative": -x.abs(),
+        "cubed": x.pow(3),
+    }[kind]
 
 
 def symmetric_error(x, step, bits, signed):
@@ -54,9 +62,14 @@ def test_symmetric_clipping_against_brute_force(kind, bits):
     for signed in (True, False) if kind == "positive" else (True,):
         found = step_of(histogram, bits, signed, "mse")
         above = levels(bits, signed)[1]
-        best = min(symmetric_error(x, s, bits, signed) for s in torch.linspace(2e-3, 1, 500, dtype=torch.float64) * (x.abs().max() / above).item())
+        best = min(
+            symmetric_error(x, s, bits, signed)
+            for s in torch.linspace(2e-3, 1, 500, dtype=torch.float64) * (x.abs().max() / above).item()
+        )
         assert symmetric_error(x, found[0], bits, signed) <= 1.02 * best
-        assert symmetric_error(x, found[0], bits, signed) <= symmetric_error(x, step_of(histogram, bits, signed, "minmax")[0], bits, signed)
+        assert symmetric_error(x, found[0], bits, signed) <= symmetric_error(
+            x, step_of(histogram, bits, signed, "minmax")[0], bits, signed
+        )
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
@@ -75,7 +88,9 @@ def test_asymmetric_clipping_against_brute_force(kind, bits):
     assert affine_error(x, step, zero, bits) <= 1.03 * best
 
 
-@given(st.lists(st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=20), min_size=1, max_size=6), st.booleans())
+@given(
+    st.lists(st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=20), min_size=1, max_size=6), st.booleans()
+)
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 def test_a_histogram_that_widens(batches, zeros_first):
     """Batch by batch or at once: the same sums, and bins as fine as half of those at once."""
@@ -102,7 +117,7 @@ def test_min_max_ranges():
     assert_close(step, torch.tensor([1.5 / 7, 3.3 / 7, 1.0]))
     assert zero.tolist() == [5, 1, 0]
     coded = nearest(w, Grid(3, 0), step, zero)
-    assert (coded.decoded() == 0).equal(w == 0)         # exact zeros stay
+    assert (coded.decoded() == 0).equal(w == 0)  # exact zeros stay
     assert weight_range(w, 3, None, "minmax", True)[0].item() == 1.0
     assert weight_range(w / 0, 3, 0, "mse", True) is None
 
@@ -116,10 +131,17 @@ def test_a_model(method, symmetric, axis):
     full, before = model(x), copy.deepcopy(model.state_dict())
     errors = []
     for bits in (2, 4, 8):
-        quantizer = calibrate(model, [(x[:16], 0), [x[16:], 1]], bits, bits, method=method, axis=axis, symmetric=symmetric)
+        quantizer = calibrate(
+            model, [(x[:16], 0), [x[16:], 1]], bits, bits, method=method, axis=axis, symmetric=symmetric
+        )
         out = model(x)
         errors.append(((out - full).norm() / full.norm()).item())
-        assert isinstance(quantizer, Quantizer) and not list(quantizer.parameters()) and quantizer.param_groups() == [] and not model.training
+        assert (
+            isinstance(quantizer, Quantizer)
+            and not list(quantizer.parameters())
+            and quantizer.param_groups() == []
+            and not model.training
+        )
         assert torch.equal(model(x), out)
         model.train()
         assert_close(quantizer._soft_all(), quantizer._hard(quantizer.layers), rtol=1e-5, atol=1e-6)
@@ -142,7 +164,10 @@ def test_mse_is_not_worse_than_min_max():
             errors[method, axis] = quantizer.errors()
             quantizer.remove(bake=False)
     for name in ("0.weight", "4.weight"):
-        assert errors["mse", 0][name] <= errors["minmax", 0][name] and errors["mse", None][name] <= errors["minmax", None][name]
+        assert (
+            errors["mse", 0][name] <= errors["minmax", 0][name]
+            and errors["mse", None][name] <= errors["minmax", None][name]
+        )
         assert errors["mse", 0][name] < errors["mse", None][name]
     assert errors["mse", None]["4.weight"] < 0.6 * errors["minmax", None]["4.weight"]
 
@@ -157,14 +182,16 @@ def test_activations():
     assert_close(first.step, torch.maximum(high / 7, -low / 8))
     weights_only = copy.deepcopy(model)
     with torch.no_grad():
-        hidden = nn.functional.conv2d(torch.cat([x[:8], 2 * x[8:]]), quantizer._hard(quantizer.layers)[0], weights_only[0].bias)
+        hidden = nn.functional.conv2d(
+            torch.cat([x[:8], 2 * x[8:]]), quantizer._hard(quantizer.layers)[0], weights_only[0].bias
+        )
     assert_close(second.step, weights_only[1](hidden).relu().max() / 15)
     quantizer.remove(bake=False)
     quantizer = calibrate(model, [x], 8, 8, symmetric=False)
     zero = quantizer.inputs._modules["4"].zero
     assert zero == 0 and quantizer.inputs._modules["0"].zero > 0
     padded = torch.zeros(3, 2, 6, 6)
-    assert torch.equal(quantizer.inputs._modules["0"](padded), padded)      # zero is a level
+    assert torch.equal(quantizer.inputs._modules["0"](padded), padded)  # zero is a level
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -190,7 +217,9 @@ def test_gradients_pass_through_frozen_ranges():
         reference = plain()
         reference(x).square().mean().backward()
         for a, b in zip(model.parameters(), reference.parameters(), strict=True):
-            assert (a.grad * b.grad).sum() > 0.9 * a.grad.norm() * b.grad.norm() or b.grad.norm() < 1e-6      # a bias before a norm has none
+            assert (
+                a.grad * b.grad
+            ).sum() > 0.9 * a.grad.norm() * b.grad.norm() or b.grad.norm() < 1e-6  # a bias before a norm has none
 
 
 def test_copies_and_state():
@@ -221,10 +250,19 @@ def test_what_a_loader_may_give():
     torch.manual_seed(0)
     x = torch.randn(8, 4)
     steps = []
-    for loader in ([x], (x,), [(x, 1)], [[x, 1]], [{"x": x, "labels": 3}], torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=4)):
+    for loader in (
+        [x],
+        (x,),
+        [(x, 1)],
+        [[x, 1]],
+        [{"x": x, "labels": 3}],
+        torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=4),
+    ):
         torch.manual_seed(1)
         model = Keyword()
-        with pytest.warns(UserWarning, match="the input of unused.weight stays as it is: no batch of the loader reached it"):
+        with pytest.warns(
+            UserWarning, match="the input of unused.weight stays as it is: no batch of the loader reached it"
+        ):
             quantizer = calibrate(model, loader, 8, 8)
         steps.append(torch.stack([q.step for q in quantizer.inputs.children()]))
         assert set(quantizer.inputs._modules) == {"a", "b"} and model.training
@@ -233,16 +271,20 @@ def test_what_a_loader_may_give():
         assert_close(step, steps[0], rtol=0.02, atol=0)
 
 
-@pytest.mark.parametrize(("loader", "error", "message"), [
-    ([], ValueError, "loader is empty; calibrate needs at least one batch for activation_bits"),
-    (iter(()), ValueError, "loader is empty"),
-    (None, TypeError, r"loader must give batches \(an iterable of tensors, tuples or mappings\), got NoneType"),
-    (torch.randn(3, 4), TypeError, "loader must give batches .* got Tensor"),
-    ({"x": torch.randn(3, 4)}, TypeError, "loader must give batches .* got dict"),
-    (["text"], TypeError, "loader gave a str; allowed are a tensor, a tuple or list"),
-    ([()], ValueError, "loader gave an empty tuple"),
-    ([torch.full((3, 4), math.nan)], ValueError, "the input of a.weight has a NaN or an infinity"),
-], ids=range(8))
+@pytest.mark.parametrize(
+    ("loader", "error", "message"),
+    [
+        ([], ValueError, "loader is empty; calibrate needs at least one batch for activation_bits"),
+        (iter(()), ValueError, "loader is empty"),
+        (None, TypeError, r"loader must give batches \(an iterable of tensors, tuples or mappings\), got NoneType"),
+        (torch.randn(3, 4), TypeError, "loader must give batches .* got Tensor"),
+        ({"x": torch.randn(3, 4)}, TypeError, "loader must give batches .* got dict"),
+        (["text"], TypeError, "loader gave a str; allowed are a tensor, a tuple or list"),
+        ([()], ValueError, "loader gave an empty tuple"),
+        ([torch.full((3, 4), math.nan)], ValueError, "the input of a.weight has a NaN or an infinity"),
+    ],
+    ids=range(8),
+)
 def test_loaders_that_cannot_be_used(loader, error, message):
     model = Keyword()
     with pytest.raises(error, match=message):
@@ -251,15 +293,19 @@ def test_loaders_that_cannot_be_used(loader, error, message):
     calibrate(model, loader, 4, None)
 
 
-@pytest.mark.parametrize(("options", "error", "message"), [
-    ({"weight_bits": 0}, ValueError, "weight_bits of the model must be an int in 1..8, got 0"),
-    ({"activation_bits": 9}, ValueError, "activation_bits of the model must be an int in 1..8, got 9"),
-    ({"method": "entropy"}, ValueError, r"method must be one of \('mse', 'minmax'\), got 'entropy'"),
-    ({"axis": 2}, ValueError, r"axis=2 does not exist: a.weight has shape \(4, 4\)"),
-    ({"axis": 0.0}, TypeError, "axis of the model must be an int or None, got 0.0"),
-    ({"symmetric": "no"}, TypeError, "symmetric must be True or False, got 'no'"),
-    ({"model": nn.ReLU()}, ValueError, "ReLU has no conv, linear or attention weight"),
-], ids=str)
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"weight_bits": 0}, ValueError, "weight_bits of the model must be an int in 1..8, got 0"),
+        ({"activation_bits": 9}, ValueError, "activation_bits of the model must be an int in 1..8, got 9"),
+        ({"method": "entropy"}, ValueError, r"method must be one of \('mse', 'minmax'\), got 'entropy'"),
+        ({"axis": 2}, ValueError, r"axis=2 does not exist: a.weight has shape \(4, 4\)"),
+        ({"axis": 0.0}, TypeError, "axis of the model must be an int or None, got 0.0"),
+        ({"symmetric": "no"}, TypeError, "symmetric must be True or False, got 'no'"),
+        ({"model": nn.ReLU()}, ValueError, "ReLU has no conv, linear or attention weight"),
+    ],
+    ids=str,
+)
 def test_bad_input(options, error, message):
     with pytest.raises(error, match=message):
         calibrate(**{"model": Keyword(), "loader": [torch.ones(2, 4)], **options})
@@ -281,15 +327,27 @@ def test_the_file(tmp_path):
     assert torch.equal(made.decoded(), w)
     save_clustered({"w": made}, {"w": w, "b": torch.tensor([7], dtype=torch.int16)}, tmp_path / "f")
     header, data = parsed((tmp_path / "f").read_bytes())
-    assert header["__metadata__"]["weights"] == {"w": {"shape": [2, 3], "dtype": "F32", "bits": 3, "axis": 0, "kind": "uniform"}}
+    assert header["__metadata__"]["weights"] == {
+        "w": {"shape": [2, 3], "dtype": "F32", "bits": 3, "axis": 0, "kind": "uniform"}
+    }
     codes = sum(code << 3 * i for i, code in enumerate([4, 5, 2, 7, 4, 0])).to_bytes(3, "little")
     at = {name: slice(*entry["data_offsets"]) for name, entry in header.items() if name != "__metadata__"}
     assert data[at["w:scale"]] == torch.tensor([0.5, 1.0]).numpy().tobytes() and data[at["w:codes"]][:3] == codes
-    assert data[at["w:zero"]] == bytes([8, 0, 8, 0]) and header["w:zero"]["dtype"] == "I16" and set(at) == {"w:scale", "w:zero", "w:codes", "b"}
+    assert (
+        data[at["w:zero"]] == bytes([8, 0, 8, 0])
+        and header["w:zero"]["dtype"] == "I16"
+        and set(at) == {"w:scale", "w:zero", "w:codes", "b"}
+    )
 
 
-@given(shape=st.lists(st.integers(1, 9), min_size=1, max_size=4), bits=st.integers(1, 8), axis=st.none() | st.integers(0, 3), seed=st.integers(0, 9),
-       dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]), entropy=st.sampled_from(io.ENTROPIES))
+@given(
+    shape=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    bits=st.integers(1, 8),
+    axis=st.none() | st.integers(0, 3),
+    seed=st.integers(0, 9),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    entropy=st.sampled_from(io.ENTROPIES),
+)
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
 def test_round_trip_of_anything(tmp_path_factory, shape, bits, axis, seed, dtype, entropy):
     if axis is not None and axis >= len(shape):
@@ -298,7 +356,9 @@ def test_round_trip_of_anything(tmp_path_factory, shape, bits, axis, seed, dtype
     form = Grid(bits, axis)
     codes = torch.randint(2**bits, shape, generator=g).double()
     channels = (form.channels(shape),)
-    made = Uniform.of(codes, dtype, form, torch.rand(channels, generator=g), torch.randint(2 ** (bits + 1), channels, generator=g))
+    made = Uniform.of(
+        codes, dtype, form, torch.rand(channels, generator=g), torch.randint(2 ** (bits + 1), channels, generator=g)
+    )
     save_clustered({"w": made}, {"w": made.decoded(), "other": torch.arange(seed)}, path, entropy=entropy)
     assert_same(load_palettized(path), {"w": made.decoded(), "other": torch.arange(seed)})
     with Palettized(path) as file:
@@ -312,7 +372,10 @@ def small(tmp_path_factory):
     g = torch.Generator().manual_seed(0)
     state = {name: torch.randn(9, 40, generator=g).pow(3) for name in ("a", "h")}
     forms = {"a": Grid(4, 0), "h": Grid(4)}
-    made = {name: nearest(w, forms[name], *weight_range(w, 4, forms[name].axis, "minmax", False)) for name, w in state.items()}
+    made = {
+        name: nearest(w, forms[name], *weight_range(w, 4, forms[name].axis, "minmax", False))
+        for name, w in state.items()
+    }
     save_clustered(made, {**state, "s": torch.ones(3)}, path, entropy="huffman")
     return path.read_bytes()
 
@@ -353,5 +416,5 @@ def test_wrong_headers(tmp_path, small, kind):
 
 def test_changed_and_truncated_files(tmp_path, small):
     for at in range(len(small) - 700, len(small), 7):
-        refused(tmp_path / "f", small[:at] + bytes([small[at] ^ 4]) + small[at + 1:])
+        refused(tmp_path / "f", small[:at] + bytes([small[at] ^ 4]) + small[at + 1 :])
         refused(tmp_path / "f", small[:at])

@@ -1,4 +1,5 @@
 """Quantizer: attaches to any model, trains it on quantized weights and activations, leaves quantized weights."""
+
 import copy
 import math
 import warnings
@@ -13,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import r2kernels as r2
 from r2kernels import LearnableCoefficient, Quantizer, RangeRegularizer
-from r2kernels.arguments import levels
-from r2kernels.nn.ranges import FLOOR
+from r2kernels.nn.scales import FLOOR
+from r2kernels.reference.parameters import levels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 METHODS = ("lsq", "ewgs", "pact")
@@ -102,7 +103,7 @@ def test_trains(method, bits):
     out = model(x)
     assert torch.equal(model(x), out)
     quantizer.remove()
-    assert (bits[1] is None) == torch.equal(model(x), out)          # the inputs are no longer quantized
+    assert (bits[1] is None) == torch.equal(model(x), out)  # the inputs are no longer quantized
     assert not model._forward_pre_hooks and not model[0]._forward_pre_hooks and "weight" not in model[0].__dict__
     assert all(len(w.unique()) <= 2 ** bits[0] for w in (model[0].weight, model[4].weight))
 
@@ -136,7 +137,11 @@ def test_lsq_agrees_with_pytorch(numbers, step, bits):
     """torch._fake_quantize_learnable_per_tensor_affine masks after rounding: points on the half step at each end are left out, and those at ties."""
     below, above = levels(bits, True)
     v = torch.tensor(numbers) / step
-    x = torch.tensor(numbers)[((v <= -below - 0.51) | (v >= -below)) & ((v >= above + 0.51) | (v <= above)) & (((v - 0.5).remainder(1) - 0.5).abs() < 0.499)]
+    x = torch.tensor(numbers)[
+        ((v <= -below - 0.51) | (v >= -below))
+        & ((v >= above + 0.51) | (v <= above))
+        & (((v - 0.5).remainder(1) - 0.5).abs() < 0.499)
+    ]
     if x.numel() == 0:
         return
     results = []
@@ -155,6 +160,7 @@ def test_lsq_agrees_with_pytorch(numbers, step, bits):
 
 def published_ewgs(x, lower, upper, bits, delta, signed):
     """Lee et al. 2021, eqs. 1-7, as an autograd function of its own."""
+
     class Round(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -163,8 +169,9 @@ def published_ewgs(x, lower, upper, bits, delta, signed):
 
         @staticmethod
         def backward(ctx, g):
-            x, = ctx.saved_tensors
+            (x,) = ctx.saved_tensors
             return g * (1 + delta * g.sign() * (x - (x * (2**bits - 1)).round() / (2**bits - 1)))
+
     q = Round.apply(((x - lower) / (upper - lower)).clamp(0, 1))
     return 2 * (q - 0.5) if signed else q
 
@@ -183,7 +190,9 @@ def test_ewgs_is_the_published_formula(bits):
     q, inp = quantizer.weights._modules["weight"], quantizer.inputs._modules["/"]
     std = dense.std(correction=0)
     assert_close([q.lower.item(), q.upper.item()], [-3 * std.item(), 3 * std.item()])
-    assert_close([inp.lower.item(), inp.upper.item()], [0.0, (3 * x.std(correction=0) / math.sqrt(1 - 2 / math.pi)).item()])
+    assert_close(
+        [inp.lower.item(), inp.upper.item()], [0.0, (3 * x.std(correction=0) / math.sqrt(1 - 2 / math.pi)).item()]
+    )
 
     w, a = dense.clone().requires_grad_(), x.detach().clone().requires_grad_()
     lw, uw, la, ua = (p.detach().clone().requires_grad_() for p in (q.lower, q.upper, inp.lower, inp.upper))
@@ -195,7 +204,15 @@ def test_ewgs_is_the_published_formula(bits):
     expected = nn.functional.linear(a_hat, w_hat * s.abs(), bias)
     assert_close(out, expected)
     (expected * upstream).sum().backward()
-    for ours, exact in ((layer.weight, w), (x, a), (q.lower, lw), (q.upper, uw), (inp.lower, la), (inp.upper, ua), (q.scale, s)):
+    for ours, exact in (
+        (layer.weight, w),
+        (x, a),
+        (q.lower, lw),
+        (q.upper, uw),
+        (inp.lower, la),
+        (inp.upper, ua),
+        (q.scale, s),
+    ):
         assert_close(ours.grad, exact.grad, rtol=1e-4, atol=1e-5)
 
 
@@ -211,10 +228,19 @@ def test_pact_and_dorefa(plus):
     scales = [quantizer.weights._modules[key].scale.detach() for key in ("0/weight", "2/weight")]
     assert_close(first.alpha.detach(), torch.minimum(x.abs().max(), 3 * x.std(correction=0)))
     hidden = r2.reference.lsq(x, first.alpha.detach() / 7, 4)
-    hidden = nn.functional.linear(hidden, r2.reference.dorefa(reference[0].weight, 3) * scales[0], reference[0].bias).relu()
+    hidden = nn.functional.linear(
+        hidden, r2.reference.dorefa(reference[0].weight, 3) * scales[0], reference[0].bias
+    ).relu()
     alpha = second.alpha.detach()
     assert_close(alpha, torch.minimum(hidden.max(), 3 * hidden.std(correction=0) / math.sqrt(1 - 2 / math.pi)).detach())
-    assert_close(out, nn.functional.linear(r2.reference.pact(hidden, alpha, 4), r2.reference.dorefa(reference[2].weight, 3) * scales[1], reference[2].bias))
+    assert_close(
+        out,
+        nn.functional.linear(
+            r2.reference.pact(hidden, alpha, 4),
+            r2.reference.dorefa(reference[2].weight, 3) * scales[1],
+            reference[2].bias,
+        ),
+    )
     out.sum().backward()
     assert second.alpha.grad.isfinite() and first.alpha.grad != 0
     groups = quantizer.param_groups(alpha_decay=0.1, lr=1.0)
@@ -261,7 +287,12 @@ def test_every_use_of_a_weight():
     """Attention, a tied head and a layer called by keyword; one quantizer for the shared weight, an input for each layer that is called."""
     model = net()
     quantizer = Quantizer(model, "lsq", 2, 4)
-    assert {layer.name for layer in quantizer.layers} == {"conv.weight", "attention.in_proj_weight", "attention.out_proj.weight", "head.weight"}
+    assert {layer.name for layer in quantizer.layers} == {
+        "conv.weight",
+        "attention.in_proj_weight",
+        "attention.out_proj.weight",
+        "head.weight",
+    }
     assert list(quantizer.inputs._modules) == ["conv", "head"]
     model(tokens()).sum().backward()
     assert quantizer.inputs._modules["conv"].is_started and quantizer.inputs._modules["conv"].step.grad is not None
@@ -285,7 +316,10 @@ def test_activation_checkpointing(method):
         for _ in range(2):
             model(tokens()).square().sum().backward()
         before = values(quantizer)
-        grads.append([p.grad for p in [*model.parameters(), *quantizer.parameters()] if p.grad is not None] + list(before.values()))
+        grads.append(
+            [p.grad for p in [*model.parameters(), *quantizer.parameters()] if p.grad is not None]
+            + list(before.values())
+        )
     assert len(grads[0]) == len(grads[1])
     for a, b in zip(*grads, strict=True):
         assert_close(a, b)
@@ -300,7 +334,10 @@ def test_autocast(method):
         out = model(x)
     assert out.dtype == torch.bfloat16
     nn.functional.cross_entropy(out.float(), y).backward()
-    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in [*model.parameters(), *quantizer.parameters()])
+    assert all(
+        p.grad.dtype == torch.float32 and p.grad.isfinite().all()
+        for p in [*model.parameters(), *quantizer.parameters()]
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -421,7 +458,7 @@ def test_parts_of_the_model_called_alone():
     model = plain()
     quantizer = Quantizer(model, "lsq", 4, 4)
     x, _ = images()
-    assert torch.equal(model[0](x), plain()[0](x))          # full precision before the first batch
+    assert torch.equal(model[0](x), plain()[0](x))  # full precision before the first batch
     whole = model(x)
     parts = x
     for layer in model:
@@ -452,6 +489,7 @@ def test_layers_that_the_first_batch_does_not_reach():
         def forward(self, x):
             x = self.a(x)
             return self.b(x) if self.both else x
+
     for method in METHODS:
         model = Two()
         quantizer = Quantizer(model, method, 4, 4)
@@ -469,7 +507,9 @@ def test_layers_that_share_a_weight():
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
     model[2].weight = model[0].weight
     quantizer = Quantizer(model, "ewgs", 4, 4)
-    assert [layer.name for layer in quantizer.layers] == ["0.weight", "4.weight"] and list(quantizer.inputs._modules) == ["0", "2", "4"]
+    assert [layer.name for layer in quantizer.layers] == ["0.weight", "4.weight"] and list(
+        quantizer.inputs._modules
+    ) == ["0", "2", "4"]
     x = torch.randn(9, 6)
     out = model(x)
     out.sum().backward()
@@ -481,7 +521,9 @@ def test_layers_that_share_a_weight():
 
 
 def test_a_channels_last_model_and_other_convolutions():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 4, 2), nn.Conv2d(4, 4, 2, groups=2)).to(memory_format=torch.channels_last)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 4, 2), nn.Conv2d(4, 4, 2, groups=2)).to(
+        memory_format=torch.channels_last
+    )
     twin = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     outs = []
@@ -497,8 +539,17 @@ def test_overrides():
     model = plain()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        quantizer = Quantizer(model, "lsq", 4, 4, overrides={"0": {"weight_bits": 8, "activation_bits": None, "axis": 0}, "4.*": {"method": "pact"}})
-    assert [(layer.options.method, layer.options.weight_bits) for layer in quantizer.layers] == [("lsq", 8), ("pact", 4)]
+        quantizer = Quantizer(
+            model,
+            "lsq",
+            4,
+            4,
+            overrides={"0": {"weight_bits": 8, "activation_bits": None, "axis": 0}, "4.*": {"method": "pact"}},
+        )
+    assert [(layer.options.method, layer.options.weight_bits) for layer in quantizer.layers] == [
+        ("lsq", 8),
+        ("pact", 4),
+    ]
     assert list(quantizer.inputs._modules) == ["4"] and quantizer.weights._modules["0/weight"].step.shape == (8,)
     model(images()[0]).sum().backward()
     assert [layer.name for layer in Quantizer(plain(), "lsq", 4, overrides={"0": "skip"}).layers] == ["4.weight"]
@@ -516,7 +567,7 @@ def test_delta_from_the_hessian():
     quantizer.estimate_delta(lambda: (layer(x) - t).square().sum() / 2, probes=64)
     trace = 5 * x.square().sum()
     hat = quantizer._soft_all()[0].detach().requires_grad_()
-    g, = torch.autograd.grad((nn.functional.linear(x, hat) - t).square().sum() / 2, hat)
+    (g,) = torch.autograd.grad((nn.functional.linear(x, hat) - t).square().sum() / 2, hat)
     exact = trace / 30 / (3 * g.std(correction=0)) * 2 * q.scale.abs()
     assert q.delta.item() == pytest.approx(exact.item(), rel=0.15) and layer.weight.grad is None
     before["weights.weight.delta"] = q.delta.clone()
@@ -529,6 +580,7 @@ def test_delta_of_inputs_and_what_it_needs():
 
     def closure():
         return nn.functional.cross_entropy(model(x), y)
+
     with pytest.raises(RuntimeError, match="needs a model in train"):
         quantizer.estimate_delta(closure)
     quantizer.initialize(x)
@@ -536,8 +588,14 @@ def test_delta_of_inputs_and_what_it_needs():
     quantizer.estimate_delta(closure, probes=2)
     assert_equal(before, values(model))
     assert quantizer._probe is None and quantizer.inputs._modules["0"].delta == pytest.approx(1e-3)
-    assert all(m._modules[k].delta >= 0 and m._modules[k].delta != pytest.approx(1e-3) for m, k in ((quantizer.inputs, "4"), (quantizer.weights, "4/weight")))
-    for bad, error in (({"probes": 0}, "probes must be an int >= 1, got 0"), ({"epsilon": 0.0}, "epsilon must be a finite number > 0, got 0")):
+    assert all(
+        m._modules[k].delta >= 0 and m._modules[k].delta != pytest.approx(1e-3)
+        for m, k in ((quantizer.inputs, "4"), (quantizer.weights, "4/weight"))
+    )
+    for bad, error in (
+        ({"probes": 0}, "probes must be an int >= 1, got 0"),
+        ({"epsilon": 0.0}, "epsilon must be a finite number > 0, got 0"),
+    ):
         with pytest.raises(ValueError, match=error):
             quantizer.estimate_delta(closure, **bad)
     quantizer = Quantizer(plain(), "lsq", 4)
@@ -577,6 +635,7 @@ def test_all_weights_are_one_call(monkeypatch):
     def counted(x, *args, **options):
         calls.append(1 if isinstance(x, torch.Tensor) else len(x))
         return original(x, *args, **options)
+
     quantizer = Quantizer(model, "lsq", 4, 4)
     quantizer.initialize(tokens())
     monkeypatch.setattr(r2.nn.ranges.quantizers, "lsq", counted)
@@ -586,7 +645,7 @@ def test_all_weights_are_one_call(monkeypatch):
     model(tokens())
     calls.clear()
     model(tokens())
-    assert calls == [1, 1]          # the weights are kept
+    assert calls == [1, 1]  # the weights are kept
 
 
 def test_errors_and_sizes():
@@ -632,13 +691,20 @@ def test_learnable_coefficient():
     loss = coefficient(R)
     loss.backward()
     e = math.exp(1.0)
-    assert loss.item() == pytest.approx(e * 2 - 0.5) and R.grad.item() == pytest.approx(e) and coefficient.omega.grad.item() == pytest.approx(2 * e - 0.5)
+    assert (
+        loss.item() == pytest.approx(e * 2 - 0.5)
+        and R.grad.item() == pytest.approx(e)
+        and coefficient.omega.grad.item() == pytest.approx(2 * e - 0.5)
+    )
     optimizer = torch.optim.SGD(coefficient.param_groups(lr=0.5))
     for _ in range(200):
         optimizer.zero_grad()
         coefficient(R.detach()).backward()
         optimizer.step()
-    assert coefficient.omega.item() == pytest.approx(math.log(0.25), abs=1e-4) and optimizer.param_groups[0]["weight_decay"] == 0
+    assert (
+        coefficient.omega.item() == pytest.approx(math.log(0.25), abs=1e-4)
+        and optimizer.param_groups[0]["weight_decay"] == 0
+    )
     for bad in (0, -1.0, math.inf):
         with pytest.raises(ValueError, match="strength must be a finite number > 0"):
             LearnableCoefficient(bad)
@@ -661,7 +727,11 @@ BAD = [
     ({"overrides": {"0": 3}}, TypeError, r"overrides\['0'\] must be a dict of options or \"skip\", got 3"),
     ({"overrides": {"0": {"bits": 3}}}, ValueError, r"overrides\['0'\] has no option 'bits'; allowed are"),
     ({"overrides": {"0": {"weight_bits": 0}}}, ValueError, "weight_bits of 0.weight must be an int in 1..8, got 0"),
-    ({"overrides": {"0": {"delta": -1.0}}}, ValueError, 'delta of 0.weight must be a finite number >= 0 or "hessian", got -1'),
+    (
+        {"overrides": {"0": {"delta": -1.0}}},
+        ValueError,
+        'delta of 0.weight must be a finite number >= 0 or "hessian", got -1',
+    ),
     ({"overrides": {"0": {"plus": 1}}}, TypeError, "plus of 0.weight must be True or False, got 1"),
     ({"overrides": {"nothing": "skip"}}, ValueError, r"overrides\['nothing'\] matches no weight"),
     ({"overrides": {"*": "skip"}}, ValueError, "Sequential has no weight left to quantize"),
@@ -705,7 +775,7 @@ def _rank(rank, folder):
         loss = nn.functional.cross_entropy(wrapped(x[half]), y[half])
         if i == 0:
             result["start"] = values(quantizer)
-            result["local"], = torch.autograd.grad(loss, [quantizer.inputs._modules["0"].step], retain_graph=True)
+            (result["local"],) = torch.autograd.grad(loss, [quantizer.inputs._modules["0"].step], retain_graph=True)
         loss.backward()
         if i == 0:
             result["average"] = quantizer.inputs._modules["0"].step.grad.clone()

@@ -1,4 +1,5 @@
 """LSQ, EWGS, PACT, DoReFa as a user calls them: values by hand, gradients by finite differences, peers, parameters, errors, torch.compile."""
+
 import math
 import warnings
 
@@ -12,8 +13,10 @@ import r2kernels as r2
 from r2kernels import ops, reference
 
 CALLS = {
-    "lsq": lambda x, **more: r2.lsq(x, 0.3, 3, **more), "ewgs": lambda x, **more: r2.ewgs(x, -1.0, 1.5, 3, delta=0.1, **more),
-    "pact": lambda x, **more: r2.pact(x, 1.2, 3, **more), "dorefa": lambda x, **more: r2.dorefa(x, 3, **more),
+    "lsq": lambda x, **more: r2.lsq(x, 0.3, 3, **more),
+    "ewgs": lambda x, **more: r2.ewgs(x, -1.0, 1.5, 3, delta=0.1, **more),
+    "pact": lambda x, **more: r2.pact(x, 1.2, 3, **more),
+    "dorefa": lambda x, **more: r2.dorefa(x, 3, **more),
 }
 FUNCTIONS = pytest.mark.parametrize("name", CALLS)
 
@@ -22,10 +25,15 @@ def double(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("x", "bits", "signed", "expected"), [
-    ([-9, -4.2, -1.5, -0.5, 0.5, 1.5, 2.5, 3.4, 9], 3, True, [-4, -4, -2, 0, 0, 2, 2, 3, 3]), ([-1, 0.4, 0.6, 6.5, 7.5, 9], 3, False, [0, 0, 1, 6, 7, 7]),
-    ([-3, -0.1, 0.0, 0.1, 3], 1, True, [-1, -1, 1, 1, 1]), ([-1, 0.4, 0.6, 3], 1, False, [0, 0, 1, 1]),
-])
+@pytest.mark.parametrize(
+    ("x", "bits", "signed", "expected"),
+    [
+        ([-9, -4.2, -1.5, -0.5, 0.5, 1.5, 2.5, 3.4, 9], 3, True, [-4, -4, -2, 0, 0, 2, 2, 3, 3]),
+        ([-1, 0.4, 0.6, 6.5, 7.5, 9], 3, False, [0, 0, 1, 6, 7, 7]),
+        ([-3, -0.1, 0.0, 0.1, 3], 1, True, [-1, -1, 1, 1, 1]),
+        ([-1, 0.4, 0.6, 3], 1, False, [0, 0, 1, 1]),
+    ],
+)
 def test_lsq_by_hand(x, bits, signed, expected):
     """A step of 2: half to even, clipped to its codes."""
     assert r2.lsq(2 * double(*x), 2.0, bits, signed=signed).tolist() == [2.0 * e for e in expected]
@@ -37,7 +45,7 @@ def test_lsq_gradients_by_hand():
     y = r2.lsq(x, s, 3)
     assert y.tolist() == [-4, -1, 1, 3, 3, 3]
     y.backward(double(1, 2, 4, 8, 16, 32))
-    assert x.grad.tolist() == [0, 2, 4, 8, 0, 0]        # within [-4, 3], before rounding
+    assert x.grad.tolist() == [0, 2, 4, 8, 0, 0]  # within [-4, 3], before rounding
     assert s.grad.item() == pytest.approx((-4 * 1 + 0.25 * 2 + 0.25 * 4 + 0 * 8 + 3 * 16 + 3 * 32) / math.sqrt(6 * 3))
 
 
@@ -124,7 +132,9 @@ def test_finite_differences(name, start):
             values[i] = q.detach() + sign * step
             differences.append(value(x.detach(), values))
         # numbers beside an edge of the clipping change sides within the step; none here
-        assert q.grad.item() == pytest.approx(scale * (differences[0] - differences[1]) / (2 * step), rel=1e-6, abs=1e-6)
+        assert q.grad.item() == pytest.approx(
+            scale * (differences[0] - differences[1]) / (2 * step), rel=1e-6, abs=1e-6
+        )
     for j in range(0, 400, 37):
         moved = [x.detach().clone(), x.detach().clone()]
         moved[0][j] += step
@@ -139,8 +149,12 @@ def test_pytorchs_own_lsq():
     v = x / 0.11
     x = x[((v - v.floor() - 0.5).abs() > 1e-3) & ((v + 8).abs() > 0.51) & ((v - 7).abs() > 0.51)]
     found = []
-    for function in (lambda x, s: r2.lsq(x, s, 4),
-                     lambda x, s: torch._fake_quantize_learnable_per_tensor_affine(x, s, torch.zeros(1), -8, 7, 1 / math.sqrt(x.numel() * 7))):
+    for function in (
+        lambda x, s: r2.lsq(x, s, 4),
+        lambda x, s: torch._fake_quantize_learnable_per_tensor_affine(
+            x, s, torch.zeros(1), -8, 7, 1 / math.sqrt(x.numel() * 7)
+        ),
+    ):
         x_, s = x.clone().requires_grad_(), torch.tensor([0.11], requires_grad=True)
         y = function(x_, s.reshape(()) if not found else s)
         y.backward(torch.linspace(-1, 1, len(x)))
@@ -152,7 +166,13 @@ def test_pytorchs_own_lsq():
 @FUNCTIONS
 def test_strides_and_kinds_are_kept(name):
     x = torch.randn(2, 4, 5, 6)
-    for view in (x.to(memory_format=torch.channels_last), x.permute(3, 1, 0, 2), x[0, 0, 0, 0], x[:, ::2], x[:1].expand(3, 4, 5, 6)):
+    for view in (
+        x.to(memory_format=torch.channels_last),
+        x.permute(3, 1, 0, 2),
+        x[0, 0, 0, 0],
+        x[:, ::2],
+        x[:1].expand(3, 4, 5, 6),
+    ):
         y = CALLS[name](view)
         assert y.shape == view.shape and y.dtype == view.dtype
         assert y.stride() == torch.empty_like(view).stride()
@@ -180,7 +200,17 @@ def test_channels():
     assert_close(r2.lsq(w, [0.1, torch.tensor(0.2)], 4, axis=0)[1], r2.lsq(w[1], 0.2, 4))
 
 
-@pytest.mark.parametrize("value", [0.2, torch.tensor(0.2), torch.tensor([0.2, 0.3]), [0.2, 0.3], [torch.tensor(0.2), 0.3], torch.tensor([0.2, 0.3]).bfloat16()])
+@pytest.mark.parametrize(
+    "value",
+    [
+        0.2,
+        torch.tensor(0.2),
+        torch.tensor([0.2, 0.3]),
+        [0.2, 0.3],
+        [torch.tensor(0.2), 0.3],
+        torch.tensor([0.2, 0.3]).bfloat16(),
+    ],
+)
 def test_parameters_of_every_form(value):
     xs = [torch.randn(9), torch.randn(3, 3)]
     if isinstance(value, torch.Tensor):
@@ -204,35 +234,62 @@ def test_learned_numbers_of_a_list_get_their_gradients():
         assert_close(s.grad, alone.grad)
 
 
-@pytest.mark.parametrize(("call", "error", "message"), [
-    (lambda x: r2.lsq(x, 0.1, 0), ValueError, r"bits must be an int in 1..8, got 0"),
-    (lambda x: r2.lsq(x, 0.1, 9), ValueError, r"bits must be an int in 1..8, got 9"),
-    (lambda x: r2.pact(x, 0.1, 2.0), TypeError, r"bits must be an int in 1..8, got 2.0"),
-    (lambda x: r2.dorefa(x, True), TypeError, r"bits must be an int in 1..8, got True"),
-    (lambda x: r2.lsq(x, 0.0, 4), ValueError, r"step must be a finite number > 0, got 0"),
-    (lambda x: r2.lsq(x, -0.5, 4), ValueError, r"step must be a finite number > 0, got -0.5"),
-    (lambda x: r2.lsq(x, math.inf, 4), ValueError, r"step must be a finite number > 0, got inf"),
-    (lambda x: r2.lsq(x, "a", 4), TypeError, r"step must be a number or a tensor, got str"),
-    (lambda x: r2.lsq(x, torch.ones(3), 4), ValueError, r"step has shape \(3,\); allowed are"),
-    (lambda x: r2.lsq(x, torch.ones(3), 4, axis=0), ValueError, r"step has shape \(3,\); allowed is \(\) or \(4,\)"),
-    (lambda x: r2.lsq([x, x], [0.1, 0.0], 4), ValueError, r"step\[1\] must be a finite number > 0, got 0"),
-    (lambda x: r2.lsq([x, x], [0.1], 4, axis=0), ValueError, r"step has 1 values; allowed is one for each of the 2 tensors"),
-    (lambda x: r2.lsq(x, torch.ones((), dtype=torch.int64), 4), TypeError, r"step has dtype torch.int64"),
-    (lambda x: r2.lsq(x, torch.ones((), device="meta"), 4), ValueError, r"step is on meta but"),
-    (lambda x: r2.lsq(x, 0.1, 4, axis=2), ValueError, r"axis=2 does not exist: x has shape \(4, 5\)"),
-    (lambda x: r2.lsq([x, x[0]], 0.1, 4, axis=1), ValueError, r"axis=1 does not exist: x\[1\] has shape \(5,\)"),
-    (lambda x: r2.lsq(x, 0.1, 4, axis=0.5), TypeError, r"axis must be an int or None, got 0.5"),
-    (lambda x: r2.ewgs(x, 1.0, 1.0, 4), ValueError, r"lower must be below upper, got lower=1 and upper=1"),
-    (lambda x: r2.ewgs([x, x], [0.0, 2.0], 1.0, 4), ValueError, r"lower must be below upper, got lower=2 and upper=1"),
-    (lambda x: r2.ewgs(x, 0.0, 1.0, 4, delta=-1), ValueError, r"delta must be a finite number >= 0, got -1"),
-    (lambda x: r2.ewgs(x, 0.0, 1.0, 4, delta=torch.tensor(0.1, requires_grad=True)), ValueError, r"delta requires grad"),
-    (lambda x: r2.pact(x, -1, 4), ValueError, r"alpha must be a finite number > 0, got -1"),
-    (lambda x: r2.dorefa(x.long(), 4), TypeError, r"w has dtype torch.int64"),
-    (lambda x: r2.lsq([x, x.double()], 0.1, 4), TypeError, r"x\[1\] has dtype torch.float64 but x\[0\] has torch.float32"),
-    (lambda x: r2.pact([], 1.0, 4), ValueError, r"x is an empty sequence"),
-    (lambda x: r2.ewgs(x[:0], 0.0, 1.0, 4), ValueError, r"x is empty \(shape \(0, 5\)\)"),
-    (lambda x: r2.lsq(3.0, 0.1, 4), TypeError, r"x must be a floating-point tensor or a sequence of them, got float"),
-])
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x: r2.lsq(x, 0.1, 0), ValueError, r"bits must be an int in 1..8, got 0"),
+        (lambda x: r2.lsq(x, 0.1, 9), ValueError, r"bits must be an int in 1..8, got 9"),
+        (lambda x: r2.pact(x, 0.1, 2.0), TypeError, r"bits must be an int in 1..8, got 2.0"),
+        (lambda x: r2.dorefa(x, True), TypeError, r"bits must be an int in 1..8, got True"),
+        (lambda x: r2.lsq(x, 0.0, 4), ValueError, r"step must be a finite number > 0, got 0"),
+        (lambda x: r2.lsq(x, -0.5, 4), ValueError, r"step must be a finite number > 0, got -0.5"),
+        (lambda x: r2.lsq(x, math.inf, 4), ValueError, r"step must be a finite number > 0, got inf"),
+        (lambda x: r2.lsq(x, "a", 4), TypeError, r"step must be a number or a tensor, got str"),
+        (lambda x: r2.lsq(x, torch.ones(3), 4), ValueError, r"step has shape \(3,\); allowed are"),
+        (
+            lambda x: r2.lsq(x, torch.ones(3), 4, axis=0),
+            ValueError,
+            r"step has shape \(3,\); allowed is \(\) or \(4,\)",
+        ),
+        (lambda x: r2.lsq([x, x], [0.1, 0.0], 4), ValueError, r"step\[1\] must be a finite number > 0, got 0"),
+        (
+            lambda x: r2.lsq([x, x], [0.1], 4, axis=0),
+            ValueError,
+            r"step has 1 values; allowed is one for each of the 2 tensors",
+        ),
+        (lambda x: r2.lsq(x, torch.ones((), dtype=torch.int64), 4), TypeError, r"step has dtype torch.int64"),
+        (lambda x: r2.lsq(x, torch.ones((), device="meta"), 4), ValueError, r"step is on meta but"),
+        (lambda x: r2.lsq(x, 0.1, 4, axis=2), ValueError, r"axis=2 does not exist: x has shape \(4, 5\)"),
+        (lambda x: r2.lsq([x, x[0]], 0.1, 4, axis=1), ValueError, r"axis=1 does not exist: x\[1\] has shape \(5,\)"),
+        (lambda x: r2.lsq(x, 0.1, 4, axis=0.5), TypeError, r"axis must be an int or None, got 0.5"),
+        (lambda x: r2.ewgs(x, 1.0, 1.0, 4), ValueError, r"lower must be below upper, got lower=1 and upper=1"),
+        (
+            lambda x: r2.ewgs([x, x], [0.0, 2.0], 1.0, 4),
+            ValueError,
+            r"lower must be below upper, got lower=2 and upper=1",
+        ),
+        (lambda x: r2.ewgs(x, 0.0, 1.0, 4, delta=-1), ValueError, r"delta must be a finite number >= 0, got -1"),
+        (
+            lambda x: r2.ewgs(x, 0.0, 1.0, 4, delta=torch.tensor(0.1, requires_grad=True)),
+            ValueError,
+            r"delta requires grad",
+        ),
+        (lambda x: r2.pact(x, -1, 4), ValueError, r"alpha must be a finite number > 0, got -1"),
+        (lambda x: r2.dorefa(x.long(), 4), TypeError, r"w has dtype torch.int64"),
+        (
+            lambda x: r2.lsq([x, x.double()], 0.1, 4),
+            TypeError,
+            r"x\[1\] has dtype torch.float64 but x\[0\] has torch.float32",
+        ),
+        (lambda x: r2.pact([], 1.0, 4), ValueError, r"x is an empty sequence"),
+        (lambda x: r2.ewgs(x[:0], 0.0, 1.0, 4), ValueError, r"x is empty \(shape \(0, 5\)\)"),
+        (
+            lambda x: r2.lsq(3.0, 0.1, 4),
+            TypeError,
+            r"x must be a floating-point tensor or a sequence of them, got float",
+        ),
+    ],
+)
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call(torch.randn(4, 5))
@@ -268,16 +325,22 @@ def test_nothing_is_saved_but_x_and_numbers(name):
     def pack(t):
         saved.append(t)
         return t
+
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         CALLS[name](x)
     assert {t.data_ptr() for t in saved if t.numel() > 8} == {x.data_ptr()}
 
 
-@pytest.mark.parametrize(("name", "arguments"), [
-    ("lsq", (torch.tensor([0.3, 0.2]), 3, True, None)), ("lsq", (torch.rand(7).add(0.1), 1, True, 0)),
-    ("ewgs", (*torch.tensor([[-1.0, -2], [1, 2], [0.1, 0]]), 4, True)),
-    ("pact", (torch.tensor([1.0, 0.8]), 2, True)), ("dorefa", (torch.tensor([[1.5, 1.0], [1.7, 2.0]]), 2, False)),
-])
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("lsq", (torch.tensor([0.3, 0.2]), 3, True, None)),
+        ("lsq", (torch.rand(7).add(0.1), 1, True, 0)),
+        ("ewgs", (*torch.tensor([[-1.0, -2], [1, 2], [0.1, 0]]), 4, True)),
+        ("pact", (torch.tensor([1.0, 0.8]), 2, True)),
+        ("dorefa", (torch.tensor([[1.5, 1.0], [1.7, 2.0]]), 2, False)),
+    ],
+)
 def test_opcheck(name, arguments):
     xs = [torch.randn(4, 5), torch.randn(3, 2, 2)]
     torch.library.opcheck(ops.op[name + "_fwd"], (xs, *arguments))
@@ -299,6 +362,7 @@ def test_compiled_with_a_learned_step():
 
     def loss(x, s):
         return sum(y.square().sum() for y in r2.lsq([x, 2 * x], s, 4))
+
     found = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(x, s), (x, s))
     for a, b in zip(found, torch.autograd.grad(loss(x, s), (x, s)), strict=True):
         assert_close(a, b)
@@ -315,7 +379,9 @@ def test_lsq_properties(values, step, bits, signed):
     y = r2.lsq(x, s, bits, signed=signed)
     assert torch.equal(y, reference.lsq(x, s, bits, signed=signed))
     assert torch.equal(r2.lsq(y, s, bits, signed=signed), y) or bits == 1
-    low, high = (-1, 1) if bits == 1 and signed else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    low, high = (
+        (-1, 1) if bits == 1 and signed else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    )
     inside = (x >= low * s) & (x <= high * s)
     most = 1.0 if bits == 1 and signed else 0.5
     assert ((y - x).abs()[inside] <= most * s * (1 + 1e-5)).all()

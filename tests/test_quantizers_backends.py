@@ -1,4 +1,5 @@
 """The quantizers of every backend: what is to be the reference's bits is, and gradients are held to the reference by the budget of budget.py."""
+
 import math
 from typing import NamedTuple
 
@@ -9,19 +10,22 @@ import torch
 
 import r2kernels as r2
 from r2kernels import ops
-from r2kernels.arguments import accumulator, levels
+from r2kernels.lists import carve_gradients
 from r2kernels.reference import quantizers as formulas
-from r2kernels.weights import carve_gradients
+from r2kernels.reference.columns import accumulator
+from r2kernels.reference.parameters import levels
 
 pytestmark = pytest.mark.usefixtures("nan_filled", "one_thread")
 
-EXACT = ("lsq", "ewgs", "pact")         # forward the bits of the reference; lsq and pact backward too
+EXACT = ("lsq", "ewgs", "pact")  # forward the bits of the reference; lsq and pact backward too
 OPS = (*EXACT, "dorefa")
 BITS = range(1, 9)
 
 
 def first(name, chosen, values, ids=None):
-    return pytest.mark.parametrize(name, [v if v in chosen else pytest.param(v, marks=pytest.mark.exhaustive) for v in values], ids=ids)
+    return pytest.mark.parametrize(
+        name, [v if v in chosen else pytest.param(v, marks=pytest.mark.exhaustive) for v in values], ids=ids
+    )
 
 
 def dtypes(*chosen):
@@ -34,6 +38,7 @@ every_flag = pytest.mark.parametrize("flag", [True, False], ids=["flag", "plain"
 
 class Call(NamedTuple):
     """One forward and backward: `flag` is signed, plus or detach_max."""
+
     op: str
     gs: list
     xs: list
@@ -48,7 +53,11 @@ class Call(NamedTuple):
 
     def to(self, dtype):
         wide = accumulator(dtype)
-        return self._replace(gs=[g.to(dtype) for g in self.gs], xs=[x.to(dtype) for x in self.xs], parameters=[p.to(wide) for p in self.parameters])
+        return self._replace(
+            gs=[g.to(dtype) for g in self.gs],
+            xs=[x.to(dtype) for x in self.xs],
+            parameters=[p.to(wide) for p in self.parameters],
+        )
 
     def forward(self):
         return carve_gradients(ops.call[self.op + "_fwd"](self.xs, *self.arguments), self.xs)
@@ -88,7 +97,11 @@ def dorefa_scale(xs, bits):
     rows = []
     for x in xs:
         a = x.to(accumulator(x.dtype)).abs()
-        rows.append(torch.stack([a.mean(), torch.ones_like(a.mean())]) if bits == 1 else torch.stack([a.amax(), (a == a.amax()).sum().to(a.dtype)]))
+        rows.append(
+            torch.stack([a.mean(), torch.ones_like(a.mean())])
+            if bits == 1
+            else torch.stack([a.amax(), (a == a.amax()).sum().to(a.dtype)])
+        )
     return torch.stack(rows)
 
 
@@ -98,18 +111,57 @@ def numbers(shape, dtype, device, seed=0):
 
 def mixed(dtype, device, seed=0):
     """All forms and sizes around those of chunks and vectors, ties at the maximum among them."""
-    xs = [numbers(shape, dtype, device, seed + i) for i, shape in enumerate(
-        [(), (1,), (2,), (7,), (15, 1), (33,), (4095,), (4096,), (4097,), (37, 311), (12289,), (3, 1, 5), (16, 8, 5, 5), (31, 66), (64, 50), (64, 1), (5001,)])]
+    xs = [
+        numbers(shape, dtype, device, seed + i)
+        for i, shape in enumerate(
+            [
+                (),
+                (1,),
+                (2,),
+                (7,),
+                (15, 1),
+                (33,),
+                (4095,),
+                (4096,),
+                (4097,),
+                (37, 311),
+                (12289,),
+                (3, 1, 5),
+                (16, 8, 5, 5),
+                (31, 66),
+                (64, 50),
+                (64, 1),
+                (5001,),
+            ]
+        )
+    ]
     xs[8] = xs[8].clamp(-1, 1)
-    return [*xs[:12], xs[12].contiguous(memory_format=torch.channels_last), xs[13].t(), xs[14][:, ::2], xs[15].expand(64, 9), xs[16][1:]]
+    return [
+        *xs[:12],
+        xs[12].contiguous(memory_format=torch.channels_last),
+        xs[13].t(),
+        xs[14][:, ::2],
+        xs[15].expand(64, 9),
+        xs[16][1:],
+    ]
 
 
 def many_axes(dtype, device):
-    return [numbers(shape, dtype, device, i) for i, shape in enumerate([(37, 61), (4, 70, 5, 5), (2, 9, 7, 7), (1, 1), (3, 1000), (5000, 3), (1, 12, 40)])]
+    return [
+        numbers(shape, dtype, device, i)
+        for i, shape in enumerate([(37, 61), (4, 70, 5, 5), (2, 9, 7, 7), (1, 1), (3, 1000), (5000, 3), (1, 12, 40)])
+    ]
 
 
 def channels_last(xs):
-    return [x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.t().contiguous().t() if x.dim() == 2 else x for x in xs]
+    return [
+        x.contiguous(memory_format=torch.channels_last)
+        if x.dim() == 4
+        else x.t().contiguous().t()
+        if x.dim() == 2
+        else x
+        for x in xs
+    ]
 
 
 def same(a, b):
@@ -127,7 +179,11 @@ def at_half_steps(one, dtype):
     step = one.parameters[0].double()
     x = (torch.arange(-600, 600, dtype=torch.float64, device=step.device) / 2 * step[8]).to(dtype)
     far = torch.full_like(x, math.inf)
-    x = torch.cat([x, torch.nextafter(x, far), torch.nextafter(x, -far)]) if dtype in (torch.float32, torch.float64) else x
+    x = (
+        torch.cat([x, torch.nextafter(x, far), torch.nextafter(x, -far)])
+        if dtype in (torch.float32, torch.float64)
+        else x
+    )
     return one._replace(xs=[*one.xs[:8], x, *one.xs[9:]], gs=[*one.gs[:8], torch.ones_like(x), *one.gs[9:]])
 
 
@@ -145,7 +201,9 @@ def test_the_bits_of_the_reference(op, flag, bits, dtype, device, variants):
             for x, y, e in zip(one.xs, one.forward(), ys, strict=True):
                 assert same(y, e), (v, tuple(x.shape), (y.double() - e.double()).abs().max())
             assert op == "ewgs" or all(map(same, one.backward()[0], gradients)), v
-            assert all(b.isfinite().all() for b in one.buffers()[0]), f"{v}: a number of the gradients' memory was not written"
+            assert all(b.isfinite().all() for b in one.buffers()[0]), (
+                f"{v}: a number of the gradients' memory was not written"
+            )
 
 
 @dtypes(torch.float32, torch.bfloat16)
@@ -168,7 +226,14 @@ def test_channels(axis, form, bits, dtype, device, variants):
 @pytest.mark.parametrize("value", [1e-40, 1e-30, 1e-19, 3e17, 1e19, 1e30, 3e38])
 def test_steps_of_any_size(value, dtype, device, variants):
     """Quotients that are subnormal, infinite or rounded twice elsewhere."""
-    xs = [x * 4 * value for x in (numbers((5000,), dtype, device), numbers((999,), dtype, device, 1) * 1e9, numbers((999,), dtype, device, 2) * 1e-9)]
+    xs = [
+        x * 4 * value
+        for x in (
+            numbers((5000,), dtype, device),
+            numbers((999,), dtype, device, 1) * 1e9,
+            numbers((999,), dtype, device, 2) * 1e-9,
+        )
+    ]
     for op in EXACT:
         one = call(op, xs, 3, True)
         scale = torch.full_like(one.parameters[0], value)
@@ -221,14 +286,19 @@ def truth(one):
         elif one.op == "ewgs":
             scales.append([dx.abs().sum()] * 2)
         elif one.op == "pact":
-            scales.append([g[x >= wide.parameters[0][i]].abs().sum() + (g.abs().sum() / 2**one.bits if one.flag else 0)])
+            scales.append(
+                [g[x >= wide.parameters[0][i]].abs().sum() + (g.abs().sum() / 2**one.bits if one.flag else 0)]
+            )
     return exact, of_parameters, torch.tensor(scales, dtype=torch.float64, device=one.xs[0].device)
 
 
 def errors(one, exact, of_parameters, scales):
     gradients, found = one.backward()
     worth = [g.double().square().mean().sqrt() / x.numel() for g, x in zip(one.gs, one.xs, strict=True)]
-    dx = [(a.double() - e).square().mean().sqrt() / (e.square().mean().sqrt() + w) for a, e, w in zip(gradients, exact, worth, strict=True)]
+    dx = [
+        (a.double() - e).square().mean().sqrt() / (e.square().mean().sqrt() + w)
+        for a, e, w in zip(gradients, exact, worth, strict=True)
+    ]
     pools = {"dW": torch.stack(dx)}
     for i, (a, e) in enumerate(zip(found, of_parameters, strict=True)):
         pools[f"dparameter {i}"] = budget.relative((a.double() - e).abs(), scales[:, i])
@@ -289,7 +359,10 @@ def same_specials(one, op):
     ys, gradients, of_parameters = expected(one)
     found, own = one.backward()
     for kind in (torch.isnan, torch.isposinf, torch.isneginf):
-        assert all(torch.equal(kind(a), kind(b)) for a, b in zip([*one.forward(), *found, *own], [*ys, *gradients, *of_parameters], strict=True)), kind.__name__
+        assert all(
+            torch.equal(kind(a), kind(b))
+            for a, b in zip([*one.forward(), *found, *own], [*ys, *gradients, *of_parameters], strict=True)
+        ), kind.__name__
     if op in EXACT:
         assert all(map(same, one.forward(), ys))
     if op in ("lsq", "pact"):
@@ -304,7 +377,11 @@ def test_steps_of_no_use_give_nan(op, device, variant):
     bad = torch.tensor(values, device=device)
     same_specials(one._replace(parameters=[bad] if len(one.parameters) == 1 else [-bad, bad * 0.5, bad * 0]), op)
     ys = one._replace(parameters=[bad] if len(one.parameters) == 1 else [-bad, bad * 0.5, bad * 0]).forward()
-    assert [y[0].isnan().item() or y.isnan().all().item() for y in ys[1:4]] == [True] * 3 and not ys[0].isnan().any() and not ys[5].isnan().any()
+    assert (
+        [y[0].isnan().item() or y.isnan().all().item() for y in ys[1:4]] == [True] * 3
+        and not ys[0].isnan().any()
+        and not ys[5].isnan().any()
+    )
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -320,13 +397,21 @@ def test_a_channel_of_no_use_gives_nan(axis, device, variant):
 def test_the_same_bits_each_time(op, dtype, device, variant):
     """And for any number of threads."""
     for axis in (None, 0, 1) if op == "lsq" else (None,):
-        xs = mixed(dtype, device) + [numbers((300, 401), dtype, device)] if axis is None else [*many_axes(dtype, device), numbers((300, 401), dtype, device)]
+        xs = (
+            mixed(dtype, device) + [numbers((300, 401), dtype, device)]
+            if axis is None
+            else [*many_axes(dtype, device), numbers((300, 401), dtype, device)]
+        )
         one = call(op, xs, 4, False, axis)
         before = one.forward(), *one.backward()
         for threads in (1, 2, 3) if variant.backend == "cpu" else (1,):
             torch.set_num_threads(threads)
             again = one.forward(), *one.backward()
-            assert all(torch.equal(a, b) for part, other in zip(before, again, strict=True) for a, b in zip(part, other, strict=True)), threads
+            assert all(
+                torch.equal(a, b)
+                for part, other in zip(before, again, strict=True)
+                for a, b in zip(part, other, strict=True)
+            ), threads
 
 
 @pytest.mark.parametrize("ties", [1, 2, 5])
@@ -346,7 +431,10 @@ def test_public_functions(function, device, variant):
     arguments = {"lsq": (0.3,), "ewgs": (-1.0, 1.5), "pact": (1.2,), "dorefa": ()}[function]
     x = numbers((4, 6, 5, 3), torch.float32, device).contiguous(memory_format=torch.channels_last)
     for w in (x, x[:, ::2], x[0, 0, 0, 0], x[:1].expand(3, 6, 5, 3)):
-        single, many = w.detach().clone().requires_grad_(), [w.detach().requires_grad_(), numbers((5,), torch.float32, device).requires_grad_()]
+        single, many = (
+            w.detach().clone().requires_grad_(),
+            [w.detach().requires_grad_(), numbers((5,), torch.float32, device).requires_grad_()],
+        )
         y = getattr(r2, function)(single, *arguments, 3)
         ys = getattr(r2, function)(many, *arguments, 3)
         assert y.shape == w.shape and torch.equal(y, ys[0])

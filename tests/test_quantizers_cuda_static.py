@@ -3,6 +3,7 @@ division that they do without dividing. Needs nvcc, but no GPU.
 
 At full bandwidth an H200 has time for 60 instructions per float32 number that it reads and writes, 30 per 16-bit one; half more with a second array to read.
 """
+
 import re
 import subprocess
 
@@ -10,14 +11,26 @@ import pytest
 import sass
 from sass import TYPES
 
-IN_FLIGHT = 4               # 128-bit loads of each array at a time
+IN_FLIGHT = 4  # 128-bit loads of each array at a time
 
 # instructions per number of a full tile: float32, 16 bit
 FORWARD = {
-    "Lsq<false>": (14.5, 16), "Lsq<true>": (14.5, 16), "Ewgs": (18.5, 20), "Pact<false>": (15.5, 17), "Dorefa": (32, 33.5),
-    "DorefaSign": (7.5, 9), "Copy": (1, 3),
+    "Lsq<false>": (14.5, 16),
+    "Lsq<true>": (14.5, 16),
+    "Ewgs": (18.5, 20),
+    "Pact<false>": (15.5, 17),
+    "Dorefa": (32, 33.5),
+    "DorefaSign": (7.5, 9),
+    "Copy": (1, 3),
 }
-BACKWARD = {"Lsq<false>": (19, 22), "Lsq<true>": (20, 23), "Ewgs": (26.5, 30), "Pact<false>": (7, 10), "Pact<true>": (19, 22), "Dorefa": (31.5, 34)}
+BACKWARD = {
+    "Lsq<false>": (19, 22),
+    "Lsq<true>": (20, 23),
+    "Ewgs": (26.5, 30),
+    "Pact<false>": (7, 10),
+    "Pact<true>": (19, 22),
+    "Dorefa": (31.5, 34),
+}
 
 
 @pytest.fixture(scope="module")

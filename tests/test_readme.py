@@ -1,4 +1,5 @@
 """The README's examples run as printed, one after the other."""
+
 import re
 from pathlib import Path
 
@@ -20,4 +21,8 @@ def test_examples_run():
 
 def test_every_public_name_is_told():
     told = set(re.findall(r"\w+", README))
-    assert not [name for name in r2kernels.__all__ if not name.startswith("_") and name not in told | {"WeightStats", "backends"}]
+    assert not [
+        name
+        for name in r2kernels.__all__
+        if not name.startswith("_") and name not in told | {"WeightStats", "backends"}
+    ]

@@ -1,4 +1,5 @@
 """The specification itself: values worked out by hand, identities that the equations imply, and derivatives."""
+
 import math
 
 import budget
@@ -11,8 +12,10 @@ import r2kernels
 from r2kernels import reference
 
 L, E = math.log(2), math.exp
-SIGMA = math.sqrt(20 / 3)       # of -3, -1, 1, 3: (9 + 1 + 1 + 9) / (4 - 1)
-OFF = 41 / (20 / 3) ** 2 - 1.8  # their kurtosis, mean w^4 / sigma^4 = (81 + 1 + 1 + 81) / 4 / sigma^4 = 0.9225, minus the target
+SIGMA = math.sqrt(20 / 3)  # of -3, -1, 1, 3: (9 + 1 + 1 + 9) / (4 - 1)
+OFF = (
+    41 / (20 / 3) ** 2 - 1.8
+)  # their kurtosis, mean w^4 / sigma^4 = (81 + 1 + 1 + 81) / 4 / sigma^4 = 0.9225, minus the target
 
 # function, arguments, W, value, dL/dW, dL/dparameter
 LITERALS = [
@@ -26,14 +29,35 @@ LITERALS = [
     ("margin", {"M": 1, "k": 0.5}, [1, -3, 2], 1 + (2 + 1) / 1.5, [0, -1 / 1.5, 1 / 1.5], 1 - 2 / 1.5),
     ("margin", {"M": 5}, [1, -3, 2], 5, [0, 0, 0], 1),
     # p = (1, 2) / 3, q = (2, 1) / 3: s_max = 2/3, s_min = 1/3, both variances 2/9; dL/dw0 = (1 - 2 L / 3) / 3 - 2 (1 + L / 3) / 3
-    ("soft_min_max", {"alpha": L}, [0, 1], 2 / 3 - 1 / 3 + 1 / 2, [-1 / 3 - 4 * L / 9, 1 / 3 + 4 * L / 9], 2 / 9 + 2 / 9 - 1 / 2),
-    ("soft_min_max", {"alpha": -L}, [0, 1], 1 / 3 - 2 / 3 + 2, [1 / 3 + 4 * L / 9, -1 / 3 - 4 * L / 9], 2 / 9 + 2 / 9 - 2),
+    (
+        "soft_min_max",
+        {"alpha": L},
+        [0, 1],
+        2 / 3 - 1 / 3 + 1 / 2,
+        [-1 / 3 - 4 * L / 9, 1 / 3 + 4 * L / 9],
+        2 / 9 + 2 / 9 - 1 / 2,
+    ),
+    (
+        "soft_min_max",
+        {"alpha": -L},
+        [0, 1],
+        1 / 3 - 2 / 3 + 2,
+        [1 / 3 + 4 * L / 9, -1 / 3 - 4 * L / 9],
+        2 / 9 + 2 / 9 - 2,
+    ),
     ("soft_min_max", {"alpha": 0}, [0, 1], 1, [0, 0], 1 / 4 + 1 / 4 - 1),
     ("soft_min_max", {"alpha": 3}, [7], E(-3), [0], -E(-3)),
     ("soft_min_max", {"alpha": 3}, [7, 7, 7], E(-3), [0, 0, 0], -E(-3)),
     ("soft_min_max", {"alpha": 1000}, [-2, 0, 5], 7, [-1, 0, 1], 0),
     # z = w / sigma, no skew: dkurtosis/dw = 4 / (4 sigma) z (z^2 - 4/3 0.9225) = w / sigma^2 (w^2 / sigma^2 - 1.23)
-    ("kure", {}, [-3, -1, 1, 3], OFF**2, [2 * OFF * g for g in (-0.45 * 0.12, 0.15 * 1.08, -0.15 * 1.08, 0.45 * 0.12)], None),
+    (
+        "kure",
+        {},
+        [-3, -1, 1, 3],
+        OFF**2,
+        [2 * OFF * g for g in (-0.45 * 0.12, 0.15 * 1.08, -0.15 * 1.08, 0.45 * 0.12)],
+        None,
+    ),
     ("kure", {"target": 0.9225}, [-3, -1, 1, 3], 0, [0, 0, 0, 0], None),
     ("kure", {}, [2, 2, 2], 0, [0, 0, 0], None),
     ("kure", {}, [2], 0, [0], None),
@@ -43,7 +67,14 @@ LITERALS = [
     # three rows of one column each, of which W.transpose(0, -1) = ((1, 3, 5), (2, 4, 6)) makes (1, 2), (3, 4), (5, 6)
     ("l_inf", {"cluster_dim": 3}, [[1, 2], [3, 4], [5, 6]], 2 + 4 + 6, [[0, 1], [0, 1], [0, 1]], None),
     ("l_inf", {"cluster_dim": 2}, [1, -5, 2, 3, 9], 2 + 5, [0, -1, 1, 0, 0], None),
-    ("margin", {"M": 1, "cluster_dim": 2, "k": 2}, [1, -5, 2, 3, 9], (1 + 1 / 2) + (1 + (4 + 2) / 2), [0, -1 / 2, 1 / 2, 1 / 2, 0], (1 - 1 / 2) + (1 - 2 / 2)),
+    (
+        "margin",
+        {"M": 1, "cluster_dim": 2, "k": 2},
+        [1, -5, 2, 3, 9],
+        (1 + 1 / 2) + (1 + (4 + 2) / 2),
+        [0, -1 / 2, 1 / 2, 1 / 2, 0],
+        (1 - 1 / 2) + (1 - 2 / 2),
+    ),
     ("soft_min_max", {"alpha": 0, "cluster_dim": 2}, [1, 2, 3, 4], 1 + 1, [0, 0, 0, 0], (1 + 1 - 1) + (1 + 1 - 1)),
 ]
 
@@ -53,7 +84,9 @@ LITERALS = [
 def test_literal(function, options, w, value, dw, dparameter, layer):
     w = torch.tensor(w, dtype=torch.float64, requires_grad=True)
     learned = [name for name in ("alpha", "M") if name in options]
-    options = {k: torch.tensor(v, dtype=torch.float64, requires_grad=True) if k in learned else v for k, v in options.items()}
+    options = {
+        k: torch.tensor(v, dtype=torch.float64, requires_grad=True) if k in learned else v for k, v in options.items()
+    }
     loss = getattr(layer, function)(w, **options)
     loss.backward()
     assert_close(loss.item(), float(value))
@@ -110,10 +143,10 @@ def test_a_translation_changes_no_soft_range():
     for alpha in (-0.7, 0.0, 0.1, 5.0):
         loss = reference.soft_min_max(w, alpha)
         assert_close(loss, reference.soft_min_max(w + 2, alpha))
-        g, = torch.autograd.grad(loss, w)
+        (g,) = torch.autograd.grad(loss, w)
         assert_close(g.sum(), torch.zeros_like(g.sum()))
         for s in reference.soft_extrema(w, alpha):
-            g, = torch.autograd.grad(s, w, retain_graph=True)
+            (g,) = torch.autograd.grad(s, w, retain_graph=True)
             assert_close(g.sum(), torch.ones_like(g.sum()))
 
 
@@ -124,7 +157,10 @@ def test_merging_two_tensors():
     assert reference.l_inf(both) == torch.maximum(reference.l_inf(a), reference.l_inf(b))
     assert_close(reference.margin(both, 0.5), reference.margin(a, 0.5) + reference.margin(b, 0.5) - 0.5)
     za, zb = (alpha * a).exp().sum(), (alpha * b).exp().sum()
-    assert_close(reference.soft_extrema(both, alpha)[1], (za * reference.soft_extrema(a, alpha)[1] + zb * reference.soft_extrema(b, alpha)[1]) / (za + zb))
+    assert_close(
+        reference.soft_extrema(both, alpha)[1],
+        (za * reference.soft_extrema(a, alpha)[1] + zb * reference.soft_extrema(b, alpha)[1]) / (za + zb),
+    )
 
 
 def test_kurtosis_of_the_uniform_distribution():
@@ -137,7 +173,7 @@ def test_kurtosis_of_the_uniform_distribution():
 
 def test_kure_ignores_scale_and_place():
     w = normal(200).requires_grad_()
-    g, = torch.autograd.grad(reference.kure(w), w)
+    (g,) = torch.autograd.grad(reference.kure(w), w)
     assert_close(reference.kure(3 * w - 5), reference.kure(w))
     assert_close(torch.stack([g.sum(), (g * w).sum()]), torch.zeros(2, dtype=torch.float64))
 
@@ -148,7 +184,11 @@ def test_columns():
         w = normal(*shape)
         for d in (1, 2, 3, 4):
             for layout in ("output", "contiguous"):
-                rows = (w.transpose(0, -1) if layout == "output" and d > 1 else w).reshape(-1)[: w.numel() // d * d].reshape(-1, d)
+                rows = (
+                    (w.transpose(0, -1) if layout == "output" and d > 1 else w)
+                    .reshape(-1)[: w.numel() // d * d]
+                    .reshape(-1, d)
+                )
                 x = reference.columns(w, d, layout)
                 assert torch.equal(x, rows.t())
                 back = reference.from_columns(x, w, d, layout)
@@ -164,10 +204,14 @@ GRADCHECKED = [op for op in cases.OPS if op.label != "margin-fraction"]
 def test_gradcheck(op, d):
     ws = [normal(7).requires_grad_(), normal(2, 3, 2, seed=1).requires_grad_()]
     columns = {"cluster_dim": d} if op.columns else {}
-    inputs = [*ws, torch.tensor([op.value, op.value / 2], dtype=torch.float64, requires_grad=True)] if op.parameter else ws
+    inputs = (
+        [*ws, torch.tensor([op.value, op.value / 2], dtype=torch.float64, requires_grad=True)] if op.parameter else ws
+    )
 
     def loss(*inputs):
-        return getattr(reference, op.function)(inputs[:2], **columns, **({op.parameter: inputs[2]} if op.parameter else {}))
+        return getattr(reference, op.function)(
+            inputs[:2], **columns, **({op.parameter: inputs[2]} if op.parameter else {})
+        )
 
     assert torch.autograd.gradcheck(loss, inputs)
 
@@ -186,7 +230,7 @@ def test_forward_and_backward_are_those_of_autograd(op, geometry):
         assert_close(result.loss, expected.loss)
         for a, b, w in zip(result.weights, expected.weights, one.weights, strict=True):
             if op.function == "kure" and w.numel() == 1:
-                assert a.item() == 0                    # autograd gives NaN: the std of one number
+                assert a.item() == 0  # autograd gives NaN: the std of one number
             else:
                 assert_close(a, b)
         if op.parameter:

@@ -1,4 +1,5 @@
 """bin_reg, msqe, partial_l2 and weight_terms as a user calls them: values worked out by hand, identities, derivatives, wrong arguments, torch's machinery."""
+
 import math
 import re
 
@@ -19,7 +20,14 @@ LAYERS = pytest.mark.parametrize("layer", [reference, r2], ids=["reference", "r2
 # function, arguments, W, value, dL/dW, dL/dstep
 LITERALS = [
     # codes 0, -1, 1 (clipped), 0 (half to even); errors 0.2, 0.3, 2, 0.5
-    ("msqe", {"step": 1, "bits": 2}, [0.2, -0.7, 3, 0.5], (0.04 + 0.09 + 4 + 0.25) / 4, [0.1, 0.15, 1, 0.25], -2 / 4 * (-0.3 + 2)),
+    (
+        "msqe",
+        {"step": 1, "bits": 2},
+        [0.2, -0.7, 3, 0.5],
+        (0.04 + 0.09 + 4 + 0.25) / 4,
+        [0.1, 0.15, 1, 0.25],
+        -2 / 4 * (-0.3 + 2),
+    ),
     # codes 1, -1, 1: 0 is positive
     ("msqe", {"step": 1, "bits": 1}, [0, -0.5, 2], (1 + 0.25 + 1) / 3, [-2 / 3, 1 / 3, 2 / 3], -2 / 3 * (-1 - 0.5 + 1)),
     # codes -2 (clipped), 1, 1 of 1.5 (clipped from 2)
@@ -82,7 +90,11 @@ def test_partial_l2_never_takes_one_too_many():
 
 
 def test_gradcheck():
-    w, v, step = drawn(7, 3).requires_grad_(), drawn(5, seed=1).requires_grad_(), torch.tensor([0.4, 0.7], dtype=torch.float64, requires_grad=True)
+    w, v, step = (
+        drawn(7, 3).requires_grad_(),
+        drawn(5, seed=1).requires_grad_(),
+        torch.tensor([0.4, 0.7], dtype=torch.float64, requires_grad=True),
+    )
     for bits in (1, 2, 4):
         assert torch.autograd.gradcheck(lambda w, v, s, bits=bits: r2.msqe([w, v], s, bits), (w, v, step))
         assert torch.autograd.gradcheck(lambda w, v, bits=bits: r2.bin_reg([w, v], 0.5, bits), (w, v))
@@ -90,12 +102,29 @@ def test_gradcheck():
     alpha = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
 
     def terms(w, v, step, alpha):
-        found = r2.weight_terms([w, v], {"msqe": {"step": step, "bits": 3}, "soft_min_max": {"alpha": alpha}, "partial_l2": {"fraction": 0.5}, "kure": {}})
+        found = r2.weight_terms(
+            [w, v],
+            {
+                "msqe": {"step": step, "bits": 3},
+                "soft_min_max": {"alpha": alpha},
+                "partial_l2": {"fraction": 0.5},
+                "kure": {},
+            },
+        )
         return tuple(found.values())
+
     assert torch.autograd.gradcheck(terms, (w, v, step, alpha))
 
 
-STEPS = [0.3, torch.tensor(0.3), torch.tensor(0.3, dtype=torch.float64), [0.3, 0.3], (0.3, 0.3), torch.tensor([0.3, 0.3]), torch.tensor([[0.3], [0.3]])]
+STEPS = [
+    0.3,
+    torch.tensor(0.3),
+    torch.tensor(0.3, dtype=torch.float64),
+    [0.3, 0.3],
+    (0.3, 0.3),
+    torch.tensor([0.3, 0.3]),
+    torch.tensor([[0.3], [0.3]]),
+]
 
 
 @pytest.mark.parametrize("step", STEPS, ids=str)
@@ -109,7 +138,10 @@ def test_forms_of_a_step(step):
 @pytest.mark.parametrize("fraction", [0.25, torch.tensor(0.25), [0.25, 0.25], torch.tensor([0.25, 0.25])], ids=str)
 def test_forms_of_a_fraction(fraction):
     ws = [drawn(9, dtype=torch.float32), drawn(4, 5, dtype=torch.float32, seed=1)]
-    for found in (r2.partial_l2(ws, fraction), r2.weight_terms(ws, {"partial_l2": {"fraction": fraction}})["partial_l2"]):
+    for found in (
+        r2.partial_l2(ws, fraction),
+        r2.weight_terms(ws, {"partial_l2": {"fraction": fraction}})["partial_l2"],
+    ):
         assert_close(found, torch.stack([r2.partial_l2(w, 0.25) for w in ws]))
 
 
@@ -119,7 +151,7 @@ def test_the_gradient_of_a_step_has_its_shape(shape):
     for dtype in (torch.float32, torch.float64):
         step = torch.full(shape, 0.3, dtype=dtype, requires_grad=True)
         for loss in (r2.msqe(ws, step, 3), r2.weight_terms(ws, {"msqe": {"step": step, "bits": 3}})["msqe"]):
-            g, = torch.autograd.grad(loss.sum(), step)
+            (g,) = torch.autograd.grad(loss.sum(), step)
             assert g.shape == step.shape and g.dtype == dtype
 
 
@@ -133,7 +165,11 @@ ERRORS = [
     (lambda f: f.bin_reg(W, 0, 2), ValueError, "step must be a finite number > 0, got 0"),
     (lambda f: f.msqe(W, float("inf"), 2), ValueError, "step must be a finite number > 0, got inf"),
     (lambda f: f.msqe([W, W], [0.1, -1.0], 2), ValueError, "step[1] must be a finite number > 0, got -1"),
-    (lambda f: f.bin_reg([W, W], [0.1], 2), ValueError, "step has 1 values; allowed is one number, or 2, one for each tensor of W"),
+    (
+        lambda f: f.bin_reg([W, W], [0.1], 2),
+        ValueError,
+        "step has 1 values; allowed is one number, or 2, one for each tensor of W",
+    ),
     (lambda f: f.msqe(W, "0.1", 2), TypeError, "step must be a number or a tensor, got str"),
     (lambda f: f.msqe(W, torch.ones(3), 2), ValueError, "step has shape (3,); allowed are (), (1,)"),
     (lambda f: f.msqe(W, torch.tensor(1), 2), TypeError, "step has dtype torch.int64; allowed are"),
@@ -148,9 +184,21 @@ ERRORS = [
     (lambda f: f.weight_terms(W, []), TypeError, "terms must be a dict of name -> keyword arguments, got list"),
     (lambda f: f.weight_terms(W, {}), ValueError, "terms is empty; allowed are ('l_inf', "),
     (lambda f: f.weight_terms(W, {"l2": {}}), ValueError, "terms has 'l2'; allowed are ('l_inf', "),
-    (lambda f: f.weight_terms(W, {"kure": 1.8}), TypeError, "terms['kure'] must be a dict of keyword arguments, got float"),
-    (lambda f: f.weight_terms(W, {"msqe": {"bits": 2}}), ValueError, "terms['msqe'] has ('bits',); it needs ('step', 'bits') and allows ('step', 'bits')"),
-    (lambda f: f.weight_terms(W, {"l_inf": {"cluster_dim": 2}}), ValueError, "terms['l_inf'] has ('cluster_dim',); it needs () and allows ()"),
+    (
+        lambda f: f.weight_terms(W, {"kure": 1.8}),
+        TypeError,
+        "terms['kure'] must be a dict of keyword arguments, got float",
+    ),
+    (
+        lambda f: f.weight_terms(W, {"msqe": {"bits": 2}}),
+        ValueError,
+        "terms['msqe'] has ('bits',); it needs ('step', 'bits') and allows ('step', 'bits')",
+    ),
+    (
+        lambda f: f.weight_terms(W, {"l_inf": {"cluster_dim": 2}}),
+        ValueError,
+        "terms['l_inf'] has ('cluster_dim',); it needs () and allows ()",
+    ),
 ]
 
 
@@ -161,13 +209,17 @@ def test_errors(call, error, says, layer):
         call(layer)
 
 
-@pytest.mark.parametrize(("options", "says"), [
-    ({"msqe": {"step": -1, "bits": 2}}, "terms['msqe']['step'] must be a finite number > 0, got -1"),
-    ({"bin_reg": {"step": 1, "bits": 0}}, "terms['bin_reg']['bits'] must be an int in 1..8, got 0"),
-    ({"bin_reg": {"step": LEARNED, "bits": 2}}, "terms['bin_reg']['step'] requires grad"),
-    ({"partial_l2": {"fraction": 2}}, "fraction must be a number in (0, 1], got 2"),
-    ({"margin": {"M": 1, "k": 0}}, "k must be an int >= 1, or a fraction in (0, 1), got 0"),
-], ids=str)
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"msqe": {"step": -1, "bits": 2}}, "terms['msqe']['step'] must be a finite number > 0, got -1"),
+        ({"bin_reg": {"step": 1, "bits": 0}}, "terms['bin_reg']['bits'] must be an int in 1..8, got 0"),
+        ({"bin_reg": {"step": LEARNED, "bits": 2}}, "terms['bin_reg']['step'] requires grad"),
+        ({"partial_l2": {"fraction": 2}}, "fraction must be a number in (0, 1], got 2"),
+        ({"margin": {"M": 1, "k": 0}}, "k must be an int >= 1, or a fraction in (0, 1), got 0"),
+    ],
+    ids=str,
+)
 def test_errors_name_the_term(options, says):
     with pytest.raises(ValueError, match=re.escape(says)):
         r2.weight_terms(W, options)
@@ -183,7 +235,12 @@ def test_values_of_tensors_that_are_not_allowed_give_nan():
 
 def test_second_derivatives_raise():
     w = drawn(6).requires_grad_()
-    for loss in (r2.msqe(w, 0.1, 2), r2.bin_reg(w, 0.1, 2), r2.partial_l2(w, 0.5), r2.weight_terms(w, {"kure": {}})["kure"]):
+    for loss in (
+        r2.msqe(w, 0.1, 2),
+        r2.bin_reg(w, 0.1, 2),
+        r2.partial_l2(w, 0.5),
+        r2.weight_terms(w, {"kure": {}})["kure"],
+    ):
         with pytest.raises(RuntimeError, match=r"second derivatives .* are not implemented"):
             torch.autograd.grad(loss, w, create_graph=True)
 
@@ -192,23 +249,40 @@ def test_second_derivatives_raise():
 def test_opcheck(dtype, device):
     ws = [w for name in ("below a vector", "transposed", "every second") for w in cases.make(name, dtype, device)]
     wide = torch.promote_types(dtype, torch.float32)
-    step, grad, rank = torch.full((3, 1), 0.05, dtype=wide, device=device), torch.ones(3, dtype=wide, device=device), torch.tensor([3, 9, 200], device=device)
+    step, grad, rank = (
+        torch.full((3, 1), 0.05, dtype=wide, device=device),
+        torch.ones(3, dtype=wide, device=device),
+        torch.tensor([3, 9, 200], device=device),
+    )
     for name, parameter, bits in (("bin_reg", step, (2,)), ("msqe", step, (4,)), ("partial_l2", rank, ())):
         torch.library.opcheck(ops.op[name + "_fwd"], (ws, parameter, *bits))
         saved = ops.op[name + "_fwd"](ws, parameter, *bits)[1]
         torch.library.opcheck(ops.op[name + "_bwd"], (grad, ws, parameter, saved, *bits))
-    terms = (ws, ["msqe", "soft_min_max", "partial_l2", "bin_reg"], [step, step, rank, step], [3, 0, 0, 2], [False, True, False, False])
+    terms = (
+        ws,
+        ["msqe", "soft_min_max", "partial_l2", "bin_reg"],
+        [step, step, rank, step],
+        [3, 0, 0, 2],
+        [False, True, False, False],
+    )
     torch.library.opcheck(ops.op["terms_fwd"], terms)
     saved = ops.op["terms_fwd"](*terms)[1]
     torch.library.opcheck(ops.op["terms_bwd"], ([grad] * 4, *terms, saved))
 
 
-TERMS = {"soft_min_max": {"alpha": 10.0}, "bin_reg": {"step": 0.05, "bits": 2}, "partial_l2": {"fraction": 0.5}, "margin": {"M": 0.1}}
+TERMS = {
+    "soft_min_max": {"alpha": 10.0},
+    "bin_reg": {"step": 0.05, "bits": 2},
+    "partial_l2": {"fraction": 0.5},
+    "margin": {"M": 0.1},
+}
 COMPILED = {
     "bin_reg": lambda ws, step: r2.bin_reg(ws, 0.05, 2).sum() * step,
     "msqe": lambda ws, step: r2.msqe(ws, step, 4).sum(),
     "partial_l2": lambda ws, step: r2.partial_l2(ws, 0.3).sum() * step,
-    "weight_terms": lambda ws, step: sum(loss.sum() for loss in r2.weight_terms(ws, {**TERMS, "msqe": {"step": step, "bits": 3}}).values()),
+    "weight_terms": lambda ws, step: sum(
+        loss.sum() for loss in r2.weight_terms(ws, {**TERMS, "msqe": {"step": step, "bits": 3}}).values()
+    ),
 }
 
 
@@ -231,8 +305,19 @@ def test_any_list(device, makeup, dtype, bits, fraction):
     """Between bounds that hold for every weight; and terms give what their functions give."""
     ws = [recipe.build(dtype, device).detach().requires_grad_() for recipe in makeup]
     step = cases.SCALE / bits
-    losses = {"bin_reg": r2.bin_reg(ws, step, bits), "msqe": r2.msqe(ws, step, bits), "partial_l2": r2.partial_l2(ws, fraction)}
-    together = r2.weight_terms(ws, {"bin_reg": {"step": step, "bits": bits}, "msqe": {"step": step, "bits": bits}, "partial_l2": {"fraction": fraction}})
+    losses = {
+        "bin_reg": r2.bin_reg(ws, step, bits),
+        "msqe": r2.msqe(ws, step, bits),
+        "partial_l2": r2.partial_l2(ws, fraction),
+    }
+    together = r2.weight_terms(
+        ws,
+        {
+            "bin_reg": {"step": step, "bits": bits},
+            "msqe": {"step": step, "bits": bits},
+            "partial_l2": {"fraction": fraction},
+        },
+    )
     for name, loss in losses.items():
         assert_close(together[name], loss, rtol=1e-5, atol=1e-9)
     for i, w in enumerate(ws):
@@ -241,4 +326,6 @@ def test_any_list(device, makeup, dtype, bits, fraction):
         assert 0 <= losses["msqe"][i] <= reach**2 and 0 <= losses["bin_reg"][i] <= 2**bits * reach**2
         assert losses["partial_l2"][i] <= x.square().mean() * (1 + 1e-5)
     gradients = torch.autograd.grad(sum(loss.sum() for loss in losses.values()), ws)
-    assert all(g.shape == w.shape and g.dtype == w.dtype and g.isfinite().all() for g, w in zip(gradients, ws, strict=True))
+    assert all(
+        g.shape == w.shape and g.dtype == w.dtype and g.isfinite().all() for g, w in zip(gradients, ws, strict=True)
+    )

@@ -3,6 +3,7 @@
 The natural scales: of an error w - Q it is |w| + |Q|, so of bin_reg and msqe the loss with one of its two factors replaced by that, the gradient likewise;
 of partial_l2 the value itself; of terms the sum of the scales of all.
 """
+
 import itertools
 from typing import NamedTuple
 
@@ -13,9 +14,9 @@ import torch
 
 import r2kernels as r2
 from r2kernels import ops
-from r2kernels.arguments import accumulator
+from r2kernels.lists import carve_gradients
+from r2kernels.reference.columns import accumulator
 from r2kernels.reference.quantizers import code
-from r2kernels.weights import carve_gradients
 
 pytestmark = pytest.mark.usefixtures("nan_filled", "one_thread")
 
@@ -27,7 +28,9 @@ every_name = pytest.mark.parametrize("name", NAMES)
 
 def first(name, chosen, values, ids=str):
     """Parametrizes a test over the values; those beside the chosen ones are marked as exhaustive."""
-    return pytest.mark.parametrize(name, [v if v in chosen else pytest.param(v, marks=pytest.mark.exhaustive) for v in values], ids=ids)
+    return pytest.mark.parametrize(
+        name, [v if v in chosen else pytest.param(v, marks=pytest.mark.exhaustive) for v in values], ids=ids
+    )
 
 
 def dtypes(*chosen):
@@ -36,6 +39,7 @@ def dtypes(*chosen):
 
 class Call(NamedTuple):
     """`parameter` is (L, 1): the step, M, alpha or target; `rank` is (L,)."""
+
     name: str
     weights: list
     grad: torch.Tensor
@@ -51,7 +55,13 @@ class Call(NamedTuple):
     def tensors(self):
         if self.name == "partial_l2":
             return [self.rank]
-        return [] if self.parameter is None else [self.parameter, torch.ones_like(self.parameter)] if self.name == "margin" else [self.parameter]
+        return (
+            []
+            if self.parameter is None
+            else [self.parameter, torch.ones_like(self.parameter)]
+            if self.name == "margin"
+            else [self.parameter]
+        )
 
 
 def call_of(name, ws, seed, bits=4):
@@ -60,16 +70,27 @@ def call_of(name, ws, seed, bits=4):
     factor = 0.8 + 0.4 * torch.rand((len(ws), 1), generator=g, dtype=torch.float64)
     grad = torch.randn(len(ws), generator=g, dtype=torch.float64).to(device, wide)
     coded, numels = name in ("bin_reg", "msqe"), torch.tensor([w.numel() for w in ws])
-    size = 3 * cases.SCALE / 2**bits if coded else {"margin": 1.5 * cases.SCALE, "soft_min_max": 2 / cases.SCALE}.get(name)
-    parameter = None if name in ("l_inf", "partial_l2") else torch.full_like(factor, budget.TARGET) if name == "kure" else factor * size
+    size = (
+        3 * cases.SCALE / 2**bits if coded else {"margin": 1.5 * cases.SCALE, "soft_min_max": 2 / cases.SCALE}.get(name)
+    )
+    parameter = (
+        None
+        if name in ("l_inf", "partial_l2")
+        else torch.full_like(factor, budget.TARGET)
+        if name == "kure"
+        else factor * size
+    )
     rank = (0.8 * factor[:, 0] * numels).ceil().long().clamp(max=numels).to(device)
     return Call(name, ws, grad, None if parameter is None else parameter.to(device, wide), bits if coded else 0, rank)
 
 
 def draws(name, inputs, dtype, device, bits=range(1, 9)):
     rounds, bits = -(-budget.DRAWS // len(inputs)), list(bits)
-    return [call_of(name, cases.make(of, dtype, device, seed), seed, bits[(3 * seed + 5 * i) % len(bits)])
-            for i, of in enumerate(inputs) for seed in range(rounds)]
+    return [
+        call_of(name, cases.make(of, dtype, device, seed), seed, bits[(3 * seed + 5 * i) % len(bits)])
+        for i, of in enumerate(inputs)
+        for seed in range(rounds)
+    ]
 
 
 def evaluate(call, base=None):
@@ -87,7 +108,9 @@ def evaluate(call, base=None):
 
 def scales(call, exact):
     if call.name in RANGE:
-        draw = budget.Draw(RANGE[call.name], call.weights, None if call.name in ("l_inf", "kure") else call.parameter[:, 0], call.grad)
+        draw = budget.Draw(
+            RANGE[call.name], call.weights, None if call.name in ("l_inf", "kure") else call.parameter[:, 0], call.grad
+        )
         return budget.truth(draw)[1]
     losses, weights, parameters = list(exact.loss), [], []
     for i, w in enumerate(call.weights):
@@ -100,7 +123,11 @@ def scales(call, exact):
         error, size = (x - s * c).abs(), x.abs() + (s * c).abs()
         share = torch.full_like(x, 1 / x.numel())
         if call.name == "bin_reg":
-            share = 1 / (c[:, None] == c[None, :]).sum(1) if x.numel() < 500 else (1 / c.unique(return_counts=True)[1])[c.unique(return_inverse=True)[1]]
+            share = (
+                1 / (c[:, None] == c[None, :]).sum(1)
+                if x.numel() < 500
+                else (1 / c.unique(return_counts=True)[1])[c.unique(return_inverse=True)[1]]
+            )
         losses[i] = (share * error * size).sum()
         weights.append((2 * g * share * size).square().mean().sqrt())
         parameters.append(2 * g * (share * size * c.abs()).sum())
@@ -145,7 +172,11 @@ def test_budget_of_large_inputs(name, dtype, device, variants, plain):
 @first("bits", [1, 2, 5], range(1, 9))
 @pytest.mark.parametrize("name", ["bin_reg", "msqe"])
 def test_bits(name, bits, device, variants, plain):
-    check(draws(name, ["below a vector", "a chunk and one", "ties", "transposed"], torch.float32, device, [bits]), variants, plain)
+    check(
+        draws(name, ["below a vector", "a chunk and one", "ties", "transposed"], torch.float32, device, [bits]),
+        variants,
+        plain,
+    )
 
 
 @every_name
@@ -157,12 +188,17 @@ def test_the_budget_itself(name, device, plain):
         with plain.chosen():
             result = evaluate(call)
         own.add(budget.errors(result, exact, scale))
-        off = {"loss": result.loss + 1e-5 * scale.loss, "weights": [g + 1e-5 * s for g, s in zip(result.weights, scale.weights, strict=True)]}
+        off = {
+            "loss": result.loss + 1e-5 * scale.loss,
+            "weights": [g + 1e-5 * s for g, s in zip(result.weights, scale.weights, strict=True)],
+        }
         off["parameter"] = None if result.parameter is None else result.parameter + 1e-5 * scale.parameter
         for field, quantity in (("loss", "loss"), ("weights", "dW"), ("parameter", "dparameter")):
             pools[quantity].add(budget.errors(result._replace(**{field: off[field]}), exact, scale))
     for quantity, pool in pools.items():
-        assert quantity not in own.rms() or f"off: {quantity} errs" in budget.exceeded(own, {"off": pool}, torch.float32)
+        assert quantity not in own.rms() or f"off: {quantity} errs" in budget.exceeded(
+            own, {"off": pool}, torch.float32
+        )
 
 
 def bits_of(result):
@@ -193,7 +229,14 @@ def test_a_list_is_its_tensors(name, device, variant):
     together = evaluate(call)
     for i in range(len(call.weights)):
         parameter = None if call.parameter is None else call.parameter[i : i + 1]
-        alone = evaluate(call._replace(weights=call.weights[i : i + 1], grad=call.grad[i : i + 1], parameter=parameter, rank=call.rank[i : i + 1]))
+        alone = evaluate(
+            call._replace(
+                weights=call.weights[i : i + 1],
+                grad=call.grad[i : i + 1],
+                parameter=parameter,
+                rank=call.rank[i : i + 1],
+            )
+        )
         assert torch.equal(alone.loss, together.loss[i : i + 1]) and torch.equal(alone.weights[0], together.weights[i])
 
 
@@ -202,13 +245,24 @@ def test_a_list_is_its_tensors(name, device, variant):
 def test_gradients_are_added_to_out(name, dtype, device, variant):
     for inputs in ("unaligned", "mixed list", "channels last", "transposed"):
         call = call_of(name, cases.make(inputs, dtype, device), 2)
-        base = [torch.empty_like(w).copy_(torch.randn(w.shape)) if w.is_contiguous() or inputs != "mixed list" else torch.randn_like(w) for w in call.weights]
+        base = [
+            torch.empty_like(w).copy_(torch.randn(w.shape))
+            if w.is_contiguous() or inputs != "mixed list"
+            else torch.randn_like(w)
+            for w in call.weights
+        ]
         added, alone = evaluate(call, base), evaluate(call.to(accumulator(dtype)))
         for a, b, g in zip(added.weights, base, alone.weights, strict=True):
             torch.testing.assert_close(a, (b.to(g.dtype) + g).to(dtype))
 
 
-SPECIALS = [[float("nan")], [float("inf")], [float("-inf")], [float("inf"), float("-inf")], [float("nan"), float("inf")]]
+SPECIALS = [
+    [float("nan")],
+    [float("inf")],
+    [float("-inf")],
+    [float("inf"), float("-inf")],
+    [float("nan"), float("inf")],
+]
 
 
 def same_special_values(call):
@@ -225,7 +279,7 @@ def same_special_values(call):
 def test_nan_and_inf_in_weights(name, bits, special, device, variant):
     for dtype in (torch.float32, torch.float16):
         values = torch.tensor(special, dtype=dtype, device=device)
-        w, = cases.make("unaligned", dtype, device)
+        (w,) = cases.make("unaligned", dtype, device)
         ws = [torch.cat([w, values]), values, torch.cat([values, w[:9]]), *cases.make("below a vector", dtype, device)]
         same_special_values(call_of(name, ws, 3, bits))
 
@@ -244,8 +298,15 @@ def test_a_step_that_is_not_positive_gives_nan(name, device, variant):
 def spread(kind, n, dtype, device):
     g = torch.Generator().manual_seed(n)
     x = torch.randn(n, generator=g, dtype=torch.float64)
-    found = {"normal": x, "ties": (3 * x).round(), "equal": torch.full_like(x, -0.5), "rising": torch.linspace(-1, 3, n), "tiny": x * 1e-6,
-             "nan": torch.where(x > 1, torch.nan, x), "far apart": x.sign() * 10 ** (4 * x)}[kind]
+    found = {
+        "normal": x,
+        "ties": (3 * x).round(),
+        "equal": torch.full_like(x, -0.5),
+        "rising": torch.linspace(-1, 3, n),
+        "tiny": x * 1e-6,
+        "nan": torch.where(x > 1, torch.nan, x),
+        "far apart": x.sign() * 10 ** (4 * x),
+    }[kind]
     return found.to(device, dtype)
 
 
@@ -269,7 +330,12 @@ def test_codes_at_ties_are_those_of_a_true_division(device, variant):
     w = ((torch.arange(-10, 11) + 0.5) * steps).to(device)
     w = torch.cat([w, w.nextafter(torch.zeros_like(w)), w.nextafter(2 * w)], 1)
     _, saved = ops.call["bin_reg_fwd"](list(w), steps.to(device), 4)
-    expected = torch.stack([torch.bincount((code(x / s, 4, True) + 8).long(), minlength=16) for x, s in zip(w, steps.to(device), strict=True)])
+    expected = torch.stack(
+        [
+            torch.bincount((code(x / s, 4, True) + 8).long(), minlength=16)
+            for x, s in zip(w, steps.to(device), strict=True)
+        ]
+    )
     assert torch.equal(saved[:, 0].long(), expected)
 
 
@@ -287,10 +353,20 @@ class Terms(NamedTuple):
 def evaluate_terms(terms):
     """One result: the losses and parameters of all, one after the other."""
     names = [c.name for c in terms.calls]
-    arguments = (terms.weights, names, [t for c in terms.calls for t in c.tensors()], [c.bits for c in terms.calls], [n == "soft_min_max" for n in names])
+    arguments = (
+        terms.weights,
+        names,
+        [t for c in terms.calls for t in c.tensors()],
+        [c.bits for c in terms.calls],
+        [n == "soft_min_max" for n in names],
+    )
     losses, saved = ops.call["terms_fwd"](*arguments)
     buffers, learned = ops.call["terms_bwd"]([c.grad for c in terms.calls], *arguments, saved)
-    return budget.Result(torch.cat(losses), list(carve_gradients(buffers, terms.weights)), torch.cat([g.reshape(-1) for g in learned]) if learned else None)
+    return budget.Result(
+        torch.cat(losses),
+        list(carve_gradients(buffers, terms.weights)),
+        torch.cat([g.reshape(-1) for g in learned]) if learned else None,
+    )
 
 
 def truth_of_terms(terms):
@@ -298,26 +374,47 @@ def truth_of_terms(terms):
 
     def joined(results):
         learned = [r.parameter for r in results if r.parameter is not None]
-        return budget.Result(torch.cat([r.loss for r in results]), [sum(parts) for parts in zip(*[r.weights for r in results], strict=True)],
-                             torch.cat(learned) if learned else None)
+        return budget.Result(
+            torch.cat([r.loss for r in results]),
+            [sum(parts) for parts in zip(*[r.weights for r in results], strict=True)],
+            torch.cat(learned) if learned else None,
+        )
+
     return joined(exact), joined(scale)
 
 
 ALL = ("l_inf", "margin", "soft_min_max", "kure", "bin_reg", "msqe", "partial_l2")
-SUBSETS = [*itertools.combinations(ALL, 1), *itertools.combinations(ALL, 2), ("soft_min_max", "kure", "msqe", "bin_reg", "margin"), ALL, ALL[::-1]]
+SUBSETS = [
+    *itertools.combinations(ALL, 1),
+    *itertools.combinations(ALL, 2),
+    ("soft_min_max", "kure", "msqe", "bin_reg", "margin"),
+    ALL,
+    ALL[::-1],
+]
 
 
 @first("names", SUBSETS[-2:], SUBSETS, "+".join)
 def test_terms(names, device, variants, plain):
     inputs = ["below a vector", "unaligned", "transposed", "two elements"]
-    sets = [Terms([call_of(name, cases.make(of, torch.float32, device, seed), seed, 2 + i % 3) for i, name in enumerate(names)])
-            for of in inputs for seed in range(13)]
+    sets = [
+        Terms(
+            [
+                call_of(name, cases.make(of, torch.float32, device, seed), seed, 2 + i % 3)
+                for i, name in enumerate(names)
+            ]
+        )
+        for of in inputs
+        for seed in range(13)
+    ]
     check(sets[::3] if len(names) < 3 else sets, variants, plain, evaluate_terms, truth_of_terms)
 
 
 @dtypes(torch.bfloat16)
 def test_terms_of_lists(dtype, device, variants, plain):
-    sets = [Terms([call_of(name, cases.make("mixed list", dtype, device, seed), seed, 1 + i) for i, name in enumerate(ALL)]) for seed in range(8)]
+    sets = [
+        Terms([call_of(name, cases.make("mixed list", dtype, device, seed), seed, 1 + i) for i, name in enumerate(ALL)])
+        for seed in range(8)
+    ]
     check(sets, variants, plain, evaluate_terms, truth_of_terms)
 
 
@@ -333,11 +430,23 @@ def test_weight_terms_and_their_functions(device, variant):
     """Also through autograd: a learned alpha, M and step, a term that is not used, one that is used twice."""
     w = [x.detach().requires_grad_() for x in cases.make("mixed list", torch.float32, device)]
     alpha, M, step = (torch.tensor(v, device=device, requires_grad=True) for v in (10.0, 0.05, 0.02))
-    terms = {"soft_min_max": {"alpha": alpha}, "margin": {"M": M, "k": 0.1}, "msqe": {"step": step, "bits": 3}, "bin_reg": {"step": 0.03, "bits": 2},
-             "partial_l2": {"fraction": 0.3}, "kure": {}}
+    terms = {
+        "soft_min_max": {"alpha": alpha},
+        "margin": {"M": M, "k": 0.1},
+        "msqe": {"step": step, "bits": 3},
+        "bin_reg": {"step": 0.03, "bits": 2},
+        "partial_l2": {"fraction": 0.3},
+        "kure": {},
+    }
     results = []
-    for losses in (r2.weight_terms(w, terms), {name: getattr(r2, name)(w, **options) for name, options in terms.items()}):
-        total = sum((i + 1) * losses[name].sum() for i, name in enumerate(terms) if name != "kure") + losses["msqe"].square().sum()
+    for losses in (
+        r2.weight_terms(w, terms),
+        {name: getattr(r2, name)(w, **options) for name, options in terms.items()},
+    ):
+        total = (
+            sum((i + 1) * losses[name].sum() for i, name in enumerate(terms) if name != "kure")
+            + losses["msqe"].square().sum()
+        )
         results.append([*losses.values(), *torch.autograd.grad(total, [*w, alpha, M, step])])
     for together, apart in zip(*results, strict=True):
         torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-6)

@@ -1,12 +1,13 @@
 """The CUDA kernels of bin_reg, msqe, partial_l2 and terms as compiled for sm_90: no spills, 128-bit accesses, few instructions for each weight. Needs nvcc,
 but no GPU."""
+
 import re
 
 import pytest
 import sass
 from sass import TYPES
 
-IN_FLIGHT = 4               # 128-bit loads of each array at a time
+IN_FLIGHT = 4  # 128-bit loads of each array at a time
 
 # Instructions per weight of a full tile: float32, 16 bit. A true division costs 9 of them, an addition in a bin 6.
 READ = {"MsqeReader": (18, 19.5), "PartialL2Reader": (4, 5.5), "bins": (25, 26.5)}
@@ -21,7 +22,11 @@ def kernels():
 
 
 def find(kernels, pattern, dtype, add=None):
-    found = [kernel for mangled, kernel in kernels.items() if re.search(pattern + TYPES[dtype][0] + ("" if add is None else f"Lb{add:d}E") + "E", mangled)]
+    found = [
+        kernel
+        for mangled, kernel in kernels.items()
+        if re.search(pattern + TYPES[dtype][0] + ("" if add is None else f"Lb{add:d}E") + "E", mangled)
+    ]
     assert len(found) == 1, pattern
     return found[0]
 

@@ -1,4 +1,5 @@
 """The per-layer table and the histograms, and that a large file is never held in memory."""
+
 import itertools
 import json
 import math
@@ -11,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from r2kernels import report
-from r2kernels.checkpoint import Checkpoint, CheckpointError
+from r2kernels.cli import report
+from r2kernels.files.checkpoint import Checkpoint, CheckpointError
 
 
 def checkpoint(tmp_path, state):
@@ -21,7 +22,9 @@ def checkpoint(tmp_path, state):
 
 
 def layer(name="w", ratio=8.0, counts=(1.0, 5.0, 2.0)):
-    return report.Layer(name, (3, 3), "float32", 9, -1.0, 1.0, 2.0, 2 / ratio, ratio, 3.0, list(counts) if counts else None)
+    return report.Layer(
+        name, (3, 3), "float32", 9, -1.0, 1.0, 2.0, 2 / ratio, ratio, 3.0, list(counts) if counts else None
+    )
 
 
 def test_a_table_by_hand(tmp_path):
@@ -69,12 +72,16 @@ def anonymous_memory():
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the process's memory from /proc")
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_a_file_is_never_loaded_whole(tmp_path, monkeypatch, suffix):
-    state = {f"w{i}": torch.randn(512, 2048) for i in range(48)}         # 192 MiB
+    state = {f"w{i}": torch.randn(512, 2048) for i in range(48)}  # 192 MiB
     path = tmp_path / f"a{suffix}"
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
     del state
     used = []
-    monkeypatch.setattr(report, "weight_stats", lambda tensors, original=report.weight_stats: (original(tensors), used.append(anonymous_memory()))[0])
+    monkeypatch.setattr(
+        report,
+        "weight_stats",
+        lambda tensors, original=report.weight_stats: (original(tensors), used.append(anonymous_memory()))[0],
+    )
     before = anonymous_memory()
     rows = list(report.layers(Checkpoint(path), histograms=True, batch_elements=2**20))
     assert len(rows) == len(used) == 48
@@ -82,16 +89,30 @@ def test_a_file_is_never_loaded_whole(tmp_path, monkeypatch, suffix):
 
 
 def test_means_and_json(tmp_path):
-    read = checkpoint(tmp_path, {"a": torch.tensor([[0.0, 1.0]]), "b": torch.tensor([[0.0, 3.0]]), "bias": torch.ones(1)})
+    read = checkpoint(
+        tmp_path, {"a": torch.tensor([[0.0, 1.0]]), "b": torch.tensor([[0.0, 3.0]]), "bias": torch.ones(1)}
+    )
     data = report.as_json(read, list(report.layers(read)))
     assert data["mean"]["range"] == 2
     assert data["left_out"] == 1
-    assert data["weights"][1] == {"name": "b", "shape": [1, 2], "dtype": "float32", "numel": 2, "min": 0, "max": 3, "range": 3,
-                                  "std": pytest.approx(3 / math.sqrt(2)), "range_per_std": pytest.approx(math.sqrt(2)), "kurtosis": pytest.approx(0.25)}
+    assert data["weights"][1] == {
+        "name": "b",
+        "shape": [1, 2],
+        "dtype": "float32",
+        "numel": 2,
+        "min": 0,
+        "max": 3,
+        "range": 3,
+        "std": pytest.approx(3 / math.sqrt(2)),
+        "range_per_std": pytest.approx(math.sqrt(2)),
+        "kurtosis": pytest.approx(0.25),
+    }
 
 
 def test_nan_and_constant_weights(tmp_path):
-    read = checkpoint(tmp_path, {"a": torch.tensor([[0.0, math.nan]]), "b": torch.ones(2, 2), "c": torch.tensor([[1.0, math.inf]])})
+    read = checkpoint(
+        tmp_path, {"a": torch.tensor([[0.0, math.nan]]), "b": torch.ones(2, 2), "c": torch.tensor([[1.0, math.inf]])}
+    )
     rows = list(report.layers(read, histograms=True))
     assert [row.histogram for row in rows] == [None, None, None]
     assert (rows[1].range, rows[1].std, rows[1].range_per_std) == (0, 0, 0)
@@ -116,7 +137,10 @@ def test_the_title_says_what_is_drawn():
     assert few.get_suptitle() == "m.pt"
     assert titles(few) == ["a\nrange/std 8.0", "b\nrange/std 8.0"]
     many = report.layer_figure([layer(str(i)) for i in range(40)] + [layer("flat", counts=None)], "m.pt")
-    assert many.get_suptitle() == "m.pt\n12 of 41 weights: those with the largest range/std\n1 weight constant or not finite, left out"
+    assert (
+        many.get_suptitle()
+        == "m.pt\n12 of 41 weights: those with the largest range/std\n1 weight constant or not finite, left out"
+    )
     assert len(many.axes) == 12
 
 

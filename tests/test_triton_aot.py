@@ -3,6 +3,7 @@
 An H200 reads 4.3 fp32 or 8.6 16-bit weights per clock and multiprocessor, which issues 128 instructions: 30 or 15 a weight in a forward pass, twice that
 in a backward pass. Registers and instructions differ between versions of Triton, so the one that GPUs run today is asked where it is installed.
 """
+
 import json
 import os
 import subprocess
@@ -13,13 +14,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PINNED = ROOT / ".venv-triton36" / "bin" / "python"
-MOST = {            # instructions per fp32 weight, per 16-bit weight, on sm_90
-    ("reduce_chunks", "soft_min_max"): (15, 16.5), ("reduce_chunks", "frozen_soft_min_max"): (11, 12.5), ("reduce_chunks", "l_inf"): (4.5, 5),
-    ("reduce_chunks", "margin"): (7, 7.5), ("reduce_chunks", "kure"): (9, 10),
-    ("map_chunks", "soft_min_max"): (11.5, 13), ("map_chunks", "soft_extrema"): (11.5, 13), ("map_chunks", "l_inf"): (5.5, 7),
-    ("map_chunks", "margin"): (5.5, 7), ("map_chunks", "kure"): (6.5, 8),
+MOST = {  # instructions per fp32 weight, per 16-bit weight, on sm_90
+    ("reduce_chunks", "soft_min_max"): (15, 16.5),
+    ("reduce_chunks", "frozen_soft_min_max"): (11, 12.5),
+    ("reduce_chunks", "l_inf"): (4.5, 5),
+    ("reduce_chunks", "margin"): (7, 7.5),
+    ("reduce_chunks", "kure"): (9, 10),
+    ("map_chunks", "soft_min_max"): (11.5, 13),
+    ("map_chunks", "soft_extrema"): (11.5, 13),
+    ("map_chunks", "l_inf"): (5.5, 7),
+    ("map_chunks", "margin"): (5.5, 7),
+    ("map_chunks", "kure"): (6.5, 8),
 }
-ADDED = (1.5, 3)    # more, where the old gradient is read and added to
+ADDED = (1.5, 3)  # more, where the old gradient is read and added to
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +34,21 @@ def rows(tmp_path_factory):
     python = str(PINNED) if PINNED.exists() else sys.executable
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    found = subprocess.run([python, "-c", "import triton; print(triton.__version__)"], env=environment, capture_output=True, text=True)
+    found = subprocess.run(
+        [python, "-c", "import triton; print(triton.__version__)"], env=environment, capture_output=True, text=True
+    )
     if found.returncode:
         pytest.skip(f"{python} has no usable Triton: {found.stderr.strip().splitlines()[-1]}")
-    print(f"Triton {found.stdout.strip()}" + ("" if python == str(PINNED) else f" ({PINNED.relative_to(ROOT)} with Triton 3.6.0 is absent)"))
+    print(
+        f"Triton {found.stdout.strip()}"
+        + ("" if python == str(PINNED) else f" ({PINNED.relative_to(ROOT)} with Triton 3.6.0 is absent)")
+    )
     command = [python, str(ROOT / "tests" / "aot_check.py")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    runs = [subprocess.Popen([*command, *architectures], env=environment, **pipes) for architectures in (("90",), ("80", "100"))]
+    runs = [
+        subprocess.Popen([*command, *architectures], env=environment, **pipes)
+        for architectures in (("90",), ("80", "100"))
+    ]
     rows = []
     for run in runs:
         output, errors = run.communicate()
@@ -63,7 +78,9 @@ def test_no_kernel_spills(rows):
 
 
 def test_bulk_accesses_are_128_bits_wide_and_four_loads_are_in_flight(rows):
-    assert not offenders(filter(fast, rows), lambda row: row["loads128"] < 4 or row["other_loads"] or row["other_stores"])
+    assert not offenders(
+        filter(fast, rows), lambda row: row["loads128"] < 4 or row["other_loads"] or row["other_stores"]
+    )
     assert not offenders(filter(fast, rows), lambda row: (row["stores128"] >= 4) != (row["kernel"] == "map_chunks"))
 
 
@@ -74,4 +91,5 @@ def test_instructions_per_weight(rows):
     def most(row):
         wide = row["dtype"] == "fp32"
         return MOST[row["kernel"], row["op"]][not wide] + ("ADD" in row["variant"]) * ADDED[not wide]
+
     assert not offenders(single, lambda row: not row["per_weight"] <= most(row))

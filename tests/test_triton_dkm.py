@@ -1,4 +1,5 @@
 """DKM in Triton: what the compiler makes of the kernels, and beside that, in a process of its own, interpreted_dkm.py."""
+
 import json
 import os
 import subprocess
@@ -10,9 +11,15 @@ from test_triton_aot import PINNED, ROOT
 
 # instructions on sm_90 of W_hat per fp32 and per 16-bit weight, whatever K; of dL/dW of one iteration; of every one more
 OUTPUT, GRADIENT, STEP = (33.5, 35.5), (51.5, 55), 48
-PAIR = {            # instructions for a row and a centroid
-    "cluster_sums mode=UPDATE": 19, "cluster_sums mode=UPSTREAM": 11, "cluster_sums mode=RECUR": 20, "cluster_sums mode=JACOBIAN": 18,
-    "cluster_sums mode=UPDATE d=4 last=False": 30, "map_rows d=4 gradient=False": 32, "map_rows d=4 gradient=True": 90, "nearest ": 9,
+PAIR = {  # instructions for a row and a centroid
+    "cluster_sums mode=UPDATE": 19,
+    "cluster_sums mode=UPSTREAM": 11,
+    "cluster_sums mode=RECUR": 20,
+    "cluster_sums mode=JACOBIAN": 18,
+    "cluster_sums mode=UPDATE d=4 last=False": 30,
+    "map_rows d=4 gradient=False": 32,
+    "map_rows d=4 gradient=True": 90,
+    "nearest ": 9,
 }
 
 
@@ -22,7 +29,18 @@ def interpreter(request, device):
     if device != "cpu" or request.config.getoption("--backend"):
         yield None
         return
-    command = [sys.executable, "-m", "pytest", str(ROOT / "tests" / "interpreted_dkm.py"), "-q", "--tb=short", "-p", "no:cacheprovider", "-W", "ignore"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(ROOT / "tests" / "interpreted_dkm.py"),
+        "-q",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "ignore",
+    ]
     with tempfile.TemporaryFile("w+") as output:
         environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
@@ -60,7 +78,9 @@ def test_every_kernel_compiles_without_spills(rows):
 
 def test_weights_are_read_and_written_128_bits_at_a_time(rows):
     size = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
-    assert not offenders(scalars(rows), lambda row: row["weights"] != 8 or row["stores128"] * 16 != 8 * size[row["dtype"]])
+    assert not offenders(
+        scalars(rows), lambda row: row["weights"] != 8 or row["stores128"] * 16 != 8 * size[row["dtype"]]
+    )
 
 
 def test_instructions_per_weight(rows):
@@ -69,8 +89,13 @@ def test_instructions_per_weight(rows):
 
     def most(row):
         return (GRADIENT if "gradient=True" in row["variant"] else OUTPUT)[row["dtype"] != "fp32"]
+
     assert not offenders(chosen, lambda row: row["per_weight"] > most(row) or row["per_step"] > STEP)
-    by_name = {f"{row['kernel']} {row['variant']}": row["per_pair"] for row in rows if row["arch"] == 90 and row["dtype"] == "fp32" and "per_pair" in row}
+    by_name = {
+        f"{row['kernel']} {row['variant']}": row["per_pair"]
+        for row in rows
+        if row["arch"] == 90 and row["dtype"] == "fp32" and "per_pair" in row
+    }
     assert not {name: by_name[name] for name, most in PAIR.items() if by_name[name] > most}
 
 

@@ -3,6 +3,7 @@
 The interpreter is on or off for a whole process, from before triton is imported. So this is a pytest of its own; it starts as soon as the tests are
 collected (conftest.py) and runs beside the others on a second core. `-m "not exhaustive"`: it takes 10 ms for what a GPU does in 10 us.
 """
+
 import importlib.util
 import os
 import subprocess
@@ -21,11 +22,22 @@ class Run:
     """The process, and what it has printed."""
 
     def __init__(self):
-        self.output = tempfile.TemporaryFile("w+")      # noqa: SIM115
-        command = [sys.executable, "-m", "pytest", *[str(HERE / name) for name in FILES], "--backend", "triton", "-m", "not exhaustive"]
+        self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            *[str(HERE / name) for name in FILES],
+            "--backend",
+            "triton",
+            "-m",
+            "not exhaustive",
+        ]
         command += ["-q", "--tb=short", "-p", "no:cacheprovider", "-W", "ignore"]
         environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(command, env=environment, cwd=HERE.parent, stdout=self.output, stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen(
+            command, env=environment, cwd=HERE.parent, stdout=self.output, stderr=subprocess.STDOUT
+        )
 
     def wait(self):
         code = self.process.wait()

@@ -1,4 +1,5 @@
 """Quantizers and regularizers in Triton: what the compiler makes of the kernels, and beside that, in a process of its own, interpreted_quantizers.py."""
+
 import json
 import os
 import subprocess
@@ -9,15 +10,38 @@ from fractions import Fraction
 import pytest
 from test_triton_aot import PINNED, ROOT, offenders
 
-MOST = {            # instructions for an fp32 element, for a 16-bit one, on sm_90; of sets of terms not more than of those apart
-    "lsq_fwd": (17.5, 19), "lsq_bwd": (27, 29.5), "ewgs_fwd": (23.5, 25), "ewgs_bwd": (34, 36.5), "pact_fwd": (19.5, 21), "pact_bwd": (29, 32.5),
-    "dorefa_fwd": (45, 46), "dorefa_bwd": (35, 37), "dorefa_detached": (31, 33), "sign_fwd": (6.5, 7), "sign_bwd": (5.5, 3),
-    "reduce bin_reg": (33.5, 34.5), "reduce msqe": (19, 20), "reduce partial_l2": (5, 6),
-    "map bin_reg": (34, 35.5), "map msqe": (18.5, 20), "map partial_l2": (6.5, 6),
-    "reduce soft_min_max+kure+msqe": (42, 44), "reduce frozen+bin_reg": (44, 46), "map soft_min_max+kure+msqe": (33.5, 36), "map frozen+bin_reg": (46, 48),
-    "reduce l_inf+margin+soft_min_max+kure+bin_reg+msqe+partial_l2": (88, 91), "map l_inf+margin+soft_min_max+kure+bin_reg+msqe+partial_l2": (83, 85),
+MOST = {  # instructions for an fp32 element, for a 16-bit one, on sm_90; of sets of terms not more than of those apart
+    "lsq_fwd": (17.5, 19),
+    "lsq_bwd": (27, 29.5),
+    "ewgs_fwd": (23.5, 25),
+    "ewgs_bwd": (34, 36.5),
+    "pact_fwd": (19.5, 21),
+    "pact_bwd": (29, 32.5),
+    "dorefa_fwd": (45, 46),
+    "dorefa_bwd": (35, 37),
+    "dorefa_detached": (31, 33),
+    "sign_fwd": (6.5, 7),
+    "sign_bwd": (5.5, 3),
+    "reduce bin_reg": (33.5, 34.5),
+    "reduce msqe": (19, 20),
+    "reduce partial_l2": (5, 6),
+    "map bin_reg": (34, 35.5),
+    "map msqe": (18.5, 20),
+    "map partial_l2": (6.5, 6),
+    "reduce soft_min_max+kure+msqe": (42, 44),
+    "reduce frozen+bin_reg": (44, 46),
+    "map soft_min_max+kure+msqe": (33.5, 36),
+    "map frozen+bin_reg": (46, 48),
+    "reduce l_inf+margin+soft_min_max+kure+bin_reg+msqe+partial_l2": (88, 91),
+    "map l_inf+margin+soft_min_max+kure+bin_reg+msqe+partial_l2": (83, 85),
 }
-MASKED = ("merge_columns", "merge_terms", "correct_maxima", "count_chunks", "store_threshold")      # no loop over full tiles
+MASKED = (
+    "merge_columns",
+    "merge_terms",
+    "correct_maxima",
+    "count_chunks",
+    "store_threshold",
+)  # no loop over full tiles
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -26,7 +50,18 @@ def interpreter(request, device):
     if device != "cpu" or request.config.getoption("--backend"):
         yield None
         return
-    command = [sys.executable, "-m", "pytest", str(ROOT / "tests" / "interpreted_quantizers.py"), "-q", "--tb=short", "-p", "no:cacheprovider", "-W", "ignore"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(ROOT / "tests" / "interpreted_quantizers.py"),
+        "-q",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "ignore",
+    ]
     with tempfile.TemporaryFile("w+") as output:
         environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
@@ -42,7 +77,9 @@ def rows(tmp_path_factory):
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     if subprocess.run([python, "-c", "import triton"], env=environment, capture_output=True).returncode:
         pytest.skip(f"{python} has no usable Triton")
-    run = subprocess.run([python, str(ROOT / "tests" / "aot_quantizers.py"), "90"], env=environment, capture_output=True, text=True)
+    run = subprocess.run(
+        [python, str(ROOT / "tests" / "aot_quantizers.py"), "90"], env=environment, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
     return json.loads(run.stdout)
 
@@ -53,14 +90,21 @@ def fast(row):
 
 
 def test_no_kernel_spills(rows):
-    assert not offenders(rows, lambda row: (row["stack"] or row["spills"]) and (row["dtype"] != "fp64" or "l_inf+margin" not in row["op"]))
-    assert not offenders(rows, lambda row: row["stack"] > 32)      # the gradients of all seven terms in float64, for which no speed is promised
+    assert not offenders(
+        rows,
+        lambda row: (row["stack"] or row["spills"]) and (row["dtype"] != "fp64" or "l_inf+margin" not in row["op"]),
+    )
+    assert not offenders(
+        rows, lambda row: row["stack"] > 32
+    )  # the gradients of all seven terms in float64, for which no speed is promised
 
 
 def test_bulk_accesses_are_128_bits_wide_and_four_loads_are_in_flight(rows):
     gathers = [row for row in rows if fast(row) and "bin_reg" not in row["op"]]
     assert not offenders(gathers, lambda row: row["other_loads"])
-    assert not offenders(filter(fast, rows), lambda row: row["loads128"] < (2 if row["op"] == "sign_bwd" else 4) or row["other_stores"])
+    assert not offenders(
+        filter(fast, rows), lambda row: row["loads128"] < (2 if row["op"] == "sign_bwd" else 4) or row["other_stores"]
+    )
     assert not offenders(filter(fast, rows), lambda row: (row["stores128"] >= 2) == (row["kernel"] == "reduce_terms"))
 
 
@@ -69,7 +113,10 @@ def test_instructions_per_element(rows):
     assert len(single) >= 60
 
     def most(row):
-        return MOST[row["op"] if row["kernel"] == "quantize_chunks" else f"{row['kernel'].partition('_')[0]} {row['op']}"][row["dtype"] != "fp32"]
+        return MOST[
+            row["op"] if row["kernel"] == "quantize_chunks" else f"{row['kernel'].partition('_')[0]} {row['op']}"
+        ][row["dtype"] != "fp32"]
+
     assert not offenders(single, lambda row: not row["per_element"] <= most(row))
 
 

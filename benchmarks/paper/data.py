@@ -1,4 +1,5 @@
 """Where images come from: scikit-learn's digits, or folders of pictures, one folder for each class."""
+
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 class Images(NamedTuple):
     """Loaders of (images, labels), and what networks need to know. `start(epoch)` is called before each pass over `train`."""
+
     train: object
     test: object
     classes: int
@@ -39,6 +41,7 @@ class Batches:
 def digits(seed, device, batch=120, train=1200):
     """1,797 real 8x8 digits, split by the seed."""
     from sklearn.datasets import load_digits
+
     found = load_digits()
     images = torch.tensor(found.images, dtype=torch.float32, device=device)[:, None] / 16 - 0.3
     labels = torch.tensor(found.target, device=device)
@@ -54,23 +57,36 @@ class Pictures(Dataset):
         self.size, self.train = size, train
         folder = Path(folder)
         self.classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if folder.is_dir() else []
-        self.files = [(path, label) for label, name in enumerate(self.classes)
-                      for path in sorted((folder / name).rglob("*")) if path.suffix.lower() in SUFFIXES]
+        self.files = [
+            (path, label)
+            for label, name in enumerate(self.classes)
+            for path in sorted((folder / name).rglob("*"))
+            if path.suffix.lower() in SUFFIXES
+        ]
         if not self.files:
-            raise ValueError(f"{folder} holds no pictures; expected {folder}/CLASS/PICTURE with one of {', '.join(SUFFIXES)}")
+            raise ValueError(
+                f"{folder} holds no pictures; expected {folder}/CLASS/PICTURE with one of {', '.join(SUFFIXES)}"
+            )
 
     def __len__(self):
         return len(self.files)
 
     def __getitem__(self, i):
         from PIL import Image
+
         path, label = self.files[i]
         with Image.open(path) as picture:
             picture = picture.convert("RGB")
-            box, mirror = (self._random_box(*picture.size), bool(torch.rand(()) < 0.5)) if self.train else (self._middle_box(*picture.size), False)
+            box, mirror = (
+                (self._random_box(*picture.size), bool(torch.rand(()) < 0.5))
+                if self.train
+                else (self._middle_box(*picture.size), False)
+            )
             picture = picture.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box, reducing_gap=3)
         pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(self.size, self.size, 3)
-        pixels = (pixels.permute(2, 0, 1).float() / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+        pixels = (pixels.permute(2, 0, 1).float() / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[
+            :, None, None
+        ]
         return pixels.flip(-1) if mirror else pixels, label
 
     @staticmethod
@@ -98,13 +114,19 @@ def pictures(folder, device, batch, size, workers):
     train, test = Pictures(folder / "train", size, True), Pictures(folder / "val", size, False)
     if train.classes != test.classes:
         odd = sorted({*train.classes} ^ {*test.classes})
-        raise ValueError(f"{folder}/train and {folder}/val have different classes: {', '.join(odd[:5])}{' ...' if len(odd) > 5 else ''}")
+        raise ValueError(
+            f"{folder}/train and {folder}/val have different classes: {', '.join(odd[:5])}{' ...' if len(odd) > 5 else ''}"
+        )
     world = distributed.get_world_size() if distributed.is_initialized() else 1
     if batch % world or len(train) < batch:
-        raise ValueError(f"--batch {batch} must be a multiple of the {world} processes and at most the {len(train)} pictures of {folder}/train")
+        raise ValueError(
+            f"--batch {batch} must be a multiple of the {world} processes and at most the {len(train)} pictures of {folder}/train"
+        )
     usual = dict(num_workers=workers, pin_memory=device.type == "cuda", persistent_workers=workers > 0)
     order = DistributedSampler(train, shuffle=True, drop_last=True) if world > 1 else None
     share = DistributedSampler(test, shuffle=False) if world > 1 else None
-    loaders = (DataLoader(train, batch // world, shuffle=order is None, sampler=order, drop_last=True, **usual),
-               DataLoader(test, batch // world, sampler=share, **usual))
+    loaders = (
+        DataLoader(train, batch // world, shuffle=order is None, sampler=order, drop_last=True, **usual),
+        DataLoader(test, batch // world, sampler=share, **usual),
+    )
     return Images(*loaders, len(train.classes), 3, False, order.set_epoch if order else lambda epoch: None)

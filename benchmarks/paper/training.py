@@ -1,4 +1,5 @@
 """Training with a range loss, then each way to quantize what was trained."""
+
 import contextlib
 import copy
 import os
@@ -16,6 +17,7 @@ from r2kernels import Palettizer, Quantizer, RangeRegularizer, calibrate
 
 class Loss(NamedTuple):
     """A row of the tables: options of RangeRegularizer or None, the learning rate of its parameter, standard deviations at which weights are clipped."""
+
     options: dict | None
     learning_rate: float = 0.0
     clip: float | None = None
@@ -45,6 +47,7 @@ RANGE_RATES = {"EWGS": 0.01}
 
 class Plan(NamedTuple):
     """How long and how fast to train."""
+
     epochs: int
     tuning_epochs: int
     learning_rate: float = 0.2
@@ -59,6 +62,7 @@ class Plan(NamedTuple):
 
 class Job(NamedTuple):
     """One training and all that follows from it."""
+
     network: str
     loss: str
     seed: int
@@ -91,13 +95,15 @@ def run(job, say=lambda what: None):
         say(name)
         torch.manual_seed(job.seed)
         kind, *rest = METHODS[name]
-        found[name] = {"qat": quantized, "dkm": clustered, "ptq": calibrated}[kind](copy.deepcopy(model), images, job.plan, *rest)
+        found[name] = {"qat": quantized, "dkm": clustered, "ptq": calibrated}[kind](
+            copy.deepcopy(model), images, job.plan, *rest
+        )
     return found
 
 
 def alone(job):
     """`run` in a process of its own."""
-    torch.set_num_threads(1)        # more gain little on networks of this size
+    torch.set_num_threads(1)  # more gain little on networks of this size
     return run(job)
 
 
@@ -113,20 +119,38 @@ def pretrain(model, images, loss, plan):
                 for w in weights:
                     most = loss.clip * w.std()
                     w.clamp_(-most, most)
-    fit(model, images, groups, [plan.learning_rate, loss.learning_rate][: len(groups)], plan, plan.epochs, regularizer=regularizer, after=after)
+
+    fit(
+        model,
+        images,
+        groups,
+        [plan.learning_rate, loss.learning_rate][: len(groups)],
+        plan,
+        plan.epochs,
+        regularizer=regularizer,
+        after=after,
+    )
 
 
 def quantized(model, images, plan, method, bits):
     quantizer = Quantizer(model, method.lower(), bits, bits)
     groups = [{"params": list(model.parameters())}, *quantizer.param_groups()]
     rates = [plan.tuning_rate, *[plan.tuning_rate * RANGE_RATES.get(method, 1)] * (len(groups) - 1)]
-    fit(model, images, groups, rates, plan, plan.tuning_epochs)         # its first batch sets the ranges
+    fit(model, images, groups, rates, plan, plan.tuning_epochs)  # its first batch sets the ranges
     return accuracy(model, images.test)
 
 
 def clustered(model, images, plan, bits, cluster_dim):
     palettizer = Palettizer(model, bits, cluster_dim=cluster_dim)
-    fit(model, images, [{"params": list(model.parameters())}], [plan.clustering_rate], plan, plan.tuning_epochs, after=palettizer.step)
+    fit(
+        model,
+        images,
+        [{"params": list(model.parameters())}],
+        [plan.clustering_rate],
+        plan,
+        plan.tuning_epochs,
+        after=palettizer.step,
+    )
     palettizer.remove()
     estimate_norms(model, images)
     return accuracy(model, images.test)
@@ -146,7 +170,9 @@ def _first(loader, count):
 def fit(model, images, groups, rates, plan, epochs, *, regularizer=None, after=lambda: None):
     """SGD with Nesterov momentum, one cycle of the learning rates."""
     optimizer = torch.optim.SGD(groups, plan.learning_rate, momentum=0.9, nesterov=True, weight_decay=plan.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [max(rate, 1e-9) for rate in rates], total_steps=epochs * len(images.train))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [max(rate, 1e-9) for rate in rates], total_steps=epochs * len(images.train)
+    )
     device, whole = _device(model), model.train()
     if distributed.is_initialized():
         whole = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)

@@ -1,4 +1,5 @@
 """Which module serves which device. An explicit choice never falls back; an automatic fall-back warns once."""
+
 import contextlib
 import functools
 import importlib

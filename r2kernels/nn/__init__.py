@@ -1,5 +1,6 @@
 """Modules that attach to a model."""
-from .calibration import calibrate
+
+from .calibrate import calibrate
 from .coefficient import LearnableCoefficient
 from .palettizer import Palettizer
 from .quantizer import Quantizer

@@ -1,4 +1,5 @@
 """How a module stands before the weights of a model: hooks, and weights shadowed by attributes of the same name while the model runs."""
+
 import fnmatch
 from typing import NamedTuple
 
@@ -10,8 +11,9 @@ from .select import select_weights
 
 class Layer(NamedTuple):
     """A weight and its options."""
+
     name: str
-    places: list            # (module, attribute) of all modules that share the weight
+    places: list  # (module, attribute) of all modules that share the weight
     options: tuple
 
     @property
@@ -31,9 +33,12 @@ class Attached(nn.Module):
 
     def _attach(self, model, layers):
         self.layers = layers
-        self._model = (model,)          # in a tuple, so that it does not become a part of this module
+        self._model = (model,)  # in a tuple, so that it does not become a part of this module
         self._hats, self._inside, self._hard_of = None, False, None
-        self._handles = [model.register_forward_pre_hook(self._enter, with_kwargs=True), model.register_forward_hook(self._leave, always_call=True)]
+        self._handles = [
+            model.register_forward_pre_hook(self._enter, with_kwargs=True),
+            model.register_forward_hook(self._leave, always_call=True),
+        ]
         for i, layer in enumerate(layers):
             for module, attribute in layer.places:
                 for caller in (module, *readers(model, module)):
@@ -50,7 +55,7 @@ class Attached(nn.Module):
             return self._hard(self.layers)
         now = [(id(t), t._version) for t in self._tensors()]
         if self._hard_of is None or self._hard_of[0] != now:
-            with torch.inference_mode(False):       # a tensor of inference mode could not be saved for backward later
+            with torch.inference_mode(False):  # a tensor of inference mode could not be saved for backward later
                 self._hard_of = now, self._hard(self.layers)
         return self._hard_of[1]
 
@@ -135,7 +140,7 @@ def readers(model, module):
 
 def _unshadow(module, attribute):
     """The parameter again, which an attribute of the same name stood before."""
-    if torch.compiler.is_compiling():       # which cannot delete
+    if torch.compiler.is_compiling():  # which cannot delete
         object.__setattr__(module, attribute, module._parameters[attribute])
     elif attribute in module.__dict__:
         object.__delattr__(module, attribute)
@@ -162,7 +167,9 @@ def layers_of(model, usual, overrides, *, embeddings=False):
         if options is None:
             continue
         p = module._parameters[attribute]
-        layers.append(Layer(name, [(m, a) for m in model.modules() for a, q in m._parameters.items() if q is p], options))
+        layers.append(
+            Layer(name, [(m, a) for m in model.modules() for a, q in m._parameters.items() if q is p], options)
+        )
     missed = [pattern for pattern in overrides if pattern not in used]
     if missed:
         raise ValueError(f"overrides[{missed[0]!r}] matches no weight of the model")

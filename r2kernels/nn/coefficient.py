@@ -1,10 +1,11 @@
 """A regularization coefficient that is learned."""
+
 import math
 
 import torch
 from torch import nn
 
-from .. import arguments
+from ..reference import checks
 
 
 class LearnableCoefficient(nn.Module):
@@ -16,8 +17,8 @@ class LearnableCoefficient(nn.Module):
 
     def __init__(self, strength, init=0.0):
         super().__init__()
-        self.strength = arguments.number("strength", strength, "a finite number > 0", lambda v: 0 < v < math.inf)
-        self.omega = nn.Parameter(torch.tensor(arguments.number("init", init)))
+        self.strength = checks.number("strength", strength, "a finite number > 0", lambda v: 0 < v < math.inf)
+        self.omega = nn.Parameter(torch.tensor(checks.number("init", init)))
 
     def forward(self, R):
         omega = self.omega.to(R.device)

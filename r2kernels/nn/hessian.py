@@ -1,4 +1,5 @@
 """EWGS's delta from the trace of the Hessian (Lee et al. 2021, eq. 9), by Hutchinson's probes and finite differences of gradients."""
+
 import torch
 
 from .attach import in_backward
@@ -25,7 +26,7 @@ class Probe:
             y = y + self.sign * self.epsilon * self.sizes[key] * self.direction(key, y)
         else:
             self.sizes.setdefault(key, y.detach().abs().mean())
-        if not in_backward():               # what checkpointing computes again was seen
+        if not in_backward():  # what checkpointing computes again was seen
             self.seen.setdefault(key, []).append(y)
         return y
 
@@ -33,7 +34,9 @@ class Probe:
         """key -> gradients of what was seen."""
         flat = [y for ys in self.seen.values() for y in ys]
         found = iter(torch.autograd.grad(loss, flat, allow_unused=True))
-        return {key: [torch.zeros_like(y) if (g := next(found)) is None else g for y in ys] for key, ys in self.seen.items()}
+        return {
+            key: [torch.zeros_like(y) if (g := next(found)) is None else g for y in ys] for key, ys in self.seen.items()
+        }
 
 
 def ratios(evaluate, keys, probes, epsilon):
@@ -49,10 +52,15 @@ def ratios(evaluate, keys, probes, epsilon):
         for key in traces:
             for above, below in zip(ends[0][1][key], ends[1][1][key], strict=True):
                 v = probe.direction(key, above)
-                traces[key] = traces[key] + (v * (above - below)).double().sum() / (2 * epsilon * base.sizes[key].double()) / probes
+                traces[key] = (
+                    traces[key]
+                    + (v * (above - below)).double().sum() / (2 * epsilon * base.sizes[key].double()) / probes
+                )
     found = {}
     for key, gs in gradients.items():
         g = torch.cat([g.reshape(-1).double() for g in gs])
         std = g.std(correction=0)
-        found[key] = torch.where((std > 0) & (base.sizes[key] > 0), traces[key] / g.numel() / (3 * std), 0).nan_to_num(0)
+        found[key] = torch.where((std > 0) & (base.sizes[key] > 0), traces[key] / g.numel() / (3 * std), 0).nan_to_num(
+            0
+        )
     return found

@@ -1,13 +1,24 @@
 """Train a model through DKM: every weight a soft mixture of a few centroids, then hard codes."""
+
 import warnings
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from .. import arguments, clustering
-from ..codes import LUT_DTYPES, Clustered, Form, along_channels, assembled, channel_scales, divided, quantized_lut
-from ..kmeans import kmeans
+from ..files.clustered import (
+    LUT_DTYPES,
+    Clustered,
+    Form,
+    along_channels,
+    assembled,
+    channel_scales,
+    divided,
+    quantized_lut,
+)
+from ..functional import dkm as clustering
+from ..functional.kmeans import kmeans
+from ..reference import checks
 from .attach import Attached, layers_of
 
 # tau="auto": this part of the distance of neighbouring centroids (for "sqeuclidean" squared). In the demo's five palettes and four trainings 0.25 leaves a
@@ -17,6 +28,7 @@ SOFT = 0.1
 
 class Options(NamedTuple):
     """How a layer is clustered."""
+
     bits: int
     cluster_dim: int = 1
     layout: str = "output"
@@ -30,26 +42,34 @@ class Options(NamedTuple):
 
     def checked(self, name):
         """These options, or an error that says which of them is not allowed for layer `name`."""
-        for option, value, least, most in (("bits", self.bits, 1, 8), ("cluster_dim", self.cluster_dim, 1, None), ("group_size", self.group_size, 1, None)):
+        for option, value, least, most in (
+            ("bits", self.bits, 1, 8),
+            ("cluster_dim", self.cluster_dim, 1, None),
+            ("group_size", self.group_size, 1, None),
+        ):
             if option == "group_size" and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{option} of {name} must be an int, got {value!r}")
             if value < least or (most and value > most):
-                raise ValueError(f"{option} of {name} must be an int {f'in {least}..{most}' if most else f'>= {least}'}, got {value}")
-        if self.layout not in arguments.LAYOUTS:
-            raise ValueError(f"layout of {name} must be one of {arguments.LAYOUTS}, got {self.layout!r}")
+                raise ValueError(
+                    f"{option} of {name} must be an int {f'in {least}..{most}' if most else f'>= {least}'}, got {value}"
+                )
+        if self.layout not in checks.LAYOUTS:
+            raise ValueError(f"layout of {name} must be one of {checks.LAYOUTS}, got {self.layout!r}")
         if self.lut_dtype not in LUT_DTYPES:
             raise ValueError(f"lut_dtype of {name} must be one of {tuple(LUT_DTYPES)}, got {self.lut_dtype!r}")
         if not isinstance(self.per_channel_scale, bool):
             raise TypeError(f"per_channel_scale of {name} must be True or False, got {self.per_channel_scale!r}")
-        arguments.dkm_options(self.iterations, self.metric, self.gradient, None, 1)
+        checks.dkm_options(self.iterations, self.metric, self.gradient, None, 1)
         if self.tau != "auto" and not callable(self.tau):
             values = self.tau if isinstance(self.tau, (tuple, list)) else (self.tau,)
             if len(values) not in (1, 3):
-                raise ValueError(f'tau of {name} must be "auto", a number, (start, end, steps) or a function of the step, got {self.tau!r}')
+                raise ValueError(
+                    f'tau of {name} must be "auto", a number, (start, end, steps) or a function of the step, got {self.tau!r}'
+                )
             for value in values:
-                arguments.number(f"tau of {name}", value, "a finite number > 0", lambda v: 0 < v < float("inf"))
+                checks.number(f"tau of {name}", value, "a finite number > 0", lambda v: 0 < v < float("inf"))
         return self
 
     def temperature(self, step, centroids):
@@ -57,7 +77,7 @@ class Options(NamedTuple):
         if self.tau == "auto":
             return _spacing(centroids, self.metric) * SOFT ** (2 if self.metric == "sqeuclidean" else 1)
         if callable(self.tau):
-            value = arguments.number("tau(step)", self.tau(step), "a finite number > 0", lambda v: 0 < v < float("inf"))
+            value = checks.number("tau(step)", self.tau(step), "a finite number > 0", lambda v: 0 < v < float("inf"))
         elif isinstance(self.tau, (tuple, list)):
             first, last, steps = self.tau
             value = first * (last / first) ** min(step / steps, 1.0)
@@ -69,7 +89,11 @@ class Options(NamedTuple):
 def _spacing(centroids, metric):
     """(G,) mean distance of a centroid to the nearest other one, or its square; 1 where all are equal."""
     D = torch.cdist(centroids, centroids)
-    D = D.masked_fill(torch.eye(D.shape[-1], dtype=torch.bool, device=D.device), torch.inf) if D.shape[-1] > 1 else torch.ones_like(D)
+    D = (
+        D.masked_fill(torch.eye(D.shape[-1], dtype=torch.bool, device=D.device), torch.inf)
+        if D.shape[-1] > 1
+        else torch.ones_like(D)
+    )
     mean = D.amin(-1).mean(-1)
     mean = torch.where((mean > 0) & mean.isfinite(), mean, 1)
     return mean.square() if metric == "sqeuclidean" else mean
@@ -98,18 +122,41 @@ class Palettizer(Attached):
     rounding of the nearest centroid (straight-through).
     """
 
-    def __init__(self, model, bits, *, cluster_dim=1, layout="output", tau="auto", iterations=5, metric="euclidean", gradient="unrolled",
-                 group_size=None, per_channel_scale=False, lut_dtype="fp32", overrides=None):
+    def __init__(
+        self,
+        model,
+        bits,
+        *,
+        cluster_dim=1,
+        layout="output",
+        tau="auto",
+        iterations=5,
+        metric="euclidean",
+        gradient="unrolled",
+        group_size=None,
+        per_channel_scale=False,
+        lut_dtype="fp32",
+        overrides=None,
+    ):
         super().__init__()
-        usual = Options(bits, cluster_dim, layout, tau, iterations, metric, gradient, group_size, per_channel_scale, lut_dtype).checked("the model")
+        usual = Options(
+            bits, cluster_dim, layout, tau, iterations, metric, gradient, group_size, per_channel_scale, lut_dtype
+        ).checked("the model")
         layers = _layers(model, usual, overrides)
         self.centroids, self.taus = nn.Module(), nn.Module()
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._count = 0
         with torch.no_grad():
             for layer in layers:
-                found = kmeans(self._pieces(layer), 2**layer.options.bits, cluster_dim=layer.options.cluster_dim, layout=layer.options.layout)
-                self.centroids.register_buffer(layer.key, torch.stack(found).reshape(len(found), -1, layer.options.cluster_dim))
+                found = kmeans(
+                    self._pieces(layer),
+                    2**layer.options.bits,
+                    cluster_dim=layer.options.cluster_dim,
+                    layout=layer.options.layout,
+                )
+                self.centroids.register_buffer(
+                    layer.key, torch.stack(found).reshape(len(found), -1, layer.options.cluster_dim)
+                )
                 self.taus.register_buffer(layer.key, layer.options.temperature(0, self.centroids._buffers[layer.key]))
         self._fresh = None
         self._attach(model, layers)
@@ -130,13 +177,19 @@ class Palettizer(Attached):
         batches, results = {}, {}
         for layer in layers:
             o, w = layer.options, layer.weight()
-            batches.setdefault((w.dtype, w.device, o.cluster_dim, o.layout, o.iterations, o.metric, o.gradient), []).append(layer)
+            batches.setdefault(
+                (w.dtype, w.device, o.cluster_dim, o.layout, o.iterations, o.metric, o.gradient), []
+            ).append(layer)
         for (_, _, d, layout, iterations, metric, gradient), some in batches.items():
             pieces = [self._pieces(layer) for layer in some]
-            starts = [c.squeeze(-1) if d == 1 else c for layer in some for c in self.centroids._buffers[layer.key].unbind()]
+            starts = [
+                c.squeeze(-1) if d == 1 else c for layer in some for c in self.centroids._buffers[layer.key].unbind()
+            ]
             tau = torch.cat([self.taus._buffers[layer.key] for layer in some])
             flat = [p for group in pieces for p in group]
-            hats, moved = clustering.dkm(flat, starts, tau, iterations=iterations, metric=metric, gradient=gradient, cluster_dim=d, layout=layout)
+            hats, moved = clustering.dkm(
+                flat, starts, tau, iterations=iterations, metric=metric, gradient=gradient, cluster_dim=d, layout=layout
+            )
             at = 0
             for layer, group in zip(some, pieces, strict=True):
                 mine, c = hats[at : at + len(group)], [c.reshape(-1, d) for c in moved[at : at + len(group)]]
@@ -150,7 +203,9 @@ class Palettizer(Attached):
     def _rounded(hat, w, c, o):
         """W_hat as if the nearest centroid's entry of the table were rounded; the gradient passes through."""
         with torch.no_grad():
-            codes = clustering.assign(w, c[:, 0].contiguous() if o.cluster_dim == 1 else c, cluster_dim=o.cluster_dim, layout=o.layout)
+            codes = clustering.assign(
+                w, c[:, 0].contiguous() if o.cluster_dim == 1 else c, cluster_dim=o.cluster_dim, layout=o.layout
+            )
             error = (quantized_lut(c, o.lut_dtype) - c)[codes.long()].to(w.dtype)
             form = Form(o.bits, o.cluster_dim, o.layout)
         return hat + assembled(error, w.new_zeros(w.numel() % o.cluster_dim), w.shape, form)
@@ -192,7 +247,9 @@ class Palettizer(Attached):
 
     def _warm_up(self):
         for layer in self.layers:
-            self.taus._buffers[layer.key].copy_(layer.options.temperature(self._count, self.centroids._buffers[layer.key]))
+            self.taus._buffers[layer.key].copy_(
+                layer.options.temperature(self._count, self.centroids._buffers[layer.key])
+            )
 
     @torch.no_grad()
     def gap(self):
@@ -224,7 +281,10 @@ def _layers(model, usual, overrides):
         p, options = layer.weight(), layer.options
         rows = min(len(p), options.group_size or len(p)) * (p.numel() // len(p)) // options.cluster_dim
         if rows < 2**options.bits:
-            warnings.warn(f"{layer.name} stays dense: it has {rows} rows of {options.cluster_dim} for {2**options.bits} centroids", stacklevel=3)
+            warnings.warn(
+                f"{layer.name} stays dense: it has {rows} rows of {options.cluster_dim} for {2**options.bits} centroids",
+                stacklevel=3,
+            )
         else:
             layers.append(layer)
     if not layers:

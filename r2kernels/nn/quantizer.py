@@ -1,4 +1,5 @@
 """Train a model with quantized weights and activations: LSQ, EWGS, or PACT with DoReFa."""
+
 import contextlib
 import math
 from typing import NamedTuple
@@ -6,16 +7,17 @@ from typing import NamedTuple
 import torch
 from torch import distributed, nn
 
-from .. import arguments
+from ..reference import checks
 from .attach import Attached, layers_of, readers
 from .hessian import ratios
-from .ranges import METHODS, Input, positive
+from .scales import METHODS, Input, positive
 
-ROOT = "/"      # the key of an input of the model itself
+ROOT = "/"  # the key of an input of the model itself
 
 
 class Options(NamedTuple):
     """How a layer is quantized."""
+
     method: str
     weight_bits: int
     activation_bits: int | None = None
@@ -28,15 +30,19 @@ class Options(NamedTuple):
         """These options, or an error that says which of them is not allowed for layer `name`."""
         if self.method not in METHODS:
             raise ValueError(f"method of {name} must be one of {tuple(METHODS)}, got {self.method!r}")
-        arguments.bit_width(self.weight_bits, f"weight_bits of {name}")
+        checks.bit_width(self.weight_bits, f"weight_bits of {name}")
         if self.activation_bits is not None:
-            arguments.bit_width(self.activation_bits, f"activation_bits of {name}")
+            checks.bit_width(self.activation_bits, f"activation_bits of {name}")
         if self.axis is not None and (isinstance(self.axis, bool) or not isinstance(self.axis, int)):
             raise TypeError(f"axis of {name} must be an int or None, got {self.axis!r}")
         if self.axis is not None and self.method != "lsq":
-            raise ValueError(f"axis of {name} must be None for method {self.method!r}, which has one range for each tensor, got {self.axis}")
+            raise ValueError(
+                f"axis of {name} must be None for method {self.method!r}, which has one range for each tensor, got {self.axis}"
+            )
         if self.delta != "hessian":
-            arguments.number(f"delta of {name}", self.delta, 'a finite number >= 0 or "hessian"', lambda v: 0 <= v < math.inf)
+            checks.number(
+                f"delta of {name}", self.delta, 'a finite number >= 0 or "hessian"', lambda v: 0 <= v < math.inf
+            )
         for option in ("plus", "detach_max"):
             if not isinstance(getattr(self, option), bool):
                 raise TypeError(f"{option} of {name} must be True or False, got {getattr(self, option)!r}")
@@ -77,10 +83,17 @@ class Quantizer(Attached):
         usual = Options(method, weight_bits, activation_bits, axis).checked("the model")
         layers = quantizable(model, usual, overrides)
         for layer in layers:
-            arguments.weights(layer.weight(), name=layer.name)
-            arguments.channel_axis(layer.options.axis, [layer.weight()], True, layer.name)
-        self._hold(model, layers, {layer.key: METHODS[layer.options.method][0](layer.weight(), layer.options) for layer in layers},
-                   {key: METHODS[layers[i].options.method][1](layers[i].weight(), layers[i].options) for key, i, _ in input_places(model, layers)})
+            checks.weights(layer.weight(), name=layer.name)
+            checks.channel_axis(layer.options.axis, [layer.weight()], True, layer.name)
+        self._hold(
+            model,
+            layers,
+            {layer.key: METHODS[layer.options.method][0](layer.weight(), layer.options) for layer in layers},
+            {
+                key: METHODS[layers[i].options.method][1](layers[i].weight(), layers[i].options)
+                for key, i, _ in input_places(model, layers)
+            },
+        )
         self._average_gradients()
 
     def _hold(self, model, layers, weights, inputs, started=False):
@@ -126,22 +139,33 @@ class Quantizer(Attached):
         return self._soft([self.layers[i]])[0] if self._started else self.layers[i].weight()
 
     def _tensors(self):
-        return [t for layer in self.layers for t in (layer.weight(), *self._range(layer).parameters(), *self._range(layer).buffers())]
+        return [
+            t
+            for layer in self.layers
+            for t in (layer.weight(), *self._range(layer).parameters(), *self._range(layer).buffers())
+        ]
 
     @torch.no_grad()
     def coded(self):
         """name -> `Uniform`: codes, scale and zero point of every weight, as they are stored."""
         if not self._started:
-            raise RuntimeError("the ranges have no values before the first forward in train(); call `initialize` with a batch")
+            raise RuntimeError(
+                "the ranges have no values before the first forward in train(); call `initialize` with a batch"
+            )
         return {layer.name: self._range(layer).coded(layer.weight()) for layer in self.layers}
 
     @torch.no_grad()
     def _hard(self, layers):
-        return [self._range(layer).coded(layer.weight()).decoded() if self._started else layer.weight() for layer in layers]
+        return [
+            self._range(layer).coded(layer.weight()).decoded() if self._started else layer.weight() for layer in layers
+        ]
 
     def errors(self):
         """name -> ||W - W_hat|| / ||W|| of every weight."""
-        pairs = [(layer.name, layer.weight().detach().double(), c.decoded().double()) for layer, c in zip(self.layers, self.coded().values(), strict=True)]
+        pairs = [
+            (layer.name, layer.weight().detach().double(), c.decoded().double())
+            for layer, c in zip(self.layers, self.coded().values(), strict=True)
+        ]
         return {name: ((w - hat).norm() / w.norm().clamp(min=1e-300)).item() for name, w, hat in pairs}
 
     def sizes(self):
@@ -240,7 +264,12 @@ class Quantizer(Attached):
         """The mean of the gradients of all ranks, in one message."""
         self._averaging = False
         own = [p for p in self.parameters() if p.requires_grad]
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1).to(own[0].device, torch.float64) for p in own])
+        flat = torch.cat(
+            [
+                (torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1).to(own[0].device, torch.float64)
+                for p in own
+            ]
+        )
         distributed.all_reduce(flat)
         for p, g in zip(own, flat.div_(distributed.get_world_size()).split([p.numel() for p in own]), strict=True):
             if p.grad is not None:
@@ -252,20 +281,29 @@ class Quantizer(Attached):
 
         loss_closure: runs the model, in train(), on the same batch every time and returns the loss. It is called 1 + 2 probes times and changes nothing else.
         """
-        arguments.count("probes", probes)
-        arguments.number("epsilon", epsilon, "a finite number > 0", lambda v: 0 < v < math.inf)
+        checks.count("probes", probes)
+        checks.number("epsilon", epsilon, "a finite number > 0", lambda v: 0 < v < math.inf)
         model = self._model[0]
         if not model.training or not self._started:
-            raise RuntimeError("estimate_delta needs a model in train() whose ranges have values; call model.train() and `initialize` first")
-        chosen = {i: self._range(layer) for i, layer in enumerate(self.layers) if (layer.options.method, layer.options.delta) == ("ewgs", "hessian")}
+            raise RuntimeError(
+                "estimate_delta needs a model in train() whose ranges have values; call model.train() and `initialize` first"
+            )
+        chosen = {
+            i: self._range(layer)
+            for i, layer in enumerate(self.layers)
+            if (layer.options.method, layer.options.delta) == ("ewgs", "hessian")
+        }
         chosen |= {key: self.inputs._modules[key] for key, i, _ in input_places(model, self.layers) if i in chosen}
         if not chosen:
-            raise ValueError('no layer has method "ewgs" and delta "hessian"; ask for it by overrides={"*": {"delta": "hessian"}}')
+            raise ValueError(
+                'no layer has method "ewgs" and delta "hessian"; ask for it by overrides={"*": {"delta": "hessian"}}'
+            )
 
         def evaluate(probe):
             self._probe = probe
             with torch.enable_grad(), _unchanged(model):
                 return loss_closure()
+
         try:
             found = ratios(evaluate, list(chosen), probes, epsilon)
         finally:
@@ -279,7 +317,7 @@ class Quantizer(Attached):
     def param_groups(self, *, alpha_decay=0.0, **options):
         """The learned ranges as a list of parameter groups for an optimizer, `weight_decay=0` unless `options` say otherwise; PACT's alpha, where there are
         any, with weight_decay=alpha_decay (its L2 penalty)."""
-        alpha_decay = arguments.number("alpha_decay", alpha_decay, "a finite number >= 0", lambda v: 0 <= v < math.inf)
+        alpha_decay = checks.number("alpha_decay", alpha_decay, "a finite number >= 0", lambda v: 0 <= v < math.inf)
         alphas = [p for name, p in self.named_parameters() if name.endswith(".alpha")]
         others = [p for name, p in self.named_parameters() if not name.endswith(".alpha")]
         groups = [{"params": others, "weight_decay": 0.0, **options}] if others else []
@@ -294,7 +332,7 @@ class Quantizer(Attached):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._average_gradients()       # hooks stay behind with the parameters that were copied
+        self._average_gradients()  # hooks stay behind with the parameters that were copied
 
     def extra_repr(self):
         return f"layers={len(self.layers)}, inputs={len(self.inputs._modules)}, started={self._started}"
@@ -325,9 +363,15 @@ def quantizable(model, usual, overrides):
 def input_places(model, layers):
     """(key, number of the layer, module) of every conv and linear layer whose input is quantized."""
     names = {module: name for name, module in model.named_modules()}
-    return [(names[module].replace(".", "/") or ROOT, i, module) for i, layer in enumerate(layers) if layer.options.activation_bits is not None
-            for module, attribute in layer.places
-            if attribute == "weight" and isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and not readers(model, module)]
+    return [
+        (names[module].replace(".", "/") or ROOT, i, module)
+        for i, layer in enumerate(layers)
+        if layer.options.activation_bits is not None
+        for module, attribute in layer.places
+        if attribute == "weight"
+        and isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
+        and not readers(model, module)
+    ]
 
 
 def _output_size(module, w, x):

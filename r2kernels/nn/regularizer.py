@@ -1,11 +1,13 @@
 """The range losses of a whole model, as a module."""
+
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .. import arguments, functional
-from ..weights import memory_order
+from ..functional import range_losses as functional
+from ..lists import memory_order
+from ..reference import checks, parameters
 from .select import select_weights
 
 LOSSES = ("soft_min_max", "margin", "l_inf", "kure")
@@ -13,6 +15,7 @@ LOSSES = ("soft_min_max", "margin", "l_inf", "kure")
 
 class _Group(NamedTuple):
     """The weights of one dtype and device: their places in the regularizer's order, and themselves."""
+
     places: list
     weights: list
 
@@ -31,8 +34,22 @@ class RangeRegularizer(nn.Module):
     Alpha or M are in `state_dict`; give them to the optimizer by `param_groups()`, without weight decay.
     """
 
-    def __init__(self, model, loss="soft_min_max", weight=0.01, *, alpha=0.1, margin_std=2.0, k=1, alpha_unit="raw", learn=True,
-                 cluster_dim=1, layout="output", include=None, exclude=None):
+    def __init__(
+        self,
+        model,
+        loss="soft_min_max",
+        weight=0.01,
+        *,
+        alpha=0.1,
+        margin_std=2.0,
+        k=1,
+        alpha_unit="raw",
+        learn=True,
+        cluster_dim=1,
+        layout="output",
+        include=None,
+        exclude=None,
+    ):
         super().__init__()
         if loss not in LOSSES:
             raise ValueError(f"loss must be one of {LOSSES}, got {loss!r}")
@@ -41,15 +58,19 @@ class RangeRegularizer(nn.Module):
         if loss == "kure" and cluster_dim != 1:
             raise ValueError(f"cluster_dim must be 1 for loss='kure', got {cluster_dim}")
         self.loss, self.alpha_unit, self.k = loss, alpha_unit, k
-        self.weight = arguments.number("weight", weight)
+        self.weight = checks.number("weight", weight)
         self.cluster_dim, self.layout = cluster_dim, layout
         found = select_weights(model, include, exclude)
         self.names = [name for name, _, _ in found]
         self._places = [(module, attribute) for _, module, attribute in found]
-        weights = [w for group in self._groups() for w in arguments.weights(group.weights, cluster_dim, layout)[0]]
+        weights = [w for group in self._groups() for w in checks.weights(group.weights, cluster_dim, layout)[0]]
         if loss == "margin":
-            arguments.margin_k(k, weights, False, cluster_dim)
-            self._own("M", self._initial_margins(arguments.number("margin_std", margin_std, "a number > 0", lambda v: v > 0)), learn)
+            parameters.margin_k(k, weights, False, cluster_dim)
+            self._own(
+                "M",
+                self._initial_margins(checks.number("margin_std", margin_std, "a number > 0", lambda v: v > 0)),
+                learn,
+            )
         elif loss == "soft_min_max":
             self._own("alpha", self._initial_alphas(alpha, weights[0].device), learn)
 
@@ -65,7 +86,7 @@ class RangeRegularizer(nn.Module):
             if isinstance(alpha, (list, tuple)) and len(alpha) != count:
                 raise ValueError(f"alpha has {len(alpha)} values, the model has {count} weights")
             values = alpha if isinstance(alpha, (list, tuple)) else [alpha] * count
-            alpha = torch.tensor([arguments.number("alpha", a) for a in values])
+            alpha = torch.tensor([checks.number("alpha", a) for a in values])
         elif tuple(alpha.shape) not in ((), (count,)):
             raise ValueError(f"alpha has shape {tuple(alpha.shape)}; allowed are () and ({count},)")
         return alpha.detach().to(device, torch.float32).expand(count).clone()
@@ -83,7 +104,10 @@ class RangeRegularizer(nn.Module):
         """The weights as they are now, by dtype and device."""
         weights = [module._parameters.get(attribute) for module, attribute in self._places]
         if None in [w if w is None else 0 for w in weights]:
-            weights = [getattr(module, attribute) if w is None else w for w, (module, attribute) in zip(weights, self._places, strict=True)]
+            weights = [
+                getattr(module, attribute) if w is None else w
+                for w, (module, attribute) in zip(weights, self._places, strict=True)
+            ]
         if len({w.dtype for w in weights}) == 1 and len({w.device for w in weights}) == 1:
             return [_Group(list(range(len(weights))), weights)]
         groups = {}
@@ -144,7 +168,7 @@ class RangeRegularizer(nn.Module):
         own = list(self.parameters())
         return [{"params": own, "weight_decay": 0.0, **options}] if own else []
 
-    @torch._disable_dynamo      # torch.compiler.disable would import torch._dynamo now, 1 s before anyone compiles
+    @torch._disable_dynamo  # torch.compiler.disable would import torch._dynamo now, 1 s before anyone compiles
     @torch.no_grad()
     def accumulate_grad_(self, scale=1.0):
         """Adds scale * weight * dL/dW to the `.grad` of the weights, and of alpha or M, in place and without a graph; returns `reg()`'s value.
@@ -154,7 +178,7 @@ class RangeRegularizer(nn.Module):
         """
         groups = self._groups()
         device = groups[0].weights[0].device
-        factor = scale * self.weight if isinstance(scale, Tensor) else arguments.number("scale", scale) * self.weight
+        factor = scale * self.weight if isinstance(scale, Tensor) else checks.number("scale", scale) * self.weight
         total = None
         for group in groups:
             loss = self._accumulate(group, factor).sum().to(device)
@@ -162,24 +186,26 @@ class RangeRegularizer(nn.Module):
         return self.weight * total
 
     def _accumulate(self, group, factor):
-        weights, _ = arguments.weights(group.weights, self.cluster_dim, self.layout)
+        weights, _ = checks.weights(group.weights, self.cluster_dim, self.layout)
         targets, late = self._targets(group)
         shape = (len(weights), False, self.cluster_dim, weights[0])
-        grad = arguments.parameter("scale", factor, len(weights), False, 1, weights[0])[:, 0]
-        op, value, scale, parameters = self.loss, None, None, []
+        grad = parameters.parameter("scale", factor, len(weights), False, 1, weights[0])[:, 0]
+        op, value, scale, given = self.loss, None, None, []
         if op in ("soft_min_max", "margin"):
             value = self._parameter(group)
             if op == "soft_min_max" and self.alpha_unit == "std":
                 op = "soft_extrema"
                 scaled, scale = self._scaled(value, weights)
                 grad = torch.stack([-grad, grad]).unsqueeze(2).expand(2, len(weights), self.cluster_dim).contiguous()
-            parameters = [arguments.parameter("alpha", value if scale is None else scaled, *shape)]
+            given = [parameters.parameter("alpha", value if scale is None else scaled, *shape)]
         if op == "margin":
-            parameters.append(arguments.margin_k(self.k, weights, False, self.cluster_dim))
+            given.append(parameters.margin_k(self.k, weights, False, self.cluster_dim))
         if op == "kure":
-            parameters.append(arguments.parameter("target", 1.8, *shape))
+            given.append(parameters.parameter("target", 1.8, *shape))
         learned = value is not None and bool(list(self.parameters()))
-        loss, g = functional.add_gradients_(op, weights, targets, grad, parameters, alpha_grad=learned, geometry=(self.cluster_dim, self.layout))
+        loss, g = functional.add_gradients_(
+            op, weights, targets, grad, given, alpha_grad=learned, geometry=(self.cluster_dim, self.layout)
+        )
         for p, target in late:
             p.grad.add_(target)
         if scale is not None:
@@ -204,7 +230,11 @@ class RangeRegularizer(nn.Module):
             if g.dtype == w.dtype and self._lie_alike(g, w):
                 targets.append(g)
             else:
-                targets.append(torch.empty_strided(w.shape, memory_order(w, self.cluster_dim, self.layout)[0], dtype=w.dtype, device=w.device).zero_())
+                targets.append(
+                    torch.empty_strided(
+                        w.shape, memory_order(w, self.cluster_dim, self.layout)[0], dtype=w.dtype, device=w.device
+                    ).zero_()
+                )
                 if w.requires_grad:
                     late.append((w, targets[-1]))
         return targets, late
@@ -212,14 +242,23 @@ class RangeRegularizer(nn.Module):
     def _all_in_place(self, weights):
         """Whether nothing but contiguous parameters with dense gradients is there: asked of a long list at once, in a third of the time."""
         grads = [w.grad for w in weights]
-        return ({*map(type, weights)} == {nn.Parameter} and {*map(type, grads)} == {Tensor} and {g.layout for g in grads} == {torch.strided}
-                and {g.dtype for g in grads} == {weights[0].dtype} and all([w.requires_grad for w in weights]) and self.cluster_dim == 1
-                and all([w.is_contiguous() for w in weights]) and all([g.is_contiguous() for g in grads]))
+        return (
+            {*map(type, weights)} == {nn.Parameter}
+            and {*map(type, grads)} == {Tensor}
+            and {g.layout for g in grads} == {torch.strided}
+            and {g.dtype for g in grads} == {weights[0].dtype}
+            and all([w.requires_grad for w in weights])
+            and self.cluster_dim == 1
+            and all([w.is_contiguous() for w in weights])
+            and all([g.is_contiguous() for g in grads])
+        )
 
     @staticmethod
     def _gradient_of(w, name):
         if not isinstance(w, nn.Parameter):
-            raise RuntimeError(f"{name} is computed from other parameters (a parametrization) and has no .grad; use reg() and backward() instead")
+            raise RuntimeError(
+                f"{name} is computed from other parameters (a parametrization) and has no .grad; use reg() and backward() instead"
+            )
         if not w.requires_grad:
             return torch.zeros_like(w)
         if w.grad is None:

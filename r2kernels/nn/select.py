@@ -1,4 +1,5 @@
 """Which of a model's parameters are its weights."""
+
 import fnmatch
 import warnings
 
@@ -24,7 +25,9 @@ def select_weights(model, include=None, exclude=None, embeddings=False):
             if excluded(path, name, p):
                 dropped.add(id(p))
             kinds = (*_KERNELS, nn.Embedding, nn.EmbeddingBag) if embeddings else _KERNELS
-            usual = (attribute == "weight" and isinstance(module, kinds)) or (attribute in _ATTENTION and isinstance(module, nn.MultiheadAttention))
+            usual = (attribute == "weight" and isinstance(module, kinds)) or (
+                attribute in _ATTENTION and isinstance(module, nn.MultiheadAttention)
+            )
             wanted = included(path, name, p)
             added += wanted
             if usual or wanted:
@@ -46,6 +49,12 @@ def _matcher(argument, rule):
     if callable(rule):
         return lambda path, name, p: bool(rule(name, p))
     patterns = [rule] if isinstance(rule, str) else rule
-    if not isinstance(patterns, (list, tuple, set, frozenset)) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise TypeError(f"{argument} must be a name pattern, a list of them, or a predicate (name, parameter) -> bool, got {rule!r}")
-    return lambda path, name, p: any(fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+    if not isinstance(patterns, (list, tuple, set, frozenset)) or not all(
+        isinstance(pattern, str) for pattern in patterns
+    ):
+        raise TypeError(
+            f"{argument} must be a name pattern, a list of them, or a predicate (name, parameter) -> bool, got {rule!r}"
+        )
+    return lambda path, name, p: any(
+        fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(path, pattern) for pattern in patterns
+    )

@@ -1,4 +1,5 @@
 """The specification, in plain eager PyTorch: every op as `<op>_fwd` and `<op>_bwd`, and the public functions, usable on their own."""
+
 from .columns import columns, from_columns
 from .dkm import DKM, assign, assign_fwd, dkm
 from .kmeans import kmeans
@@ -16,10 +17,7 @@ from .quantizers import (
     pact_bwd,
     pact_fwd,
 )
-from .range import (
-    kure,
-    kure_bwd,
-    kure_fwd,
+from .range_losses import (
     l_inf,
     l_inf_bwd,
     l_inf_fwd,
@@ -32,13 +30,15 @@ from .range import (
     soft_min_max,
     soft_min_max_bwd,
     soft_min_max_fwd,
-    weight_stats,
-    weight_stats_fwd,
 )
 from .regularizers import (
+    WeightStats,
     bin_reg,
     bin_reg_bwd,
     bin_reg_fwd,
+    kure,
+    kure_bwd,
+    kure_fwd,
     msqe,
     msqe_bwd,
     msqe_fwd,
@@ -47,10 +47,13 @@ from .regularizers import (
     partial_l2_fwd,
     terms_bwd,
     terms_fwd,
+    weight_stats,
+    weight_stats_fwd,
     weight_terms,
 )
 
 __all__ = [
+    "WeightStats",
     "DKM",
     "assign",
     "assign_fwd",

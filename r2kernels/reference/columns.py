@@ -1,7 +1,11 @@
 """The rows of `cluster_dim` numbers that DKM reads from a weight, and the way back."""
+
 import torch
 
-from ..arguments import accumulator
+
+def accumulator(dtype):
+    """The dtype of sums, losses and parameters beside weights of `dtype`."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def columns(w, d=1, layout="output"):

@@ -4,9 +4,11 @@ One iteration with centroids c: D_ij = dist(w_i, c_j), a_ij = softmax_j(-D_ij / 
 without gradient. Rows w_i have d numbers. Arrays of centroids are (L, K, d), filled up with zeros where tensor t has fewer than K; for d = 1 they are sorted.
 Slope: dD/dw = -dD/dc, which is 0 where w = c.
 """
+
 import torch
 
-from .. import arguments, fixed_point
+from ..algorithms import fixed_point
+from . import checks, parameters
 from .columns import columns, from_columns
 
 
@@ -52,7 +54,9 @@ class DKM:
 
     def _rows(self, tensors):
         """(index, rows, K) of each tensor"""
-        return [(i, columns(w, *self.geometry).t(), k) for i, (w, k) in enumerate(zip(tensors, self.clusters, strict=True))]
+        return [
+            (i, columns(w, *self.geometry).t(), k) for i, (w, k) in enumerate(zip(tensors, self.clusters, strict=True))
+        ]
 
     def _each(self, c):
         """(index, rows, centroids (K, d), tau) of each tensor"""
@@ -116,7 +120,13 @@ class DKM:
 
     def recur(self, c, new, u, moments, grads=None):
         """dL/dc from u = dL/dnew; with `grads`, of the last iteration, for which `upstream(c, grads)` was called before."""
-        return self._padded([torch.einsum("nk,nkd->kd", Q, s) / tau for _, _, tau, (_, _, Q, s) in self._pulls(c, new, u, moments, grads)], c)
+        return self._padded(
+            [
+                torch.einsum("nk,nkd->kd", Q, s) / tau
+                for _, _, tau, (_, _, Q, s) in self._pulls(c, new, u, moments, grads)
+            ],
+            c,
+        )
 
     def gradient(self, steps, grads):
         """dL/dW, summed over steps (c, new, u, moments, last)."""
@@ -145,32 +155,48 @@ def assign_fwd(weights, centroids, clusters, d, layout):
     for i, w in enumerate(weights):
         x, c = columns(w, d, layout).t(), centroids[i, : clusters[i]]
         step = max(2**24 // clusters[i], 1)
-        best = torch.cat([distance(rows, c, "euclidean" if d == 1 else "sqeuclidean").argmin(1) for rows in x.split(step)])
+        best = torch.cat(
+            [distance(rows, c, "euclidean" if d == 1 else "sqeuclidean").argmin(1) for rows in x.split(step)]
+        )
         best = torch.where(x.isnan().any(1), 0, best)
         codes.append(best.to(torch.uint8 if clusters[i] <= 256 else torch.int32))
     return codes
 
 
 def assign(W, centroids, *, cluster_dim=1, layout="output"):
-    ws, single = arguments.weights(W, cluster_dim, layout)
-    centroids, clusters = arguments.centroids(centroids, ws, single, cluster_dim)
-    codes = assign_fwd(ws, arguments.padded(centroids, cluster_dim), clusters, cluster_dim, layout)
+    ws, single = checks.weights(W, cluster_dim, layout)
+    centroids, clusters = checks.centroids(centroids, ws, single, cluster_dim)
+    codes = assign_fwd(ws, parameters.padded(centroids, cluster_dim), clusters, cluster_dim, layout)
     return codes[0] if single else codes
 
 
-def dkm(W, centroids, tau, *, iterations=5, metric="euclidean", gradient="unrolled", cluster_dim=1, layout="output", tol=None, max_passes=100):
-    ws, single = arguments.weights(W, cluster_dim, layout)
-    centroids, clusters = arguments.centroids(centroids, ws, single, cluster_dim)
-    tau = arguments.temperature(tau, ws, single)
-    arguments.dkm_options(iterations, metric, gradient, tol, max_passes)
+def dkm(
+    W,
+    centroids,
+    tau,
+    *,
+    iterations=5,
+    metric="euclidean",
+    gradient="unrolled",
+    cluster_dim=1,
+    layout="output",
+    tol=None,
+    max_passes=100,
+):
+    ws, single = checks.weights(W, cluster_dim, layout)
+    centroids, clusters = checks.centroids(centroids, ws, single, cluster_dim)
+    tau = parameters.temperature(tau, ws, single)
+    checks.dkm_options(iterations, metric, gradient, tol, max_passes)
     outputs, fresh = [], []
     for i, (w, c0) in enumerate(zip(ws, centroids, strict=True)):
         x, c = columns(w, cluster_dim, layout).t(), c0.reshape(-1, cluster_dim)
         repeats = iterations
         if iterations == "converge":
             job = DKM([w.detach()], tau[i : i + 1], clusters[i : i + 1], metric, cluster_dim, layout)
-            limit = arguments.tolerance(tol, [w.detach()])
-            c_star, passes = fixed_point.solve(lambda _, job=job: job, c[None].detach(), limit, max_passes, gradient != "unrolled")
+            limit = parameters.tolerance(tol, [w.detach()])
+            c_star, passes = fixed_point.solve(
+                lambda _, job=job: job, c[None].detach(), limit, max_passes, gradient != "unrolled"
+            )
             repeats, c = (int(passes), c) if gradient == "unrolled" else (1, c_star[0])
         last = _differentiable_start(x, c, tau[i], repeats, metric, gradient)
         a, _, c = iterate(x, last, tau[i], metric)
@@ -188,7 +214,11 @@ def _differentiable_start(x, c, tau, iterations, metric, gradient):
     c = c.detach()
     if gradient == "last" or not x.requires_grad:
         return c
-    J = torch.autograd.functional.jacobian(lambda c: iterate(x.detach(), c, tau, metric)[2], c).reshape(c.numel(), c.numel())
+    J = torch.autograd.functional.jacobian(lambda c: iterate(x.detach(), c, tau, metric)[2], c).reshape(
+        c.numel(), c.numel()
+    )
     moved = iterate(x, c, tau, metric)[2]
-    moved.register_hook(lambda u: torch.linalg.solve((torch.eye(c.numel()).to(J) - J).t(), u.reshape(-1)).reshape(u.shape))
+    moved.register_hook(
+        lambda u: torch.linalg.solve((torch.eye(c.numel()).to(J) - J).t(), u.reshape(-1)).reshape(u.shape)
+    )
     return c + (moved - moved.detach())

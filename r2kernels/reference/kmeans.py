@@ -1,301 +1,73 @@
-"""Hard k-means. One number per row: the exact programme on fine cells, then Lloyd on all rows. More numbers: k-means++, then Lloyd.
+"""Hard k-means as Lloyd (1982) has it: every row to its nearest centroid, every centroid to the mean of its rows.
 
-What decides a result is summed in float64 and in an order that depends on the numbers alone: the same bits in every run, for any number of threads.
+Started RESTARTS times by k-means++ (Arthur and Vassilvitskii 2007); what leaves the least inertia is kept. Equal rows count as one of their
+summed weight. Everything is computed in float64, from a fixed seed.
 """
-import math
-import warnings
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from .. import arguments
+from . import checks, parameters
 from .columns import columns
 
-CELLS = 8192                # for the exact programme,
-TABLE = 2**22               # fewer where cells x clusters would be more
-BLOCK = 64                  # numbers per partial sum
-SEEDS = 64                  # rows per cluster that k-means++ chooses from,
-FEWEST_SEEDS = 16384        # and not fewer in all
-PAIRS = 2**20               # distances held at once
+RESTARTS = 10
 
 
 def kmeans(W, clusters, *, cluster_dim=1, layout="output", weight=None, max_iter=100):
-    return run(*arguments.weights(W, cluster_dim, layout), clusters, cluster_dim, layout, weight, max_iter)
-
-
-def run(ws, single, clusters, d, layout, weight, max_iter, **pieces):
-    """`kmeans` of the list `ws`, already checked; `pieces` are those of `fit`."""
-    arguments.count("max_iter", max_iter)
-    counts, masses = _counts(clusters, ws, single), _masses(weight, ws, single, d)
+    ws, single = checks.weights(W, cluster_dim, layout)
+    checks.count("max_iter", max_iter)
+    counts, masses = checks.clusters(clusters, ws, single), parameters.masses(weight, ws, single, cluster_dim)
     found = []
     for i, (w, count, mass) in enumerate(zip(ws, counts, masses, strict=True)):
-        n = w.numel() // d if mass is None else int(mass.count_nonzero())
-        if count > n:
-            message = f"kmeans: {count} clusters, but W{'' if single else f'[{i}]'} has {n} rows{'' if mass is None else ' of positive weight'}"
-            warnings.warn(message + "; centroids will be repeated", UserWarning, stacklevel=3)
-        found.append(fit(columns(w.detach(), d, layout).t().contiguous(), count, mass, max_iter, **pieces))
+        rows = columns(w.detach(), cluster_dim, layout).t()
+        checks.warn_of_repeated_centroids(count, rows, mass, "W" if single else f"W[{i}]", stacklevel=2)
+        found.append(fit(rows, count, mass, max_iter))
     return found[0] if single else found
 
 
-def _counts(clusters, ws, single):
-    if single or not isinstance(clusters, (list, tuple)):
-        return [arguments.count("clusters", clusters)] * len(ws)
-    if len(clusters) != len(ws):
-        raise ValueError(f"clusters has {len(clusters)} values; allowed is an int >= 1, or {len(ws)} of them, one for each tensor of W")
-    return [arguments.count(f"clusters[{i}]", c) for i, c in enumerate(clusters)]
-
-
-def _masses(weight, ws, single, d):
-    """The weights of the rows of each tensor, float64, or None."""
-    if weight is None:
-        return [None] * len(ws)
-    if single:
-        return [_mass("weight", weight, ws[0], d)]
-    if isinstance(weight, Tensor) or not hasattr(weight, "__iter__"):
-        raise TypeError(f"weight must be a sequence of tensors, as W is, got {type(weight).__name__}")
-    weight = list(weight)
-    if len(weight) != len(ws):
-        raise ValueError(f"weight has {len(weight)} tensors; allowed are {len(ws)}, one for each tensor of W")
-    return [None if m is None else _mass(f"weight[{i}]", m, w, d) for i, (m, w) in enumerate(zip(weight, ws, strict=True))]
-
-
-def _mass(name, mass, w, d):
-    if not isinstance(mass, Tensor):
-        raise TypeError(f"{name} must be a tensor of one non-negative number per row, got {type(mass).__name__}")
-    if mass.dtype not in arguments.DTYPES:
-        raise TypeError(f"{name} has dtype {mass.dtype}; allowed are float64, float32, bfloat16 and float16")
-    if mass.device != w.device:
-        raise ValueError(f"{name} is on {mass.device} but W is on {w.device}")
-    if mass.numel() != w.numel() // d:
-        raise ValueError(f"{name} has {mass.numel()} numbers (shape {tuple(mass.shape)}); allowed are {w.numel() // d}, one for each row")
-    mass = mass.detach().reshape(-1).double()
-    low, high = torch.aminmax(mass)
-    if not 0 <= low.item() <= high.item() < math.inf:
-        raise ValueError(f"{name} must be finite and >= 0, got values from {low.item():g} to {high.item():g}")
-    if high.item() == 0:
-        raise ValueError(f"{name} is 0 for every row; at least one must be positive")
-    return mass
-
-
-class _Sums:
-    """Sums of the first numbers of a vector, in float64. Blocks are summed from the middle outwards: an outlier at an end takes no precision from the rest."""
-
-    def __init__(self, vector):
-        n = vector.numel()
-        self.size = BLOCK if n >= BLOCK**2 else 1
-        blocks = vector[: n // self.size * self.size].view(-1, self.size).double().sum(1)
-        self.vector, self.middle = vector, len(blocks) // 2
-        self.blocks = _outwards(blocks.cpu(), self.middle).to(vector.device)
-
-    def __call__(self, ends):
-        block = ends // self.size
-        left = block < self.middle
-        index = block[:, None] * self.size + torch.arange(self.size, device=ends.device)
-        inside = (index < ends[:, None]) ^ left[:, None]
-        begun = torch.where(inside, self.vector[index.clamp_(max=self.vector.numel() - 1)].double(), 0).sum(1)
-        return self.blocks[block + left] + torch.where(left, -begun, begun)
-
-
-def _outwards(x, middle):
-    """(..., n + 1) prefix sums that are 0 at `middle`, each side summed from there."""
-    left, right = x[..., :middle].flip(-1).cumsum(-1).flip(-1), x[..., middle:].cumsum(-1)
-    return torch.cat([-left, x.new_zeros(*x.shape[:-1], 1), right], -1)
-
-
-def _up_to(values, thresholds):
-    """How many of the sorted `values` are <= each float64 threshold."""
-    rounded = thresholds.to(values.dtype)
-    below = torch.nextafter(rounded, torch.full_like(rounded, -math.inf))
-    return torch.searchsorted(values, torch.where(rounded > thresholds, below, rounded), right=True)
-
-
-def _cells(values, mass, most):
-    """Edges of up to `most` cells of the sorted `values`, equal ones together: those that may hold the most inertia are halved, by value, again and again."""
-    n = values.numel()
-    if n <= most:
-        first = torch.cat([values.new_ones(1, dtype=torch.bool), values[1:] != values[:-1]])
-        return torch.cat([first.nonzero()[:, 0], first.new_tensor([n], dtype=torch.int64)])
-    edges = torch.tensor([0, n], device=values.device)
-    while True:
-        low, high = values[edges[:-1]].double(), values[edges[1:] - 1].double()
-        bound, order = (mass(edges).diff() * (high - low).square()).sort(descending=True, stable=True)
-        room = min(most - len(order), (len(order) + 1) // 2)
-        order = order[:room][bound[:room] > 0]
-        if not len(order):
-            return edges
-        middle = (low[order] + high[order]) / 2
-        edges = torch.cat([edges, _up_to(values, torch.where(middle < high[order], middle, low[order]))]).sort().values
-
-
-def partition(prefix, clusters):
-    """The first cell of each of `clusters` runs of cells, of least inertia in all. `prefix`: (3, cells + 1) sums of mass, mass x value, mass x value^2.
-
-    csrc/partition.h, level by level of its divide and conquer: the same comparisons, so the same cells.
-    """
-    mass, first, second = prefix.numpy()
-    cells = len(mass) - 1
-
-    def inertia(i, j):
-        m, s = mass[j] - mass[i], first[j] - first[i]
-        return np.maximum(second[j] - second[i] - np.divide(s * s, m, out=np.zeros_like(m), where=m > 0), 0)
-
-    least, cuts = inertia(np.zeros(cells + 1, np.int64), np.arange(cells + 1)), np.zeros((clusters, cells + 1), np.int64)
-    for k in range(1, clusters):
-        fewer, least = least, np.zeros(cells + 1)
-        start, stop = np.array([k + 1 if k + 1 < clusters else cells]), np.array([cells + 1])
-        low, high = np.array([k]), np.array([cells - 1])
-        while len(start):
-            end = (start + stop) // 2
-            last = np.minimum(high, end - 1)
-            lowest = np.minimum(np.maximum(low, cuts[k - 1, end]), last)
-            count = last - lowest + 1
-            at = np.cumsum(count) - count
-            i = np.arange(count.sum()) + np.repeat(lowest - at, count)
-            value = fewer[i] + inertia(i, np.repeat(end, count))
-            least[end] = np.minimum.reduceat(value, at)
-            hits = np.flatnonzero(value == np.repeat(least[end], count))
-            cuts[k, end] = best = i[hits[np.searchsorted(hits, at)]]
-            halves = np.concatenate([[start, end, low, best], [end + 1, stop, best, high]], 1)
-            start, stop, low, high = halves[:, halves[0] < halves[1]]
-    starts = [cells]
-    for k in reversed(range(clusters)):
-        starts.append(cuts[k, starts[-1]])
-    return torch.tensor(starts[:0:-1])
-
-
-def _fit_line(values, weight, clusters, max_iter, partition):
-    if weight is not None:
-        values, order = values.sort(stable=True)
-        weight = weight[order]
-        mass, total = _Sums(weight), _Sums(weight * values)
+def fit(rows, clusters, mass, max_iter):
+    """Centroids of the rows (N, d): (K,) in ascending order for d = 1, else (K, d)."""
+    n, d = rows.shape
+    if not rows.isfinite().all():
+        return rows.new_full((clusters,) if d == 1 else (clusters, d), torch.nan)
+    mass = rows.new_ones(n, dtype=torch.float64) if mass is None else mass
+    x, place = rows[mass > 0].double().unique(dim=0, return_inverse=True)
+    mass = mass.new_zeros(len(x)).index_add(0, place, mass[mass > 0])
+    if len(x) <= clusters:
+        c = torch.cat([x, x[-1:].expand(clusters - len(x), d)])
     else:
-        if values.device.type == "cpu":
-            values.numpy().sort()           # 10 to 30 times as fast as torch.sort
-        else:
-            values = values.sort().values
-        mass, total = Tensor.double, _Sums(values)
+        generator = torch.Generator().manual_seed(0)
+        starts = [seed(x, mass, clusters, generator) for _ in range(RESTARTS)]
+        c = min((lloyd(x, mass, start, max_iter) for start in starts), key=lambda c: inertia(x, mass, c))
+    return (c[:, 0].sort().values if d == 1 else c).to(rows.dtype)
 
-    def means(edges, otherwise):
-        """Of the values between edges; kept to their range, so that equal values are met exactly."""
-        m, t = mass(edges).diff(), total(edges).diff()
-        low, high = values[edges[:-1].clamp(max=n - 1)].double(), values[edges[1:] - 1].double()
-        return torch.where(m > 0, torch.minimum(torch.maximum(t / m, low), high), otherwise)
 
-    n = values.numel()
-    edges = _cells(values, mass, max(clusters, min(CELLS, TABLE // clusters)))
-    if len(edges) > clusters + 1:
-        m, x = mass(edges).diff().cpu(), means(edges, values[edges[:-1]].double()).cpu()
-        x = x - x[len(x) // 2]
-        starts = partition(_outwards(torch.stack([m, m * x, m * x * x]), len(x) // 2), clusters)
-        edges = torch.cat([edges[starts.to(edges.device)], edges[-1:]])
-    edges = torch.cat([edges, edges[-1:].expand(clusters + 1 - len(edges))])
-    centroids = values[edges[:-1].clamp(max=n - 1)].double()
+def distance(x, c):
+    """(N, K), of differences."""
+    return torch.cdist(x, c, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def inertia(x, mass, c):
+    """sum_i mass_i min_k |x_i - c_k|^2"""
+    return (mass * distance(x, c).amin(1).square()).sum().item()
+
+
+def seed(x, mass, clusters, generator):
+    """k-means++: each next row is drawn in proportion to mass x squared distance from those drawn before."""
+    share, drawn = mass, []
+    for _ in range(clusters):
+        drawn.append(torch.multinomial((share / share.sum()).cpu(), 1, generator=generator).item())
+        share = mass * distance(x, x[drawn]).amin(1).square()
+    return x[drawn]
+
+
+def lloyd(x, mass, c, max_iter):
+    """The centroids that `c` settles at; one without rows stays where it is."""
     for _ in range(max_iter):
-        centroids = means(edges, centroids)
-        inner = _up_to(values, (centroids[1:] + centroids[:-1]) / 2)
-        if torch.equal(inner, edges[1:-1]):
+        codes = distance(x, c).argmin(1)
+        total = mass.new_zeros(len(c)).index_add(0, codes, mass)[:, None]
+        new = torch.zeros_like(c).index_add(0, codes, mass[:, None] * x) / total
+        new = torch.where(total > 0, new, c)
+        if torch.equal(new, c):
             break
-        edges = torch.cat([edges[:1], inner, edges[-1:]])
-    return centroids
-
-
-def nearest(rows, centroids):
-    """The index of the nearest centroid of each row, the lower one of two; distances are taken of differences, in blocks of rows."""
-    blocks = rows.split(max(1, PAIRS // len(centroids)))
-    return torch.cat([torch.cdist(b, centroids, compute_mode="donot_use_mm_for_euclid_dist").argmin(1) for b in blocks])
-
-
-def _seed(rows, weight, clusters):
-    """k-means++, greedy, on the CPU: of some rows drawn in proportion to weight x squared distance from the centroids so far, the one that leaves the least."""
-    generator = torch.Generator().manual_seed(0)
-    n = max(FEWEST_SEEDS, SEEDS * clusters)
-    if len(rows) > n:
-        drawn = torch.randint(len(rows), (n,), generator=generator).to(rows.device)
-        rows, weight = rows[drawn], None if weight is None else weight[drawn]
-    rows = rows.cpu().double()
-    weight = rows.new_ones(len(rows)) if weight is None else weight.cpu()
-    left, chosen, tries = torch.ones_like(weight), [], 1
-    while len(chosen) < clusters:
-        share = (left * weight).cumsum(0)
-        if share[-1] == 0:
-            chosen += chosen[-1:] * (clusters - len(chosen))
-            break
-        drawn = torch.rand(tries, generator=generator, dtype=torch.float64) * share[-1]
-        drawn = torch.searchsorted(share, drawn, right=True).clamp_(max=len(rows) - 1)
-        after = torch.cdist(rows[drawn], rows, compute_mode="donot_use_mm_for_euclid_dist").square()
-        after = torch.minimum(after, left) if chosen else after
-        best = (after * weight).sum(1).argmin()
-        left = after[best]
-        chosen.append(drawn[best].item())
-        tries = 2 + int(math.log(clusters))
-    return rows[chosen]
-
-
-def _adder(codes, clusters, in_turn):
-    """vector -> its sums by code: number after number, or where that would take atomics (on a GPU) in the order of the codes."""
-    if in_turn:
-        return lambda vector: torch.zeros(clusters, dtype=torch.float64, device=codes.device).index_add_(0, codes, vector.double())
-    codes, order = codes.sort(stable=True)
-    edges = torch.searchsorted(codes, torch.arange(clusters + 1, device=codes.device))
-    return lambda vector: _Sums(vector[order])(edges).diff()
-
-
-def _filled(codes, empty, rows, far):
-    """The codes, after each empty cluster has taken the row farthest from its own centroid and from the rows taken before."""
-    codes = codes.clone()
-    for k in empty:
-        row = far.argmax()
-        if far[row] == 0:
-            break
-        codes[row] = k
-        far = torch.minimum(far, (rows - rows[row]).square().sum(1))
-    return codes
-
-
-def _fit_rows(rows, weight, clusters, max_iter, assign):
-    centroids = _seed(rows, weight, clusters).to(rows.device)
-    before = None
-    for _ in range(max_iter):
-        near = centroids.to(rows.dtype)
-        found = assign(rows, near).long()
-        if before is not None and torch.equal(found, before):
-            break
-        codes = before = found
-        empty = (torch.bincount(codes, minlength=clusters) == 0).nonzero()[:, 0]
-        if len(empty):
-            codes = _filled(codes, empty, rows, (rows - near[codes]).square().sum(1))
-        add = _adder(codes, clusters, rows.device.type == "cpu")
-        if weight is None:
-            mass, total = torch.bincount(codes, minlength=clusters), [add(x) for x in rows.unbind(1)]
-        else:
-            mass, total = add(weight), [add(weight * x) for x in rows.unbind(1)]
-        centroids = torch.where((mass > 0)[:, None], torch.stack(total, 1) / mass[:, None], centroids)
-    return centroids
-
-
-def fit(rows, clusters, weight, max_iter, *, assign=nearest, partition=partition):
-    """Centroids of the rows (N, d), in their dtype: (K,) for d = 1, else (K, d). `weight`: None, or N float64 numbers >= 0.
-
-    The pieces that have faster versions: `assign(rows, centroids)`, the code of each row (d > 1), and `partition(prefix, clusters)`, as above (d = 1).
-    """
-    d = rows.shape[1]
-    if not math.isfinite(_largest(rows)):
-        return rows.new_full((clusters,) if d == 1 else (clusters, d), math.nan)
-    if weight is not None:
-        rows, weight = rows[weight > 0], weight[weight > 0]
-        weight = weight / _power(_largest(weight), 1000)
-    scale = _power(_largest(rows), 100 if rows.dtype == torch.float32 else 1000)
-    rows = rows * (1 / scale)
-    centroids = _fit_line(rows[:, 0], weight, clusters, max_iter, partition) if d == 1 else _fit_rows(rows, weight, clusters, max_iter, assign)
-    return (centroids * scale).to(rows.dtype)
-
-
-def _largest(x):
-    low, high = torch.aminmax(x)
-    return max(-low.item(), high.item())
-
-
-def _power(x, limit):
-    """The power of two next above x, within limits: divided by it, squares neither overflow nor vanish."""
-    return 2.0 ** max(-limit, min(limit, math.frexp(x)[1]))
+        c = new
+    return c

@@ -7,12 +7,14 @@ parameter)`. Parameters are flat tensors of the accumulator's dtype: one number 
 tensor's after the other's. Everything is computed in the accumulator's dtype with true divisions and rounds half to even. `lsq_fwd`, `ewgs_fwd` and
 `pact_fwd` are the same bits on every backend. A comparison decides what is clipped, so NaN takes the way of what is not. No branch depends on a value.
 """
+
 import math
 
 import torch
 
-from .. import arguments
-from ..arguments import accumulator, levels
+from . import checks, parameters
+from .columns import accumulator
+from .parameters import levels
 
 
 def _parameters(flat, xs, axis=None):
@@ -20,7 +22,10 @@ def _parameters(flat, xs, axis=None):
     if axis is None:
         return flat.unbind(0)
     parts = flat.split([x.shape[axis] for x in xs])
-    return [part.reshape([-1 if i == axis % x.dim() else 1 for i in range(x.dim())]) for part, x in zip(parts, xs, strict=True)]
+    return [
+        part.reshape([-1 if i == axis % x.dim() else 1 for i in range(x.dim())])
+        for part, x in zip(parts, xs, strict=True)
+    ]
 
 
 def _wide(t):
@@ -53,7 +58,10 @@ def code(v, bits, signed):
 
 
 def lsq_fwd(xs, step, bits, signed, axis):
-    return [(s * code(_wide(x) / s, bits, signed)).to(x.dtype) for x, s in zip(xs, _parameters(_positive(step), xs, axis), strict=True)]
+    return [
+        (s * code(_wide(x) / s, bits, signed)).to(x.dtype)
+        for x, s in zip(xs, _parameters(_positive(step), xs, axis), strict=True)
+    ]
 
 
 def lsq_bwd(gs, xs, step, bits, signed, axis):
@@ -169,10 +177,10 @@ def _results(ys, single):
 
 
 def lsq(x, step, bits, *, signed=True, axis=None):
-    xs, single = arguments.weights(x, name="x")
-    arguments.bit_width(bits)
-    axis = arguments.channel_axis(axis, xs, single)
-    step = arguments.channels("step", step, xs, single, axis)
+    xs, single = checks.weights(x, name="x")
+    checks.bit_width(bits)
+    axis = checks.channel_axis(axis, xs, single)
+    step = parameters.channels("step", step, xs, single, axis)
     (low, high), ys = levels(bits, signed), []
     for w, s in zip(xs, _parameters(_positive(step), xs, axis), strict=True):
         scale = 1 / math.sqrt((w.numel() if axis is None else w.numel() // w.shape[axis]) * high)
@@ -184,9 +192,9 @@ def lsq(x, step, bits, *, signed=True, axis=None):
 
 
 def ewgs(x, lower, upper, bits, *, delta=0.0, signed=True):
-    xs, single = arguments.weights(x, name="x")
-    arguments.bit_width(bits)
-    lower, upper, delta = arguments.bounds(lower, upper, delta, xs, single)
+    xs, single = checks.weights(x, name="x")
+    checks.bit_width(bits)
+    lower, upper, delta = parameters.bounds(lower, upper, delta, xs, single)
     n, ys = 2**bits - 1, []
     for w, low, high, d in zip(xs, lower, upper, delta, strict=True):
         v, _, _ = _ewgs(w, low, high)
@@ -196,10 +204,10 @@ def ewgs(x, lower, upper, bits, *, delta=0.0, signed=True):
 
 
 def pact(x, alpha, bits, *, plus=False):
-    xs, single = arguments.weights(x, name="x")
-    arguments.bit_width(bits)
+    xs, single = checks.weights(x, name="x")
+    checks.bit_width(bits)
     n, ys = 2**bits - 1, []
-    for w, a in zip(xs, _positive(arguments.channels("alpha", alpha, xs, single)), strict=True):
+    for w, a in zip(xs, _positive(parameters.channels("alpha", alpha, xs, single)), strict=True):
         w_ = _wide(w)
         y = torch.where(w_ >= a, a, torch.where(w_ < 0, 0, w_))
         s = _over(a, n)
@@ -209,8 +217,8 @@ def pact(x, alpha, bits, *, plus=False):
 
 
 def dorefa(w, bits, *, detach_max=False):
-    ws, single = arguments.weights(w, name="w")
-    arguments.bit_width(bits)
+    ws, single = checks.weights(w, name="w")
+    checks.bit_width(bits)
     n, ys = 2**bits - 1, []
     for x in ws:
         x_ = _wide(x)

@@ -3,11 +3,14 @@
 Sources: Han et al. 2021, "Improving Low-Precision Network Quantization via Bin Regularization"; Choi, El-Khamy, Lee 2020, "Learning Sparse Low-Precision
 Neural Networks With Learnable Regularization". The ops are laid out as those of range.py, with d = 1.
 """
-import torch
 
-from .. import arguments
-from . import range as range_losses
-from .columns import columns
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks, parameters, range_losses
+from .columns import accumulator, columns
 from .quantizers import code
 
 
@@ -19,6 +22,62 @@ def _gradients(weights, formula):
     return [formula(i, columns(w)[0]).reshape(w.shape).to(w.dtype) for i, w in enumerate(weights)]
 
 
+class WeightStats(NamedTuple):
+    """0-dim tensors for a tensor, (L,) tensors for a sequence; `numel` an int, or a tuple of ints."""
+
+    min: Tensor
+    max: Tensor
+    mean: Tensor
+    std: Tensor
+    kurtosis: Tensor
+    abs_max: Tensor
+    numel: int | tuple
+
+    @classmethod
+    def of(cls, table, ws, single):
+        numel = tuple([w.numel() for w in ws])
+        return cls(*(table[0] if single else table).unbind(-1), numel[0] if single else numel)
+
+
+def _moments(x):
+    """min, max, mean, unbiased std, and mean z^3, mean z^4 with that std; spread, skew and kurtosis are 0 for a constant x."""
+    low, high, mean = x.amin(), x.amax(), x.mean()
+    centred = torch.where(high == low, 0, x - mean)
+    std = (centred.square().sum() / max(x.numel() - 1, 1)).sqrt()
+    z = centred / torch.where(high == low, 1, std)
+    return low, high, mean, std, z.pow(3).mean(), z.pow(4).mean()
+
+
+# saved: mean, 1 / std (0 for a constant tensor), mean z^3, kurtosis
+def kure_fwd(weights, target):
+    saved = []
+    for _, x in _each(weights):
+        _, _, mean, std, skew, kurtosis = _moments(x)
+        saved.append(torch.stack([mean, torch.where(std == 0, 0, 1 / std), skew, kurtosis])[None])
+    saved = torch.stack(saved)
+    return torch.where(saved[:, 0, 1] == 0, 0, (saved[:, 0, 3] - target[:, 0]).square()), saved
+
+
+def kure_bwd(grad, weights, target, saved):
+    def formula(i, x):
+        mean, rstd, skew, kurtosis = saved[i, 0].unbind()
+        n, z = x.numel(), (x - mean) * rstd
+        return (
+            grad[i] * 2 * (kurtosis - target[i]) * 4 / n * rstd * (z.pow(3) - skew - n / max(n - 1, 1) * kurtosis * z)
+        )
+
+    return _gradients(weights, formula)
+
+
+def weight_stats_fwd(weights):
+    """(L, 6): min, max, mean, unbiased std, kurtosis, max|x|."""
+    rows = []
+    for _, x in _each(weights):
+        low, high, mean, std, _, kurtosis = _moments(x)
+        rows.append(torch.stack([low, high, mean, std, kurtosis, x.abs().amax()]))
+    return torch.stack(rows)
+
+
 def _quantized(x, step, bits):
     """(step or NaN, code) with signed codes"""
     s = torch.where(step > 0, step, torch.nan)
@@ -27,7 +86,7 @@ def _quantized(x, step, bits):
 
 def _bins(c, bits):
     """The place of each code among 2^bits; of NaN the first."""
-    low, _ = arguments.levels(bits, True)
+    low, _ = parameters.levels(bits, True)
     return ((c.nan_to_num(-low) + low) // (2 if bits == 1 else 1)).long()
 
 
@@ -53,6 +112,7 @@ def bin_reg_bwd(grad, weights, step, saved, bits):
     def formula(i, x):
         s, c = _quantized(x, step[i, 0], bits)
         return 2 * grad[i] / saved[i, 0][_bins(c, bits)] * (x - s * c)
+
     return _gradients(weights, formula)
 
 
@@ -71,6 +131,7 @@ def msqe_bwd(grad, weights, step, saved, bits):
     def formula(i, x):
         s, c = _quantized(x, step[i, 0], bits)
         return 2 / x.numel() * grad[i] * (x - s * c)
+
     numel = torch.tensor([w.numel() for w in weights], dtype=step.dtype, device=step.device)
     return _gradients(weights, formula), (-2 * grad / numel)[:, None] * saved[..., 0]
 
@@ -90,6 +151,7 @@ def partial_l2_bwd(grad, weights, rank, saved):
     def formula(i, x):
         theta = saved[i, 0, 0]
         return torch.where(x.abs() > theta, 0, 2 / torch.where(theta.isnan(), theta, x.numel()) * grad[i] * x)
+
     return _gradients(weights, formula)
 
 
@@ -97,7 +159,7 @@ def split_terms(names, parameters, bits, flags):
     """For each term (name, its parameters, what else its forward takes, what else its backward takes); geometry last, where it has one."""
     at = 0
     for name, width, flag in zip(names, bits, flags, strict=True):
-        count = arguments.TERMS[name]
+        count = checks.TERMS[name]
         geometry = (1, "output") if name in ("l_inf", "margin", "soft_min_max") else (width,) if width else ()
         yield name, parameters[at : at + count], ((flag,) if name == "soft_min_max" else ()) + geometry, geometry
         at += count
@@ -109,15 +171,20 @@ def _op(name, part):
 
 def terms_fwd(weights, names, parameters, bits, flags):
     """Lists of the losses and of what is saved, one for each of `names`; `parameters` are those of the terms, one after the other."""
-    results = [_op(name, "fwd")(weights, *given, *forward) for name, given, forward, _ in split_terms(names, parameters, bits, flags)]
+    results = [
+        _op(name, "fwd")(weights, *given, *forward)
+        for name, given, forward, _ in split_terms(names, parameters, bits, flags)
+    ]
     return [loss for loss, _ in results], [saved for _, saved in results]
 
 
 def terms_bwd(grads, weights, names, parameters, bits, flags, saved):
     """(the gradients of the weights, summed over the terms before they are rounded; the gradient of each differentiable parameter)"""
-    wide = [w.to(arguments.accumulator(w.dtype)) for w in weights]
+    wide = [w.to(accumulator(w.dtype)) for w in weights]
     total, of_parameters = [torch.zeros_like(w) for w in wide], []
-    for grad, kept, (name, given, _, backward) in zip(grads, saved, split_terms(names, parameters, bits, flags), strict=True):
+    for grad, kept, (name, given, _, backward) in zip(
+        grads, saved, split_terms(names, parameters, bits, flags), strict=True
+    ):
         result = _op(name, "bwd")(grad, wide, *given, kept, *backward)
         if isinstance(result, tuple):
             result, g = result
@@ -127,23 +194,41 @@ def terms_bwd(grads, weights, names, parameters, bits, flags, saved):
     return [t.to(w.dtype) for t, w in zip(total, weights, strict=True)], of_parameters
 
 
+def kure(W, *, target=1.8):
+    ws, single = checks.weights(W)
+    target = parameters.parameter("target", target, len(ws), single, 1, ws[0], differentiable=False)
+    losses = []
+    for i, x in _each(ws):
+        *_, std, _, kurtosis = _moments(x)
+        losses.append(torch.where(std == 0, 0, (kurtosis - target[i, 0]).square()))
+    return losses[0] if single else torch.stack(losses)
+
+
+def weight_stats(W):
+    ws, single = checks.weights(W)
+    with torch.no_grad():
+        return WeightStats.of(weight_stats_fwd(ws), ws, single)
+
+
 def bin_reg(W, step, bits):
-    ws, single = arguments.weights(W)
-    arguments.bit_width(bits)
-    step = arguments.step("step", step, ws, single, differentiable=False)
+    ws, single = checks.weights(W)
+    checks.bit_width(bits)
+    step = parameters.step("step", step, ws, single, differentiable=False)
     losses = []
     for i, x in _each(ws):
         s, c = _quantized(x, step[i, 0], bits)
         bins = _bins(c, bits).detach()
         counts = _counts(bins, bits, x)
-        losses.append((torch.zeros_like(counts).scatter_add(0, bins, (x - (s * c).detach()).square()) / counts.clamp(min=1)).sum())
+        losses.append(
+            (torch.zeros_like(counts).scatter_add(0, bins, (x - (s * c).detach()).square()) / counts.clamp(min=1)).sum()
+        )
     return losses[0] if single else torch.stack(losses)
 
 
 def msqe(W, step, bits):
-    ws, single = arguments.weights(W)
-    arguments.bit_width(bits)
-    step = arguments.step("step", step, ws, single)
+    ws, single = checks.weights(W)
+    checks.bit_width(bits)
+    step = parameters.step("step", step, ws, single)
     losses = []
     for i, x in _each(ws):
         s, c = _quantized(x, step[i, 0], bits)
@@ -152,18 +237,26 @@ def msqe(W, step, bits):
 
 
 def partial_l2(W, fraction):
-    ws, single = arguments.weights(W)
-    rank = arguments.rank(fraction, ws, single)
+    ws, single = checks.weights(W)
+    rank = parameters.rank(fraction, ws, single)
     losses = []
     for i, x in _each(ws):
         with torch.no_grad():
             _, theta = partial_l2_fwd([x], rank[i : i + 1])
-        losses.append(torch.where(x.abs() > theta[0, 0, 0], 0, x.square()).sum() / torch.where(theta[0, 0, 0].isnan(), theta[0, 0, 0], x.numel()))
+        losses.append(
+            torch.where(x.abs() > theta[0, 0, 0], 0, x.square()).sum()
+            / torch.where(theta[0, 0, 0].isnan(), theta[0, 0, 0], x.numel())
+        )
     return losses[0] if single else torch.stack(losses)
 
 
 def weight_terms(W, terms):
-    functions = {**{name: getattr(range_losses, name) for name in ("l_inf", "margin", "soft_min_max", "kure")},
-                 "bin_reg": bin_reg, "msqe": msqe, "partial_l2": partial_l2}
-    ws, single = arguments.weights(W)
-    return {name: functions[name](ws[0] if single else ws, **options) for name, options in arguments.terms(terms).items()}
+    functions = {
+        **{name: getattr(range_losses, name) for name in ("l_inf", "margin", "soft_min_max")},
+        "kure": kure,
+        "bin_reg": bin_reg,
+        "msqe": msqe,
+        "partial_l2": partial_l2,
+    }
+    ws, single = checks.weights(W)
+    return {name: functions[name](ws[0] if single else ws, **options) for name, options in checks.terms(terms).items()}

@@ -1,0 +1,114 @@
+"""The formulas of what the first four moments give: kure and weight_stats."""
+
+import triton
+import triton.language as tl
+
+from .skeletons import PROPAGATE, first_block, fold, fold_states, gradient_of_loss, max_or_nan, sum_each, zeros
+
+
+@triton.jit
+def power_sums_step(b_w, constants, state):
+    (centre,) = constants
+    s1, s2, s3, s4, low, high = state
+    for u in tl.static_range(len(b_w)):
+        v = b_w[u] - centre
+        q = v * v
+        s1, s2, s3, s4 = s1 + v, s2 + q, tl.fma(q, v, s3), tl.fma(q, q, s4)
+        high, low = tl.maximum(high, b_w[u], PROPAGATE), tl.minimum(low, b_w[u], PROPAGATE)
+    return s1, s2, s3, s4, low, high
+
+
+@triton.jit
+def kure_reduce(rows, p_first, column):
+    """Power sums about a centre guessed from the first block; once more about the mean where that lies over a quarter of the spread away."""
+    centre = tl.sum(first_block(rows), 0) / rows.BLOCK
+    centre = tl.where(tl.abs(centre) < float("inf"), centre, 0)
+    zero = zeros(rows)
+    inf = zero + float("inf")
+    none = tl.full([], 0, rows.ACC)
+    s1, s2, s3, s4, b_low, b_high = none, none, none, none, inf, -inf
+    attempts = 2
+    while attempts > 0:
+        b_1, b_2, b_3, b_4, b_low, b_high = fold(rows, (centre,), (zero, zero, zero, zero, inf, -inf), power_sums_step)
+        s1, s2, s3, s4 = sum_each((b_1, b_2, b_3, b_4))
+        attempts -= 1
+        if (attempts > 0) & (16 * s1 * s1 > rows.count * s2):
+            centre += s1 / rows.count
+        else:
+            attempts = 0
+    return centre, s1, s2, s3, s4, -max_or_nan(-b_low), max_or_nan(b_high)
+
+
+@triton.jit
+def totals_step(state, rows, constants, sums):
+    total, low, high = sums
+    return (
+        total + (rows * state[0].to(tl.float64) + state[1].to(tl.float64)),
+        tl.minimum(low, state[5], PROPAGATE),
+        tl.maximum(high, state[6], PROPAGATE),
+    )
+
+
+@triton.jit
+def moments_step(state, rows, constants, sums):
+    """The power sums of a chunk, moved to the common mean."""
+    (mean,) = constants
+    s1, s2, s3, s4 = state[1].to(tl.float64), state[2].to(tl.float64), state[3].to(tl.float64), state[4].to(tl.float64)
+    d = state[0].to(tl.float64) - mean
+    m2 = s2 + d * (2 * s1 + d * rows)
+    m3 = s3 + d * (3 * s2 + d * (3 * s1 + d * rows))
+    m4 = s4 + d * (4 * s3 + d * (6 * s2 + d * (4 * s1 + d * rows)))
+    return sums[0] + m2, sums[1] + m3, sums[2] + m4
+
+
+@triton.jit
+def moments(states):
+    """(low, high, mean, std, 1 / std, mean z^3, mean z^4); of a constant tensor all behind the mean are 0."""
+    n = states.rows.to(tl.float64)
+    zero, inf = tl.zeros([states.LANES], tl.float64), tl.full([states.LANES], float("inf"), states.ACC)
+    b_total, b_low, b_high = fold_states(states, (), (zero, inf, -inf), totals_step)
+    mean, low, high = tl.sum(b_total, 0) / n, -max_or_nan(-b_low), max_or_nan(b_high)
+    m2, m3, m4 = sum_each(fold_states(states, (mean,), (zero, zero, zero), moments_step))
+    constant = low == high
+    std = tl.where(constant, 0, tl.sqrt(m2 / tl.maximum(n - 1, 1)))
+    r = tl.where(std == 0, 0, 1 / std)
+    return (
+        low,
+        high,
+        mean,
+        std,
+        r,
+        tl.where(constant, 0, m3 / n * r * r * r),
+        tl.where(constant, 0, m4 / n * r * r * r * r),
+    )
+
+
+@triton.jit
+def kure_merge(states, p_target, p_second, column):
+    _, _, mean, std, r, skew, kurtosis = moments(states)
+    off = kurtosis - tl.load(p_target + column)
+    return (tl.where(std == 0, 0, off * off),), (mean, r, skew, kurtosis)
+
+
+@triton.jit
+def kure_setup(column):
+    p, n = column.p_saved + column.i * 4, column.rows
+    mean, r, skew, kurtosis = tl.load(p), tl.load(p + 1), tl.load(p + 2), tl.load(p + 3)
+    g = gradient_of_loss(column) * 2 * (kurtosis - tl.load(column.p_first + column.i)) * 4 / n * r
+    return 0, (mean, r, g, skew, n / tl.maximum(n - 1, 1) * kurtosis)
+
+
+@triton.jit
+def kure_gradient(w, constants):
+    mean, r, g, skew, c = constants
+    z = (w - mean) * r
+    return g * tl.fma(z, tl.fma(z, z, -c), -skew)
+
+
+weight_stats_reduce = kure_reduce
+
+
+@triton.jit
+def weight_stats_merge(states, p_first, p_second, column):
+    low, high, mean, std, _, _, kurtosis = moments(states)
+    return (), (low, high, mean, std, kurtosis, tl.maximum(-low, high, PROPAGATE))

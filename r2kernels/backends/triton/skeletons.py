@@ -1,0 +1,382 @@
+"""The skeletons: reduce a list of tensors to a state per chunk, merge the states of each tensor, map the list elementwise.
+
+An op is its formulas, passed in as `tl.constexpr` functions; how a list is cut into chunks is told in `weights.py`. Nothing here imports
+torch. Loops over runtime values are `while`: the interpreter of Triton 3.6 cannot run them as `range`.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+WARPS = 4
+MERGE_LANES = 512  # states per step of a merge
+STATE = tl.constexpr(8)  # numbers in the state of a chunk
+FIELDS = tl.constexpr(
+    7
+)  # of a tensor: rows, elements, run, first chunk, gradient offset, columns, the first of them among all
+SEGMENT = tl.constexpr(64)  # elements: gradients in a flat tensor start at its multiples
+ALIGN = tl.constexpr(16)  # elements: a mask that changes only at its multiples leaves 128-bit accesses whole
+PROPAGATE = tl.constexpr(tl.PropagateNan.ALL)
+FLAT, TABLE, ADD = (
+    tl.constexpr(0),
+    tl.constexpr(1),
+    tl.constexpr(2),
+)  # gradients: in one flat tensor; in the tensors of a table; added to those
+
+
+class Rows(NamedTuple):
+    """The rows of a chunk. Only ever built as an argument of a call: assigned to a name, its constants would become tensors."""
+
+    p: tl.tensor  # of the first row where D is 1, else of the first row of the column
+    start: tl.tensor  # first row
+    count: tl.tensor
+    run: tl.tensor
+    ACC: tl.constexpr  # dtype of the sums
+    D: tl.constexpr  # columns
+    PAIRED: tl.constexpr  # two 16-bit weights are read as one int32
+    BLOCK: tl.constexpr  # lanes
+    UNROLL: tl.constexpr  # blocks in flight
+
+
+class States(NamedTuple):
+    """The states of a column's chunks."""
+
+    p: tl.tensor
+    rows: tl.tensor  # of the column
+    chunk: tl.tensor  # rows in a full chunk
+    ACC: tl.constexpr
+    D: tl.constexpr
+    LANES: tl.constexpr
+
+
+class Column(NamedTuple):
+    """What the gradient of a column comes from: gradient of the losses, parameters, what the forward saved."""
+
+    p_grad: tl.tensor
+    grad_stride: tl.tensor  # per tensor; between the planes where there are two losses
+    p_first: tl.tensor
+    p_second: tl.tensor
+    p_saved: tl.tensor
+    tensor: tl.tensor
+    i: tl.tensor  # of all columns of all tensors
+    rows: tl.tensor  # as a number of the accumulator's dtype
+
+
+def tile(itemsize, d=1, interpreted=False):
+    """(BLOCK, UNROLL): one 128-bit access a thread and block, four or more in flight, in all 4096 weights or less; fewer for gathers, whose
+    addresses take registers. The interpreter's cost is per operation, so there a block is large."""
+    if interpreted:
+        return 2048, 2
+    return 32 * WARPS * 16 // itemsize, 2 if d > 1 else 8 if itemsize == 4 else 4
+
+
+@triton.jit
+def find(i, p_tensors, p_owner, n_chunk, D: tl.constexpr):
+    """(tensor, column, first row, rows of the column, run) of chunk i."""
+    t = tl.load(p_owner + i)
+    p = p_tensors + t * FIELDS
+    j = i - tl.load(p + 3)
+    return t, (j % D).to(tl.int32), j // D * n_chunk, tl.load(p), tl.load(p + 2)
+
+
+@triton.jit
+def pointer(p_table, t, DT: tl.constexpr, ALIGNED: tl.constexpr):
+    p = tl.load(p_table + t).to(tl.pointer_type(DT))
+    return tl.multiple_of(p, 16) if ALIGNED else p
+
+
+@triton.jit
+def at(p, c, start, run, D: tl.constexpr):
+    """Rows.p in the tensor at p."""
+    return p + (start if D == 1 else c * run)
+
+
+@triton.jit
+def address(rows, i, o):
+    """Of the rows i + o of a chunk; i apart, so that the o of unrolled blocks become immediate offsets."""
+    if rows.D == 1:
+        return rows.p + i + o
+    else:
+        k = rows.start + i + o
+        return rows.p + (k // rows.run * (rows.D * rows.run) + k % rows.run)
+
+
+@triton.jit
+def select(m, new, old):
+    kept = ()
+    for s in tl.static_range(len(old)):
+        kept += (tl.where(m, new[s], old[s]),)
+    return kept
+
+
+@triton.jit
+def sum_each(blocks):
+    sums = ()
+    for s in tl.static_range(len(blocks)):
+        sums += (tl.sum(blocks[s], 0),)
+    return sums
+
+
+@triton.jit
+def max_or_nan(b):
+    return tl.where(tl.max((b != b).to(tl.int32), 0) > 0, float("nan"), tl.max(b, 0))
+
+
+@triton.jit
+def zeros(rows):
+    return tl.zeros([rows.BLOCK], rows.ACC)
+
+
+@triton.jit
+def first_block(rows):
+    """The first weights of a chunk; a short chunk is filled up with its first weight."""
+    o = tl.arange(0, rows.BLOCK)
+    return tl.load(address(rows, 0, o), mask=o < rows.count // ALIGN * ALIGN, other=tl.load(address(rows, 0, 0))).to(
+        rows.ACC
+    )
+
+
+@triton.jit
+def halves(x, DT: tl.constexpr):
+    """The two 16-bit weights in an int32. Half the lanes, so half the registers of a state, and for bfloat16 one instruction a weight, not 1.5."""
+    if DT.is_bf16():
+        return (x << 16).to(tl.float32, bitcast=True), (x & -65536).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.int16).to(DT, bitcast=True).to(tl.float32), (x >> 16).to(tl.int16).to(DT, bitcast=True).to(
+            tl.float32
+        )
+
+
+@triton.jit
+def load_blocks(rows, i, o, m, PAIRED: tl.constexpr):
+    """The weights of rows i + o, or of 2 (i + o) and the next, as a tuple of blocks."""
+    if PAIRED:
+        return halves(tl.load(rows.p.to(tl.pointer_type(tl.int32)) + i + o, mask=m), rows.p.dtype.element_ty)
+    else:
+        return (tl.load(address(rows, i, o), mask=m).to(rows.ACC),)
+
+
+@triton.jit
+def advance(b_w, constants, state, STEP: tl.constexpr, WITH: tl.constexpr):
+    if WITH is None:
+        return STEP(b_w, constants, state)
+    else:
+        return STEP(b_w, constants, state, WITH)
+
+
+@triton.jit
+def fold(rows, constants, state, STEP: tl.constexpr, WITH: tl.constexpr = None):
+    """state = STEP(blocks of weights, constants, state) over the rows of a chunk; every number of the state is a block of lanes. WITH, if any, goes last."""
+    PACK: tl.constexpr = 2 if rows.PAIRED else 1
+    TILE: tl.constexpr = rows.BLOCK * rows.UNROLL
+    o = tl.arange(0, rows.BLOCK)
+    i, n_wide = 0, rows.count // ALIGN * ALIGN // PACK
+    while i + TILE <= n_wide:
+        b_w = ()
+        for u in tl.static_range(rows.UNROLL):
+            b_w += load_blocks(rows, i, u * rows.BLOCK + o, None, rows.PAIRED)
+        state = advance(b_w, constants, state, STEP, WITH)
+        i += TILE
+    while i < n_wide:
+        m = i + o < n_wide
+        state = select(m, advance(load_blocks(rows, i, o, m, rows.PAIRED), constants, state, STEP, WITH), state)
+        i += rows.BLOCK
+    n_wide *= PACK
+    if n_wide < rows.count:
+        m = n_wide + o < rows.count
+        state = select(m, advance(load_blocks(rows, n_wide, o, m, False), constants, state, STEP, WITH), state)
+    return state
+
+
+@triton.jit
+def reduce_chunks(
+    p_weights,
+    p_tensors,
+    p_owner,
+    p_first,
+    p_states,
+    n_chunk,
+    REDUCE: tl.constexpr,
+    DT: tl.constexpr,
+    ACC: tl.constexpr,
+    D: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """One program per chunk: REDUCE(rows, parameters, column) gives its state."""
+    i = tl.program_id(0)
+    t, c, start, n, run = find(i, p_tensors, p_owner, n_chunk, D)
+    p = at(pointer(p_weights, t, DT, ALIGNED), c, start, run, D)
+    count = tl.minimum(n - start, n_chunk).to(tl.int32)
+    HALF: tl.constexpr = DT.primitive_bitwidth == 16
+    state = REDUCE(
+        Rows(p, start, count, run, ACC, D, HALF and ALIGNED and D == 1, BLOCK // 2 if HALF else BLOCK, UNROLL),
+        p_first,
+        t * D + c,
+    )
+    p_state = p_states + i.to(tl.int64) * STATE
+    for s in tl.static_range(len(state)):
+        tl.store(p_state + s, state[s])
+
+
+@triton.jit
+def fold_states(states, constants, sums, STEP: tl.constexpr):
+    """sums = STEP(state, rows of the chunk, constants, sums) over the chunks of a column, in a fixed order."""
+    j = tl.arange(0, states.LANES).to(tl.int64)
+    while tl.min(j, 0) * states.chunk < states.rows:
+        m = j * states.chunk < states.rows
+        state = ()
+        for s in tl.static_range(STATE):
+            state += (tl.load(states.p + j * (states.D * STATE) + s, mask=m, other=0),)
+        n = tl.minimum(states.rows - j * states.chunk, states.chunk).to(tl.float64)
+        sums = select(m, STEP(state, n, constants, sums), sums)
+        j += states.LANES
+    return sums
+
+
+@triton.jit
+def merge_chunks(
+    p_states,
+    p_tensors,
+    p_first,
+    p_second,
+    p_loss,
+    p_saved,
+    n_chunk,
+    MERGE: tl.constexpr,
+    LOSSES: tl.constexpr,
+    ACC: tl.constexpr,
+    D: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """One program per tensor: MERGE(states, parameters, column) gives the losses of a column and what is saved of it.
+
+    One loss is summed over the columns, two are stored for every column, in a plane each.
+    """
+    t = tl.program_id(0)
+    p = p_tensors + t * FIELDS
+    n, first = tl.load(p), tl.load(p + 3)
+    total = tl.full([], 0, tl.float64)
+    c = 0
+    while c < D:
+        column = t * D + c
+        losses, saved = MERGE(
+            States(p_states + (first + c) * STATE, n, n_chunk, ACC, D, LANES), p_first, p_second, column
+        )
+        if LOSSES == 1:
+            total += losses[0]
+        else:
+            for s in tl.static_range(LOSSES):
+                tl.store(p_loss + s * tl.num_programs(0) * D + column, losses[s])
+        for s in tl.static_range(len(saved)):
+            tl.store(p_saved + column * len(saved) + s, saved[s])
+        c += 1
+    if LOSSES == 1:
+        tl.store(p_loss + t, total)
+
+
+@triton.jit
+def read(rows, targets, i, o, m, TARGET: tl.constexpr):
+    """The weights of rows i + o, and the gradients there if they are added to."""
+    w = tl.load(address(rows, i, o), mask=m)
+    return w, tl.load(address(targets, i, o), mask=m) if TARGET == ADD else w
+
+
+@triton.jit
+def write(targets, i, o, m, w, old, constants, GRADIENT: tl.constexpr, TARGET: tl.constexpr, WITH: tl.constexpr):
+    g = GRADIENT(w.to(targets.ACC), constants) if WITH is None else GRADIENT(w.to(targets.ACC), constants, WITH)
+    if TARGET == ADD:
+        g += old.to(targets.ACC)
+    tl.store(address(targets, i, o), g.to(w.dtype), mask=m)
+
+
+@triton.jit
+def each(rows, targets, constants, GRADIENT: tl.constexpr, TARGET: tl.constexpr, WITH: tl.constexpr = None):
+    """GRADIENT(weights, constants) of all rows of a chunk, to the same rows of `targets`. WITH, if any, goes last."""
+    TILE: tl.constexpr = rows.BLOCK * rows.UNROLL
+    o = tl.arange(0, rows.BLOCK)
+    i, n_wide = 0, rows.count // ALIGN * ALIGN
+    while i + TILE <= rows.count:
+        b_w, b_old = (), ()
+        for u in tl.static_range(rows.UNROLL):
+            w, old = read(rows, targets, i, u * rows.BLOCK + o, None, TARGET)
+            b_w, b_old = b_w + (w,), b_old + (old,)
+        for u in tl.static_range(rows.UNROLL):
+            write(targets, i, u * rows.BLOCK + o, None, b_w[u], b_old[u], constants, GRADIENT, TARGET, WITH)
+        i += TILE
+    while i < n_wide:
+        m = i + o < n_wide
+        w, old = read(rows, targets, i, o, m, TARGET)
+        write(targets, i, o, m, w, old, constants, GRADIENT, TARGET, WITH)
+        i += rows.BLOCK
+    if n_wide < rows.count:
+        o_rest = tl.arange(0, ALIGN)
+        m_rest = n_wide + o_rest < rows.count
+        w_rest, old_rest = read(rows, targets, n_wide, o_rest, m_rest, TARGET)
+        write(targets, n_wide, o_rest, m_rest, w_rest, old_rest, constants, GRADIENT, TARGET, WITH)
+
+
+@triton.jit
+def clear(p, start, end):
+    while start < end:
+        o = start + tl.arange(0, SEGMENT)
+        tl.store(p + o, tl.zeros([SEGMENT], p.dtype.element_ty), mask=o < end)
+        start += SEGMENT
+
+
+@triton.jit
+def gradient_of_loss(column):
+    return tl.load(column.p_grad + column.tensor * column.grad_stride)
+
+
+@triton.jit
+def map_chunks(
+    p_weights,
+    p_targets,
+    p_tensors,
+    p_owner,
+    p_grad,
+    grad_stride,
+    p_first,
+    p_second,
+    p_saved,
+    p_parameter_gradient,
+    n_chunk,
+    SETUP: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    TARGET: tl.constexpr,
+    DT: tl.constexpr,
+    ACC: tl.constexpr,
+    D: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """One program per chunk: SETUP(column) gives the gradient of its parameter, and the constants of GRADIENT(weights, constants).
+
+    The gradient of what belongs to no column, and of the gap behind a tensor in a flat one, is 0.
+    """
+    t, c, start, n, run = find(tl.program_id(0), p_tensors, p_owner, n_chunk, D)
+    column = t * D + c
+    parameter_gradient, constants = SETUP(Column(p_grad, grad_stride, p_first, p_second, p_saved, t, column, n.to(ACC)))
+    if p_parameter_gradient is not None:
+        tl.store(p_parameter_gradient + column, parameter_gradient, mask=start == 0)
+    if TARGET == FLAT:
+        p_target = p_targets + tl.multiple_of(tl.load(p_tensors + t * FIELDS + 4), SEGMENT)
+        end = (tl.load(p_tensors + t * FIELDS + 1) + SEGMENT - 1) // SEGMENT * SEGMENT
+    else:
+        p_target = pointer(p_targets, t, DT, ALIGNED)
+        end = tl.load(p_tensors + t * FIELDS + 1)
+    p = at(pointer(p_weights, t, DT, ALIGNED), c, start, run, D)
+    count = tl.minimum(n - start, n_chunk).to(tl.int32)
+    each(
+        Rows(p, start, count, run, ACC, D, False, BLOCK, UNROLL),
+        Rows(at(p_target, c, start, run, D), start, count, run, ACC, D, False, BLOCK, UNROLL),
+        constants,
+        GRADIENT,
+        TARGET,
+    )
+    if TARGET != ADD and (c == D - 1) & (start + n_chunk >= n):
+        clear(p_target, n * D, end)

@@ -1,0 +1,299 @@
+"""Checkpoints to palettized or quantized files and back, tensor by tensor: no more than one is in memory at a time. The work of `r2kernels compress`,
+`quantize` and `expand`."""
+
+import fnmatch
+import functools
+import math
+import mmap
+import tempfile
+import warnings
+from typing import NamedTuple
+
+import torch
+
+from ..files import container
+from ..files.checkpoint import CheckpointError
+from ..files.clustered import Clustered, Form, Geometry, divided
+from ..files.format import Planned, by_alignment, saving
+from ..functional.kmeans import kmeans
+from ..nn.clipping import coded
+from .report import PANELS, count, figure, histogram, number, table
+
+PART = 2**15  # elements of a weight whose error is summed at once: they stay in the cache, on one thread
+SUFFIXES = (".safetensors", ".pt", ".pth")
+FEW_ROWS, NOT_FINITE, SKIPPED = "fewer rows than centroids", "not finite", "skipped"
+
+
+class Row(NamedTuple):
+    """A clustered or quantized weight. Bytes: in the checkpoint, in the file, and there were each code as long as its entropy."""
+
+    name: str
+    shape: tuple
+    dtype: str
+    numel: int
+    error: float  # ||W - W_hat|| / ||W||
+    snr: float  # the same in dB
+    dense: int
+    stored: int
+    bound: int
+    energies: tuple  # ||W||^2, ||W - W_hat||^2
+    panel: tuple | None  # (low, high), counts of W and of W_hat in equal bins
+
+
+class Result(NamedTuple):
+    rows: list
+    kept: dict  # name -> why a weight stays dense
+    others: int  # tensors that are no weights
+    dense: int  # bytes of all tensors
+    stored: int
+
+
+def cluster(w, form):
+    """A weight clustered by k-means, or None where it is not finite."""
+    d = form.cluster_dim
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "kmeans: .* centroids will be repeated")
+        found = kmeans(divided(w, form)[0], 2**form.bits, cluster_dim=d, layout=form.layout)
+    centroids = torch.stack(found).reshape(len(found), -1, d)
+    return Clustered.of(w, centroids, form) if centroids.isfinite().all() else None
+
+
+def plan(checkpoint, form, skip=(), verb="cluster"):
+    """(a `Planned` for every tensor of the checkpoint, name -> why a weight stays dense); CheckpointError where nothing is left to `verb`."""
+    planned, kept, used = [], {}, set()
+    weights = {entry.name for entry in checkpoint.weights}
+    for entry in checkpoint.entries:
+        matching = {
+            pattern
+            for pattern in skip
+            if any(fnmatch.fnmatchcase(part, pattern) for part in (entry.name, entry.name.rpartition(".")[0]))
+        }
+        used |= matching
+        if entry.name in checkpoint.aliases:
+            continue
+        reason = None if entry.name not in weights else SKIPPED if matching else too_small(entry.shape, form)
+        if reason:
+            kept[entry.name] = reason
+        planned.append(
+            Planned(entry.name, entry.shape, entry.dtype, form if entry.name in weights and not reason else None)
+        )
+    for pattern in skip:
+        if pattern not in used:
+            raise CheckpointError(
+                f"{checkpoint.path}: --skip {pattern} matches none of its {len(checkpoint.entries)} tensors"
+            )
+    if not any(p.form for p in planned):
+        raise CheckpointError(
+            f"{checkpoint.path}: no weight is left to {verb} ({'; '.join(f'{name}: {reason}' for name, reason in kept.items())})"
+        )
+    return planned, kept
+
+
+def too_small(shape, form):
+    if not isinstance(form, Form):
+        return None
+    geometry = Geometry(shape, form)
+    return FEW_ROWS if geometry.each < 2**form.bits or (geometry.last and not geometry.each_of_last) else None
+
+
+def compress(checkpoint, path, form, **options):
+    """Writes the palettized file of a checkpoint, its weights clustered by k-means. options: as in `write`."""
+    return write(checkpoint, path, form, cluster, "cluster", **options)
+
+
+def quantize(checkpoint, path, form, *, method="mse", symmetric=True, **options):
+    """The same with its weights on uniform levels of a range found by `method`."""
+    return write(
+        checkpoint, path, form, functools.partial(coded, method=method, symmetric=symmetric), "quantize", **options
+    )
+
+
+def write(
+    checkpoint,
+    path,
+    form,
+    encode,
+    verb,
+    *,
+    skip=(),
+    entropy=None,
+    overwrite=False,
+    plot=False,
+    advance=lambda elements: None,
+):
+    """Writes a checkpoint with its weights as encode(weight, form) codes them, or dense where that is None. `plot`: rows with panels. Calls `advance` with the
+    number of elements of weights done."""
+    planned, kept = plan(checkpoint, form, skip, verb)
+    rows, dense = [], [p for p in planned if p.form is None]
+    weights = {entry.name for entry in checkpoint.weights}
+    with saving(path, planned, checkpoint.aliases, entropy=entropy, overwrite=overwrite) as saver:
+        for p in planned:
+            if p.form is None:
+                continue
+            w = checkpoint.tensor(p.name)
+            clustered = encode(w, form)
+            if clustered is None:
+                kept[p.name] = NOT_FINITE
+                dense.append(p)
+            else:
+                rows.append(_row(p, w, clustered, saver.add(p.name, clustered), plot))
+                advance(w.numel())
+        if not rows:
+            raise CheckpointError(f"{checkpoint.path}: no weight is left to {verb}: all have a NaN or an infinity")
+        for p in by_alignment(dense):
+            saver.add(p.name, checkpoint.tensor(p.name))
+            advance(math.prod(p.shape) if p.name in weights else 0)
+    bytes_of_all = sum(math.prod(p.shape) * p.dtype.itemsize for p in planned)
+    return Result(rows, kept, len(planned) - len(rows) - len(kept), bytes_of_all, path.stat().st_size)
+
+
+def _row(p, w, clustered, stored, plot):
+    hat, size = clustered.decoded(), clustered.size()
+    flat, near = w.reshape(-1), hat.reshape(-1)
+    energies = [0.0, 0.0]
+    for a, b in zip(flat.split(PART), near.split(PART), strict=True):
+        a = a.double()
+        energies = [energies[0] + a.square().sum().item(), energies[1] + (a - b).square().sum().item()]
+    panel = None
+    if plot:
+        low, high = (x.item() for x in w.aminmax())
+        panel = (low, high), histogram(w, low, high), histogram(hat.clamp(low, high), low, high)
+    name = str(w.dtype).removeprefix("torch.")
+    return Row(
+        p.name, p.shape, name, w.numel(), *_error(*energies), size.dense, stored, size.coded, tuple(energies), panel
+    )
+
+
+def _error(energy, noise):
+    """(relative error, signal-to-noise ratio in dB)"""
+    ratio = noise / energy if energy else 0.0
+    return math.sqrt(ratio), -10 * math.log10(ratio) if ratio else math.inf
+
+
+def expand(file, path, *, overwrite=False, advance=lambda elements: None):
+    """Writes the dense checkpoint of a `Palettized` file, .safetensors or torch's. Bytes of all its tensors."""
+    entries = file.entries if path.suffix.lower() == ".safetensors" else file.own
+    planned = by_alignment([Planned(*entry) for entry in entries])
+    size = sum(math.prod(p.shape) * p.dtype.itemsize for p in planned)
+    with container.replacing(path, overwrite) as out:
+        if path.suffix.lower() == ".safetensors":
+            _expand_safetensors(file, planned, out, size, advance)
+        else:
+            _expand_torch(file, planned, out, path.parent, advance)
+    return size
+
+
+def _expand_safetensors(file, planned, out, size, advance):
+    metadata = {"format": "pt"}
+    writer = container.Writer(
+        out, len(container.header({p.name: container.entry(p.dtype, p.shape, size, size) for p in planned}, metadata))
+    )
+    for p in planned:
+        writer.add(p.name, file.tensor(p.name))
+        advance(math.prod(p.shape))
+    writer.finish(metadata)
+
+
+def _expand_torch(file, planned, out, folder, advance):
+    """torch.save takes all tensors at once: they lie in an unnamed file that is mapped into memory."""
+    with tempfile.TemporaryFile(dir=folder) as spool:
+        places = {}
+        for p in planned:
+            places[p.name] = p, spool.tell()
+            spool.write(container.as_bytes(file.tensor(p.name)))
+            advance(math.prod(p.shape))
+        spool.flush()
+        mapped = mmap.mmap(spool.fileno(), 0) if spool.tell() else b""
+        tensors = {name: _mapped(mapped, *place) for name, place in places.items()}
+        torch.save({entry.name: tensors[file.aliases.get(entry.name, entry.name)] for entry in file.entries}, out)
+
+
+def _mapped(memory, planned, at):
+    numel = math.prod(planned.shape)
+    return (
+        torch.frombuffer(memory, dtype=planned.dtype, count=numel, offset=at)
+        if numel
+        else torch.empty(0, dtype=planned.dtype)
+    ).reshape(planned.shape)
+
+
+def result_table(result):
+    total = [sum(getattr(row, field) for row in result.rows) for field in ("numel", "dense", "stored", "bound")]
+    error, snr = _error(*[math.fsum(row.energies[i] for row in result.rows) for i in range(2)])
+    return table(
+        ("weight", "shape", "dtype", "numel", "rel. error", "SNR dB", "dense", "stored", "entropy bound"),
+        [
+            (
+                row.name,
+                "x".join(map(str, row.shape)),
+                row.dtype,
+                f"{row.numel:,}",
+                number(row.error),
+                number(row.snr),
+                size_text(row.dense),
+                size_text(row.stored),
+                size_text(row.bound),
+            )
+            for row in result.rows
+        ],
+        (
+            count(len(result.rows), "weight"),
+            "",
+            "",
+            f"{total[0]:,}",
+            number(error),
+            number(snr),
+            *map(size_text, total[1:]),
+        ),
+        left=3,
+    )
+
+
+def result_lines(result, path):
+    reasons = {}
+    for name, reason in result.kept.items():
+        reasons.setdefault(reason, []).append(name)
+    kept = [
+        f"{count(len(names), 'weight')} {reason} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for reason, names in reasons.items()
+    ]
+    kept += [count(result.others, "other tensor")] * (result.others > 0)
+    ratio = f"{size_text(result.dense)} -> {size_text(result.stored)}, {result.dense / result.stored:.2f}x smaller"
+    return [f"kept as they are: {'; '.join(kept)}"] * bool(kept) + [f"{path}: {ratio}"]
+
+
+def result_json(result, checkpoint, path, form, **options):
+    hidden = ("energies", "panel")
+    weights = [{key: value for key, value in row._asdict().items() if key not in hidden} for row in result.rows]
+    return {
+        "checkpoint": str(checkpoint.path),
+        "out": str(path),
+        **form._asdict(),
+        **options,
+        "weights": weights,
+        "kept": result.kept,
+        "others": result.others,
+        "dense": result.dense,
+        "stored": result.stored,
+    }
+
+
+def size_text(size):
+    """Bytes in the largest unit of which there is one."""
+    power = min(int(math.log10(max(size, 1))) // 3, 4)
+    return f"{size} B" if power == 0 else f"{size / 1000**power:#.4g} {'kMGT'[power - 1]}B"
+
+
+def result_figure(result, title):
+    """Distributions of the weights with the lowest SNR, and over each that of W_hat: its centroids or levels."""
+    drawn = sorted((row for row in result.rows if row.panel and row.panel[1]), key=lambda row: row.snr)[:PANELS]
+    if len(drawn) < len(result.rows):
+        title += f"\n{len(drawn)} of {len(result.rows)} weights: those with the lowest SNR"
+    if not drawn:
+        raise CheckpointError("all weights are constant: there is nothing to draw")
+    made = figure(title, [(f"{row.name[-36:]}\nSNR {row.snr:.1f} dB", *row.panel[:2]) for row in drawn])
+    for axes, row in zip(made.axes, drawn, strict=True):
+        (low, high), _, near = row.panel
+        axes.stairs(near, torch.linspace(low, high, len(near) + 1).tolist(), color="tab:red", fill=True, alpha=0.7)
+        axes.set_ylim(top=2 * max(near))
+    return made

@@ -1,0 +1,185 @@
+"""Reading checkpoints tensor by tensor: .safetensors, .pt, .pth. A large file is mapped into memory, never loaded whole.
+
+The exception is a .pt or .pth in torch's format from before 1.6, which can only be loaded at once. No code from a file is ever run.
+"""
+
+import math
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..reference.checks import DTYPES
+
+NESTED = ("state_dict", "model", "model_state_dict", "module")
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be read or written as a checkpoint. One line: the file, what is wrong with it, what is allowed."""
+
+
+class Entry(NamedTuple):
+    """What is known of a tensor before it is read."""
+
+    name: str
+    shape: tuple
+    dtype: torch.dtype
+
+    @property
+    def numel(self):
+        return math.prod(self.shape)
+
+    @property
+    def is_weight(self):
+        """Whether it is a weight matrix or kernel: floating point, two or more dimensions, not empty."""
+        return self.dtype in DTYPES and len(self.shape) >= 2 and self.numel > 0
+
+
+class Checkpoint:
+    """`entries`: name, shape and dtype of every tensor of the state dict in the file at `path`; `read` gives the tensors, one at a time.
+    `aliases`: of those that are one tensor under several names, name -> the first of them.
+
+    Raises CheckpointError.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        opener = _OPENERS.get(self.path.suffix.lower())
+        if opener is None:
+            raise CheckpointError(
+                f"{path}: unknown kind of checkpoint {self.path.suffix!r}; allowed are {', '.join(_OPENERS)}"
+            )
+        _check_file(self.path)
+        self.entries, self._get, self.aliases = opener(self.path)
+
+    @property
+    def weights(self):
+        """The entries that are weights, at least one."""
+        found = [entry for entry in self.entries if entry.is_weight]
+        if not found:
+            raise CheckpointError(
+                f"{self.path}: no weight (floating point, two or more dimensions) among its {len(self.entries)} tensors"
+            )
+        return found
+
+    def read(self, entries=None):
+        """Yields (entry, tensor on the CPU) for all entries or for these, in order."""
+        for entry in self.entries if entries is None else entries:
+            yield entry, self.tensor(entry.name)
+
+    def tensor(self, name):
+        return self._get(name)
+
+
+def _check_file(path):
+    try:
+        if path.is_dir():
+            raise CheckpointError(f"{path}: is a directory; a checkpoint is one {', '.join(_OPENERS)} file")
+        with path.open("rb") as file:
+            if not file.read(1):
+                raise CheckpointError(f"{path}: is empty")
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+
+
+def _open_safetensors(path):
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file = safe_open(path, framework="pt")
+        return [_safetensors_entry(file, name) for name in sorted(file.keys(), key=natural)], file.get_tensor, {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: is truncated, corrupt or not a safetensors file ({_first_line(error)})"
+        ) from error
+
+
+def _safetensors_entry(file, name):
+    stored = file.get_slice(name)
+    shape = tuple(stored.get_shape())
+    return Entry(name, shape, (stored[:0] if shape else file.get_tensor(name)).dtype)
+
+
+def natural(name):
+    """Sorts layers.2 before layers.10."""
+    parts = re.split(r"(\d+)", name)
+    return [(len(part.lstrip("0")), part.lstrip("0")) if part.isdecimal() else (-1, part) for part in parts]
+
+
+def _open_torch(path):
+    tensors = {
+        str(name): value.detach()
+        for name, value in _state_dict(path, _load_torch(path)).items()
+        if isinstance(value, Tensor)
+    }
+    if not tensors:
+        raise CheckpointError(
+            f"{path}: holds no tensors; a checkpoint is a state dict (name -> tensor), or has one under {', '.join(NESTED)}"
+        )
+    for name, tensor in tensors.items():
+        if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise CheckpointError(
+                f"{path}: {name} is a {type(tensor).__name__} ({tensor.layout}, {tensor.device}); only dense tensors with data are supported"
+            )
+    return (
+        [Entry(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()],
+        tensors.get,
+        same_tensors(tensors),
+    )
+
+
+def same_tensors(tensors):
+    """name -> an earlier name of the same tensor: the same memory, read in the same way."""
+    aliases, seen = {}, {}
+    for name, tensor in tensors.items():
+        first = seen.setdefault((tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()), name)
+        if first != name and tensor.numel():
+            aliases[name] = first
+    return aliases
+
+
+def _load_torch(path):
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # bytes that are not a checkpoint make the unpickler raise anything
+        raise CheckpointError(
+            f"{path}: {_refusal(str(error)) or f'is truncated, corrupt or not written by torch.save ({_first_line(error)})'}"
+        ) from error
+
+
+def _refusal(message):
+    """Why torch refused an intact file, or None."""
+    if "TorchScript" in message:
+        return "is a TorchScript archive; save the model's state_dict() instead"
+    unsafe = re.search(r"GLOBAL (\S+)", message)
+    return (
+        unsafe
+        and f"holds a pickled object ({unsafe[1]}), refused because loading it can run code; save the model's state_dict() instead"
+    )
+
+
+def _state_dict(path, loaded):
+    for _ in NESTED:
+        if isinstance(loaded, Mapping):
+            loaded = next((loaded[key] for key in NESTED if isinstance(loaded.get(key), Mapping)), loaded)
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(
+            f"{path}: holds a {type(loaded).__name__}; a checkpoint is a state dict (name -> tensor), or has one under {', '.join(NESTED)}"
+        )
+    return loaded
+
+
+def _first_line(error):
+    """A library's error, without the advice that follows it."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].split('. ')[0]}" if lines else type(error).__name__
+
+
+_OPENERS = {".safetensors": _open_safetensors, ".pt": _open_torch, ".pth": _open_torch}

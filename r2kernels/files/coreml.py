@@ -1,0 +1,81 @@
+"""Clustered weights as coremltools has them in a state_dict: the hard weight, and beside it what its converter reads.
+
+For a parameter `fc.weight`: `fc._COREML_/weight/lut`, (groups, 1, ..., K, d) of two more dimensions than the weight; for d > 1 `.../vector_axis`, along which
+its rows lie; for divided channels `.../palettization_scale`, (C, 1, ...); `.../compression_type`.
+"""
+
+import math
+
+import torch
+
+from .clustered import Clustered, Form, is_turned
+
+PREFIX, PALETTIZATION = "_COREML_", 2
+
+
+def to_coreml(name, clustered):
+    """name -> tensor: the weight and what coremltools keeps beside it. ValueError where its layout cannot express how the weight is clustered."""
+    axis = vector_axis(name, clustered)
+    dims, d = len(clustered.shape), clustered.form.cluster_dim
+    found = {
+        "lut": clustered.luts().reshape(-1, *[1] * (dims - 1), 2**clustered.form.bits, d),
+        "compression_type": torch.tensor([PALETTIZATION]),
+    }
+    if d > 1:
+        found["vector_axis"] = torch.tensor(axis)
+    if clustered.scales is not None:
+        found["palettization_scale"] = clustered.scales.reshape(-1, *[1] * (dims - 1))
+    return {name: clustered.decoded()} | {_beside(name, key): tensor for key, tensor in found.items()}
+
+
+def indices(name, clustered):
+    """The codes as `constexpr_lut_to_dense` takes them: shaped like the weight, but along the vector axis one for each row."""
+    axis, shape, d = vector_axis(name, clustered), list(clustered.shape), clustered.form.cluster_dim
+    codes, groups = clustered.unpacked().codes, clustered.geometry.groups
+    shape[axis] //= d
+    if not is_turned(clustered.shape, d, clustered.form.layout):
+        return codes.reshape(shape)
+    return codes.reshape(groups, shape[-1], *shape[1:-1], shape[0] // groups).transpose(1, -1).reshape(shape)
+
+
+def vector_axis(name, clustered):
+    """The dimension along which rows lie."""
+    form, shape = clustered.form, clustered.shape
+    axis = 0 if form.cluster_dim == 1 or is_turned(shape, form.cluster_dim, form.layout) else len(shape) - 1
+    length = min(form.group_size or shape[0], shape[0]) if axis == 0 else shape[axis]
+    if clustered.geometry.last or length % form.cluster_dim:
+        raise ValueError(
+            f"{name} has shape {shape}; coremltools' layout needs groups of equal size, and rows that end with a group or dimension"
+        )
+    return axis
+
+
+def from_coreml(state):
+    """name -> `Clustered` of every palettized weight in the state_dict of a model that coremltools finalized."""
+    return {name: _clustered(name, state) for name in state if _beside(name, "lut") in state}
+
+
+def _clustered(name, state):
+    weight, lut, axis, scale = (
+        state.get(key) for key in (name, *[_beside(name, key) for key in ("lut", "vector_axis", "palettization_scale")])
+    )
+    groups, (entries, d) = len(lut), lut.shape[-2:]
+    if math.prod(lut.shape) != groups * entries * d or len(weight) % groups or entries > 256:
+        raise ValueError(
+            f"{name} has tables of shape {tuple(lut.shape)}; allowed are at most 256 entries, and groups of output channels"
+        )
+    axis = 0 if axis is None else int(axis) % weight.dim()
+    if axis not in (0, weight.dim() - 1):
+        raise ValueError(f"{name} has rows along dimension {axis}; allowed are the first and the last one")
+    bits = max((entries - 1).bit_length(), 1)
+    tables = lut.reshape(groups, entries, d)
+    tables = torch.cat([tables, tables[:, -1:].expand(-1, 2**bits - entries, -1)], 1)
+    form = Form(
+        bits, d, "contiguous" if axis else "output", None if groups == 1 else len(weight) // groups, scale is not None
+    )
+    return Clustered.of(weight, tables, form, None if scale is None else scale.reshape(-1))
+
+
+def _beside(name, key):
+    module, dot, parameter = name.rpartition(".")
+    return f"{module}{dot}{PREFIX}/{parameter}/{key}"

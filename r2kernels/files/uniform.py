@@ -1,0 +1,122 @@
+"""A weight on uniform levels as it is stored: codes, a scale and a zero point for the tensor or for each channel."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..reference.columns import accumulator
+from .clustered import Size, entropy
+from .packing import Groups, pack, unpack
+
+
+class Grid(NamedTuple):
+    """How a weight is quantized. axis: that of its channels, or None."""
+
+    bits: int
+    axis: int | None = None
+
+    def channels(self, shape):
+        return 1 if self.axis is None else shape[self.axis]
+
+    def groups(self, shape, bits):
+        """How the codes lie in `bits` bits each."""
+        return Groups(math.prod(shape), math.prod(shape), bits)
+
+    def parts(self, shape, dtype):
+        """part -> (dtype, shape) of what is stored beside the codes."""
+        each = (self.channels(shape),)
+        return {"scale": (accumulator(dtype), each), "zero": (torch.int16, each)}
+
+    def wrong(self, shape):
+        """(field, value) of what is not allowed for a weight of this shape, or None."""
+        if type(self.bits) is not int or not 1 <= self.bits <= 8:
+            return "bits", self.bits
+        if self.axis is not None and (type(self.axis) is not int or not 0 <= self.axis < len(shape)):
+            return "axis", self.axis
+        return None
+
+    def restored(self, shape, dtype, codes, width, parts):
+        return Uniform(shape, dtype, self, codes, width, parts["scale"], parts["zero"])
+
+
+class Uniform(NamedTuple):
+    """A weight: `decoded()` is scale (code - zero / 2). The zero point is in half steps, because EWGS, DoReFa and one bit have no level at 0."""
+
+    shape: tuple
+    dtype: torch.dtype
+    form: Grid
+    codes: Tensor  # uint8, in the order of the weight, in `width` bits each
+    width: int  # 8, or the bits of the form: packed
+    scale: Tensor  # (C,), or (1,) for the tensor, in the accumulator's dtype
+    zero: Tensor  # (C,) or (1,) int16: twice the code of 0
+
+    @classmethod
+    def of(cls, codes, dtype, form, scale, zero):
+        """From codes shaped like the weight, as floating-point numbers; scale and zero: a number or one for each channel."""
+        shape = tuple(codes.shape)
+        channels = form.channels(shape)
+        top = 2**form.bits - 1
+        flat = codes.nan_to_num(0).clamp(0, top).to(torch.uint8).reshape(-1)
+        zero = torch.as_tensor(zero, device=codes.device).to(torch.int16).reshape(-1).expand(channels).contiguous()
+        return cls(
+            shape,
+            dtype,
+            form,
+            flat,
+            8,
+            scale.detach().to(accumulator(dtype)).reshape(-1).expand(channels).contiguous(),
+            zero,
+        )
+
+    @property
+    def groups(self):
+        return self.form.groups(self.shape, self.width)
+
+    def packed(self):
+        """These with packed codes."""
+        bits = self.form.bits
+        return (
+            self
+            if self.width == bits
+            else self._replace(codes=pack(self.codes, self.form.groups(self.shape, bits)), width=bits)
+        )
+
+    def unpacked(self):
+        """These with a byte for each code."""
+        return self if self.width == 8 else self._replace(codes=unpack(self.codes, self.groups), width=8)
+
+    def parts(self):
+        return {"scale": self.scale, "zero": self.zero}
+
+    def decoded(self):
+        codes = self.unpacked().codes[: math.prod(self.shape)].reshape(self.shape)
+        scale, zero = (
+            along(self.scale, self.form.axis, len(self.shape)),
+            along(self.zero, self.form.axis, len(self.shape)),
+        )
+        return (scale * (codes.to(scale.dtype) - zero.to(scale.dtype) / 2)).to(self.dtype)
+
+    def counts(self):
+        """(2**bits,) how often each code occurs."""
+        return torch.bincount(self.unpacked().codes, minlength=2**self.form.bits)
+
+    def size(self):
+        codes = self.form.groups(self.shape, self.form.bits).nbytes
+        return Size(
+            math.prod(self.shape) * self.dtype.itemsize,
+            codes,
+            self.scale.nbytes + self.zero.nbytes,
+            0,
+            entropy(self.counts()),
+        )
+
+
+def along(values, axis, dims):
+    """(C,) numbers as a factor of a tensor of so many dimensions, along its axis; (1,) ones of all of it."""
+    return (
+        values.reshape([-1 if i == axis else 1 for i in range(dims)])
+        if axis is not None
+        else values.reshape([1] * dims)
+    )

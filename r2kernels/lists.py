@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .reference.columns import accumulator
+from .contract import accumulator
 
 CHUNK = 4096  # rows per chunk on the CPU: 16 KiB of float32 stay in a core's first cache between its two passes
 BLOCK = 4096  # rows per step of a GPU program

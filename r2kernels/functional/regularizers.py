@@ -34,7 +34,8 @@ class _Terms(torch.autograd.Function):
         gradients = []
         for name in names:
             gradients += [
-                next(learned) if place == 0 and name in _LEARNED else None for place in range(checks.TERMS[name])
+                next(learned) if place == 0 and name in _LEARNED else None
+                for place in range(checks.tensors_of_term(name))
             ]
         gradients += carve_gradients(buffers, ws)
         return None, None, *[g if need else None for g, need in zip(gradients, ctx.needs_input_grad[2:], strict=True)]

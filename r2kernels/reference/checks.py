@@ -201,16 +201,8 @@ def channel_axis(axis, xs, single, name="x"):
     return axis
 
 
+# name -> options, in the order in which the term's op takes them as tensors (all but bits)
 TERMS = {
-    "l_inf": 0,
-    "margin": 2,
-    "soft_min_max": 1,
-    "kure": 1,
-    "bin_reg": 1,
-    "msqe": 1,
-    "partial_l2": 1,
-}  # name -> tensors that its op takes
-_OPTIONS = {
     "l_inf": (),
     "margin": ("M", "k"),
     "soft_min_max": ("alpha",),
@@ -220,6 +212,11 @@ _OPTIONS = {
     "partial_l2": ("fraction",),
 }
 _OPTIONAL = ("k", "target")
+
+
+def tensors_of_term(name):
+    """How many tensors the op of a term takes beside the weights."""
+    return len([option for option in TERMS[name] if option != "bits"])
 
 
 def terms(value):
@@ -233,10 +230,10 @@ def terms(value):
             raise ValueError(f"terms has {name!r}; allowed are {tuple(TERMS)}")
         if not isinstance(options, dict):
             raise TypeError(f"terms[{name!r}] must be a dict of keyword arguments, got {type(options).__name__}")
-        needed = [o for o in _OPTIONS[name] if o not in _OPTIONAL]
-        if not {*needed} <= {*options} <= {*_OPTIONS[name]}:
+        needed = [o for o in TERMS[name] if o not in _OPTIONAL]
+        if not {*needed} <= {*options} <= {*TERMS[name]}:
             raise ValueError(
-                f"terms[{name!r}] has {tuple(options)}; it needs {tuple(needed)} and allows {_OPTIONS[name]} (all terms read W in one column)"
+                f"terms[{name!r}] has {tuple(options)}; it needs {tuple(needed)} and allows {TERMS[name]} (all terms read W in one column)"
             )
     return value
 

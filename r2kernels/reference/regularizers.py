@@ -159,7 +159,7 @@ def split_terms(names, parameters, bits, flags):
     """For each term (name, its parameters, what else its forward takes, what else its backward takes); geometry last, where it has one."""
     at = 0
     for name, width, flag in zip(names, bits, flags, strict=True):
-        count = checks.TERMS[name]
+        count = checks.tensors_of_term(name)
         geometry = (1, "output") if name in ("l_inf", "margin", "soft_min_max") else (width,) if width else ()
         yield name, parameters[at : at + count], ((flag,) if name == "soft_min_max" else ()) + geometry, geometry
         at += count

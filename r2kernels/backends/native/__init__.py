@@ -6,7 +6,7 @@ from array import array
 import torch
 
 from ... import lists
-from ...reference.columns import accumulator
+from ...contract import accumulator
 from .quantizers import Quantizers
 from .regularizers import Regularizers
 

@@ -3,8 +3,7 @@
 import torch
 
 from ... import lists
-from ...reference.checks import TERMS
-from ...reference.columns import accumulator
+from ...contract import TERMS, accumulator, tensors_of_term
 
 SAVED = {
     "l_inf": 2,
@@ -120,7 +119,7 @@ def _given(names, parameters):
     """(first, second) parameter of each term, None where it has none."""
     at = 0
     for name in names:
-        count = TERMS[name]
+        count = tensors_of_term(name)
         yield (*parameters[at : at + count], None, None)[:2]
         at += count
 

@@ -5,7 +5,7 @@ import contextlib
 import torch
 
 from ... import lists
-from ...reference.columns import accumulator
+from ...contract import accumulator
 from .quantizers import Quantizers
 from .regularizers import Regularizers
 

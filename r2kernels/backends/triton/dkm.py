@@ -3,7 +3,7 @@
 import torch
 
 from ... import lists
-from ...reference.columns import accumulator
+from ...contract import accumulator
 from . import dkm_rows_kernels as dkm_rows
 from . import dkm_scalar_kernels as dkm_scalar
 from . import dkm_sums_kernels as dkm_sums

@@ -3,8 +3,7 @@
 import torch
 
 from ... import lists
-from ...reference.columns import accumulator
-from ...reference.parameters import levels
+from ...contract import accumulator, levels
 
 COLUMNS, LANES = (
     32,

@@ -6,8 +6,7 @@ bin_reg counts beforehand (one launch more), partial_l2 looks for its threshold 
 import torch
 
 from ... import lists
-from ...reference.checks import TERMS
-from ...reference.columns import accumulator
+from ...contract import accumulator, tensors_of_term
 
 SAVED = {"l_inf": 2, "margin": 1, "soft_min_max": 8, "kure": 4, "msqe": 1, "partial_l2": 1}  # bin_reg: 2^bits
 LEARNED = ("margin", "soft_min_max", "msqe")
@@ -120,10 +119,10 @@ class Regularizers:
         for name, width, flag in zip(names, bits, flags, strict=True):
             term = KEYS.index("frozen" if name == "soft_min_max" and not flag else name)
             codes.append(self.regularizers.encode(term, width, lanes))
-            given = [p.contiguous() for p in parameters[at : at + TERMS[name]]] + [None, None]
+            given = [p.contiguous() for p in parameters[at : at + tensors_of_term(name)]] + [None, None]
             first.append(given[0])
             second.append(given[1])
-            at, lanes = at + TERMS[name], lanes + self.regularizers.LANES_OF[term]
+            at, lanes = at + tensors_of_term(name), lanes + self.regularizers.LANES_OF[term]
         return tuple(codes), tuple(first), tuple(second)
 
     def _count(self, tensors, table, plan, given, BITS, PASS):

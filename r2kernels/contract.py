@@ -1,0 +1,147 @@
+"""The op contract: one table of what every backend has, a row for each op.
+
+The op `margin_fwd` is the function of that name in reference/, and the method of that name of every backend's launchers; `ops.py` registers it as
+`torch.ops.r2kernels.margin_fwd`. Lists of tensors have one dtype and device. Losses, parameters and what is saved have the accumulator's dtype;
+gradients and quantized tensors have the dtype of the weights and are laid out as `lists.empty_gradients` has them.
+
+Losses: `<op>_fwd(weights, parameters..., options..., d, layout) -> (loss, saved)`, loss (L,), saved (L, d, numbers), parameters (L, d);
+`<op>_bwd(grad, weights, parameters..., saved, options..., d, layout)` gives the gradients of the weights, and of the learned parameter. The kernels
+behind it also take `out=`, a list of tensors that the gradients are added to. Those without d and layout read a weight as one column.
+
+Quantizers: `<op>_fwd(xs, parameters..., options...) -> ys` and `<op>_bwd(gs, xs, parameters..., options...)`; parameters are flat, one number for
+each tensor or channel; told in reference/quantizers.py.
+
+DKM: `dkm_fwd`, `dkm_bwd` and `dkm_solve` run algorithms/ over the passes of a backend, its `DKM`. Centroids are (L, K, d), filled up with zeros where
+tensor t has fewer, clusters[t], than K; for d = 1 sorted, except for `assign_fwd`.
+"""
+
+from typing import NamedTuple
+
+from .reference.checks import TERMS, tensors_of_term
+from .reference.columns import accumulator
+from .reference.parameters import levels
+
+__all__ = ["BY_NAME", "OPS", "STATISTICS", "TERMS", "Op", "accumulator", "levels", "tensors_of_term"]
+
+
+class Op(NamedTuple):
+    name: str
+    forward: str  # schema of <name>_fwd
+    backward: str | None = None
+    saved: int | None = 0  # numbers that a loss saves for each column; None: 2^bits
+    learned: int = 0  # of its parameters the first so many have a gradient
+    scatters: bool = False  # sums by cluster, or counts by code or digit
+
+
+L_INF = Op(
+    "l_inf",
+    "(Tensor[] weights, int d, str layout) -> (Tensor, Tensor)",
+    "(Tensor grad, Tensor[] weights, Tensor saved, int d, str layout) -> Tensor[]",
+    saved=2,
+)
+MARGIN = Op(
+    "margin",
+    "(Tensor[] weights, Tensor M, Tensor k, int d, str layout) -> (Tensor, Tensor)",
+    "(Tensor grad, Tensor[] weights, Tensor M, Tensor k, Tensor saved, int d, str layout) -> (Tensor[], Tensor)",
+    saved=1,
+    learned=1,
+)
+SOFT_MIN_MAX = Op(
+    "soft_min_max",
+    "(Tensor[] weights, Tensor alpha, bool alpha_grad, int d, str layout) -> (Tensor, Tensor)",
+    "(Tensor grad, Tensor[] weights, Tensor alpha, Tensor saved, int d, str layout) -> (Tensor[], Tensor)",
+    saved=8,
+    learned=1,
+)
+# The loss is (2, L, d): the soft minima and the soft maxima of every column.
+SOFT_EXTREMA = Op("soft_extrema", SOFT_MIN_MAX.forward, SOFT_MIN_MAX.backward, saved=8, learned=1)
+KURE = Op(
+    "kure",
+    "(Tensor[] weights, Tensor target) -> (Tensor, Tensor)",
+    "(Tensor grad, Tensor[] weights, Tensor target, Tensor saved) -> Tensor[]",
+    saved=4,
+)
+# (L, STATISTICS): min, max, mean, unbiased std, kurtosis, max|w|
+WEIGHT_STATS = Op("weight_stats", "(Tensor[] weights) -> Tensor")
+STATISTICS = 6
+BIN_REG = Op(
+    "bin_reg",
+    "(Tensor[] weights, Tensor step, int bits) -> (Tensor, Tensor)",
+    "(Tensor grad, Tensor[] weights, Tensor step, Tensor saved, int bits) -> Tensor[]",
+    saved=None,
+    scatters=True,
+)
+MSQE = Op(
+    "msqe",
+    "(Tensor[] weights, Tensor step, int bits) -> (Tensor, Tensor)",
+    "(Tensor grad, Tensor[] weights, Tensor step, Tensor saved, int bits) -> (Tensor[], Tensor)",
+    saved=1,
+    learned=1,
+)
+PARTIAL_L2 = Op(
+    "partial_l2",
+    "(Tensor[] weights, Tensor rank) -> (Tensor, Tensor)",
+    "(Tensor grad, Tensor[] weights, Tensor rank, Tensor saved) -> Tensor[]",
+    saved=1,
+    scatters=True,
+)
+# Several losses from one read; bits are 0 and flags False for those without; flags: alpha_grad.
+WEIGHT_TERMS = Op(
+    "terms",
+    "(Tensor[] weights, str[] names, Tensor[] parameters, int[] bits, bool[] flags) -> (Tensor[], Tensor[])",
+    "(Tensor[] grads, Tensor[] weights, str[] names, Tensor[] parameters, int[] bits, bool[] flags, Tensor[] saved) -> (Tensor[], Tensor[])",
+)
+LSQ = Op(
+    "lsq",
+    "(Tensor[] xs, Tensor step, int bits, bool signed, int? axis) -> Tensor[]",
+    "(Tensor[] gs, Tensor[] xs, Tensor step, int bits, bool signed, int? axis) -> (Tensor[], Tensor)",
+    learned=1,
+)
+EWGS = Op(
+    "ewgs",
+    "(Tensor[] xs, Tensor lower, Tensor upper, Tensor delta, int bits, bool signed) -> Tensor[]",
+    "(Tensor[] gs, Tensor[] xs, Tensor lower, Tensor upper, Tensor delta, int bits, bool signed) -> (Tensor[], Tensor, Tensor)",
+    learned=2,
+)
+PACT = Op(
+    "pact",
+    "(Tensor[] xs, Tensor alpha, int bits, bool plus) -> Tensor[]",
+    "(Tensor[] gs, Tensor[] xs, Tensor alpha, int bits, bool plus) -> (Tensor[], Tensor)",
+    learned=1,
+)
+DOREFA = Op(
+    "dorefa",
+    "(Tensor[] xs, Tensor scale, int bits, bool detach_max) -> Tensor[]",
+    "(Tensor[] gs, Tensor[] xs, Tensor scale, int bits, bool detach_max) -> Tensor[]",
+)
+_PROBLEM = "Tensor tau, int[] clusters, str metric, int d, str layout"
+DKM = Op(
+    "dkm",
+    f"(Tensor[] weights, Tensor centroids, int iterations, {_PROBLEM}) -> (Tensor[], Tensor, Tensor)",
+    "(Tensor grad_centroids, Tensor[] weights, Tensor[] grads, Tensor history, Tensor moments, str gradient, bool centroid_grad, "
+    f"{_PROBLEM}) -> (Tensor[], Tensor)",
+    scatters=True,
+)
+ASSIGN = Op(
+    "assign", "(Tensor[] weights, Tensor centroids, int[] clusters, int d, str layout) -> Tensor[]", scatters=True
+)
+
+OPS = (
+    L_INF,
+    MARGIN,
+    SOFT_MIN_MAX,
+    SOFT_EXTREMA,
+    KURE,
+    WEIGHT_STATS,
+    BIN_REG,
+    MSQE,
+    PARTIAL_L2,
+    WEIGHT_TERMS,
+    LSQ,
+    EWGS,
+    PACT,
+    DOREFA,
+    DKM,
+    ASSIGN,
+)
+BY_NAME = {op.name: op for op in OPS}

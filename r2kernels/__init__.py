@@ -3,22 +3,26 @@
 from . import reference
 from .backends import backends, use_backend
 from .files.format import load_palettized, save_palettized, save_quantized
-from .functional.dkm import assign, dkm
-from .functional.kmeans import kmeans
-from .functional.quantizers import dorefa, ewgs, lsq, pact
-from .functional.range_losses import (
+from .functional import (
     WeightStats,
+    assign,
     bin_reg,
+    dkm,
+    dorefa,
+    ewgs,
+    kmeans,
     kure,
     l_inf,
+    lsq,
     margin,
     msqe,
+    pact,
     partial_l2,
     soft_extrema,
     soft_min_max,
     weight_stats,
+    weight_terms,
 )
-from .functional.regularizers import weight_terms
 from .nn import LearnableCoefficient, Palettizer, Quantizer, RangeRegularizer, calibrate
 from .version import __version__
 

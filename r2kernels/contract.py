@@ -1,18 +1,20 @@
 """The op contract: one table of what every backend has, a row for each op.
 
-The op `margin_fwd` is the function of that name in reference/, and the method of that name of every backend's launchers; `ops.py` registers it as
-`torch.ops.r2kernels.margin_fwd`. Lists of tensors have one dtype and device. Losses, parameters and what is saved have the accumulator's dtype;
-gradients and quantized tensors have the dtype of the weights and are laid out as `lists.empty_gradients` has them.
+The op `margin_fwd` is the function of that name in reference/, and the method of that name of every backend's
+launchers; `ops.py` registers it as `torch.ops.r2kernels.margin_fwd`. Lists of tensors have one dtype and device.
+Losses, parameters and what is saved have the accumulator's dtype; gradients and quantized tensors have the dtype of
+the weights and are laid out as `lists.empty_gradients` has them.
 
-Losses: `<op>_fwd(weights, parameters..., options..., d, layout) -> (loss, saved)`, loss (L,), saved (L, d, numbers), parameters (L, d);
-`<op>_bwd(grad, weights, parameters..., saved, options..., d, layout)` gives the gradients of the weights, and of the learned parameter. The kernels
-behind it also take `out=`, a list of tensors that the gradients are added to. Those without d and layout read a weight as one column.
+Losses: `<op>_fwd(weights, parameters..., options..., d, layout) -> (loss, saved)`, loss (L,), saved (L, d, numbers),
+parameters (L, d); `<op>_bwd(grad, weights, parameters..., saved, options..., d, layout)` gives the gradients of the
+weights, and of the learned parameter. The kernels behind it also take `out=`, a list of tensors that the gradients are
+added to. Those without d and layout read a weight as one column.
 
-Quantizers: `<op>_fwd(xs, parameters..., options...) -> ys` and `<op>_bwd(gs, xs, parameters..., options...)`; parameters are flat, one number for
-each tensor or channel; told in reference/quantizers.py.
+Quantizers: `<op>_fwd(xs, parameters..., options...) -> ys` and `<op>_bwd(gs, xs, parameters..., options...)`;
+parameters are flat, one number for each tensor or channel; told in reference/quantizers.py.
 
-DKM: `dkm_fwd`, `dkm_bwd` and `dkm_solve` run algorithms/ over the passes of a backend, its `DKM`. Centroids are (L, K, d), filled up with zeros where
-tensor t has fewer, clusters[t], than K; for d = 1 sorted, except for `assign_fwd`.
+DKM: `dkm_fwd`, `dkm_bwd` and `dkm_solve` run algorithms/ over the passes of a backend, its `DKM`. Centroids are (L,
+K, d), filled up with zeros where tensor t has fewer, clusters[t], than K; for d = 1 sorted, except for `assign_fwd`.
 """
 
 from typing import NamedTuple
@@ -31,6 +33,21 @@ class Op(NamedTuple):
     saved: int | None = 0  # numbers that a loss saves for each column; None: 2^bits
     learned: int = 0  # of its parameters the first so many have a gradient
     scatters: bool = False  # sums by cluster, or counts by code or digit
+
+    @property
+    def columns(self):
+        """Whether a weight is read as the columns of rows of d."""
+        return "str layout" in self.forward
+
+    @property
+    def soft(self):
+        """Whether the forward can leave out what the gradient of alpha needs."""
+        return "bool alpha_grad" in self.forward
+
+    @property
+    def gives_tensors(self):
+        """Whether the forward gives tensors like those it takes."""
+        return self.forward.endswith("-> Tensor[]") and self.backward is not None
 
 
 L_INF = Op(
@@ -89,7 +106,8 @@ PARTIAL_L2 = Op(
 WEIGHT_TERMS = Op(
     "terms",
     "(Tensor[] weights, str[] names, Tensor[] parameters, int[] bits, bool[] flags) -> (Tensor[], Tensor[])",
-    "(Tensor[] grads, Tensor[] weights, str[] names, Tensor[] parameters, int[] bits, bool[] flags, Tensor[] saved) -> (Tensor[], Tensor[])",
+    "(Tensor[] grads, Tensor[] weights, str[] names, Tensor[] parameters, int[] bits, bool[] flags, Tensor[] saved) "
+    "-> (Tensor[], Tensor[])",
 )
 LSQ = Op(
     "lsq",
@@ -100,7 +118,8 @@ LSQ = Op(
 EWGS = Op(
     "ewgs",
     "(Tensor[] xs, Tensor lower, Tensor upper, Tensor delta, int bits, bool signed) -> Tensor[]",
-    "(Tensor[] gs, Tensor[] xs, Tensor lower, Tensor upper, Tensor delta, int bits, bool signed) -> (Tensor[], Tensor, Tensor)",
+    "(Tensor[] gs, Tensor[] xs, Tensor lower, Tensor upper, Tensor delta, int bits, bool signed) "
+    "-> (Tensor[], Tensor, Tensor)",
     learned=2,
 )
 PACT = Op(
@@ -118,9 +137,13 @@ _PROBLEM = "Tensor tau, int[] clusters, str metric, int d, str layout"
 DKM = Op(
     "dkm",
     f"(Tensor[] weights, Tensor centroids, int iterations, {_PROBLEM}) -> (Tensor[], Tensor, Tensor)",
-    "(Tensor grad_centroids, Tensor[] weights, Tensor[] grads, Tensor history, Tensor moments, str gradient, bool centroid_grad, "
-    f"{_PROBLEM}) -> (Tensor[], Tensor)",
+    "(Tensor grad_centroids, Tensor[] weights, Tensor[] grads, Tensor history, Tensor moments, str gradient, "
+    f"bool centroid_grad, {_PROBLEM}) -> (Tensor[], Tensor)",
     scatters=True,
+)
+DKM_SOLVE = (
+    "(Tensor[] weights, Tensor centroids, Tensor tol, int max_passes, bool accelerated, "
+    f"{_PROBLEM}) -> (Tensor, Tensor)"
 )
 ASSIGN = Op(
     "assign", "(Tensor[] weights, Tensor centroids, int[] clusters, int d, str layout) -> Tensor[]", scatters=True

@@ -1,7 +1,8 @@
 """How a list of tensors becomes one launch: memory order, addresses, the plan of chunks, and where gradients lie.
 
-A kernel reads a tensor through its dense memory. Column c of d is the rows k = 0..N-1 at element (k // run) * d * run + c * run + k % run;
-for d = 1 that is element k, so any dense stride order is read in place. Numbers past d * N are leftovers.
+A kernel reads a tensor through its dense memory. Column c of d is the rows k = 0..N-1 at element (k // run) * d * run
++ c * run + k % run; for d = 1 that is element k, so any dense stride order is read in place. Numbers past d * N are
+leftovers.
 """
 
 import functools
@@ -20,13 +21,14 @@ FEWEST_PROGRAMS = 1056  # but first enough programs to fill a GPU (8 for each of
 ROWS = 16384  # rows per chunk of whole rows on the CPU: sums over K clusters stay few beside them
 FEWEST_ROWS = 1024  # per program of a GPU, a multiple of it
 SEGMENT = 64  # elements: gradients of a list on a GPU start at multiples of it, so that 128-bit stores are aligned
-FIELDS = 7  # of a tensor in Plan.tensors: rows N, elements, run, first chunk, gradient offset, columns d, the first of them among all
+# of a tensor in Plan.tensors: rows N, elements, run, first chunk, gradient offset, columns d, the first of them among all
+FIELDS = 7
 _kept: list = []  # tables that a captured CUDA graph reads at every replay
 
 
 class Plan(NamedTuple):
-    """Chunk i belongs to tensor t = owner[i]; with j = i - first chunk of t it is rows [j // d * chunk, ...) of column j % d.
-    In a plan of whole rows it is rows [j * chunk, ...) of all columns."""
+    """Chunk i belongs to tensor t = owner[i]; with j = i - first chunk of t it is rows [j // d * chunk, ...) of
+    column j % d. In a plan of whole rows it is rows [j * chunk, ...) of all columns."""
 
     tensors: Tensor  # (L, FIELDS) int64
     owner: Tensor  # (chunks,) int32
@@ -50,7 +52,8 @@ def is_dense(w):
 
 
 def memory_order(w, d=1, layout="output"):
-    """(strides, run): how the elements of w lie in the memory that a kernel reads, or would lie in the copy made for it."""
+    """(strides, run): how the elements of w lie in the memory that a kernel reads, or would lie in the copy made for
+    it."""
     dense = is_dense(w)
     if d == 1:
         return (w.stride() if dense else _contiguous(w.shape)), 1
@@ -75,7 +78,8 @@ def _contiguous(shape):
 
 
 def dense(weights, d=1, layout="output"):
-    """(tensors, runs): each weight as memory that a kernel can address; copied only where its strides do not allow that."""
+    """(tensors, runs): each weight as memory that a kernel can address; copied only where its strides do not allow
+    that."""
     if d == 1:
         return [w if w.is_contiguous() or is_dense(w) else w.contiguous() for w in weights], None
     tensors, runs = [], []
@@ -169,7 +173,8 @@ def device_table(tensors, device):
 def _device_table(pointers, device):
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "r2kernels met these weights for the first time during CUDA-graph capture; run one step with them before the capture"
+            "r2kernels met these weights for the first time during CUDA-graph capture; "
+            "run one step with them before the capture"
         )
     return torch.tensor(pointers, dtype=torch.int64).to(device, non_blocking=True)
 
@@ -208,8 +213,9 @@ def gradient_offsets(weights):
 
 
 def empty_gradients(weights, d=1, layout="output"):
-    """Memory for the gradients: on a GPU one flat tensor (static offsets, no table of addresses), elsewhere a tensor for each weight
-    (a flat block above 32 MB is mapped anew every step: 33 ms against 20 ms for the forward and backward of 11.7M weights)."""
+    """Memory for the gradients: on a GPU one flat tensor (static offsets, no table of addresses), elsewhere a tensor
+    for each weight (a flat block above 32 MB is mapped anew every step: 33 ms against 20 ms for the forward and
+    backward of 11.7M weights)."""
     w = weights[0]
     if w.device.type == "cuda":
         return [torch.empty(gradient_offsets(weights)[-1], dtype=w.dtype, device=w.device)]
@@ -242,7 +248,8 @@ def carve_gradients(buffers, weights, d=1, layout="output"):
 
 
 def like_weights(others, tensors):
-    """`others`, shaped like the weights that `dense` gave as `tensors`, lying in memory as these do; copied only where they do not."""
+    """`others`, shaped like the weights that `dense` gave as `tensors`, lying in memory as these do; copied only
+    where they do not."""
     return [
         o
         if o.stride() == w.stride()
@@ -252,7 +259,8 @@ def like_weights(others, tensors):
 
 
 def in_layout_order(codes, w, d=1, layout="output"):
-    """One number for each row of w, which lie as `dense` has the rows in memory, in the order in which `layout` reads them."""
+    """One number for each row of w, which lie as `dense` has the rows in memory, in the order in which `layout` reads
+    them."""
     strides, run = memory_order(w, d, layout)
     shape = list(w.shape)
     by_output = d > 1 and layout == "output" and w.dim() > 1

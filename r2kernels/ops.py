@@ -1,85 +1,37 @@
-"""The op contract: schemas in `torch.ops.r2kernels`, the reference as default and fake kernel, device kernels found lazily.
+"""The ops of the contract as functions: `ops.margin.fwd(weights, M, k, d, layout)`, `ops.margin.bwd(grad, weights,
+...)`.
 
-`<op>_fwd(weights, parameters..., d, layout) -> (loss, saved)`; `<op>_bwd(grad, weights, parameters..., saved, d, layout)` gives the
-gradients as `weights.empty_gradients` lays them out, and the gradient of the differentiable parameter. Parameters are (L, d).
-
-The quantizers' `<op>_fwd(xs, ...) -> ys` and `<op>_bwd(gs, xs, ...)`, and what else they take, are told in reference/quantizers.py; gs are shaped like xs,
-ys and the gradients are laid out as `weights.empty_gradients` has them.
-
-DKM's ops run `iterations` and `fixed_point` over the passes of a backend, its `DKM`; W_hat is laid out as the gradients are. Centroids are (L, K, d), filled up
-with zeros where tensor t has fewer, clusters[t], than K; for d = 1 sorted, except for `assign_fwd`.
+Each is an op of `torch.ops.r2kernels`, with the reference as default and fake kernel. Where nothing traces, the
+kernel of the backend that serves the weights is called directly, which saves 3 us a call. DKM's ops run algorithms/
+over the passes of a backend, its `DKM`.
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
-from . import reference
+from . import contract, reference
 from .algorithms import fixed_point, iterations
-from .backends import select, use_backend
+from .backends import chosen, select, use_backend
+from .contract import Op
 from .lists import pack_gradients
 
-SCHEMAS = """
-l_inf_fwd(Tensor[] weights, int d, str layout) -> (Tensor, Tensor)
-l_inf_bwd(Tensor grad, Tensor[] weights, Tensor saved, int d, str layout) -> Tensor[]
-margin_fwd(Tensor[] weights, Tensor M, Tensor k, int d, str layout) -> (Tensor, Tensor)
-margin_bwd(Tensor grad, Tensor[] weights, Tensor M, Tensor k, Tensor saved, int d, str layout) -> (Tensor[], Tensor)
-soft_min_max_fwd(Tensor[] weights, Tensor alpha, bool alpha_grad, int d, str layout) -> (Tensor, Tensor)
-soft_min_max_bwd(Tensor grad, Tensor[] weights, Tensor alpha, Tensor saved, int d, str layout) -> (Tensor[], Tensor)
-soft_extrema_fwd(Tensor[] weights, Tensor alpha, bool alpha_grad, int d, str layout) -> (Tensor, Tensor)
-soft_extrema_bwd(Tensor grad, Tensor[] weights, Tensor alpha, Tensor saved, int d, str layout) -> (Tensor[], Tensor)
-kure_fwd(Tensor[] weights, Tensor target) -> (Tensor, Tensor)
-kure_bwd(Tensor grad, Tensor[] weights, Tensor target, Tensor saved) -> Tensor[]
-weight_stats_fwd(Tensor[] weights) -> Tensor
-bin_reg_fwd(Tensor[] weights, Tensor step, int bits) -> (Tensor, Tensor)
-bin_reg_bwd(Tensor grad, Tensor[] weights, Tensor step, Tensor saved, int bits) -> Tensor[]
-msqe_fwd(Tensor[] weights, Tensor step, int bits) -> (Tensor, Tensor)
-msqe_bwd(Tensor grad, Tensor[] weights, Tensor step, Tensor saved, int bits) -> (Tensor[], Tensor)
-partial_l2_fwd(Tensor[] weights, Tensor rank) -> (Tensor, Tensor)
-partial_l2_bwd(Tensor grad, Tensor[] weights, Tensor rank, Tensor saved) -> Tensor[]
-terms_fwd(Tensor[] weights, str[] names, Tensor[] parameters, int[] bits, bool[] flags) -> (Tensor[], Tensor[])
-terms_bwd(Tensor[] grads, Tensor[] weights, str[] names, Tensor[] parameters, int[] bits, bool[] flags, Tensor[] saved) -> (Tensor[], Tensor[])
-lsq_fwd(Tensor[] xs, Tensor step, int bits, bool signed, int? axis) -> Tensor[]
-lsq_bwd(Tensor[] gs, Tensor[] xs, Tensor step, int bits, bool signed, int? axis) -> (Tensor[], Tensor)
-ewgs_fwd(Tensor[] xs, Tensor lower, Tensor upper, Tensor delta, int bits, bool signed) -> Tensor[]
-ewgs_bwd(Tensor[] gs, Tensor[] xs, Tensor lower, Tensor upper, Tensor delta, int bits, bool signed) -> (Tensor[], Tensor, Tensor)
-pact_fwd(Tensor[] xs, Tensor alpha, int bits, bool plus) -> Tensor[]
-pact_bwd(Tensor[] gs, Tensor[] xs, Tensor alpha, int bits, bool plus) -> (Tensor[], Tensor)
-dorefa_fwd(Tensor[] xs, Tensor scale, int bits, bool detach_max) -> Tensor[]
-dorefa_bwd(Tensor[] gs, Tensor[] xs, Tensor scale, int bits, bool detach_max) -> Tensor[]
-assign_fwd(Tensor[] weights, Tensor centroids, int[] clusters, int d, str layout) -> Tensor[]
-dkm_fwd(Tensor[] weights, Tensor centroids, int iterations, Tensor tau, int[] clusters, str metric, int d, str layout) -> (Tensor[], Tensor, Tensor)
-dkm_bwd(Tensor grad_centroids, Tensor[] weights, Tensor[] grads, Tensor history, Tensor moments, str gradient, bool centroid_grad, \
-Tensor tau, int[] clusters, str metric, int d, str layout) -> (Tensor[], Tensor)
-dkm_solve(Tensor[] weights, Tensor centroids, Tensor tol, int max_passes, bool accelerated, \
-Tensor tau, int[] clusters, str metric, int d, str layout) -> (Tensor, Tensor)
-"""
-
-QUANTIZERS = ("lsq", "ewgs", "pact", "dorefa")
-
 _library = torch.library.Library("r2kernels", "DEF")
+call = {}  # name -> the kernel itself, without the dispatcher; takes `out=`: the gradients are added to these tensors
+op = {}  # name -> the op of torch's dispatcher
 
 
-def _reference(name):
-    """The reference as a kernel: results packed as the other backends lay them out, or added to `out`."""
-    op = getattr(reference, name)
-    if name.endswith("_fwd") and name[:-4] not in QUANTIZERS:
-        return op
-    at = 1 if name.endswith("_bwd") else 0
+class Pair(NamedTuple):
+    """An op's forward and backward."""
 
-    def packed(*args, out=None):
-        result = op(*args)
-        made = result[0] if isinstance(result, tuple) else result
-        if out is not None:
-            made = [o.add_(g) for o, g in zip(out, made, strict=True)]
-        else:
-            made = pack_gradients(made, args[at], *args[-2:] if isinstance(args[-1], str) else ())
-        return (made, *result[1:]) if isinstance(result, tuple) else made
-
-    return packed
+    op: Op
+    fwd: Callable
+    bwd: Callable | None
 
 
-class _DKM(reference.DKM):
+class PackedReference(reference.DKM):
     """The reference's passes, W_hat and gradients laid out as the other backends have them."""
 
     def output(self, c, new):
@@ -104,66 +56,103 @@ def _dkm_solve(DKM, weights, centroids, tol, max_passes, accelerated, tau, clust
     return fixed_point.solve(passes_of, centroids, tol, max_passes, accelerated)
 
 
-_ITERATED = {"dkm_fwd": _dkm_fwd, "dkm_bwd": _dkm_bwd, "dkm_solve": _dkm_solve}
+_OVER_PASSES = {"dkm_fwd": _dkm_fwd, "dkm_bwd": _dkm_bwd, "dkm_solve": _dkm_solve}
 
 
-def _kernel(name, backend):
-    """The op of a backend; None is the reference."""
-    if name in _ITERATED:
-        return functools.partial(_ITERATED[name], _DKM if backend is None else backend.DKM)
-    return _reference(name) if backend is None else getattr(backend, name)
+def _packed(function, at, columns):
+    """A function of the reference whose first result is like the weights, its argument `at`: laid out as the other
+    backends have it, or added to `out`. `columns`: its last arguments are d and layout."""
+
+    def packed(*args, out=None):
+        result = function(*args)
+        made, *others = result if isinstance(result, tuple) else (result,)
+        if out is not None:
+            made = [o.add_(g) for o, g in zip(out, made, strict=True)]
+        else:
+            d, layout = args[-2:] if columns else (1, "output")
+            made = pack_gradients(made, args[at], d, layout)
+        return (made, *others) if others else made
+
+    return packed
 
 
-# Ops that sum or count by cluster, code or digit.
-_SCATTERS = (*_ITERATED, "assign_fwd", *(f"{op}_{part}" for op in ("bin_reg", "partial_l2") for part in ("fwd", "bwd")))
+def _of_reference(name, at, op):
+    if name in _OVER_PASSES:
+        return functools.partial(_OVER_PASSES[name], PackedReference)
+    function = getattr(reference, name)
+    return _packed(function, at, op.columns) if at == 1 or op.gives_tensors else function
 
 
-def _dispatch(name):
-    """The kernel of the backend that serves the device of the weights."""
-    fallback = _kernel(name, None)
-    at = 1 if name.endswith("_bwd") else 0
-    scatters = name in _SCATTERS
+def _of_backend(name, backend):
+    if name in _OVER_PASSES:
+        return functools.partial(_OVER_PASSES[name], backend.DKM)
+    return getattr(backend, name)
 
-    def run(*args, **options):
-        backend = select(args[at][0].device, scatters)
-        return (fallback if backend is None else _kernel(name, backend))(*args, **options)
+
+def _function(name, schema, at, op_):
+    """The op `name` as a function of the same arguments; the weights are argument `at`."""
+    plain = _of_reference(name, at, op_)
+
+    def kernel(*args, **options):
+        backend = select(args[at][0].device, op_.scatters)
+        return (plain if backend is None else _of_backend(name, backend))(*args, **options)
+
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    if name != "dkm_solve":  # how often that goes round depends on values
+        _library.impl(name, plain, "CompositeExplicitAutograd")
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, kernel, key)
+    dispatched = getattr(torch.ops.r2kernels, name).default
+    call[name], op[name] = kernel, dispatched
+
+    def run(*args):
+        traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+        return (dispatched if traced else kernel)(*args)
 
     return run
 
 
-call = {}  # name -> the kernel itself, without the dispatcher; takes `out=`: add the gradients to these tensors
-op = {}  # name -> the op
+def _pair(op_):
+    backward = op_.backward and _function(f"{op_.name}_bwd", op_.backward, 1, op_)
+    return Pair(op_, _function(f"{op_.name}_fwd", op_.forward, 0, op_), backward)
 
 
-def run(name, *args):
-    """The op; where nothing traces, the kernel itself, which saves 3 us a call."""
-    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-    return (op if traced else call)[name](*args)
-
-
-def run_backward(backend, name, *args):
-    """`run` on the backend that was chosen explicitly for the forward, if one was; RuntimeError where a second derivative is asked for."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            "r2kernels: second derivatives (create_graph=True, or backward within enabled grad) are not implemented"
-        )
-    if backend is None:
-        return run(name, *args)
-    with use_backend(backend):
-        return run(name, *args)
-
-
-for _schema in SCHEMAS.replace("\\\n", "").strip().splitlines():
-    _name = _schema.split("(", 1)[0]
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-    call[_name] = _dispatch(_name)
-    if _name != "dkm_solve":  # how often that goes round depends on values
-        _library.impl(_name, _kernel(_name, None), "CompositeExplicitAutograd")
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_name, call[_name], _key)
-    op[_name] = getattr(torch.ops.r2kernels, _name).default
+l_inf = _pair(contract.L_INF)
+margin = _pair(contract.MARGIN)
+soft_min_max = _pair(contract.SOFT_MIN_MAX)
+soft_extrema = _pair(contract.SOFT_EXTREMA)
+kure = _pair(contract.KURE)
+weight_stats = _pair(contract.WEIGHT_STATS)
+bin_reg = _pair(contract.BIN_REG)
+msqe = _pair(contract.MSQE)
+partial_l2 = _pair(contract.PARTIAL_L2)
+terms = _pair(contract.WEIGHT_TERMS)
+lsq = _pair(contract.LSQ)
+ewgs = _pair(contract.EWGS)
+pact = _pair(contract.PACT)
+dorefa = _pair(contract.DOREFA)
+dkm = _pair(contract.DKM)
+dkm_solve = _function("dkm_solve", contract.DKM_SOLVE, 0, contract.DKM)
+assign = _pair(contract.ASSIGN)
 
 
 @torch.library.register_fake("r2kernels::dkm_solve", lib=_library)
 def _solved(weights, centroids, *rest):
     return torch.empty_like(centroids), torch.empty((), dtype=torch.int64, device="cpu")
+
+
+def remember_backend(ctx):
+    """For `backward`: the backend that was chosen explicitly for this forward, if one was."""
+    ctx.backend = None if torch.compiler.is_compiling() else chosen()
+
+
+def backward(ctx, bwd, *args):
+    """bwd(*args) on the backend of the forward; RuntimeError where a second derivative is asked for."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "r2kernels: second derivatives (create_graph=True, or backward within enabled grad) are not implemented"
+        )
+    if ctx.backend is None:
+        return bwd(*args)
+    with use_backend(ctx.backend):
+        return bwd(*args)

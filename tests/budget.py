@@ -28,7 +28,7 @@ import torch
 
 import r2kernels
 from r2kernels import reference
-from r2kernels.functional import range_losses as functional
+from r2kernels.functional import loss as functional
 from r2kernels.lists import memory_order
 from r2kernels.reference.columns import accumulator
 

@@ -1,8 +1,9 @@
 """The fixed point C* = F(C*, W) of DKM's iteration, and the gradient through it.
 
-Scalars in the Euclidean metric: Newton on F(C) - C, whose Jacobian a pass gives besides F, as pseudo-transient continuation (Kelley and Keyes 1998): steps of
-implicit Euler along dC/dt = F(C) - C, longer as the residual falls, so that it goes where plain iterations would go and ends as Newton. Else Anderson's
-acceleration, which needs F alone. Gradient: (I - J)^T lambda = u.
+Scalars in the Euclidean metric: Newton on F(C) - C, whose Jacobian a pass gives besides F, as pseudo-transient
+continuation (Kelley and Keyes 1998): steps of implicit Euler along dC/dt = F(C) - C, longer as the residual falls, so
+that it goes where plain iterations would go and ends as Newton. Else Anderson's acceleration, which needs F alone.
+Gradient: (I - J)^T lambda = u.
 """
 
 import warnings
@@ -18,7 +19,8 @@ MOST_KRYLOV = 64  # products with the Jacobian in the adjoint solution
 
 
 def solve(passes_of, centroids, tol, max_passes, accelerated=True):
-    """(C*, passes over W): until |F(C) - C| <= tol (L,) for every tensor. `passes_of(indices)` gives the passes over some of the tensors."""
+    """(C*, passes over W): until |F(C) - C| <= tol (L,) for every tensor. `passes_of(indices)` gives the passes over
+    some of the tensors."""
     c, residual = centroids.clone(), tol.new_full(tol.shape, torch.inf)
     state = {}
     active = list(range(len(c)))
@@ -40,7 +42,8 @@ def solve(passes_of, centroids, tol, max_passes, accelerated=True):
     if active:
         worst = ", ".join(f"{i}: {residual[i].item():.2g} > {tol[i].item():.2g}" for i in active[:4])
         warnings.warn(
-            f"r2kernels.dkm: {len(active)} of {len(c)} tensors did not converge in max_passes={max_passes} (index: largest |F(C) - C|: {worst}); "
+            f"r2kernels.dkm: {len(active)} of {len(c)} tensors did not converge in max_passes={max_passes} "
+            f"(index: largest |F(C) - C|: {worst}); "
             "their centroids, and an implicit gradient, are those of the last point",
             stacklevel=2,
         )
@@ -101,7 +104,8 @@ def adjoint(passes, old, new, moments, u):
 
 
 def _gmres(product, b):
-    """The solution of product(x) = b for every tensor of the list at once, in the Krylov space of at most MOST_KRYLOV dimensions; without reading values."""
+    """The solution of product(x) = b for every tensor of the list at once, in the Krylov space of at most MOST_KRYLOV
+    dimensions; without reading values."""
     count, shape = len(b), b.shape
     size = min(b[0].numel(), MOST_KRYLOV)
     norm = b.flatten(1).norm(dim=1)

@@ -1,6 +1,8 @@
-"""Hard k-means. One number per row: the exact programme on fine cells, then Lloyd on all rows. More numbers: k-means++, then Lloyd.
+"""Hard k-means. One number per row: the exact programme on fine cells, then Lloyd on all rows. More numbers:
+k-means++, then Lloyd.
 
-What decides a result is summed in float64 and in an order that depends on the numbers alone: the same bits in every run, for any number of threads.
+What decides a result is summed in float64 and in an order that depends on the numbers alone: the same bits in every
+run, for any number of threads.
 """
 
 import math
@@ -18,7 +20,8 @@ PAIRS = 2**20  # distances held at once
 
 
 class _Sums:
-    """Sums of the first numbers of a vector, in float64. Blocks are summed from the middle outwards: an outlier at an end takes no precision from the rest."""
+    """Sums of the first numbers of a vector, in float64. Blocks are summed from the middle outwards: an outlier at an
+    end takes no precision from the rest."""
 
     def __init__(self, vector):
         n = vector.numel()
@@ -50,7 +53,8 @@ def _up_to(values, thresholds):
 
 
 def _cells(values, mass, most):
-    """Edges of up to `most` cells of the sorted `values`, equal ones together: those that may hold the most inertia are halved, by value, again and again."""
+    """Edges of up to `most` cells of the sorted `values`, equal ones together: those that may hold the most inertia
+    are halved, by value, again and again."""
     n = values.numel()
     if n <= most:
         first = torch.cat([values.new_ones(1, dtype=torch.bool), values[1:] != values[:-1]])
@@ -68,7 +72,8 @@ def _cells(values, mass, most):
 
 
 def partition(prefix, clusters):
-    """The first cell of each of `clusters` runs of cells, of least inertia in all. `prefix`: (3, cells + 1) sums of mass, mass x value, mass x value^2.
+    """The first cell of each of `clusters` runs of cells, of least inertia in all. `prefix`: (3, cells + 1) sums of
+    mass, mass x value, mass x value^2.
 
     csrc/partition.h, level by level of its divide and conquer: the same comparisons, so the same cells.
     """
@@ -143,13 +148,15 @@ def _fit_line(values, weight, clusters, max_iter, partition):
 
 
 def nearest(rows, centroids):
-    """The index of the nearest centroid of each row, the lower one of two; distances are taken of differences, in blocks of rows."""
+    """The index of the nearest centroid of each row, the lower one of two; distances are taken of differences, in
+    blocks of rows."""
     blocks = rows.split(max(1, PAIRS // len(centroids)))
     return torch.cat([torch.cdist(b, centroids, compute_mode="donot_use_mm_for_euclid_dist").argmin(1) for b in blocks])
 
 
 def _seed(rows, weight, clusters):
-    """k-means++, greedy, on the CPU: of some rows drawn in proportion to weight x squared distance from the centroids so far, the one that leaves the least."""
+    """k-means++, greedy, on the CPU: of some rows drawn in proportion to weight x squared distance from the centroids
+    so far, the one that leaves the least."""
     generator = torch.Generator().manual_seed(0)
     n = max(FEWEST_SEEDS, SEEDS * clusters)
     if len(rows) > n:
@@ -175,7 +182,8 @@ def _seed(rows, weight, clusters):
 
 
 def _adder(codes, clusters, in_turn):
-    """vector -> its sums by code: number after number, or where that would take atomics (on a GPU) in the order of the codes."""
+    """vector -> its sums by code: number after number, or where that would take atomics (on a GPU) in the order of
+    the codes."""
     if in_turn:
         return lambda vector: torch.zeros(clusters, dtype=torch.float64, device=codes.device).index_add_(
             0, codes, vector.double()
@@ -186,7 +194,8 @@ def _adder(codes, clusters, in_turn):
 
 
 def _filled(codes, empty, rows, far):
-    """The codes, after each empty cluster has taken the row farthest from its own centroid and from the rows taken before."""
+    """The codes, after each empty cluster has taken the row farthest from its own centroid and from the rows taken
+    before."""
     codes = codes.clone()
     for k in empty:
         row = far.argmax()
@@ -219,9 +228,11 @@ def _fit_rows(rows, weight, clusters, max_iter, assign):
 
 
 def fit(rows, clusters, weight, max_iter, *, assign=nearest, partition=partition):
-    """Centroids of the rows (N, d), in their dtype: (K,) for d = 1, else (K, d). `weight`: None, or N float64 numbers >= 0.
+    """Centroids of the rows (N, d), in their dtype: (K,) for d = 1, else (K, d). `weight`: None, or N float64 numbers
+    >= 0.
 
-    The pieces that have faster versions: `assign(rows, centroids)`, the code of each row (d > 1), and `partition(prefix, clusters)`, as above (d = 1).
+    The pieces that have faster versions: `assign(rows, centroids)`, the code of each row (d > 1), and
+    `partition(prefix, clusters)`, as above (d = 1).
     """
     d = rows.shape[1]
     if not math.isfinite(_largest(rows)):

@@ -11,7 +11,8 @@ import torch
 
 NAMES = ("triton", "cuda", "cpu", "reference")
 _DEFAULTS = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
-# Triton cannot scatter: sums by cluster cost it K times as much, counts by digit 93 instructions for each weight where CUDA C++ needs 6
+# Triton cannot scatter: sums by cluster cost it K times as much, counts by digit 93 instructions for each weight
+# where CUDA C++ needs 6
 _DEFAULTS_OF_SCATTERS = {**_DEFAULTS, "cuda": ("cuda", "triton")}
 _chosen = threading.local()
 
@@ -23,7 +24,8 @@ def backends():
 
 @contextlib.contextmanager
 def use_backend(name):
-    """Within the block, on this thread, every op runs on this backend, or raises with the reason why it cannot. `None` gives the default back."""
+    """Within the block, on this thread, every op runs on this backend, or raises with the reason why it cannot.
+    `None` gives the default back."""
     if name is not None and name not in NAMES:
         raise ValueError(f"backend {name!r} is unknown; allowed are {NAMES}")
     before = getattr(_chosen, "name", None)
@@ -79,8 +81,12 @@ def _default(kind, scatters):
         reason = _why_not(name, kind)
         if reason is None:
             return name
-        message = f"r2kernels: backend {name!r} is not usable ({reason}); {kind} tensors fall back to a slower one. `r2kernels info` shows all."
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            f"r2kernels: backend {name!r} is not usable ({reason}); {kind} tensors fall back to a slower one. "
+            "`r2kernels info` shows all.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return "reference"
 
 

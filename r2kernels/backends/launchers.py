@@ -1,6 +1,8 @@
-"""What the launchers of all backends share: each op as a method, its results allocated as the table of the contract says.
+"""What the launchers of all backends share: each op as a method, its results allocated as the table of the contract
+says.
 
-A backend brings the skeletons: `_reduce` and `_map` for the losses, `terms_fwd` and `terms_bwd`, `_quantize` and `_quantize_bwd`.
+A backend brings the skeletons: `_reduce` and `_map` for the losses, `terms_fwd` and `terms_bwd`, `_quantize` and
+`_quantize_bwd`.
 """
 
 import torch
@@ -26,9 +28,9 @@ from ..contract import (
 
 
 class RangeLosses:
-    """`_reduce(op, weights, parameters, d, layout, loss, saved, alpha_grad)` fills loss and saved; `_map(op, grad, weights,
-    parameters, saved, d, layout, out, learned)` fills `learned`, the gradient of the first parameter or None, and returns those
-    of the weights, which it adds to `out` if that is not None."""
+    """`_reduce(op, weights, parameters, d, layout, loss, saved, alpha_grad)` fills loss and saved; `_map(op, grad,
+    weights, parameters, saved, d, layout, out, learned)` fills `learned`, the gradient of the first parameter or
+    None, and returns those of the weights, which it adds to `out` if that is not None."""
 
     def l_inf_fwd(self, weights, d, layout):
         return self._loss(L_INF, weights, (), d, layout)
@@ -110,8 +112,9 @@ class Regularizers:
 
 
 class Quantizers:
-    """`_quantize(op, xs, parameters, bits, flag, axis)` gives the quantized tensors; `_quantize_bwd(op, gs, xs, parameters, bits,
-    flag, axis)` the gradients of the tensors and a tuple of those of the first `op.learned` parameters."""
+    """`_quantize(op, xs, parameters, bits, flag, axis)` gives the quantized tensors; `_quantize_bwd(op, gs, xs,
+    parameters, bits, flag, axis)` the gradients of the tensors and a tuple of those of the first `op.learned`
+    parameters."""
 
     def lsq_fwd(self, xs, step, bits, signed, axis):
         return self._quantize(LSQ, xs, (step,), bits, signed, axis)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..files.checkpoint import CheckpointError
-from ..functional.range_losses import weight_stats
+from ..functional.regularizers import weight_stats
 from ..reference.columns import accumulator
 
 BATCH_ELEMENTS = 2**26

@@ -1,21 +1,22 @@
 """DKM and hard assignment: what a user calls.
 
-`W` is a floating-point tensor (float64, float32, bfloat16, float16; any shape and strides), or a sequence of L of them with one dtype and
-device, all in the same batched passes. `cluster_dim=d` reads W as rows of d (`layout="output"`: `W.transpose(0, -1).reshape(-1, d)`, d
-consecutive output channels; `"contiguous"`: `W.reshape(-1, d)`). Centroids are float32 (float64 for float64 W): (K,) for d = 1, else (K, d);
-for a sequence one such tensor for each, not all of the same K.
+`W` is a floating-point tensor (float64, float32, bfloat16, float16; any shape and strides), or a sequence of L of
+them with one dtype and device, all in the same batched passes. `cluster_dim=d` reads W as rows of d
+(`layout="output"`: `W.transpose(0, -1).reshape(-1, d)`, d consecutive output channels; `"contiguous"`: `W.reshape(-1,
+d)`). Centroids are float32 (float64 for float64 W): (K,) for d = 1, else (K, d); for a sequence one such tensor for
+each, not all of the same K.
 """
 
 import torch
 
 from .. import ops
-from ..backends import chosen
 from ..lists import carve_gradients
 from ..reference import checks, parameters
 
 
-class _DKM(torch.autograd.Function):
-    """W_hat and centroids of a list. Inputs: options, geometry, tau (L,), then L centroids as the user gave them and L weights."""
+class _DifferentiableKMeans(torch.autograd.Function):
+    """W_hat and centroids of a list. Inputs: options, geometry, tau (L,), then L centroids as the user gave them and
+    L weights."""
 
     @staticmethod
     def forward(ctx, *inputs):
@@ -28,15 +29,15 @@ class _DKM(torch.autograd.Function):
             start, order = _sorted(start, clusters)
         problem = tau, clusters, metric, d, layout
         if iterations == "converge":
-            start, passes = ops.run("dkm_solve", weights, start, tol, max_passes, gradient != "unrolled", *problem)
+            start, passes = ops.dkm_solve(weights, start, tol, max_passes, gradient != "unrolled", *problem)
             iterations = max(int(passes), 1) if gradient == "unrolled" else 1
             if gradient == "unrolled":
                 start = parameters.padded(given, d) if d > 1 else _sorted(parameters.padded(given, d), clusters)[0]
-        buffers, history, moments = ops.run("dkm_fwd", weights, start, iterations, *problem)
+        buffers, history, moments = ops.dkm.fwd(weights, start, iterations, *problem)
         ctx.save_for_backward(tau, history, moments, order, *weights)
         ctx.call = clusters, metric, gradient, d, layout
         ctx.shapes = [c.shape for c in given]
-        ctx.backend = None if torch.compiler.is_compiling() else chosen()
+        ops.remember_backend(ctx)
         ctx.set_materialize_grads(False)
         return *carve_gradients(buffers, weights, d, layout), *_restored(history[-1], order, ctx.shapes)
 
@@ -52,7 +53,7 @@ class _DKM(torch.autograd.Function):
             upstream = upstream.gather(1, order)
         needed = ctx.needs_input_grad[9:]
         args = upstream, weights, gs, history, moments, gradient, any(needed[:count]), tau, clusters, metric, d, layout
-        buffers, first = ops.run_backward(ctx.backend, "dkm_bwd", *args)
+        buffers, first = ops.backward(ctx, ops.dkm.bwd, *args)
         centroid_gradients = _restored(first, order, ctx.shapes) if gradient == "unrolled" else [None] * count
         gradients = [*centroid_gradients, *carve_gradients(buffers, weights, d, layout)]
         return *[None] * 9, *[g if need else None for g, need in zip(gradients, needed, strict=True)]
@@ -90,27 +91,30 @@ def dkm(
 ):
     """(W_hat, centroids) of differentiable k-means (Cho et al. 2022, DKM, arXiv 2108.12659); for a sequence two lists.
 
-    One iteration: a_ij = softmax_j(-D_ij / tau), c'_j = sum_i a_ij w_i / sum_i a_ij, with D_ij = ||w_i - c_j|| ("euclidean", the paper's) or
-    ||w_i - c_j||^2 ("sqeuclidean", coremltools'; tau then has the units of W^2). After T iterations W_hat = A_T C_T with A_T the attention to
-    C_(T-1). W_hat has the shape, strides and dtype of W; centroids come back in the caller's order. Nothing of size N x K is stored; saved for
-    backward are W and O(T K) numbers. With d = 1 and "euclidean" the time does not grow with K (README, DKM). A centroid that no weight attends
+    One iteration: a_ij = softmax_j(-D_ij / tau), c'_j = sum_i a_ij w_i / sum_i a_ij, with D_ij = ||w_i - c_j||
+    ("euclidean", the paper's) or ||w_i - c_j||^2 ("sqeuclidean", coremltools'; tau then has the units of W^2). After
+    T iterations W_hat = A_T C_T with A_T the attention to C_(T-1). W_hat has the shape, strides and dtype of W;
+    centroids come back in the caller's order. Nothing of size N x K is stored; saved for backward are W and O(T K)
+    numbers. With d = 1 and "euclidean" the time does not grow with K (README, DKM). A centroid that no weight attends
     to (sum 0 in this precision) stays where it is, without gradient. For the numel mod d leftovers W_hat is W.
 
-    tau: a number > 0, a 0-dim tensor, for a sequence also (L,) or a sequence of numbers; no gradient.
-    iterations: an int >= 1, or "converge": until |F(C) - C| <= tol (default 1e-6 of the range of each tensor), by Newton (d = 1, "euclidean") or
-    Anderson's acceleration, which may end at another fixed point than plain iterations; with gradient="unrolled" by plain iterations, all
-    differentiated. It reads values on the host; a warning after max_passes.
-    gradient: "unrolled" through all iterations; "last" through the last one only; "implicit" that of the fixed point, (I - J)^T lambda = u, exact
-    where the iteration has converged, in memory and time that do not depend on the iterations. The last two give `centroids` no gradient.
+    tau: a number > 0, a 0-dim tensor, for a sequence also (L,) or a sequence of numbers; no gradient. iterations: an
+    int >= 1, or "converge": until |F(C) - C| <= tol (default 1e-6 of the range of each tensor), by Newton (d = 1,
+    "euclidean") or Anderson's acceleration, which may end at another fixed point than plain iterations; with
+    gradient="unrolled" by plain iterations, all differentiated. It reads values on the host; a warning after
+    max_passes. gradient: "unrolled" through all iterations; "last" through the last one only; "implicit" that of the
+    fixed point, (I - J)^T lambda = u, exact where the iteration has converged, in memory and time that do not depend
+    on the iterations. The last two give `centroids` no gradient.
 
-    TypeError or ValueError names the argument that is wrong. NaN in W gives NaN; an invalid value in a tensor gives NaN. More clusters than rows: a warning.
+    TypeError or ValueError names the argument that is wrong. NaN in W gives NaN; an invalid value in a tensor gives
+    NaN. More clusters than rows: a warning.
     """
     ws, single = checks.weights(W, cluster_dim, layout)
     given, clusters = checks.centroids(centroids, ws, single, cluster_dim)
     tau = parameters.temperature(tau, ws, single)
     checks.dkm_options(iterations, metric, gradient, tol, max_passes)
     limit = parameters.tolerance(tol, [w.detach() for w in ws]) if iterations == "converge" else None
-    results = _DKM.apply(
+    results = _DifferentiableKMeans.apply(
         iterations, metric, gradient, clusters, limit, max_passes, cluster_dim, layout, tau, *given, *ws
     )
     outputs, fresh = list(results[: len(ws)]), list(results[len(ws) :])
@@ -118,12 +122,14 @@ def dkm(
 
 
 def assign(W, centroids, *, cluster_dim=1, layout="output"):
-    """Codes of the nearest centroid (Euclidean distance) of each row: (numel // d,), uint8 up to 256 clusters, int32 above; for a sequence a list.
+    """Codes of the nearest centroid (Euclidean distance) of each row: (numel // d,), uint8 up to 256 clusters, int32
+    above; for a sequence a list.
 
-    Rows are in the order of `layout`. Ties take the lower index; a row with NaN takes 0. No gradient. Nothing of size N x K is stored.
+    Rows are in the order of `layout`. Ties take the lower index; a row with NaN takes 0. No gradient. Nothing of size
+    N x K is stored.
     """
     ws, single = checks.weights(W, cluster_dim, layout)
     given, clusters = checks.centroids(centroids, ws, single, cluster_dim)
     with torch.no_grad():
-        codes = ops.run("assign_fwd", ws, parameters.padded(given, cluster_dim), clusters, cluster_dim, layout)
+        codes = ops.assign.fwd(ws, parameters.padded(given, cluster_dim), clusters, cluster_dim, layout)
     return codes[0] if single else codes

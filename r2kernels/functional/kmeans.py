@@ -8,24 +8,28 @@ from ..reference.columns import columns
 
 
 def kmeans(W, clusters, *, cluster_dim=1, layout="output", weight=None, max_iter=100):
-    """The K = `clusters` centroids c that (locally) minimise sum_i weight_i min_k |x_i - c_k|^2 over the rows x_i of W, without gradient.
+    """The K = `clusters` centroids c that (locally) minimise sum_i weight_i min_k |x_i - c_k|^2 over the rows x_i of
+    W, without gradient.
 
-    A tensor gives (K,) in ascending order for `cluster_dim=1`, else (K, d); a sequence of tensors gives a list of those, and `clusters` may then be a
-    sequence of ints. float32 (float64 for float64 W). Rows are read as everywhere: `layout="output"` is `W.transpose(0, -1).reshape(-1, d)`,
-    `"contiguous"` is `W.reshape(-1, d)`; the numel mod d leftovers are ignored. `weight` is a floating-point tensor of one number >= 0 per row (any shape;
-    for a sequence a sequence of them, each may be None); rows of weight 0 do not count.
+    A tensor gives (K,) in ascending order for `cluster_dim=1`, else (K, d); a sequence of tensors gives a list of
+    those, and `clusters` may then be a sequence of ints. float32 (float64 for float64 W). Rows are read as
+    everywhere: `layout="output"` is `W.transpose(0, -1).reshape(-1, d)`, `"contiguous"` is `W.reshape(-1, d)`; the
+    numel mod d leftovers are ignored. `weight` is a floating-point tensor of one number >= 0 per row (any shape; for
+    a sequence a sequence of them, each may be None); rows of weight 0 do not count.
 
-    d = 1: the exact programme (Wang and Song 2011, Ckmeans.1d.dp; by divide and conquer, Grønlund et al. 2017) on the distinct values of W, or where they
-    are more than 8192 on so many cells of about equal inertia; then Lloyd (1982) on all rows. Above 512 clusters there are fewer cells, above 2048 one for each
-    cluster. d > 1: greedy k-means++ (Arthur and Vassilvitskii 2007) from a fixed seed, on at most max(64 K, 16384) rows, then Lloyd; a cluster left empty
-    takes the row farthest from its centroid. Lloyd ends when no row changes its cluster, or after `max_iter` rounds.
+    d = 1: the exact programme (Wang and Song 2011, Ckmeans.1d.dp; by divide and conquer, Grønlund et al. 2017) on the
+    distinct values of W, or where they are more than 8192 on so many cells of about equal inertia; then Lloyd (1982)
+    on all rows. Above 512 clusters there are fewer cells, above 2048 one for each cluster. d > 1: greedy k-means++
+    (Arthur and Vassilvitskii 2007) from a fixed seed, on at most max(64 K, 16384) rows, then Lloyd; a cluster left
+    empty takes the row farthest from its centroid. Lloyd ends when no row changes its cluster, or after `max_iter`
+    rounds.
 
-    The same bits in every run and for any number of threads. A NaN or an infinity anywhere in W gives NaN centroids. With more clusters than distinct rows,
-    centroids are repeated (d = 1: the largest); more clusters than rows warn. Values are read back to the host: this is for setting up, not for a training
-    step.
+    The same bits in every run and for any number of threads. A NaN or an infinity anywhere in W gives NaN centroids.
+    With more clusters than distinct rows, centroids are repeated (d = 1: the largest); more clusters than rows warn.
+    Values are read back to the host: this is for setting up, not for a training step.
 
-    TypeError or ValueError for a wrong type, dtype, device, shape or length; for `clusters` or `max_iter` below 1; for a `weight` that is negative, infinite,
-    NaN, or 0 for every row.
+    TypeError or ValueError for a wrong type, dtype, device, shape or length; for `clusters` or `max_iter` below 1;
+    for a `weight` that is negative, infinite, NaN, or 0 for every row.
     """
     ws, single = checks.weights(W, cluster_dim, layout)
     checks.count("max_iter", max_iter)
@@ -40,12 +44,11 @@ def kmeans(W, clusters, *, cluster_dim=1, layout="output", weight=None, max_iter
 
 
 def _pieces():
-    """The steps of `fit` that have faster versions. Beside Triton the extension may be missing: the reference's programme then gives the same cells."""
+    """The steps of `fit` that have faster versions. Beside Triton the extension may be missing: the reference's
+    programme then gives the same cells."""
     from ..backends import native
 
-    pieces = {
-        "assign": lambda rows, c: ops.run("assign_fwd", [rows], c[None], (len(c),), rows.shape[1], "contiguous")[0]
-    }
+    pieces = {"assign": lambda rows, c: ops.assign.fwd([rows], c[None], (len(c),), rows.shape[1], "contiguous")[0]}
     try:
         native.load("cpu")
     except (ImportError, OSError):

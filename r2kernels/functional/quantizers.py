@@ -1,109 +1,117 @@
 """LSQ, EWGS, PACT and DoReFa: what a user calls to quantize weights and activations in training.
 
-`x` is a floating-point tensor (float64, float32, bfloat16, float16; any shape and strides, channels_last kept), or a sequence of them with one dtype and
-device, quantized by one fused pass over all; the result has its shape, strides and dtype, a sequence gives a list. `bits` is an int in 1..8. Parameters are a
-number, a 0-dim tensor, for a sequence also an (L,) tensor or a sequence of numbers; with `axis` also one number for each channel, (C,), or a
-sequence of those. Only x and the parameters are kept for the backward pass, which reads x and its gradient once and reduces the gradients of the
-parameters in a fixed order. Rounding is half to even; NaN in x stays NaN. The values of tensors are never read: an invalid parameter gives NaN.
+`x` is a floating-point tensor (float64, float32, bfloat16, float16; any shape and strides, channels_last kept), or a
+sequence of them with one dtype and device, quantized by one fused pass over all; the result has its shape, strides
+and dtype, a sequence gives a list. `bits` is an int in 1..8. Parameters are a number, a 0-dim tensor, for a sequence
+also an (L,) tensor or a sequence of numbers; with `axis` also one number for each channel, (C,), or a sequence of
+those. Only x and the parameters are kept for the backward pass, which reads x and its gradient once and reduces the
+gradients of the parameters in a fixed order. Rounding is half to even; NaN in x stays NaN. The values of tensors are
+never read: an invalid parameter gives NaN.
 
-TypeError or ValueError names the argument, for a wrong type, dtype, device, shape or value. A second derivative raises RuntimeError.
+TypeError or ValueError names the argument, for a wrong type, dtype, device, shape or value. A second derivative
+raises RuntimeError.
 """
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..backends import chosen
 from ..lists import carve_gradients
 from ..reference import checks, parameters
 
 
 class _Quantize(torch.autograd.Function):
-    """One op over a list. Of its `count` flat parameters the first `learned` have gradients."""
+    """Inputs: op, how many flat parameters follow, what the op takes behind them; the parameters; the tensors."""
 
     @staticmethod
     def forward(ctx, *inputs):
-        op, learned, count, options, *tensors = inputs
-        parameters, xs = tensors[:count], tensors[count:]
-        ys = carve_gradients(ops.run(op + "_fwd", xs, *parameters, *options), xs)
+        op, count, options, *tensors = inputs
+        given, xs = tensors[:count], tensors[count:]
+        ys = carve_gradients(op.fwd(xs, *given, *options), xs)
         ctx.save_for_backward(*tensors)
-        ctx.call = op, learned, count, options
-        ctx.backend = None if torch.compiler.is_compiling() else chosen()
+        ctx.op, ctx.count, ctx.options = op, count, options
+        ops.remember_backend(ctx)
         return tuple(ys)
 
     @staticmethod
     def backward(ctx, *gs):
-        op, learned, count, options = ctx.call
+        op, count = ctx.op, ctx.count
         tensors = ctx.saved_tensors  # read once, as activation checkpointing asks
-        parameters, xs = tensors[:count], tensors[count:]
-        result = ops.run_backward(ctx.backend, op + "_bwd", list(gs), xs, *parameters, *options)
-        buffers, *of_parameters = result if isinstance(result, tuple) else (result,)
-        gradients = [*of_parameters, *[None] * (count - learned), *carve_gradients(buffers, xs)]
+        given, xs = tensors[:count], tensors[count:]
+        result = ops.backward(ctx, op.bwd, list(gs), xs, *given, *ctx.options)
+        buffers, *of_parameters = result if op.op.learned else (result,)
+        gradients = [*of_parameters, *[None] * (count - op.op.learned), *carve_gradients(buffers, xs)]
         return (
             None,
             None,
             None,
-            None,
-            *[g if need else None for g, need in zip(gradients, ctx.needs_input_grad[4:], strict=True)],
+            *[g if need else None for g, need in zip(gradients, ctx.needs_input_grad[3:], strict=True)],
         )
 
 
-def _apply(op, xs, single, learned, parameters, options):
-    ys = _Quantize.apply(op, learned, len(parameters), options, *parameters, *xs)
+def _quantized(op, xs, single, given, options):
+    ys = _Quantize.apply(op, len(given), options, *given, *xs)
     return ys[0] if single else list(ys)
 
 
 def lsq(x, step, bits, *, signed=True, axis=None) -> Tensor:
-    """step round(clip(x / step, -QN, QP)) (Esser et al. 2020, "Learned Step Size Quantization", eqs. 1-3, 5). Differentiable in x and step.
+    """step round(clip(x / step, -QN, QP)) (Esser et al. 2020, "Learned Step Size Quantization", eqs. 1-3, 5).
+    Differentiable in x and step.
 
-    signed: QN = 2^(bits-1), QP = 2^(bits-1) - 1 (one bit: codes -1 and +1, +1 for 0); unsigned: QN = 0, QP = 2^bits - 1. `axis`: a step for each channel.
-    dL/dx = g [-QN <= x / step <= QP]; dL/dstep = sum g {round(v) - v inside, -QN below, QP above} / sqrt(N QP), v = x / step, N the elements of a step.
+    signed: QN = 2^(bits-1), QP = 2^(bits-1) - 1 (one bit: codes -1 and +1, +1 for 0); unsigned: QN = 0, QP = 2^bits -
+    1. `axis`: a step for each channel. dL/dx = g [-QN <= x / step <= QP]; dL/dstep = sum g {round(v) - v inside, -QN
+    below, QP above} / sqrt(N QP), v = x / step, N the elements of a step.
     """
     xs, single = checks.weights(x, name="x")
     checks.bit_width(bits)
     axis = checks.channel_axis(axis, xs, single)
     step = parameters.channels("step", step, xs, single, axis)
-    return _apply("lsq", xs, single, 1, [step], (bits, bool(signed), axis))
+    return _quantized(ops.lsq, xs, single, [step], (bits, bool(signed), axis))
 
 
 def ewgs(x, lower, upper, bits, *, delta=0.0, signed=True) -> Tensor:
-    """Uniform levels between lower and upper (Lee et al. 2021, "Network Quantization with Element-wise Gradient Scaling", eqs. 1-7). Differentiable in x,
-    lower and upper.
+    """Uniform levels between lower and upper (Lee et al. 2021, "Network Quantization with Element-wise Gradient
+    Scaling", eqs. 1-7). Differentiable in x, lower and upper.
 
-    z = clip((x - lower) / (upper - lower), 0, 1), q = round(n z) / n, n = 2^bits - 1; gives 2 q - 1 in [-1, 1] (signed: weights), or q (activations).
-    The gradient g of q reaches z as g + delta |g| (z - q); delta = 0 is straight-through. What is clipped gives no gradient.
+    z = clip((x - lower) / (upper - lower), 0, 1), q = round(n z) / n, n = 2^bits - 1; gives 2 q - 1 in [-1, 1]
+    (signed: weights), or q (activations). The gradient g of q reaches z as g + delta |g| (z - q); delta = 0 is
+    straight-through. What is clipped gives no gradient.
     """
     xs, single = checks.weights(x, name="x")
     checks.bit_width(bits)
-    return _apply("ewgs", xs, single, 2, parameters.bounds(lower, upper, delta, xs, single), (bits, bool(signed)))
+    return _quantized(ops.ewgs, xs, single, parameters.bounds(lower, upper, delta, xs, single), (bits, bool(signed)))
 
 
 def pact(x, alpha, bits, *, plus=False) -> Tensor:
-    """s round(clip(x, 0, alpha) / s), s = alpha / (2^bits - 1) (Choi et al. 2018, "PACT", eqs. 1-3). Differentiable in x and alpha.
+    """s round(clip(x, 0, alpha) / s), s = alpha / (2^bits - 1) (Choi et al. 2018, "PACT", eqs. 1-3). Differentiable
+    in x and alpha.
 
-    dL/dx = g [0 <= x < alpha]; dL/dalpha = sum g [x >= alpha]; `plus` adds sum g (round(z) - z) / (2^bits - 1) inside, z = x / s. Add weight decay on alpha.
+    dL/dx = g [0 <= x < alpha]; dL/dalpha = sum g [x >= alpha]; `plus` adds sum g (round(z) - z) / (2^bits - 1)
+    inside, z = x / s. Add weight decay on alpha.
     """
     xs, single = checks.weights(x, name="x")
     checks.bit_width(bits)
-    return _apply("pact", xs, single, 1, [parameters.channels("alpha", alpha, xs, single)], (bits, bool(plus)))
+    return _quantized(ops.pact, xs, single, [parameters.channels("alpha", alpha, xs, single)], (bits, bool(plus)))
 
 
 def dorefa(w, bits, *, detach_max=False) -> Tensor:
-    """2 round(n (t / (2 m) + 1/2)) / n - 1, t = tanh w, m = max|t|, n = 2^bits - 1 (Zhou et al. 2016, "DoReFa-Net", eqs. 9, 11). Differentiable in w.
+    """2 round(n (t / (2 m) + 1/2)) / n - 1, t = tanh w, m = max|t|, n = 2^bits - 1 (Zhou et al. 2016, "DoReFa-Net",
+    eqs. 9, 11). Differentiable in w.
 
-    One bit: sign(w) mean|w| (+1 for 0), with the identity as gradient. dL/dw = g (1 - t^2) / m, and where |t| = m, split over ties,
-    - sign(t) (1 - t^2) / m^2 sum g t, which `detach_max=True` drops, as many ports do. Weights that are all 0 have m = 1.
+    One bit: sign(w) mean|w| (+1 for 0), with the identity as gradient. dL/dw = g (1 - t^2) / m, and where |t| = m,
+    split over ties, - sign(t) (1 - t^2) / m^2 sum g t, which `detach_max=True` drops, as many ports do. Weights that
+    are all 0 have m = 1.
     """
     ws, single = checks.weights(w, name="w")
     checks.bit_width(bits)
     with torch.no_grad():
-        scale = _mean_size(ws) if bits == 1 else ops.run("l_inf_fwd", ws, 1, "output")[1][:, 0]
-    return _apply("dorefa", ws, single, 0, [scale], (bits, bool(detach_max)))
+        scale = _mean_size(ws) if bits == 1 else ops.l_inf.fwd(ws, 1, "output")[1][:, 0]
+    return _quantized(ops.dorefa, ws, single, [scale], (bits, bool(detach_max)))
 
 
 def _mean_size(ws):
     """(mean |w|, 1) of each tensor: a margin of 0 for N weights."""
     zeros = parameters.parameter("M", 0.0, len(ws), False, 1, ws[0])
     numels = parameters.parameter("k", [w.numel() for w in ws], len(ws), False, 1, ws[0])
-    loss, _ = ops.run("margin_fwd", ws, zeros, numels, 1, "output")
+    loss, _ = ops.margin.fwd(ws, zeros, numels, 1, "output")
     return torch.stack([loss, torch.ones_like(loss)], 1)

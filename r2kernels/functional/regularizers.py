@@ -1,47 +1,113 @@
-"""Several regularizers from one read of the weights."""
+"""The regularizers of weights and their statistics: what a user calls.
+
+`W` is a floating-point tensor or a sequence of them, and parameters are given, as in range_losses.py, with
+cluster_dim 1. TypeError or ValueError names the argument, for a wrong type, dtype, device mix, shape or value. The
+values of tensors are never read: an invalid one gives NaN. A second derivative raises RuntimeError.
+"""
 
 import torch
+from torch import Tensor
 
 from .. import ops
-from ..backends import chosen
+from ..contract import BY_NAME, tensors_of_term
 from ..lists import carve_gradients
 from ..reference import checks, parameters
+from ..reference.regularizers import WeightStats
+from .loss import Call, Loss, learnable, shape_of
 
 
-class _Terms(torch.autograd.Function):
-    """`parameters` are the (L, 1) tensors of all terms, one term's after the other's."""
+def kure(W, *, target=1.8) -> Tensor:
+    """(kurtosis(W) - target)^2 with kurtosis = mean z^4, z = (W - mean) / std, std unbiased (Shkolnik et al. 2020,
+    "Robust Quantization").
+
+    1.8 is the kurtosis of the uniform distribution. A constant tensor has loss and gradient 0.
+    dkurtosis/dW = 4 / (N std) (z^3 - mean z^3 - N / (N - 1) kurtosis z).
+    """
+    ws, single = checks.weights(W)
+    target = parameters.parameter("target", target, len(ws), single, 1, ws[0], differentiable=False)
+    return Loss.apply(ops.kure, Call(shape_of(ws, single), single=single), 1, None, target, *ws)
+
+
+def bin_reg(W, step, bits) -> Tensor:
+    """sum over non-empty bins b of mean over W in b of (W - q_b)^2, q_b = b step (Han et al. 2021, "Bin
+    Regularization").
+
+    A bin is a code of LSQ, round(clip(W / step, -2^(bits-1), 2^(bits-1) - 1)) (one bit: the sign). Equals the sum
+    over bins of (mean_b - q_b)^2 + var_b. dL/dW = 2 / V_b (W - q_b), with V_b weights in the bin. `bits` 1..8; step >
+    0 has no gradient.
+    """
+    ws, single = checks.weights(W)
+    checks.bit_width(bits)
+    step = parameters.step("step", step, ws, single, differentiable=False)
+    call = Call(shape_of(ws, single), (bits,), (bits,), single=single)
+    return Loss.apply(ops.bin_reg, call, 1, None, step, *ws)
+
+
+def msqe(W, step, bits) -> Tensor:
+    """mean (W - Q)^2 with Q = step code, LSQ's signed code (Choi, El-Khamy, Lee 2020). Differentiable in W and step.
+
+    dL/dW = 2/N (W - Q); dL/dstep = -2/N sum (W - Q) code. `bits` 1..8. (US patent 11,270,187 B2 claims the use with a
+    growing coefficient.)
+    """
+    ws, single = checks.weights(W)
+    checks.bit_width(bits)
+    if isinstance(step, Tensor):
+        learned, fixed = learnable("step", step, ws, single)
+    else:
+        learned, fixed = None, (parameters.step("step", step, ws, single),)
+    call = Call(shape_of(ws, single), (bits,), (bits,), single=single)
+    return Loss.apply(ops.msqe, call, len(fixed), learned, *fixed, *ws)
+
+
+def partial_l2(W, fraction) -> Tensor:
+    """1/N sum W^2 [|W| <= theta], theta the ceil(fraction N)-th smallest |W|, exact (Choi, El-Khamy, Lee 2020): pulls
+    what is to be pruned to 0.
+
+    fraction: a number in (0, 1]; no gradient. dL/dW = 2/N W [|W| <= theta].
+    """
+    ws, single = checks.weights(W)
+    rank = parameters.rank(fraction, ws, single)
+    return Loss.apply(ops.partial_l2, Call(shape_of(ws, single), single=single), 1, None, rank, *ws)
+
+
+def weight_stats(W) -> WeightStats:
+    """Named tuple `min, max, mean, std, kurtosis, abs_max, numel` from one pass, without gradient.
+
+    std is unbiased (0 for one element), kurtosis = mean z^4 with that std (0 for a constant tensor). `numel` is an
+    int, or a tuple of ints.
+    """
+    ws, single = checks.weights(W)
+    with torch.no_grad():
+        return WeightStats.of(ops.weight_stats.fwd(ws), ws, single)
+
+
+class _WeightTerms(torch.autograd.Function):
+    """Inputs: (names, bits, flags), how many parameters follow; the (L, 1) tensors of all terms, one term's after the
+    other's; the weights."""
 
     @staticmethod
     def forward(ctx, *inputs):
-        call, count, *tensors = inputs
-        parameters, ws = tensors[:count], tensors[count:]
-        losses, saved = ops.run("terms_fwd", ws, call[0], parameters, *call[1:])
+        (names, bits, flags), count, *tensors = inputs
+        given, ws = tensors[:count], tensors[count:]
+        losses, saved = ops.terms.fwd(ws, names, given, bits, flags)
         ctx.save_for_backward(*tensors, *saved)
-        ctx.call, ctx.count, ctx.terms = call, count, len(saved)
-        ctx.backend = None if torch.compiler.is_compiling() else chosen()
+        ctx.call, ctx.count, ctx.terms = (names, bits, flags), count, len(saved)
+        ops.remember_backend(ctx)
         return tuple(losses)
 
     @staticmethod
     def backward(ctx, *grads):
         tensors = ctx.saved_tensors  # read once, as activation checkpointing asks
         tensors, saved = tensors[: -ctx.terms], tensors[-ctx.terms :]
-        parameters, ws = tensors[: ctx.count], tensors[ctx.count :]
-        names, *rest = ctx.call
-        buffers, of_parameters = ops.run_backward(
-            ctx.backend, "terms_bwd", list(grads), ws, names, parameters, *rest, saved
-        )
-        learned = iter(of_parameters)
-        gradients = []
+        given, ws = tensors[: ctx.count], tensors[ctx.count :]
+        names, bits, flags = ctx.call
+        buffers, of_parameters = ops.backward(ctx, ops.terms.bwd, list(grads), ws, names, given, bits, flags, saved)
+        learned, gradients = iter(of_parameters), []
         for name in names:
-            gradients += [
-                next(learned) if place == 0 and name in _LEARNED else None
-                for place in range(checks.tensors_of_term(name))
-            ]
+            count = BY_NAME[name].learned
+            gradients += [next(learned) for _ in range(count)] + [None] * (tensors_of_term(name) - count)
         gradients += carve_gradients(buffers, ws)
         return None, None, *[g if need else None for g, need in zip(gradients, ctx.needs_input_grad[2:], strict=True)]
-
-
-_LEARNED = ("margin", "soft_min_max", "msqe")  # in their first parameter
 
 
 def _parameters(name, options, ws, single):
@@ -64,17 +130,19 @@ def _parameters(name, options, ws, single):
 
 
 def weight_terms(W, terms) -> dict:
-    """name -> loss of each term, as the function of that name gives it, all from one forward and one backward pass over the weights.
+    """name -> loss of each term, as the function of that name gives it, all from one forward and one backward pass
+    over the weights.
 
-    terms: a dict of name -> keyword arguments, of l_inf, margin, soft_min_max, kure, bin_reg, msqe and partial_l2; for example
-    {"soft_min_max": {"alpha": 0.1}, "kure": {}, "msqe": {"step": step, "bits": 4}}. cluster_dim is 1. The gradients of all terms are summed before they are
-    rounded to the dtype of W. (partial_l2 looks for its threshold in passes of its own.)
+    terms: a dict of name -> keyword arguments, of l_inf, margin, soft_min_max, kure, bin_reg, msqe and partial_l2;
+    for example {"soft_min_max": {"alpha": 0.1}, "kure": {}, "msqe": {"step": step, "bits": 4}}. cluster_dim is 1. The
+    gradients of all terms are summed before they are rounded to the dtype of W. (partial_l2 looks for its threshold
+    in passes of its own.)
     """
     ws, single = checks.weights(W)
     terms = checks.terms(terms)
-    parameters = [_parameters(name, options, ws, single) for name, options in terms.items()]
+    given = [_parameters(name, options, ws, single) for name, options in terms.items()]
     bits = [options.get("bits", 0) for options in terms.values()]
-    flags = [name == "soft_min_max" and given[0].requires_grad for name, given in zip(terms, parameters, strict=True)]
-    flat = [p for given in parameters for p in given]
-    losses = _Terms.apply((list(terms), bits, flags), len(flat), *flat, *ws)
+    flags = [name == "soft_min_max" and tensors[0].requires_grad for name, tensors in zip(terms, given, strict=True)]
+    flat = [p for tensors in given for p in tensors]
+    losses = _WeightTerms.apply((list(terms), bits, flags), len(flat), *flat, *ws)
     return {name: loss[0] if single else loss for name, loss in zip(terms, losses, strict=True)}

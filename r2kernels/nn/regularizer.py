@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..functional import range_losses as functional
+from .. import functional
+from ..functional.loss import add_gradients_
 from ..lists import memory_order
 from ..reference import checks, parameters
 from .select import select_weights
@@ -203,7 +204,7 @@ class RangeRegularizer(nn.Module):
         if op == "kure":
             given.append(parameters.parameter("target", 1.8, *shape))
         learned = value is not None and bool(list(self.parameters()))
-        loss, g = functional.add_gradients_(
+        loss, g = add_gradients_(
             op, weights, targets, grad, given, alpha_grad=learned, geometry=(self.cluster_dim, self.layout)
         )
         for p, target in late:

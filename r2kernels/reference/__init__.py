@@ -1,4 +1,5 @@
-"""The specification, in plain eager PyTorch: every op as `<op>_fwd` and `<op>_bwd`, and the public functions, usable on their own."""
+"""The specification, in plain eager PyTorch: every op as `<op>_fwd` and `<op>_bwd`, and the public functions, usable
+on their own."""
 
 from .columns import columns, from_columns
 from .dkm import DKM, assign, assign_fwd, dkm

@@ -15,7 +15,8 @@ _DTYPES, _STRIDED, _PLAIN = {*DTYPES}, {torch.strided}, {Tensor, torch.nn.Parame
 
 
 def weights(W, cluster_dim=1, layout="output", name="W"):
-    """(list of tensors, whether W was a single tensor); TypeError or ValueError says what is wrong with which one. `name` is what the caller calls W."""
+    """(list of tensors, whether W was a single tensor); TypeError or ValueError says what is wrong with which one.
+    `name` is what the caller calls W."""
     count("cluster_dim", cluster_dim)
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
@@ -70,7 +71,8 @@ def _check_kind(w, name):
         raise TypeError(f"{name} is an uninitialized parameter; run the model once before its weights are used")
     if not isinstance(w, torch._subclasses.fake_tensor.FakeTensor):
         raise TypeError(
-            f"{name} is a {type(w).__name__}; only plain tensors and parameters are supported (of a sharded tensor pass the local shard)"
+            f"{name} is a {type(w).__name__}; only plain tensors and parameters are supported "
+            "(of a sharded tensor pass the local shard)"
         )
 
 
@@ -133,7 +135,8 @@ GRADIENTS = ("unrolled", "last", "implicit")
 
 
 def centroids(value, ws, single, d):
-    """(list of centroid tensors as given, tuple of how many each has): (K,) for d = 1, else (K, d), one for each tensor of W."""
+    """(list of centroid tensors as given, tuple of how many each has): (K,) for d = 1, else (K, d), one for each
+    tensor of W."""
     if single != isinstance(value, Tensor):
         wanted = "a tensor" if single else f"a sequence of {len(ws)} tensors, one for each tensor of W"
         raise TypeError(f"centroids must be {wanted}, got {type(value).__name__}")
@@ -233,7 +236,8 @@ def terms(value):
         needed = [o for o in TERMS[name] if o not in _OPTIONAL]
         if not {*needed} <= {*options} <= {*TERMS[name]}:
             raise ValueError(
-                f"terms[{name!r}] has {tuple(options)}; it needs {tuple(needed)} and allows {TERMS[name]} (all terms read W in one column)"
+                f"terms[{name!r}] has {tuple(options)}; it needs {tuple(needed)} and allows {TERMS[name]} "
+                "(all terms read W in one column)"
             )
     return value
 
@@ -259,7 +263,8 @@ def row_weights(name, mass, w, d):
         raise ValueError(f"{name} is on {mass.device} but W is on {w.device}")
     if mass.numel() != w.numel() // d:
         raise ValueError(
-            f"{name} has {mass.numel()} numbers (shape {tuple(mass.shape)}); allowed are {w.numel() // d}, one for each row"
+            f"{name} has {mass.numel()} numbers (shape {tuple(mass.shape)}); "
+            f"allowed are {w.numel() // d}, one for each row"
         )
 
 

@@ -1,13 +1,16 @@
-"""DKM, differentiable k-means (Cho et al. 2022, arXiv 2108.12659): `DKM` has the passes over the weights that every backend has, and the public functions.
+"""DKM, differentiable k-means (Cho et al. 2022, arXiv 2108.12659): `DKM` has the passes over the weights that every
+backend has, and the public functions.
 
-One iteration with centroids c: D_ij = dist(w_i, c_j), a_ij = softmax_j(-D_ij / tau), S_j = sum_i a_ij, c'_j = sum_i a_ij w_i / S_j; where S_j = 0, c'_j = c_j
-without gradient. Rows w_i have d numbers. Arrays of centroids are (L, K, d), filled up with zeros where tensor t has fewer than K; for d = 1 they are sorted.
-Slope: dD/dw = -dD/dc, which is 0 where w = c.
+One iteration with centroids c: D_ij = dist(w_i, c_j), a_ij = softmax_j(-D_ij / tau), S_j = sum_i a_ij, c'_j = sum_i
+a_ij w_i / S_j; where S_j = 0, c'_j = c_j without gradient. Rows w_i have d numbers. Arrays of centroids are (L, K,
+d), filled up with zeros where tensor t has fewer than K; for d = 1 they are sorted. Slope: dD/dw = -dD/dc, which is 0
+where w = c.
 """
+
+import warnings
 
 import torch
 
-from ..algorithms import fixed_point
 from . import checks, parameters
 from .columns import columns, from_columns
 
@@ -23,6 +26,7 @@ def distance(x, c, metric):
 
 
 def attention(x, c, tau, metric):
+    """(N, K): a_ij."""
     return torch.softmax(distance(x, c, metric) / -torch.where(tau > 0, tau, torch.nan), 1)
 
 
@@ -46,7 +50,8 @@ def slope(x, c, metric):
 
 
 class DKM:
-    """The passes over a list of weights; `weights` as the ops take them, tau (L,), clusters the number of centroids of each tensor."""
+    """The passes over a list of weights; `weights` as the ops take them, tau (L,), clusters the number of centroids
+    of each tensor."""
 
     def __init__(self, weights, tau, clusters, metric, d, layout):
         self.weights, self.tau, self.clusters, self.metric, self.geometry = weights, tau, clusters, metric, (d, layout)
@@ -68,7 +73,8 @@ class DKM:
         return torch.stack([torch.cat([r, r.new_zeros(most - r.shape[0], *r.shape[1:])]) for r in rows])
 
     def update(self, c):
-        """(new centroids, moments): S_j, and for scalars in the Euclidean metric sum_i sign(w_i - c_j) a_ij {1, w_i - c'_j}. (L, K, 3) or (L, K, 1)."""
+        """(new centroids, moments): S_j, and for scalars in the Euclidean metric sum_i sign(w_i - c_j) a_ij {1, w_i -
+        c'_j}. (L, K, 3) or (L, K, 1)."""
         fresh, moments = [], []
         for _, x, ct, tau in self._each(c):
             a, S, new = iterate(x, ct, tau, self.metric)
@@ -104,7 +110,8 @@ class DKM:
         return self._padded(us, c)
 
     def _pull(self, x, ct, tau, new, u, S, g):
-        """(attention, v, Q, slope) of the backward of an iteration; g is None but in the last one, where W_hat depends on the attention as well."""
+        """(attention, v, Q, slope) of the backward of an iteration; g is None but in the last one, where W_hat
+        depends on the attention as well."""
         a, s = attention(x, ct, tau, self.metric), slope(x, ct, self.metric)
         v = torch.where(S[:, None] == 0, 0, u / torch.where(S[:, None] == 0, 1, S[:, None]))
         P = x @ v.t() - (new * v).sum(1)
@@ -119,7 +126,8 @@ class DKM:
             yield i, x, tau, self._pull(x, ct, tau, new[i, :k], u[i, :k], moments[i, :k, 0], gs[i])
 
     def recur(self, c, new, u, moments, grads=None):
-        """dL/dc from u = dL/dnew; with `grads`, of the last iteration, for which `upstream(c, grads)` was called before."""
+        """dL/dc from u = dL/dnew; with `grads`, of the last iteration, for which `upstream(c, grads)` was called
+        before."""
         return self._padded(
             [
                 torch.einsum("nk,nkd->kd", Q, s) / tau
@@ -192,17 +200,31 @@ def dkm(
         x, c = columns(w, cluster_dim, layout).t(), c0.reshape(-1, cluster_dim)
         repeats = iterations
         if iterations == "converge":
-            job = DKM([w.detach()], tau[i : i + 1], clusters[i : i + 1], metric, cluster_dim, layout)
-            limit = parameters.tolerance(tol, [w.detach()])
-            c_star, passes = fixed_point.solve(
-                lambda _, job=job: job, c[None].detach(), limit, max_passes, gradient != "unrolled"
-            )
-            repeats, c = (int(passes), c) if gradient == "unrolled" else (1, c_star[0])
+            c_star, passes = _settled(x.detach(), c.detach(), tau[i], metric, tol, max_passes)
+            repeats, c = (passes, c) if gradient == "unrolled" else (1, c_star)
         last = _differentiable_start(x, c, tau[i], repeats, metric, gradient)
         a, _, c = iterate(x, last, tau[i], metric)
         outputs.append(DKM([w], tau, clusters, metric, cluster_dim, layout)._with_leftovers(a @ c, w, w))
         fresh.append(c.reshape(c0.shape))
     return (outputs[0], fresh[0]) if single else (outputs, fresh)
+
+
+@torch.no_grad()
+def _settled(x, c, tau, metric, tol, max_passes):
+    """(c with |F(c) - c| <= tol, passes over x that it took), by plain iterations; a warning after `max_passes`."""
+    limit = parameters.tolerance(tol, [x])[0]
+    for passes in range(1, max_passes + 1):
+        new = iterate(x, c, tau, metric)[2]
+        residual = (new - c).abs().amax()
+        if not residual > limit:
+            return c, passes
+        c = new
+    warnings.warn(
+        f"r2kernels.reference.dkm did not converge in max_passes={max_passes}: |F(C) - C| is {residual.item():.2g}, "
+        f"allowed is {limit.item():.2g}",
+        stacklevel=4,
+    )
+    return c, max_passes
 
 
 def _differentiable_start(x, c, tau, iterations, metric, gradient):

@@ -1,7 +1,7 @@
 """Hard k-means as Lloyd (1982) has it: every row to its nearest centroid, every centroid to the mean of its rows.
 
-Started RESTARTS times by k-means++ (Arthur and Vassilvitskii 2007); what leaves the least inertia is kept. Equal rows count as one of their
-summed weight. Everything is computed in float64, from a fixed seed.
+Started RESTARTS times by k-means++ (Arthur and Vassilvitskii 2007); what leaves the least inertia is kept. Equal rows
+count as one of their summed weight. Everything is computed in float64, from a fixed seed.
 """
 
 import torch

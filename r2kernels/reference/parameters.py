@@ -1,4 +1,5 @@
-"""What a call was given, brought to the one form that the ops take: tensors of one number for each tensor and column."""
+"""What a call was given, brought to the one form that the ops take: tensors of one number for each tensor and
+column."""
 
 import math
 import numbers
@@ -14,10 +15,11 @@ _MOST_CONSTANTS = 4096
 
 
 def parameter(name, value, count, single, d, like, *, differentiable=True, allowed="a finite number", ok=is_finite):
-    """One number per tensor and column, as a contiguous (count, d) tensor of the accumulator's dtype on the device of `like`.
+    """One number per tensor and column, as a contiguous (count, d) tensor of the accumulator's dtype on the device of
+    `like`.
 
-    Accepts a number; a 0-dim tensor; for a tensor W also shape (d,); for a sequence also (L,), (L, d) or a sequence of L numbers.
-    Under autograd the result is connected to `value`.
+    Accepts a number; a 0-dim tensor; for a tensor W also shape (d,); for a sequence also (L,), (L, d) or a sequence
+    of L numbers. Under autograd the result is connected to `value`.
     """
     dtype = accumulator(like.dtype)
     if isinstance(value, Tensor):
@@ -130,11 +132,12 @@ def channels(
     ok=lambda v: 0 < v < math.inf,
     differentiable=True,
 ):
-    """The numbers of a quantizer's parameter as a flat tensor of the accumulator's dtype: one for each tensor, or with `axis` one for each channel of
-    each tensor, one tensor's after the other's. Connected to `value` under autograd.
+    """The numbers of a quantizer's parameter as a flat tensor of the accumulator's dtype: one for each tensor, or
+    with `axis` one for each channel of each tensor, one tensor's after the other's. Connected to `value` under
+    autograd.
 
-    Accepts what `parameter` does for d = 1; with `axis` also (C,) for a single tensor, and for a sequence a sequence with a number, a 0-dim or a
-    (C,) tensor for each.
+    Accepts what `parameter` does for d = 1; with `axis` also (C,) for a single tensor, and for a sequence a sequence
+    with a number, a 0-dim or a (C,) tensor for each.
     """
     if axis is None:
         if not single and isinstance(value, (list, tuple)) and any([isinstance(v, Tensor) for v in value]):
@@ -216,7 +219,8 @@ def step(name, value, ws, single, differentiable=True):
 
 
 def rank(fraction, ws, single):
-    """ceil(fraction N), at least 1, for each tensor: (L,) int64; 0 where a tensor holds a fraction that is not in (0, 1]."""
+    """ceil(fraction N), at least 1, for each tensor: (L,) int64; 0 where a tensor holds a fraction that is not in (0,
+    1]."""
     like = torch.empty(0, dtype=torch.float64, device=ws[0].device)
     given = parameter(
         "fraction",
@@ -235,7 +239,8 @@ def rank(fraction, ws, single):
 
 
 def masses(weight, ws, single, d):
-    """The weights of the rows of each tensor, float64, or None. Their values are read: a negative or infinite one is an error."""
+    """The weights of the rows of each tensor, float64, or None. Their values are read: a negative or infinite one is
+    an error."""
     if weight is None:
         return [None] * len(ws)
     if single:

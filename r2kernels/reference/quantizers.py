@@ -1,11 +1,14 @@
-"""LSQ, EWGS, PACT and DoReFa: `<op>_fwd` and `<op>_bwd` as every backend has them, and the public functions. Formulas: methods of the papers
-(Esser et al. 2020, "Learned Step Size Quantization"; Lee et al. 2021, "Network Quantization with Element-wise Gradient Scaling"; Choi et al. 2018,
-"PACT"; Zhou et al. 2016, "DoReFa-Net"), as `r2kernels.quantizers` tells them.
+"""LSQ, EWGS, PACT and DoReFa: `<op>_fwd` and `<op>_bwd` as every backend has them, and the public functions.
+Formulas: methods of the papers (Esser et al. 2020, "Learned Step Size Quantization"; Lee et al. 2021, "Network
+Quantization with Element-wise Gradient Scaling"; Choi et al. 2018, "PACT"; Zhou et al. 2016, "DoReFa-Net"), as
+`r2kernels.quantizers` tells them.
 
-`<op>_fwd(xs, *parameters, *options) -> ys` and `<op>_bwd(gs, xs, *parameters, *options) -> (gradients of xs, gradient of each differentiable
-parameter)`. Parameters are flat tensors of the accumulator's dtype: one number for each tensor, or with `axis` for each channel of each tensor, one
-tensor's after the other's. Everything is computed in the accumulator's dtype with true divisions and rounds half to even. `lsq_fwd`, `ewgs_fwd` and
-`pact_fwd` are the same bits on every backend. A comparison decides what is clipped, so NaN takes the way of what is not. No branch depends on a value.
+`<op>_fwd(xs, *parameters, *options) -> ys` and `<op>_bwd(gs, xs, *parameters, *options) -> (gradients of xs, gradient
+of each differentiable parameter)`. Parameters are flat tensors of the accumulator's dtype: one number for each
+tensor, or with `axis` for each channel of each tensor, one tensor's after the other's. Everything is computed in the
+accumulator's dtype with true divisions and rounds half to even. `lsq_fwd`, `ewgs_fwd` and `pact_fwd` are the same
+bits on every backend. A comparison decides what is clipped, so NaN takes the way of what is not. No branch depends on
+a value.
 """
 
 import math

@@ -1,8 +1,10 @@
-"""The range losses and weight statistics: `<op>_fwd` and `<op>_bwd` as every backend has them, and the public functions.
+"""The range losses and weight statistics: `<op>_fwd` and `<op>_bwd` as every backend has them, and the public
+functions.
 
-Equations: R2 (arXiv 2303.08253), eqs. 1-3; KURE (Shkolnik et al. 2020). Rows x of a weight are (d, N): column c of `cluster_dim` in
-row c, leftovers dropped. In `<op>_fwd(weights, ...) -> (loss, saved)` and `<op>_bwd(grad, weights, ..., saved, ...)` the
-parameters are (L, d) tensors of the accumulator's dtype; `saved` is (L, d, numbers per column). No branch depends on a value.
+Equations: R2 (arXiv 2303.08253), eqs. 1-3; KURE (Shkolnik et al. 2020). Rows x of a weight are (d, N): column c of
+`cluster_dim` in row c, leftovers dropped. In `<op>_fwd(weights, ...) -> (loss, saved)` and `<op>_bwd(grad, weights,
+..., saved, ...)` the parameters are (L, d) tensors of the accumulator's dtype; `saved` is (L, d, numbers per column).
+No branch depends on a value.
 """
 
 import torch
@@ -20,7 +22,8 @@ def _gradients(weights, d, layout, formula):
 
 
 def _ratio(k, n):
-    """The divisor of the margin's sum: k itself, or k times the n rows where k is a fraction; NaN where k is not positive."""
+    """The divisor of the margin's sum: k itself, or k times the n rows where k is a fraction; NaN where k is not
+    positive."""
     return torch.where(k > 0, torch.where(k < 1, k * n, k), torch.nan)
 
 
@@ -63,7 +66,8 @@ def margin_bwd(grad, weights, M, k, saved, d=1, layout="output"):
 
 
 # saved: for p = softmax(alpha x), then for q = softmax(-alpha x): a shift near the extreme, 1 / sum of exponentials
-# relative to it, the soft extreme minus the shift, the variance (which a backend may leave out where alpha_grad is False)
+# relative to it, the soft extreme minus the shift, the variance (which a backend may leave out where alpha_grad is
+# False)
 def _soft_extremes(weights, alpha, d, layout):
     saved = []
     for i, x in _each(weights, d, layout):

@@ -1,7 +1,9 @@
-"""Bin regularization, MSQE, partial L2, and several terms from one read: `<op>_fwd` and `<op>_bwd` as every backend has them, and the public functions.
+"""Bin regularization, MSQE, partial L2, and several terms from one read: `<op>_fwd` and `<op>_bwd` as every backend
+has them, and the public functions.
 
-Sources: Han et al. 2021, "Improving Low-Precision Network Quantization via Bin Regularization"; Choi, El-Khamy, Lee 2020, "Learning Sparse Low-Precision
-Neural Networks With Learnable Regularization". The ops are laid out as those of range.py, with d = 1.
+Sources: Han et al. 2021, "Improving Low-Precision Network Quantization via Bin Regularization"; Choi, El-Khamy, Lee
+2020, "Learning Sparse Low-Precision Neural Networks With Learnable Regularization". The ops are laid out as those of
+range.py, with d = 1.
 """
 
 from typing import NamedTuple
@@ -40,7 +42,8 @@ class WeightStats(NamedTuple):
 
 
 def _moments(x):
-    """min, max, mean, unbiased std, and mean z^3, mean z^4 with that std; spread, skew and kurtosis are 0 for a constant x."""
+    """min, max, mean, unbiased std, and mean z^3, mean z^4 with that std; spread, skew and kurtosis are 0 for a
+    constant x."""
     low, high, mean = x.amin(), x.amax(), x.mean()
     centred = torch.where(high == low, 0, x - mean)
     std = (centred.square().sum() / max(x.numel() - 1, 1)).sqrt()
@@ -156,7 +159,8 @@ def partial_l2_bwd(grad, weights, rank, saved):
 
 
 def split_terms(names, parameters, bits, flags):
-    """For each term (name, its parameters, what else its forward takes, what else its backward takes); geometry last, where it has one."""
+    """For each term (name, its parameters, what else its forward takes, what else its backward takes); geometry last,
+    where it has one."""
     at = 0
     for name, width, flag in zip(names, bits, flags, strict=True):
         count = checks.tensors_of_term(name)
@@ -170,7 +174,8 @@ def _op(name, part):
 
 
 def terms_fwd(weights, names, parameters, bits, flags):
-    """Lists of the losses and of what is saved, one for each of `names`; `parameters` are those of the terms, one after the other."""
+    """Lists of the losses and of what is saved, one for each of `names`; `parameters` are those of the terms, one
+    after the other."""
     results = [
         _op(name, "fwd")(weights, *given, *forward)
         for name, given, forward, _ in split_terms(names, parameters, bits, flags)
@@ -179,7 +184,8 @@ def terms_fwd(weights, names, parameters, bits, flags):
 
 
 def terms_bwd(grads, weights, names, parameters, bits, flags, saved):
-    """(the gradients of the weights, summed over the terms before they are rounded; the gradient of each differentiable parameter)"""
+    """(the gradients of the weights, summed over the terms before they are rounded; the gradient of each
+    differentiable parameter)"""
     wide = [w.to(accumulator(w.dtype)) for w in weights]
     total, of_parameters = [torch.zeros_like(w) for w in wide], []
     for grad, kept, (name, given, _, backward) in zip(

@@ -1,0 +1,82 @@
+"""The autograd Function of the losses: one op over a list of weights."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..contract import BY_NAME
+from ..lists import carve_gradients
+from ..reference import checks, parameters
+
+
+class Call(NamedTuple):
+    """How an op is called and what becomes of its results."""
+
+    shape: tuple  # of the loss as the user gets it
+    forward: tuple = ()  # what the forward takes behind the parameters
+    backward: tuple = ()  # what the backward takes behind what was saved
+    d: int = 1
+    layout: str = "output"
+    single: bool = False
+
+
+class Loss(torch.autograd.Function):
+    """Inputs: op, call, how many fixed parameters follow; the learned parameter as the user gave it, or None; the fixed
+    ones as (L, d) tensors; the weights. A learned parameter is the op's first."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        # not spelled out: without gradients, torch.compile drops ctx where it counts as many inputs as names here
+        op, call, fixed, learned, *tensors = inputs
+        given, weights = tensors[:fixed], tensors[fixed:]
+        if learned is not None:
+            given = [parameters.parameter("parameter", learned, len(weights), call.single, call.d, weights[0]), *given]
+        loss, saved = op.fwd(weights, *given, *call.forward)
+        ctx.save_for_backward(saved, learned, *given, *weights)
+        ctx.op, ctx.call, ctx.count, ctx.shape = op, call, len(given), loss.shape
+        ops.remember_backend(ctx)
+        return loss.reshape(call.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        op, call, needed = ctx.op, ctx.call, ctx.needs_input_grad
+        saved, learned, *tensors = ctx.saved_tensors
+        given, weights = tensors[: ctx.count], tensors[ctx.count :]
+        result = ops.backward(ctx, op.bwd, grad.reshape(ctx.shape), weights, *given, saved, *call.backward)
+        buffers, g_learned = result if op.op.learned else (result, None)
+        g_learned = parameters.parameter_gradient(g_learned, learned, call.single) if needed[3] else None
+        gradients = carve_gradients(buffers, weights, call.d, call.layout)
+        needed = needed[-len(weights) :]
+        if not all(needed):
+            gradients = [g if need else None for g, need in zip(gradients, needed, strict=True)]
+        fixed = len(tensors) - len(weights) - (learned is not None)
+        return None, None, None, g_learned, *[None] * fixed, *gradients
+
+
+def learnable(name, value, ws, single, d=1):
+    """(value, ()) of a tensor, whose gradient is wanted, else (None, (the number as a fixed parameter,))."""
+    if isinstance(value, Tensor):
+        checks.check_parameter(name, value, len(ws), single, d, ws[0])
+        return value, ()
+    return None, (parameters.parameter(name, value, len(ws), single, d, ws[0]),)
+
+
+def shape_of(ws, single):
+    """Of one loss for each tensor."""
+    return () if single else (len(ws),)
+
+
+def add_gradients_(op, weights, gradients, grad, given, *, alpha_grad=False, geometry=(1, "output")):
+    """The forward and backward of a loss without a graph: adds to `gradients`, which lie in memory as the weights do,
+    and returns (loss, gradient of the first parameter or None).
+
+    `op` is its name, `given` its (L, d) parameters, `grad` the gradient of the loss: (L,), or (2, L, d) for
+    soft_extrema.
+    """
+    row = BY_NAME[op]
+    geometry = geometry if row.columns else ()
+    loss, saved = ops.call[op + "_fwd"](weights, *given, *((alpha_grad,) if row.soft else ()), *geometry)
+    result = ops.call[op + "_bwd"](grad, weights, *given, saved, *geometry, out=gradients)
+    return loss, result[1] if row.learned else None

@@ -16,7 +16,7 @@ test: $(VENV)/.built $(TRITON36)/.built
 	$(VENV)/bin/python -m pytest tests
 
 bench: $(VENV)/.built
-	$(VENV)/bin/python -m pytest benchmarks/bench_range.py -q --benchmark-quiet -rs
+	$(VENV)/bin/python -m pytest benchmarks/bench_range_losses.py -q --benchmark-quiet -rs
 	$(VENV)/bin/python -m pytest benchmarks/bench_dkm.py -q --benchmark-quiet -rs
 	$(VENV)/bin/python -m pytest benchmarks/bench_quantizers.py -q --benchmark-quiet -rs
 

@@ -1,7 +1,8 @@
 """DKM, k-means and assignment beside their peers: `pytest benchmarks/bench_dkm.py`.
 
-A case is a number of weights, of clusters, a row's length, a metric and a kind of work. All its contenders are measured together, round by round
-(measure.py), at the first test that asks for one of them; each test reports one contender's samples through pytest-benchmark by replaying them.
+A case is a number of weights, of clusters, a row's length, a metric and a kind of work. All its contenders are
+measured together, round by round (measure.py), at the first test that asks for one of them; each test reports one
+contender's samples through pytest-benchmark by replaying them.
 """
 
 import functools
@@ -71,7 +72,8 @@ def measured(case, deadline, seconds):
                 rows[name]["errors"] = error
                 if name not in SLOW and not all(e <= most for e, most in zip(error, limit, strict=True)):
                     wrong[name] = (
-                        f"errs by {error[0]:.2g} and {error[1]:.2g} of W_hat and dL/dW, allowed are {limit[0]:.2g} and {limit[1]:.2g}"
+                        f"errs by {error[0]:.2g} and {error[1]:.2g} of W_hat and dL/dW, "
+                        f"allowed are {limit[0]:.2g} and {limit[1]:.2g}"
                     )
     for name in wrong:
         del found[name]

@@ -1,7 +1,10 @@
-"""The quantizers and regularizers beside eager PyTorch, torch.compile and PyTorch's own LSQ: `pytest benchmarks/bench_quantizers.py`.
+"""The quantizers and regularizers beside eager PyTorch, torch.compile and PyTorch's own LSQ.
 
-A case is an op on a tensor or a list, forward and backward. All its contenders are measured together, round by round (measure.py), at the first test that
-asks for one of them; each test reports one contender's samples through pytest-benchmark by replaying them.
+    pytest benchmarks/bench_quantizers.py
+
+A case is an op on a tensor or a list, forward and backward. All its contenders are measured together, round by round
+(measure.py), at the first test that asks for one of them; each test reports one contender's samples through
+pytest-benchmark by replaying them.
 """
 
 import functools
@@ -9,10 +12,10 @@ import statistics
 import time
 
 import pytest
-import quantizer_report
+import quantizers_report
 import torch
 from measure import Clock, interleave, ratios, sample
-from quantizer_contenders import ACTIVATION, LIST, ONE, REGULARIZERS, TERMS, Case, Inputs, contenders, wrong
+from quantizers_contenders import ACTIVATION, LIST, ONE, REGULARIZERS, TERMS, Case, Inputs, contenders, wrong
 
 CASES = (
     *(Case(op) for op in ("lsq", "ewgs", "pact", "dorefa")),
@@ -91,11 +94,11 @@ def pytest_generate_tests(metafunc):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.benchmark(timer=clock)
-def test_quantizer(case, contender, quantizer_results, benchmark):
-    if (case.shape, case.label) in quantizer_results.kept:
+def test_quantizer(case, contender, quantizers_results, benchmark):
+    if (case.shape, case.label) in quantizers_results.kept:
         pytest.skip("measured in an earlier run")
-    rows = measured(case, quantizer_results.deadline, quantizer_results.seconds)
-    quantizer_results.add(rows)
+    rows = measured(case, quantizers_results.deadline, quantizers_results.seconds)
+    quantizers_results.add(rows)
     row = rows[contender]
     if "wrong" in row:
         pytest.fail(row["absent"], pytrace=False)
@@ -107,5 +110,5 @@ def test_quantizer(case, contender, quantizer_results, benchmark):
 
 
 @pytest.fixture(scope="session")
-def quantizer_results(results_of):
-    return results_of(quantizer_report)
+def quantizers_results(results_of):
+    return results_of(quantizers_report)

@@ -1,7 +1,7 @@
 """Options, and the results file, which is written anew after every case.
 
-pytest benchmarks/bench_range.py                         the CPU
-pytest benchmarks/bench_range.py --bench-device cuda     a GPU
+pytest benchmarks/bench_range_losses.py                         the CPU
+pytest benchmarks/bench_range_losses.py --bench-device cuda     a GPU
 """
 
 import contextlib
@@ -92,11 +92,6 @@ def results_of(request):
     yield results_of
     for found in made:
         report.write(found.data, found.stem, found.report, figure=True)
-
-
-@pytest.fixture(scope="session")
-def results(results_of):
-    return results_of(report)
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -47,7 +47,8 @@ class Case(NamedTuple):
 
 
 class Inputs:
-    """Weights with sigma = 0.05, centroids from `kmeans` of a part of them, a temperature of a quarter of their mean distance, a gradient of W_hat."""
+    """Weights with sigma = 0.05, centroids from `kmeans` of a part of them, a temperature of a quarter of their mean
+    distance, a gradient of W_hat."""
 
     def __init__(self, case, count=None):
         g = torch.Generator().manual_seed(0)
@@ -75,7 +76,7 @@ class Inputs:
 
     @functools.cached_property
     def model(self):
-        """A model of layers with these weights under a Palettizer; it gives the weights that its layers compute with."""
+        """A model of layers with these weights under a Palettizer; gives the weights that its layers compute with."""
         model = Layers(self.weights)
         r2kernels.Palettizer(
             model,
@@ -249,7 +250,8 @@ def saved_bytes(contender, inputs):
 
 
 def errors(case, found):
-    """name -> (RMS error of W_hat, of dL/dW) against float64, relative to the RMS of W and of dL/dW, on CHECKED weights."""
+    """name -> (RMS error of W_hat, of dL/dW) against float64, relative to the RMS of W and of dL/dW, on CHECKED
+    weights."""
     inputs = Inputs(case, CHECKED)
     wide = inputs.double()
     exact = _rows(_through(_eager), wide)

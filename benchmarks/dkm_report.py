@@ -1,6 +1,6 @@
-"""DKM's results as JSON, Markdown and a figure; its table in README.md.
+"""DKM's results as JSON, Markdown and a figure.
 
-python benchmarks/dkm_report.py benchmarks/results/dkm-NAME.json [MORE.json] [--readme]
+python benchmarks/dkm_report.py benchmarks/results/dkm-NAME.json [MORE.json]
 """
 
 import sys
@@ -8,7 +8,6 @@ import sys
 import report
 from report import header, load, number  # noqa: F401
 
-BEGIN, END = "<!-- dkm:begin -->", "<!-- dkm:end -->"
 SCALAR = "forward + backward, T = 5, scalars, euclidean"
 STEP = "Palettizer's step, T = 5, scalars, euclidean"
 HEADLINE, WIDE, LARGE = "2,400,000, K = 16", "150,000, K = 256", "11,678,912, K = 16"
@@ -25,32 +24,30 @@ TARGETS = (
     (STEP, "ResNet-18, K = 4", "over coremltools", 50),
     (STEP, "ResNet-18, K = 4", "copies of the weights", 3),
 )
-ABOUT = """- times: medians over rounds in which every contender of a case takes its turn; ratios: medians of the rounds' ratios
-- *eager*: `r2kernels.reference` under autograd; *checkpointing*: the same, each iteration under `torch.utils.checkpoint`;
-  *coremltools*: its `FakePalettize`, which has the squared metric alone
-- *saved*: bytes that the forward keeps for the backward, per weight, W included; *extra*: the most memory of torch's allocator during a call beyond
-  W_hat and dL/dW, per weight
-- *Palettizer's step*: forward and backward of all palettized weights of a model in training, on hooks; *coremltools* clusters the same layers one by one;
-  *copies*: the most memory of torch's allocator during a step, W_hat and dL/dW included, in copies of the weights
-- *error*: RMS error of W_hat and of dL/dW against float64, relative to the RMS of W and of dL/dW, on 40,000 weights; ours are timed only within
-  twice eager's plus one ulp
-- weights are normal with sigma 0.05, centroids start from `kmeans` of a part, tau is a quarter of the mean distance of centroids (its square for the
-  squared metric)"""
-COLUMNS = (
-    "weights, clusters",
-    "contender",
-    "ms",
-    "IQR",
-    "rounds",
-    "ns per weight",
-    "ours is faster by",
-    "saved B/weight",
-    "extra B/weight",
-    "copies",
-    "error of Ŵ",
-    "error of dW",
+ABOUT = (
+    "- times: medians over rounds in which every contender of a case takes its turn; ratios: medians of the rounds' "
+    "ratios\n"
+    "- *eager*: `r2kernels.reference` under autograd; *checkpointing*: the same, each iteration under "
+    "`torch.utils.checkpoint`;\n"
+    "  *coremltools*: its `FakePalettize`, which has the squared metric alone\n"
+    "- *saved*: bytes that the forward keeps for the backward, per weight, W included; *extra*: the most memory of "
+    "torch's allocator during a call beyond\n"
+    "  W_hat and dL/dW, per weight\n"
+    "- *Palettizer's step*: forward and backward of all palettized weights of a model in training, on hooks; "
+    "*coremltools* clusters the same layers one by one;\n"
+    "  *copies*: the most memory of torch's allocator during a step, W_hat and dL/dW included, in copies of the "
+    "weights\n"
+    "- *error*: RMS error of W_hat and of dL/dW against float64, relative to the RMS of W and of dL/dW, on 40,000 "
+    "weights; ours are timed only within\n"
+    "  twice eager's plus one ulp\n"
+    "- weights are normal with sigma 0.05, centroids start from `kmeans` of a part, tau is a quarter of the mean "
+    "distance of centroids (its square for the\n"
+    "  squared metric)"
 )
-PEERS = ("eager", "torch.compile", "checkpointing", "coremltools")
+COLUMNS = (
+    *("weights, clusters", "contender", "ms", "IQR", "rounds", "ns per weight", "ours is faster by"),
+    *("saved B/weight", "extra B/weight", "copies", "error of Ŵ", "error of dW"),
+)
 
 
 def file_stem(data):
@@ -58,55 +55,34 @@ def file_stem(data):
 
 
 def markdown(data):
-    lines = [
-        ("machine", data["machine"]),
-        ("versions", data["versions"]),
-        ("backends", {k: v or "usable" for k, v in data["backends"].items()}),
-    ]
-    facts = [f"- {name}: " + ", ".join(f"{k} {v}" for k, v in items.items()) for name, items in lines] + [
-        f"- threads: {data['threads']}",
-        report._busy(data),
-    ]
     parts = [
         f"# DKM on {data['machine']['device']}, {data['date']}",
-        "\n".join(facts) + "\n" + ABOUT,
+        report.facts(data) + ABOUT,
         "## Targets",
         targets(data),
     ]
     for table in dict.fromkeys(row["table"] for row in data["rows"]):
         parts += [f"## {table}", _table([row for row in data["rows"] if row["table"] == table and "absent" not in row])]
-    absent = [
-        f"- **{row['contender']}**, {row['table']}, {row['case']}: {row['absent']}"
-        for row in data["rows"]
-        if "absent" in row
-    ]
-    return "\n\n".join([*parts, "## Absent rows", "\n".join(absent) or "none"]) + "\n"
+    return "\n\n".join([*parts, "## Absent rows", report.absent_rows(data)]) + "\n"
 
 
 def _table(rows):
     lines = [COLUMNS, ["---"] * 2 + ["---:"] * 10]
     for row in rows:
-        name = f"**{row['contender']}**" if row["default"] else row["contender"]
-        faster = "" if row["default"] else number(row["faster"][1]) + "x"
-        error = [f"{e:.1e}" for e in row["errors"]] if "errors" in row else ["", ""]
-        numbers = (
-            [row["median_ms"], row["iqr_ms"]],
-            row["ns_per_weight"],
-            [row.get("saved_per_weight"), row.get("extra_per_weight"), row.get("copies")],
-        )
         lines.append(
-            [
+            (
                 row["case"],
-                name,
-                *map(number, numbers[0]),
+                f"**{row['contender']}**" if row["default"] else row["contender"],
+                number(row["median_ms"]),
+                number(row["iqr_ms"]),
                 str(row["rounds"]),
-                number(numbers[1]),
-                faster,
-                *map(number, numbers[2]),
-                *error,
-            ]
+                number(row["ns_per_weight"]),
+                "" if row["default"] else number(row["faster"][1]) + "x",
+                *(number(row.get(key)) for key in ("saved_per_weight", "extra_per_weight", "copies")),
+                *([f"{e:.1e}" for e in row["errors"]] if "errors" in row else ["", ""]),
+            )
         )
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return report.table(lines)
 
 
 def find(data, table, case, contender=None):
@@ -130,16 +106,10 @@ def value_of(data, table, case, what):
 
 
 def targets(data, plain=False):
-    lines = [] if plain else ["| work | target | measured | |", "|---|---|---:|---|"]
-    for table, case, what, limit in TARGETS:
-        measured, least = value_of(data, table, case, what), what.startswith("over ")
-        reached = measured is not None and (measured >= limit if least else measured <= limit)
-        verdict = "not measured" if measured is None else "reached" if reached else "**missed**"
-        cells = f"{table}: {case}", f"{'≥' if least else '≤'} {limit:g} {what}", number(measured), verdict
-        lines.append(
-            "{:66} {:30} {:>8}  {}".format(*cells).replace("**", "") if plain else "| " + " | ".join(cells) + " |"
-        )
-    return "\n".join([*lines, "", report._busy(data)[2:].replace("**", "")] if plain else lines)
+    checked = (
+        (f"{table}: {case}", what, limit, value_of(data, table, case, what)) for table, case, what, limit in TARGETS
+    )
+    return report.simple_targets(data, checked, "{:66} {:30} {:>8}  {}", plain)
 
 
 def plot(data, path):
@@ -189,55 +159,8 @@ def plot(data, path):
     ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(fontsize=8, frameon=False)
-    ax.set_title(
-        f"DKM, scalars, on {data['machine']['device']} ({data['threads']} threads), torch {data['versions']['torch']}, {data['date']}",
-        fontsize=9,
-    )
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, format="png", dpi=150)
-    part.replace(path)
-
-
-def readme_tables(found):
-    parts = []
-    for data in found:
-        lines = [
-            f"| work | weights, K | r2kernels | {' | '.join(PEERS)} | saved, ours / eager |",
-            "|---|---|---:|---:|---:|---:|---:|---:|",
-        ]
-        for row in data["rows"]:
-            if not row.get("default") or "absent" in row:
-                continue
-            beside = {
-                r["contender"]: r
-                for r in data["rows"]
-                if (r["table"], r["case"]) == (row["table"], row["case"]) and "absent" not in r
-            }
-            cells = [
-                f"{number(r['median_ms'])} ms ({number(r['faster'][1])}x)" if (r := beside.get(name)) else ""
-                for name in PEERS
-            ]
-            saved = " / ".join(
-                number(r["saved_per_weight"])
-                for name in (row["contender"], "eager")
-                if (r := beside.get(name)) and "saved_per_weight" in r
-            )
-            work = row["table"].replace("forward + backward, T = 5, ", "")
-            lines.append(
-                "| "
-                + " | ".join([work, row["case"], number(row["median_ms"]) + " ms", *cells, saved and saved + " B"])
-                + " |"
-            )
-        machine, version = data["machine"], data["versions"]
-        where = f"{machine['device']}" + (
-            f", {machine['cores']} cores, {data['threads']} threads" if data["kind"] == "cpu" else ""
-        )
-        parts.append(
-            f"Forward and backward through T = 5 iterations, float32 unless it says otherwise, on {where}; torch {version['torch']}; {data['date']}. "
-            "Medians; in brackets how many times faster r2kernels was in the same rounds; saved: bytes kept for the backward per weight. "
-            f"Full tables in `benchmarks/results/{file_stem(data)}.md`.\n\n" + "\n".join(lines)
-        )
-    return "\n\n".join(parts)
+    ax.set_title(f"DKM, scalars, {report.where(data)}", fontsize=9)
+    report.save(figure, path)
 
 
 if __name__ == "__main__":

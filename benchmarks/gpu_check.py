@@ -1,9 +1,9 @@
-"""What `make gpu-check` runs after the build: the tests on CUDA tensors, then the benchmarks, each within its own time. Needs no network.
+"""What `make gpu-check` runs after the build: the tests on CUDA tensors, then the benchmarks, each within its own time.
 
     python benchmarks/gpu_check.py [--seconds 420] [--results FOLDER]
 
-Writes gpu-check.log and gpu-check.json into benchmarks/results as it goes. Exit code 0 where all that could run has passed. A package that is absent
-is named, and what needs it is left out.
+Needs no network. Writes gpu-check.log and gpu-check.json into benchmarks/results as it goes. Exit code 0 where all
+that could run has passed. A package that is absent is named, and what needs it is left out.
 """
 
 import argparse
@@ -33,13 +33,14 @@ GRACE = 10  # seconds between asking a step to stop and killing it
 
 
 def steps(results):
-    """(name, command, part of the time left that it may take): the tests get at most half, the benchmarks share the rest."""
+    """(name, command, part of the time left that it may take): the tests get at most half, the benchmarks share the
+    rest."""
     python = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
     yield "tests", [*python, "tests", "--device", "cuda", "-q", "--continue-on-collection-errors"], 1 / 2
     options = ["--bench-device", "cuda", "--bench-results", str(results), "--bench-case-seconds", "1"]
     if importlib.util.find_spec("pytest_benchmark"):
         options.append("--benchmark-quiet")
-    for name, part in (("bench_range", 1 / 2), ("bench_dkm", 1 / 2), ("bench_quantizers", 1)):
+    for name, part in (("bench_range_losses", 1 / 2), ("bench_dkm", 1 / 2), ("bench_quantizers", 1)):
         yield name, [*python, f"benchmarks/{name}.py", "-q", *options], part
 
 
@@ -130,11 +131,8 @@ def check(results, seconds, say=print):
         for name, command, part in steps(results):
             allowed = part * (deadline - time.monotonic() - GRACE)
             if name != "tests":
-                command = [
-                    *command,
-                    "--bench-seconds",
-                    f"{max(allowed - 45, 1):.0f}",
-                ]  # a case under way, and the figure, take a while
+                # a case under way, and the figure, take a while
+                command = [*command, "--bench-seconds", f"{max(allowed - 45, 1):.0f}"]
             say(f"gpu-check: {name}, at most {allowed:.0f} s")
             at = log.seek(0, os.SEEK_END)
             summary["steps"].append({"step": name, "state": "running"})

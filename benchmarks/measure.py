@@ -1,4 +1,5 @@
-"""Times contenders side by side: one call of each in turn, round after round, so that a machine that drifts drifts for all alike."""
+"""Times contenders side by side: one call of each in turn, round after round, so that a machine that drifts drifts for
+all alike."""
 
 import contextlib
 import gc
@@ -19,7 +20,8 @@ LEAST_ROUNDS, MOST_ROUNDS = 5, 200
 
 
 class Contender(NamedTuple):
-    """`call(inputs)` is what is timed; `prepare(inputs)` puts the gradients into their state before it, and is the same for all of a case."""
+    """`call(inputs)` is what is timed; `prepare(inputs)` puts the gradients into their state before it, and is the same
+    for all of a case."""
 
     call: Callable
     prepare: Callable
@@ -27,7 +29,8 @@ class Contender(NamedTuple):
 
 
 def run(contender, inputs, calls):
-    """Calls on one set of inputs after another. What a call returned is dropped before the next, as its gradients are."""
+    """Calls on one set of inputs after another. What a call returned is dropped before the next, as its gradients
+    are."""
     for i in range(calls):
         kept = None
         contender.prepare(inputs[i % len(inputs)])
@@ -58,8 +61,8 @@ def interleave(
 ):
     """name -> (samples in seconds per call, one for each round; calls per sample), in about `seconds` altogether.
 
-    `settle`: before each sample one call that is not timed, as in a loop of training: in a virtual machine the first one after another contender may have to
-    wait for memory that the host took back, ten times as long as the call itself.
+    `settle`: before each sample one call that is not timed, as in a loop of training: in a virtual machine the first
+    one after another contender may have to wait for memory that the host took back, ten times as long as the call.
     """
     calls, cost = {}, 0.0
     for name, contender in contenders.items():

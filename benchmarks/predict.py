@@ -1,10 +1,13 @@
-"""What an H200 will need for each kernel, read from its machine code, until it has been measured. Needs nvcc and Triton, but no GPU.
+"""What an H200 will need for each kernel, read from its machine code, until it has been measured.
+
+Needs nvcc and Triton, but no GPU.
 
     python benchmarks/predict.py [--results FOLDER]         writes predicted-h200.md and .json
 
-The hot loop of a kernel is the way once round the loop with the most 128-bit loads. It says how many bytes, instructions, results of the special-function
-unit (MUFU: exponentials, reciprocals) and wavefronts of shared memory each weight costs. The predicted time is that of the dearest of them, as if the
-others were hidden behind it: a floor, which launches, the last wave of blocks and waiting add to. Shared memory is counted without bank conflicts.
+The hot loop of a kernel is the way once round the loop with the most 128-bit loads. It says how many bytes,
+instructions, results of the special-function unit (MUFU: exponentials, reciprocals) and wavefronts of shared memory
+each weight costs. The predicted time is that of the dearest of them, as if the others were hidden behind it: a floor,
+which launches, the last wave of blocks and waiting add to. Shared memory is counted without bank conflicts.
 """
 
 import argparse
@@ -44,7 +47,8 @@ def wavefronts(kernel, loop):
 
 
 def accessed(kernel, loop, prefix):
-    """Bytes that a thread writes in the loop (STG), or reads in 128 bits (LDG): narrower loads look tables up, in cache."""
+    """Bytes that a thread writes in the loop (STG), or reads in 128 bits (LDG): narrower loads look tables up, in
+    cache."""
     if prefix == "LDG":
         return kernel.count("LDG", "128", loop) * 16
     widths = {"128": 16, "64": 8, "U8": 1, "S8": 1, "U16": 2, "S16": 2}
@@ -219,16 +223,19 @@ def markdown(data):
     lines = [
         f"# Predicted for an H200, {data['date']}: **nothing here has run on a GPU**",
         "",
-        __doc__.split("\n\n")[2].replace("\n", " ").strip(),
+        __doc__.split("\n\n")[3].replace("\n", " ").strip(),
         "",
-        f"- {BANDWIDTH / 1e12} TB/s, {SMS} multiprocessors, {CLOCK / 1e9} GHz, {MUFU} MUFU results for each clock and multiprocessor; {data['versions']}",
-        "- *in flight*: KB of 128-bit loads that the resident warps of a multiprocessor can have under way, by registers; 4.8 TB/s needs about 25",
-        "- rows are what one pass costs each weight; bin_reg and partial_l2 count by bins and digits before (`digits`: of four passes in float32);",
-        "  what lies behind a branch is not counted, so BinReg forward lacks its bins: about 6 instructions and 0.12 wavefronts",
+        f"- {BANDWIDTH / 1e12} TB/s, {SMS} multiprocessors, {CLOCK / 1e9} GHz, {MUFU} MUFU results for each clock and "
+        f"multiprocessor; {data['versions']}",
+        "- *in flight*: KB of 128-bit loads that the resident warps of a multiprocessor can have under way, by "
+        "registers; 4.8 TB/s needs about 25",
+        "- rows are what one pass costs each weight; bin_reg and partial_l2 count by bins and digits before (`digits`: "
+        "of four passes in float32);",
+        "  what lies behind a branch is not counted, so BinReg forward lacks its bins: about 6 instructions and 0.12 "
+        "wavefronts",
         "",
-        "| backend | pass | dtype | registers | KB in flight | bytes | instructions | MUFU | shared wavefronts | limit | of bandwidth | "
-        + " | ".join(f"µs, {name}" for name in WEIGHTS)
-        + " |",
+        "| backend | pass | dtype | registers | KB in flight | bytes | instructions | MUFU | shared wavefronts | limit "
+        "| of bandwidth | " + " | ".join(f"µs, {name}" for name in WEIGHTS) + " |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|---|---:|" + "---:|" * len(WEIGHTS),
     ]
     for found in data["rows"]:

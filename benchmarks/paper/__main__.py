@@ -3,8 +3,9 @@
     python benchmarks/paper [--full] [--seeds N] [--networks ...] [--losses ...] [--methods ...] [--results FOLDER]
     torchrun --nproc-per-node 8 benchmarks/paper --data IMAGENET --full
 
-Trains every network with every loss on scikit-learn's digits, or on the pictures of DIR/train and DIR/val, then quantizes each with every method. Results are
-written after every training; the next call with the same options goes on from there.
+Trains every network with every loss on scikit-learn's digits, or on the pictures of DIR/train and DIR/val, then
+quantizes each with every method. Results are written after every training; the next call with the same options goes on
+from there.
 """
 
 import argparse
@@ -136,7 +137,8 @@ class Results:
 
 
 def work(args, jobs, results, progress):
-    """All jobs that are not done: digits side by side, each in a process with one thread; pictures one after the other, in all processes of torchrun."""
+    """All jobs that are not done: digits side by side, each in a process with one thread; pictures one after the other,
+    in all processes of torchrun."""
     if args.data is None and args.jobs > 1 and args.device == "cpu" and len(jobs) > 1:
         with concurrent.futures.ProcessPoolExecutor(
             min(args.jobs, len(jobs)), multiprocessing.get_context("spawn")

@@ -13,7 +13,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Images(NamedTuple):
-    """Loaders of (images, labels), and what networks need to know. `start(epoch)` is called before each pass over `train`."""
+    """Loaders of (images, labels), and what networks need to know. `start(epoch)` is called before each pass over
+    `train`."""
 
     train: object
     test: object
@@ -51,7 +52,8 @@ def digits(seed, device, batch=120, train=1200):
 
 
 class Pictures(Dataset):
-    """FOLDER/class/picture: (image of size x size, number of the class); for training cropped and mirrored by chance, else its middle."""
+    """FOLDER/class/picture: (image of size x size, number of the class); for training cropped and mirrored by chance,
+    else its middle."""
 
     def __init__(self, folder, size, train):
         self.size, self.train = size, train
@@ -109,18 +111,21 @@ class Pictures(Dataset):
 
 
 def pictures(folder, device, batch, size, workers):
-    """DIR/train and DIR/val; each process of a distributed run takes its share of both, and the whole is `batch` pictures a step."""
+    """DIR/train and DIR/val; each process of a distributed run takes its share of both, and the whole is `batch`
+    pictures a step."""
     folder = Path(folder)
     train, test = Pictures(folder / "train", size, True), Pictures(folder / "val", size, False)
     if train.classes != test.classes:
         odd = sorted({*train.classes} ^ {*test.classes})
         raise ValueError(
-            f"{folder}/train and {folder}/val have different classes: {', '.join(odd[:5])}{' ...' if len(odd) > 5 else ''}"
+            f"{folder}/train and {folder}/val have different classes: "
+            f"{', '.join(odd[:5])}{' ...' if len(odd) > 5 else ''}"
         )
     world = distributed.get_world_size() if distributed.is_initialized() else 1
     if batch % world or len(train) < batch:
         raise ValueError(
-            f"--batch {batch} must be a multiple of the {world} processes and at most the {len(train)} pictures of {folder}/train"
+            f"--batch {batch} must be a multiple of the {world} processes and at most the {len(train)} pictures of "
+            f"{folder}/train"
         )
     usual = dict(num_workers=workers, pin_memory=device.type == "cuda", persistent_workers=workers > 0)
     order = DistributedSampler(train, shuffle=True, drop_last=True) if world > 1 else None

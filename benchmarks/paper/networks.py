@@ -1,4 +1,5 @@
-"""ResNet, MobileNet-V1 and MobileNet-V2: the published networks for ImageNet, and small ones of the same blocks for 8x8 digits."""
+"""ResNet, MobileNet-V1 and MobileNet-V2: the published networks for ImageNet, and small ones of the same blocks for
+8x8 digits."""
 
 from collections import OrderedDict
 

@@ -92,8 +92,8 @@ def markdown(data):
     facts = [f"- {name}: {value}" for name, value in data["setting"].items()]
     parts = [
         f"# The paper's tables in shape, {data['date']}",
-        "Test accuracy in %, mean ± standard deviation over the seeds; in brackets the paper's own figure on ImageNet, which is not comparable in height, "
-        "only in what the range losses change.",
+        "Test accuracy in %, mean ± standard deviation over the seeds; in brackets the paper's own figure on ImageNet, "
+        "which is not comparable in height, only in what the range losses change.",
         "\n".join([*facts, f"- {PAPER['source']}"]),
     ]
     for title, header, rows in tables(data["jobs"]):

@@ -16,7 +16,8 @@ from r2kernels import Palettizer, Quantizer, RangeRegularizer, calibrate
 
 
 class Loss(NamedTuple):
-    """A row of the tables: options of RangeRegularizer or None, the learning rate of its parameter, standard deviations at which weights are clipped."""
+    """A row of the tables: options of RangeRegularizer or None, the learning rate of its parameter, standard deviations
+    at which weights are clipped."""
 
     options: dict | None
     learning_rate: float = 0.0
@@ -24,7 +25,8 @@ class Loss(NamedTuple):
 
 
 NONE = "no R2"
-# for digits: found by the demo; alpha follows the standard deviation, which a learned alpha at its start of 0.1 does not in so few steps
+# for digits: found by the demo; alpha follows the standard deviation, which a learned alpha at its start of 0.1 does
+# not in so few steps
 LOSSES = {
     NONE: Loss(None),
     "L-infinity": Loss(dict(loss="l_inf", weight=0.01)),
@@ -40,8 +42,8 @@ METHODS = {
 }
 
 
-# How much slower than the weights the ranges of a quantizer are trained. EWGS's bounds have sums over all weights for gradients, without LSQ's scale: at the
-# rate of the weights they run away, and 2 bits end at chance.
+# How much slower than the weights the ranges of a quantizer are trained. EWGS's bounds have sums over all weights for
+# gradients, without LSQ's scale: at the rate of the weights they run away, and 2 bits end at chance.
 RANGE_RATES = {"EWGS": 0.01}
 
 
@@ -79,7 +81,8 @@ def images_of(job):
 
 
 def run(job, say=lambda what: None):
-    """{"fp32": accuracy, "range": mean range of the layers, "range/std": ..., method: accuracy, ...}; every accuracy is of the test images."""
+    """{"fp32": accuracy, "range": mean range of the layers, "range/std": ..., method: accuracy, ...}; every accuracy is
+    of the test images."""
     images = images_of(job)
     torch.manual_seed(job.seed)
     model = NETWORKS[job.network](images.small, images.channels, images.classes).to(job.device)

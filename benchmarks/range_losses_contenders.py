@@ -1,4 +1,5 @@
-"""The cases of the benchmark: what each contender does, what it may not avoid (the floor), and whether its numbers are right."""
+"""The cases of the range losses' benchmark: what each contender does, what it may not avoid (the floor), and whether
+its numbers are right."""
 
 import contextlib
 import functools
@@ -256,7 +257,8 @@ def copy(case, inputs):
 
 
 def check(case, inputs, found):
-    """name -> what is wrong with its numbers, for every contender that errs by more than twice the eager reference plus one ulp (tests/budget.py)."""
+    """name -> what is wrong with its numbers, for every contender that errs by more than twice the eager reference plus
+    one ulp (tests/budget.py)."""
     pools = {name: budget.Pool() for name in found}
     for seed, exact, scale in _truths(case._replace(work="")):
         inputs.fill(seed)

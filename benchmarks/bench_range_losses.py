@@ -1,7 +1,8 @@
-"""The range losses, every contender of a case side by side: `pytest benchmarks/bench_range.py`.
+"""The range losses, every contender of a case side by side: `pytest benchmarks/bench_range_losses.py`.
 
-A case is an op, a model's shapes and a kind of work. All its contenders are measured together, round by round (measure.py), at the first test that
-asks for one of them; each test then reports one contender's samples through pytest-benchmark by replaying them on a clock of its own.
+A case is an op, a model's shapes and a kind of work. All its contenders are measured together, round by round
+(measure.py), at the first test that asks for one of them; each test then reports one contender's samples through
+pytest-benchmark by replaying them on a clock of its own.
 """
 
 import functools
@@ -10,9 +11,10 @@ import time
 
 import cases
 import pytest
-import report
+import range_losses_report
 import torch
-from contenders import (
+from measure import Clock, extra_memory, interleave, launches, ratios, sample
+from range_losses_contenders import (
     ACCUMULATE,
     BACKWARD,
     BOTH,
@@ -27,7 +29,6 @@ from contenders import (
     floors,
     line,
 )
-from measure import Clock, extra_memory, interleave, launches, ratios, sample
 
 COMPILE_LEAST = 90  # seconds that must be left of the budget to start compiling a list
 L2_SETS = 2.5  # inputs on a GPU rotate among sets of so many times its L2 cache
@@ -44,7 +45,7 @@ SHAPES = ("ResNet-18", "Llama-7B block", "one tensor 11.7M", "1,000 x 1,000", "o
 
 def in_order(device):
     """The ops and shapes that have targets first: a run that is cut short has them."""
-    wanted = {(op, table) for op, table, *_ in report.TARGETS[device]}
+    wanted = {(op, table) for op, table, *_ in range_losses_report.TARGETS[device]}
     return sorted(all_cases(device), key=lambda case: (case.op.label, case.shape) not in wanted)
 
 
@@ -64,7 +65,8 @@ def all_cases(device):
 
 
 def not_compiled(case, left):
-    """Why torch.compile of the reference is left out of this case, or None. A list is one graph with every tensor's operations in it."""
+    """Why torch.compile of the reference is left out of this case, or None. A list is one graph with every tensor's
+    operations in it."""
     count = len(cases.MODELS[case.shape]())
     if case.work == BACKWARD:
         return "it frees its buffers in the first backward; forward + backward has it"
@@ -181,9 +183,9 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.mark.benchmark(timer=clock)
-def test_range_loss(case, contender, results, benchmark):
-    rows = measured(case, results.deadline, results.seconds)
-    results.add(rows)
+def test_range_loss(case, contender, range_losses_results, benchmark):
+    rows = measured(case, range_losses_results.deadline, range_losses_results.seconds)
+    range_losses_results.add(rows)
     row = rows[contender]
     if (
         "wrong" in row and contender != "torch.compile"
@@ -194,3 +196,8 @@ def test_range_loss(case, contender, results, benchmark):
     benchmark.group = f"{case.op.label}, {case.table}, {case.work}"
     benchmark.extra_info.update({k: v for k, v in row.items() if k != "samples"})
     benchmark.pedantic(clock.replay(row["samples"]), rounds=len(row["samples"]))
+
+
+@pytest.fixture(scope="session")
+def range_losses_results(results_of):
+    return results_of(range_losses_report)

@@ -1,4 +1,5 @@
-"""The cases of the quantizers' and regularizers' benchmark: what each contender does, what none may avoid (the floor), and whether its numbers are right."""
+"""The cases of the quantizers' and regularizers' benchmark: what each contender does, what none may avoid (the floor),
+and whether its numbers are right."""
 
 import contextlib
 import functools
@@ -129,7 +130,8 @@ def learnable_fake_quantize(inputs):
 
 
 def floor(case):
-    """The fewest bytes, moved by PyTorch: two reads of x, one of g, two fresh writes; of a regularizer two reads and one fresh write."""
+    """The fewest bytes, moved by PyTorch: two reads of x, one of g, two fresh writes; of a regularizer two reads and
+    one fresh write."""
 
     def quantizer(inputs):
         with torch.no_grad():
@@ -184,7 +186,8 @@ def contenders(case):
 
 
 def wrong(case, contender):
-    """What is wrong with the numbers of one of ours, or None: results and gradients of CHECKED numbers beside the reference in float64."""
+    """What is wrong with the numbers of one of ours, or None: results and gradients of CHECKED numbers beside the
+    reference in float64."""
     if case.axis is not None and case.axis > 0:
         return None
     small = Inputs(case, CHECKED)
@@ -200,7 +203,8 @@ def wrong(case, contender):
             a, b = a.detach().cpu().double(), b.detach().double()
             off = (a - b).abs() > tolerance["atol"] + tolerance["rtol"] * b.abs()
             if off.double().mean() > most:
-                return f"{off.double().mean():.2%} of the numbers differ from the reference, by up to {(a - b).abs().max():.2g}"
+                worst = (a - b).abs().max()
+                return f"{off.double().mean():.2%} of the numbers differ from the reference, by up to {worst:.2g}"
         for a, b in zip(small.parameters, plain.parameters, strict=True):
             if b.grad is not None:
                 assert_close(a.grad.cpu(), b.grad, rtol=2e-2 if case.dtype.itemsize == 2 else 1e-3, atol=1e-3)

@@ -26,7 +26,7 @@ op = {}  # name -> the op of torch's dispatcher
 class Pair(NamedTuple):
     """An op's forward and backward."""
 
-    op: Op
+    row: Op
     fwd: Callable
     bwd: Callable | None
 
@@ -89,12 +89,12 @@ def _of_backend(name, backend):
     return getattr(backend, name)
 
 
-def _function(name, schema, at, op_):
+def _function(name, schema, at, row):
     """The op `name` as a function of the same arguments; the weights are argument `at`."""
-    plain = _of_reference(name, at, op_)
+    plain = _of_reference(name, at, row)
 
     def kernel(*args, **options):
-        backend = select(args[at][0].device, op_.scatters)
+        backend = select(args[at][0].device, row.scatters)
         return (plain if backend is None else _of_backend(name, backend))(*args, **options)
 
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -112,9 +112,9 @@ def _function(name, schema, at, op_):
     return run
 
 
-def _pair(op_):
-    backward = op_.backward and _function(f"{op_.name}_bwd", op_.backward, 1, op_)
-    return Pair(op_, _function(f"{op_.name}_fwd", op_.forward, 0, op_), backward)
+def _pair(row):
+    backward = row.backward and _function(f"{row.name}_bwd", row.backward, 1, row)
+    return Pair(row, _function(f"{row.name}_fwd", row.forward, 0, row), backward)
 
 
 l_inf = _pair(contract.L_INF)

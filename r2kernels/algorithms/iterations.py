@@ -1,5 +1,5 @@
 """DKM's iterations over the passes of a backend: forward through all, backward through all, the last, or the fixed
-point (math: README, DKM).
+point (math: `functional.dkm`).
 
 `passes` is a backend's DKM with the methods of `reference.dkm.DKM`. W_hat = attention to C_(T-1), applied to C_T.
 Backward runs the recurrences of the K-sized numbers first, then one pass that writes dW.

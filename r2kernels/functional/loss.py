@@ -45,7 +45,7 @@ class Loss(torch.autograd.Function):
         saved, learned, *tensors = ctx.saved_tensors
         given, weights = tensors[: ctx.count], tensors[ctx.count :]
         result = ops.backward(ctx, op.bwd, grad.reshape(ctx.shape), weights, *given, saved, *call.backward)
-        buffers, g_learned = result if op.op.learned else (result, None)
+        buffers, g_learned = result if op.row.learned else (result, None)
         g_learned = parameters.parameter_gradient(g_learned, learned, call.single) if needed[3] else None
         gradients = carve_gradients(buffers, weights, call.d, call.layout)
         needed = needed[-len(weights) :]

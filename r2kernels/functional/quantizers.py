@@ -39,14 +39,10 @@ class _Quantize(torch.autograd.Function):
         tensors = ctx.saved_tensors  # read once, as activation checkpointing asks
         given, xs = tensors[:count], tensors[count:]
         result = ops.backward(ctx, op.bwd, list(gs), xs, *given, *ctx.options)
-        buffers, *of_parameters = result if op.op.learned else (result,)
-        gradients = [*of_parameters, *[None] * (count - op.op.learned), *carve_gradients(buffers, xs)]
-        return (
-            None,
-            None,
-            None,
-            *[g if need else None for g, need in zip(gradients, ctx.needs_input_grad[3:], strict=True)],
-        )
+        buffers, *of_parameters = result if op.row.learned else (result,)
+        gradients = [*of_parameters, *[None] * (count - op.row.learned), *carve_gradients(buffers, xs)]
+        needed = ctx.needs_input_grad[3:]
+        return *[None] * 3, *[g if need else None for g, need in zip(gradients, needed, strict=True)]
 
 
 def _quantized(op, xs, single, given, options):
@@ -58,9 +54,10 @@ def lsq(x, step, bits, *, signed=True, axis=None) -> Tensor:
     """step round(clip(x / step, -QN, QP)) (Esser et al. 2020, "Learned Step Size Quantization", eqs. 1-3, 5).
     Differentiable in x and step.
 
-    signed: QN = 2^(bits-1), QP = 2^(bits-1) - 1 (one bit: codes -1 and +1, +1 for 0); unsigned: QN = 0, QP = 2^bits -
-    1. `axis`: a step for each channel. dL/dx = g [-QN <= x / step <= QP]; dL/dstep = sum g {round(v) - v inside, -QN
-    below, QP above} / sqrt(N QP), v = x / step, N the elements of a step.
+    signed: QN = 2^(bits-1), QP = 2^(bits-1) - 1 (one bit: codes -1 and +1, +1 for 0); unsigned: QN = 0,
+    QP = 2^bits - 1. `axis`: a step for each channel.
+    dL/dx = g [-QN <= x / step <= QP]; dL/dstep = sum g {round(v) - v inside, -QN below, QP above} / sqrt(N QP),
+    v = x / step, N the elements of a step.
     """
     xs, single = checks.weights(x, name="x")
     checks.bit_width(bits)
@@ -86,8 +83,8 @@ def pact(x, alpha, bits, *, plus=False) -> Tensor:
     """s round(clip(x, 0, alpha) / s), s = alpha / (2^bits - 1) (Choi et al. 2018, "PACT", eqs. 1-3). Differentiable
     in x and alpha.
 
-    dL/dx = g [0 <= x < alpha]; dL/dalpha = sum g [x >= alpha]; `plus` adds sum g (round(z) - z) / (2^bits - 1)
-    inside, z = x / s. Add weight decay on alpha.
+    dL/dx = g [0 <= x < alpha]; dL/dalpha = sum g [x >= alpha]; `plus` adds sum g (round(z) - z) / (2^bits - 1) inside,
+    z = x / s. Add weight decay on alpha.
     """
     xs, single = checks.weights(x, name="x")
     checks.bit_width(bits)
@@ -98,9 +95,9 @@ def dorefa(w, bits, *, detach_max=False) -> Tensor:
     """2 round(n (t / (2 m) + 1/2)) / n - 1, t = tanh w, m = max|t|, n = 2^bits - 1 (Zhou et al. 2016, "DoReFa-Net",
     eqs. 9, 11). Differentiable in w.
 
-    One bit: sign(w) mean|w| (+1 for 0), with the identity as gradient. dL/dw = g (1 - t^2) / m, and where |t| = m,
-    split over ties, - sign(t) (1 - t^2) / m^2 sum g t, which `detach_max=True` drops, as many ports do. Weights that
-    are all 0 have m = 1.
+    One bit: sign(w) mean|w| (+1 for 0), with the identity as gradient.
+    dL/dw = g (1 - t^2) / m, and where |t| = m, split over ties, - sign(t) (1 - t^2) / m^2 sum g t, which
+    `detach_max=True` drops, as many ports do. Weights that are all 0 have m = 1.
     """
     ws, single = checks.weights(w, name="w")
     checks.bit_width(bits)

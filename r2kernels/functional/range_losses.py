@@ -22,7 +22,7 @@ from .loss import Call, Loss, learnable, shape_of
 
 
 def l_inf(W, *, cluster_dim=1, layout="output") -> Tensor:
-    """max|W| (R2 eq. 1).
+    """max|W| (R2 eq. 1). It moves only one weight of a layer in each step.
 
     dL/dW = sign(W) / ties where |W| is the maximum (split evenly, as `torch.amax` does), 0 elsewhere.
     """
@@ -34,10 +34,10 @@ def l_inf(W, *, cluster_dim=1, layout="output") -> Tensor:
 def margin(W, M, *, k=1, cluster_dim=1, layout="output") -> Tensor:
     """|M| + (1/k) sum relu(|W| - |M|) (R2 eq. 2; k = 1 is the paper's sum). Differentiable in W and M.
 
-    k: an int >= 1, or a fraction in (0, 1), then k times the number of weights in a column, unrounded. Minimised over
-    M it is the mean of the k largest |W|, so k decides what the loss does: 1 is L-infinity, all weights is L1 (M then
-    collapses to 0), 0.01 the mean of the top 1 %. dL/dW = sign(W) [|W| > |M|] / k; dL/dM = sign(M) (1 - #{|W| > |M|}
-    / k). Keep M out of weight decay.
+    k: an int >= 1, or a fraction in (0, 1), then k times the number of weights in a column, unrounded. Minimised over M
+    it is the mean of the k largest |W|, so k decides what the loss does: 1 is L-infinity, all weights is L1 (M then
+    collapses to 0), 0.01 the mean of the top 1 %, a good start.
+    dL/dW = sign(W) [|W| > |M|] / k; dL/dM = sign(M) (1 - #{|W| > |M|} / k). Keep M out of weight decay.
     """
     ws, single = checks.weights(W, cluster_dim, layout)
     k = parameters.margin_k(k, ws, single, cluster_dim)
@@ -48,13 +48,15 @@ def margin(W, M, *, k=1, cluster_dim=1, layout="output") -> Tensor:
 
 
 def soft_min_max(W, alpha, *, cluster_dim=1, layout="output") -> Tensor:
-    """s_max - s_min + exp(-alpha) (R2 eq. 3), with s_max = sum p W, s_min = sum q W, p = softmax(alpha W), q =
-    softmax(-alpha W).
+    """s_max - s_min + exp(-alpha) (R2 eq. 3), with s_max = sum p W, s_min = sum q W, p = softmax(alpha W) and
+    q = softmax(-alpha W).
 
     Differentiable in W and alpha; any sign of alpha. alpha -> infinity gives the range max(W) - min(W), alpha -> 0
-    gives 1 + 2 alpha Var(W). dL/dW = p (1 + alpha (W - s_max)) - q (1 - alpha (W - s_min)); dL/dalpha = Var_p(W) +
-    Var_q(W) - exp(-alpha). A learned alpha settles where Var_p + Var_q = exp(-alpha). Keep alpha out of weight decay.
-    Leaving alpha without gradient is cheaper.
+    gives 1 + 2 alpha Var(W).
+    dL/dW = p (1 + alpha (W - s_max)) - q (1 - alpha (W - s_min)); dL/dalpha = Var_p(W) + Var_q(W) - exp(-alpha).
+    A learned alpha settles where Var_p + Var_q = exp(-alpha), usually between 2 and 8: for layers of small weights that
+    is nearly no softmax, and `RangeRegularizer(alpha_unit="std", alpha=8, learn=False)` is a good start. Keep alpha out
+    of weight decay. Leaving alpha without gradient is cheaper.
     """
     ws, single = checks.weights(W, cluster_dim, layout)
     learned, fixed = learnable("alpha", alpha, ws, single, cluster_dim)

@@ -32,9 +32,9 @@ def bin_reg(W, step, bits) -> Tensor:
     """sum over non-empty bins b of mean over W in b of (W - q_b)^2, q_b = b step (Han et al. 2021, "Bin
     Regularization").
 
-    A bin is a code of LSQ, round(clip(W / step, -2^(bits-1), 2^(bits-1) - 1)) (one bit: the sign). Equals the sum
-    over bins of (mean_b - q_b)^2 + var_b. dL/dW = 2 / V_b (W - q_b), with V_b weights in the bin. `bits` 1..8; step >
-    0 has no gradient.
+    A bin is a code of LSQ, round(clip(W / step, -2^(bits-1), 2^(bits-1) - 1)) (one bit: the sign). Equals the sum over
+    bins of (mean_b - q_b)^2 + var_b.
+    dL/dW = 2 / V_b (W - q_b), with V_b weights in the bin. `bits` 1..8; step > 0 has no gradient.
     """
     ws, single = checks.weights(W)
     checks.bit_width(bits)
@@ -136,7 +136,8 @@ def weight_terms(W, terms) -> dict:
     terms: a dict of name -> keyword arguments, of l_inf, margin, soft_min_max, kure, bin_reg, msqe and partial_l2;
     for example {"soft_min_max": {"alpha": 0.1}, "kure": {}, "msqe": {"step": step, "bits": 4}}. cluster_dim is 1. The
     gradients of all terms are summed before they are rounded to the dtype of W. (partial_l2 looks for its threshold
-    in passes of its own.)
+    in passes of its own.) The penalty is what you make of them, say
+    `coefficient(terms["msqe"]) + 0.01 * terms["kure"]` with a `LearnableCoefficient`.
     """
     ws, single = checks.weights(W)
     terms = checks.terms(terms)

@@ -21,7 +21,8 @@ FEWEST_PROGRAMS = 1056  # but first enough programs to fill a GPU (8 for each of
 ROWS = 16384  # rows per chunk of whole rows on the CPU: sums over K clusters stay few beside them
 FEWEST_ROWS = 1024  # per program of a GPU, a multiple of it
 SEGMENT = 64  # elements: gradients of a list on a GPU start at multiples of it, so that 128-bit stores are aligned
-# of a tensor in Plan.tensors: rows N, elements, run, first chunk, gradient offset, columns d, the first of them among all
+# of a tensor in Plan.tensors: rows N, elements, run, first chunk, gradient offset, columns d, the first of them among
+# all columns
 FIELDS = 7
 _kept: list = []  # tables that a captured CUDA graph reads at every replay
 

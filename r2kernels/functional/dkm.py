@@ -110,7 +110,8 @@ def dkm(
     iterations: an int >= 1, or "converge": until |F(C) - C| <= tol (default 1e-6 of the range of each tensor), by
     Newton (d = 1, "euclidean"; from `kmeans` typically 3 to 10 passes for K <= 16, where plain iterations take
     hundreds) or Anderson's acceleration, which may end at another fixed point than plain iterations; with
-    gradient="unrolled" by plain iterations, all differentiated. It reads values on the host; a warning after max_passes.
+    gradient="unrolled" by plain iterations, all differentiated. It reads values on the host; a warning after
+    max_passes.
     gradient: "unrolled" through all iterations; "last" through the last one only; "implicit" that of the fixed point,
     (I - J)^T lambda = u, exact where the iteration has converged, in memory and time that do not depend on the
     iterations. The last two give `centroids` no gradient.

@@ -44,7 +44,7 @@ def kmeans(W, clusters, *, cluster_dim=1, layout="output", weight=None, max_iter
 
 
 def _pieces():
-    """The steps of `fit` that have faster versions. Beside Triton the extension may be missing: the reference's
+    """The steps of `fit` that have faster versions. Beside Triton the extension may be missing: numpy's
     programme then gives the same cells."""
     from ..backends import native
 

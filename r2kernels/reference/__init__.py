@@ -54,8 +54,8 @@ from .regularizers import (
 )
 
 __all__ = [
-    "WeightStats",
     "DKM",
+    "WeightStats",
     "assign",
     "assign_fwd",
     "bin_reg",

@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from stored import assert_same
 from torch import nn
 
 import r2kernels
@@ -46,16 +47,6 @@ def clustered(shape, form=None, dtype=torch.float32, seed=0):
     form = form or Form(2)
     w = draw(shape, dtype, seed)
     return Clustered.of(w, centroids_for(w, form), form)
-
-
-def raw(tensor):
-    return tensor.dtype, tensor.shape, bytes(container.as_bytes(tensor))
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert raw(found[name]) == raw(tensor), name
 
 
 def by_hand(w, centroids, form):

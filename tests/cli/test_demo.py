@@ -1,4 +1,7 @@
-"""The demo, shortened to an epoch: what it measures is checked against the definitions, not against hoped-for accuracies."""
+"""The demo, shortened to an epoch.
+
+What it measures is checked against the definitions, not against hoped-for accuracies.
+"""
 
 import io
 import json
@@ -111,7 +114,7 @@ def test_the_tables_hold_the_numbers_of_the_run(short):
 
 
 def test_every_model_is_clustered(short):
-    """Two bits a weight, then one: a sixteenth and a thirty-second of the float32 bytes, and the tables of ten layers."""
+    """Two bits a weight, then one: 1/16 and 1/32 of the float32 bytes, and the tables of ten layers."""
     count = sum(w.numel() for w in short[0].weights["no R2"])
     for case in demo.CASES:
         for (bits, d), one in zip(demo.PALETTES, short[0].clustered[case.name], strict=True):
@@ -141,9 +144,9 @@ def test_the_verdict_names_what_missed(short):
     good = demo.verdict(short[0]._replace(trained=trained([0.5, 0.9, 0.95, 0.97, 0.6])))
     assert good == "2 bit: 0.500 without R2, 0.600 to 0.970 with"
     bad = demo.verdict(short[0]._replace(trained=trained([0.5, 0.9, 0.5, 0.97, 0.4])))
-    assert (
-        bad
-        == "2 bit: 0.500 without R2, 0.400 to 0.970 with; in this run no gain from margin, top 1 %, soft-min-max, alpha learned"
+    assert bad == (
+        "2 bit: 0.500 without R2, 0.400 to 0.970 with; "
+        "in this run no gain from margin, top 1 %, soft-min-max, alpha learned"
     )
 
 

@@ -162,7 +162,7 @@ def test_names_with_dollars_and_markup_are_drawn_as_they_are(tmp_path):
 def test_plotting_leaves_pyplot_alone():
     code = """
 import io, sys
-from r2kernels import report
+from r2kernels.cli import report
 report.figure("t", [("p", (0, 1), [1, 2])]).savefig(io.BytesIO())
 assert "matplotlib.pyplot" not in sys.modules
 """

@@ -1,9 +1,11 @@
-"""Coverage-guided fuzzing of the loader of palettized files. Run by hand, where atheris is installed; a folder keeps what was found interesting:
+"""Coverage-guided fuzzing of the loader of palettized files, run by hand where atheris is installed.
 
-    python tests/fuzz_load.py CORPUS -max_total_time=600 -max_len=20000 -rss_limit_mb=4096
+A folder keeps what was found interesting:
 
-The first byte of an input says whether checksums count, so that what they guard is reached too. Anything but a CheckpointError is a finding, and so is
-a difference between the extension and numpy.
+    python tests/files/fuzz_load.py CORPUS -max_total_time=600 -max_len=20000 -rss_limit_mb=4096
+
+The first byte of an input says whether checksums count, so that what they guard is reached too. Anything but a
+CheckpointError is a finding, and so is a difference between the extension and numpy.
 """
 
 import json

@@ -7,9 +7,8 @@ import weakref
 
 import pytest
 import torch
+from commandline import STATE, WEIGHTS, assert_refused, assert_same, command, draw
 from safetensors.torch import load_file, save_file
-from test_cli import assert_refused, command
-from test_compress import STATE, WEIGHTS, assert_same, draw
 
 from r2kernels import use_backend
 from r2kernels.cli import compress

@@ -2,7 +2,8 @@
 
 from . import reference
 from .backends import backends, use_backend
-from .files.format import load_palettized, save_palettized, save_quantized
+from .files.loading import load_palettized
+from .files.saving import save_palettized, save_quantized
 from .functional.dkm import assign, dkm
 from .functional.kmeans import kmeans
 from .functional.quantizers import dorefa, ewgs, lsq, pact

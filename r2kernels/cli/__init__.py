@@ -116,7 +116,7 @@ def _report_arguments(parser):
 
 
 def _report(args):
-    from ..files.format import opened
+    from ..files.loading import opened
     from . import report
 
     if args.sizes:
@@ -137,7 +137,7 @@ def _report(args):
 
 
 def _sizes(args):
-    from ..files.format import opened
+    from ..files.loading import opened
     from . import sizes
 
     if args.plot:
@@ -248,7 +248,7 @@ def _add_coding(parser):
 
 def _code(args, doing, work, form, options, entropy=None):
     """Writes a checkpoint with its weights as codes, and says what that costs."""
-    from ..files.format import opened
+    from ..files.loading import opened
     from . import compress, report
 
     out, plot = (
@@ -294,7 +294,7 @@ def _expand_arguments(parser):
 
 
 def _expand(args):
-    from ..files.format import Palettized
+    from ..files.loading import Palettized
     from . import compress
 
     out = _checkpoint_path(args.out, args.force, compress.SUFFIXES)

@@ -14,7 +14,8 @@ import torch
 from ..files import container
 from ..files.checkpoint import CheckpointError
 from ..files.clustered import Clustered, Form, Geometry, divided
-from ..files.format import Planned, by_alignment, saving
+from ..files.format import Planned
+from ..files.saving import by_alignment, saving
 from ..functional.kmeans import kmeans
 from ..nn.clipping import coded
 from .report import PANELS, count, figure, histogram, number, table

@@ -5,7 +5,7 @@ import math
 
 from ..files.checkpoint import CheckpointError
 from ..files.clustered import Form
-from ..files.format import smallest
+from ..files.saving import smallest
 from .compress import cluster, size_text, too_small
 from .report import count, table
 

@@ -13,10 +13,9 @@ from safetensors.torch import load_file, save_file
 import r2kernels
 from r2kernels import cli
 from r2kernels.cli import compress, sizes
-from r2kernels.files import format as io
 from r2kernels.files.checkpoint import Checkpoint
 from r2kernels.files.clustered import Form
-from r2kernels.files.format import Palettized, load_palettized
+from r2kernels.files.loading import Palettized, load_palettized, opened
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -349,5 +348,5 @@ def test_progress(tmp_path, model):
 
 
 def test_opened(tmp_path, model):
-    assert type(io.opened(model)) is Checkpoint
+    assert type(opened(model)) is Checkpoint
     assert "compress" in cli.COMMANDS and "expand" in cli.COMMANDS

@@ -7,7 +7,7 @@ import pytest
 
 from r2kernels.files import container
 from r2kernels.files.checkpoint import CheckpointError
-from r2kernels.files.format import load_palettized
+from r2kernels.files.loading import load_palettized
 
 
 def raw(tensor):
@@ -45,8 +45,8 @@ def sealed(header, data):
         key: value if isinstance(value, str) else json.dumps(value) for key, value in header["__metadata__"].items()
     }
     written = container.header({name: fields for name, fields in header.items() if name != "__metadata__"}, metadata)
-    at = len(container.SEALED)
-    if written.startswith(container.SEALED):
+    at = len(container.CHECKSUM_PREFIX)
+    if written.startswith(container.CHECKSUM_PREFIX):
         plain = written[:at] + b"00000000" + written[at + 8 :]
         written = plain[:at] + f"{zlib.crc32(len(plain).to_bytes(8, 'little') + plain):08x}".encode() + plain[at + 8 :]
     return len(written).to_bytes(8, "little") + written + data

@@ -10,10 +10,10 @@ from stored import parsed, put, refused, sealed, weight
 
 import r2kernels
 from r2kernels.files import container
-from r2kernels.files import format as io
 from r2kernels.files.checkpoint import CheckpointError
 from r2kernels.files.clustered import Clustered, Form
-from r2kernels.files.format import Palettized, load_palettized, save_clustered
+from r2kernels.files.loading import Palettized, is_palettized, load_palettized
+from r2kernels.files.saving import save_clustered
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -194,7 +194,7 @@ def test_other_files(tmp_path):
     torch.save({"w": torch.ones(2, 2)}, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match="not a safetensors file"):
         load_palettized(tmp_path / "a.pt")
-    assert not io.is_palettized(tmp_path / "a.pt") and not io.is_palettized(tmp_path / "none")
+    assert not is_palettized(tmp_path / "a.pt") and not is_palettized(tmp_path / "none")
 
 
 def rewritten(small, name, change):

@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stored import assert_same, parsed, put, refused, sealed, weight
 
-from r2kernels.files import format as io
-from r2kernels.files.format import Palettized, load_palettized, save_clustered
+from r2kernels.files.format import ENTROPIES
+from r2kernels.files.loading import Palettized, load_palettized
+from r2kernels.files.saving import save_clustered
 from r2kernels.files.uniform import Grid, Uniform
-from r2kernels.nn.clipping import nearest, weight_range
+from r2kernels.nn.clipping import nearest, weight_qparams
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,7 +41,7 @@ def test_the_file(tmp_path):
     axis=st.none() | st.integers(0, 3),
     seed=st.integers(0, 9),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
-    entropy=st.sampled_from(io.ENTROPIES),
+    entropy=st.sampled_from(ENTROPIES),
 )
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
 def test_round_trip_of_anything(tmp_path_factory, shape, bits, axis, seed, dtype, entropy):
@@ -67,7 +68,7 @@ def small(tmp_path_factory):
     state = {name: torch.randn(9, 40, generator=g).pow(3) for name in ("a", "h")}
     forms = {"a": Grid(4, 0), "h": Grid(4)}
     made = {
-        name: nearest(w, forms[name], *weight_range(w, 4, forms[name].axis, "minmax", False))
+        name: nearest(w, forms[name], *weight_qparams(w, 4, forms[name].axis, "minmax", False))
         for name, w in state.items()
     }
     save_clustered(made, {**state, "s": torch.ones(3)}, path, entropy="huffman")

@@ -10,7 +10,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from r2kernels import Quantizer, calibrate
-from r2kernels.files.format import load_palettized, save_quantized
+from r2kernels.files.loading import load_palettized
+from r2kernels.files.saving import save_quantized
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

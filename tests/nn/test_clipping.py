@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 import r2kernels as r2
 from r2kernels.files.uniform import Grid
-from r2kernels.nn.clipping import BINS, Histogram, affine_of, nearest, step_of, weight_range
+from r2kernels.nn.clipping import BINS, Histogram, affine_of, nearest, step_of, weight_qparams
 from r2kernels.reference.parameters import levels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -94,12 +94,12 @@ def test_a_histogram_that_widens(batches, zeros_first):
 
 def test_min_max_ranges():
     w = torch.tensor([[-1.0, 0.5, 0.25], [3.0, -0.3, 0.0], [0.0, 0.0, 0.0]])
-    step, zero = weight_range(w, 3, 0, "minmax", True)
+    step, zero = weight_qparams(w, 3, 0, "minmax", True)
     assert_close(step, torch.tensor([0.25, 1.0, 1.0])) and zero is None
-    step, zero = weight_range(w, 3, 0, "minmax", False)
+    step, zero = weight_qparams(w, 3, 0, "minmax", False)
     assert_close(step, torch.tensor([1.5 / 7, 3.3 / 7, 1.0]))
     assert zero.tolist() == [5, 1, 0]
     coded = nearest(w, Grid(3, 0), step, zero)
     assert (coded.decoded() == 0).equal(w == 0)  # exact zeros stay
-    assert weight_range(w, 3, None, "minmax", True)[0].item() == 1.0
-    assert weight_range(w / 0, 3, 0, "mse", True) is None
+    assert weight_qparams(w, 3, None, "minmax", True)[0].item() == 1.0
+    assert weight_qparams(w / 0, 3, 0, "mse", True) is None

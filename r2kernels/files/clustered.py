@@ -159,7 +159,7 @@ def assembled(rows, leftovers, shape, form):
 
 
 class Size(NamedTuple):
-    """Bytes of a layer."""
+    """Bytes of a layer, dense and as it is stored."""
 
     dense: int  # in the dtype that it trains in
     codes: int  # packed, bits / cluster_dim bits per weight
@@ -184,7 +184,7 @@ def entropy(counts):
 
 
 class Clustered(NamedTuple):
-    """A weight: `decoded()` is W_hat."""
+    """A clustered weight as it is stored: `decoded()` is W_hat."""
 
     shape: tuple
     dtype: torch.dtype

@@ -13,7 +13,7 @@ from .select import select_weights
 
 
 class Layer(NamedTuple):
-    """A weight and its options."""
+    """A weight of the model, where it is, and its options."""
 
     name: str
     places: list  # (module, attribute) of all modules that share the weight

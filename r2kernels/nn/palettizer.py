@@ -28,7 +28,7 @@ SOFT = 0.1
 
 
 class ClusteringOptions(NamedTuple):
-    """How a layer is clustered."""
+    """How a layer is clustered; the fields are the arguments of `Palettizer`."""
 
     bits: int
     cluster_dim: int = 1

@@ -16,7 +16,7 @@ from .scales import METHODS, Input, positive
 
 
 class QuantizationOptions(NamedTuple):
-    """How a layer is quantized."""
+    """How a layer is quantized; the fields are the arguments of `Quantizer`, and those that `overrides` alone have."""
 
     method: str
     weight_bits: int
@@ -98,7 +98,7 @@ class Quantizer(Attached):
         for key, i, _ in input_places(model, layers):
             inputs[key] = METHODS[layers[i].options.method][1](layers[i].weight(), layers[i].options)
         self._hold(model, layers, weights, inputs)
-        self._average_gradients()
+        self._hook_gradients()
 
     def _hold(self, model, layers, weights, inputs, started=False):
         """Attaches: a quantizer of each weight by the layer's key, and of each input by the key of its module."""
@@ -259,7 +259,8 @@ class Quantizer(Attached):
             if isinstance(q, Input):
                 q.read()
 
-    def _average_gradients(self):
+    def _hook_gradients(self):
+        """Has the gradients of all ranks averaged at the end of a backward that reaches a parameter."""
         for p in self.parameters():
             p.register_post_accumulate_grad_hook(self._at_end_of_backward)
 
@@ -336,7 +337,7 @@ class Quantizer(Attached):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._average_gradients()  # hooks stay behind with the parameters that were copied
+        self._hook_gradients()  # hooks stay behind with the parameters that were copied
 
     def extra_repr(self):
         return f"layers={len(self.layers)}, inputs={len(self.inputs._modules)}, started={self._started}"

@@ -12,8 +12,7 @@ from rich.progress import Progress
 from safetensors.torch import save_file
 
 import r2kernels
-from r2kernels import cli
-from r2kernels.cli import report
+from r2kernels.cli import console, report
 
 
 @pytest.fixture
@@ -190,7 +189,7 @@ def test_progress_adds_up(monkeypatch):
     seen = []
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(Progress, "advance", lambda self, task, done: seen.append((self.tasks[task].total, done)))
-    with cli._progress("work", 10) as advance:
+    with console.progress("work", 10) as advance:
         advance(4)
         advance(6)
     assert seen == [(10, 4), (10, 6)]

@@ -22,7 +22,7 @@ def checkpoint(tmp_path, state):
 
 
 def layer(name="w", ratio=8.0, counts=(1.0, 5.0, 2.0)):
-    return report.Layer(
+    return report.LayerStats(
         name, (3, 3), "float32", 9, -1.0, 1.0, 2.0, 2 / ratio, ratio, 3.0, list(counts) if counts else None
     )
 

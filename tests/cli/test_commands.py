@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from commandline import assert_refused, command, line, on_a_terminal, process
+from cli.commandline import assert_refused, command, line, on_a_terminal, process
 from rich.progress import Progress
 from safetensors.torch import save_file
 

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from commandline import STATE, WEIGHTS, assert_refused, assert_same, command, draw, on_a_terminal
+from cli.commandline import STATE, WEIGHTS, assert_refused, assert_same, command, draw, on_a_terminal
 from safetensors.torch import load_file, save_file
 
 import r2kernels

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from commandline import STATE, WEIGHTS, assert_refused, assert_same, command, draw
+from cli.commandline import STATE, WEIGHTS, assert_refused, assert_same, command, draw
 from safetensors.torch import load_file, save_file
 
 from r2kernels import use_backend

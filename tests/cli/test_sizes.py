@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from commandline import command
+from cli.commandline import command
 
 from r2kernels.cli import compress
 

@@ -7,10 +7,10 @@ import zlib
 
 import pytest
 import torch
+from files.stored import assert_same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from stored import assert_same
 from torch import nn
 
 import r2kernels

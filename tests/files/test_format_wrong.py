@@ -6,7 +6,7 @@ import zlib
 
 import pytest
 import torch
-from stored import parsed, put, refused, sealed, weight
+from files.stored import parsed, put, refused, sealed, weight
 
 import r2kernels
 from r2kernels.files import container

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from files.stored import assert_same, parsed, put, refused, sealed, weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stored import assert_same, parsed, put, refused, sealed, weight
 
 from r2kernels.files.format import ENTROPIES
 from r2kernels.files.loading import Palettized, load_palettized

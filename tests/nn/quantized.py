@@ -1,7 +1,7 @@
 """What the tests of Quantizer train."""
 
 import torch
-from attached import images
+from nn.attached import images
 from torch import nn
 
 from r2kernels import Quantizer

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from stored import assert_same
+from files.stored import assert_same
 from torch import nn
 from torch.testing import assert_close
 

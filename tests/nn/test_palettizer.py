@@ -5,8 +5,8 @@ import itertools
 
 import pytest
 import torch
-from attached import images, net, tokens
-from palettized import plain, train, train_rank
+from nn.attached import images, net, tokens
+from nn.palettized import plain, train, train_rank
 from torch import nn
 from torch.testing import assert_close
 

@@ -4,8 +4,8 @@ import warnings
 
 import pytest
 import torch
-from attached import images, net
-from palettized import plain, train
+from nn.attached import images, net
+from nn.palettized import plain, train
 from torch import nn
 from torch.testing import assert_close
 

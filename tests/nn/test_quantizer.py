@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from attached import images, net, tokens
-from quantized import METHODS, assert_equal, plain, train, train_rank, values
+from nn.attached import images, net, tokens
+from nn.quantized import METHODS, assert_equal, plain, train, train_rank, values
 from torch import nn
 from torch.testing import assert_close
 

@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from attached import images
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantized import assert_equal, plain, values
+from nn.attached import images
+from nn.quantized import assert_equal, plain, values
 from torch import nn
 from torch.testing import assert_close
 

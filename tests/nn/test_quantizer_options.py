@@ -4,8 +4,8 @@ import warnings
 
 import pytest
 import torch
-from attached import images, net, tokens
-from quantized import METHODS, assert_equal, plain
+from nn.attached import images, net, tokens
+from nn.quantized import METHODS, assert_equal, plain
 from torch import nn
 
 import r2kernels as r2

@@ -2,7 +2,9 @@
 
 from . import reference
 from .backends import backends, use_backend
-from .files.format import load_palettized, save_palettized, save_quantized
+from .files import coreml
+from .files.loading import load_palettized
+from .files.saving import save_palettized, save_quantized
 from .functional import (
     WeightStats,
     assign,
@@ -37,6 +39,7 @@ __all__ = [
     "backends",
     "bin_reg",
     "calibrate",
+    "coreml",
     "dkm",
     "dorefa",
     "ewgs",

@@ -1,4 +1,7 @@
-"""coremltools' differentiable k-means (`FakePalettize`), brought to the inputs and outputs of `r2kernels.dkm`. Also used by the benchmarks."""
+"""coremltools' differentiable k-means (`FakePalettize`), brought to the inputs and outputs of `r2kernels.dkm`.
+
+Also used by the benchmarks.
+"""
 
 import contextlib
 import io
@@ -10,7 +13,10 @@ FLOOR = 1e-7  # coremltools clamps attention from below at this, without normali
 
 
 def load():
-    """The class, without what its import prints about other packages; ImportError where coremltools is not installed."""
+    """The class, without what its import prints about other packages.
+
+    ImportError where coremltools is not installed.
+    """
     logging.getLogger("coremltools").setLevel(logging.ERROR)
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         from coremltools.optimize.torch.palettization import FakePalettize
@@ -18,9 +24,11 @@ def load():
 
 
 def palettizer(w, centroids, tau, iterations, cluster_dim=1, floor=FLOOR, clusters=None):
-    """A FakePalettize in training that starts from `centroids`, or where they are None from its own initialisation of `clusters`.
+    """A FakePalettize in training that starts from `centroids`.
 
-    Always `iterations` of them (it stops early where the inertia moves less than epsilon), and without the -1e-7 on the distance to the first centroid.
+    Where they are None it starts from its own initialisation of `clusters`. It always takes all `iterations` (on its
+    own it stops early where the inertia moves less than epsilon), and has no -1e-7 on the distance to the first
+    centroid.
     """
     bits = (clusters or len(centroids)).bit_length() - 1
     made = load()(

@@ -1,5 +1,7 @@
-"""Checkpoints to palettized or quantized files and back, tensor by tensor: no more than one is in memory at a time. The work of `r2kernels compress`,
-`quantize` and `expand`."""
+"""Checkpoints to palettized or quantized files and back: the work of `r2kernels compress`, `quantize` and `expand`.
+
+Tensor by tensor: no more than one is in memory at a time.
+"""
 
 import fnmatch
 import functools
@@ -14,10 +16,12 @@ import torch
 from ..files import container
 from ..files.checkpoint import CheckpointError
 from ..files.clustered import Clustered, Form, Geometry, divided
-from ..files.format import Planned, by_alignment, saving
+from ..files.format import Planned
+from ..files.saving import by_alignment, saving
 from ..functional.kmeans import kmeans
 from ..nn.clipping import coded
-from .report import PANELS, count, figure, histogram, number, table
+from .console import count, number, table
+from .report import PANELS, figure, histogram
 
 PART = 2**15  # elements of a weight whose error is summed at once: they stay in the cache, on one thread
 SUFFIXES = (".safetensors", ".pt", ".pth")
@@ -25,7 +29,11 @@ FEW_ROWS, NOT_FINITE, SKIPPED = "fewer rows than centroids", "not finite", "skip
 
 
 class Row(NamedTuple):
-    """A clustered or quantized weight. Bytes: in the checkpoint, in the file, and there were each code as long as its entropy."""
+    """A clustered or quantized weight.
+
+    Bytes: in the checkpoint (`dense`), in the file (`stored`), and there were each code as long as its entropy
+    (`bound`).
+    """
 
     name: str
     shape: tuple
@@ -41,6 +49,8 @@ class Row(NamedTuple):
 
 
 class Result(NamedTuple):
+    """A checkpoint that was written with its weights as codes."""
+
     rows: list
     kept: dict  # name -> why a weight stays dense
     others: int  # tensors that are no weights
@@ -59,7 +69,10 @@ def cluster(w, form):
 
 
 def plan(checkpoint, form, skip=(), verb="cluster"):
-    """(a `Planned` for every tensor of the checkpoint, name -> why a weight stays dense); CheckpointError where nothing is left to `verb`."""
+    """(a `Planned` for every tensor of the checkpoint, name -> why a weight stays dense).
+
+    CheckpointError where nothing is left to `verb`.
+    """
     planned, kept, used = [], {}, set()
     weights = {entry.name for entry in checkpoint.weights}
     for entry in checkpoint.entries:
@@ -74,22 +87,21 @@ def plan(checkpoint, form, skip=(), verb="cluster"):
         reason = None if entry.name not in weights else SKIPPED if matching else too_small(entry.shape, form)
         if reason:
             kept[entry.name] = reason
-        planned.append(
-            Planned(entry.name, entry.shape, entry.dtype, form if entry.name in weights and not reason else None)
-        )
+        coded_as = form if entry.name in weights and not reason else None
+        planned.append(Planned(entry.name, entry.shape, entry.dtype, coded_as))
     for pattern in skip:
         if pattern not in used:
             raise CheckpointError(
                 f"{checkpoint.path}: --skip {pattern} matches none of its {len(checkpoint.entries)} tensors"
             )
     if not any(p.form for p in planned):
-        raise CheckpointError(
-            f"{checkpoint.path}: no weight is left to {verb} ({'; '.join(f'{name}: {reason}' for name, reason in kept.items())})"
-        )
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in kept.items())
+        raise CheckpointError(f"{checkpoint.path}: no weight is left to {verb} ({reasons})")
     return planned, kept
 
 
 def too_small(shape, form):
+    """Why a weight of this shape cannot be clustered, or None."""
     if not isinstance(form, Form):
         return None
     geometry = Geometry(shape, form)
@@ -102,10 +114,9 @@ def compress(checkpoint, path, form, **options):
 
 
 def quantize(checkpoint, path, form, *, method="mse", symmetric=True, **options):
-    """The same with its weights on uniform levels of a range found by `method`."""
-    return write(
-        checkpoint, path, form, functools.partial(coded, method=method, symmetric=symmetric), "quantize", **options
-    )
+    """The same with its weights on uniform levels, whose steps and zero points are found by `method`."""
+    encode = functools.partial(coded, method=method, symmetric=symmetric)
+    return write(checkpoint, path, form, encode, "quantize", **options)
 
 
 def write(
@@ -121,8 +132,11 @@ def write(
     plot=False,
     advance=lambda elements: None,
 ):
-    """Writes a checkpoint with its weights as encode(weight, form) codes them, or dense where that is None. `plot`: rows with panels. Calls `advance` with the
-    number of elements of weights done."""
+    """Writes a checkpoint with its weights as encode(weight, form) codes them, or dense where that is None.
+
+    skip: patterns of names of weights or modules that stay dense. plot: rows with panels. Calls `advance` with the
+    number of elements of weights done.
+    """
     planned, kept = plan(checkpoint, form, skip, verb)
     rows, dense = [], [p for p in planned if p.form is None]
     weights = {entry.name for entry in checkpoint.weights}
@@ -158,10 +172,8 @@ def _row(p, w, clustered, stored, plot):
     if plot:
         low, high = (x.item() for x in w.aminmax())
         panel = (low, high), histogram(w, low, high), histogram(hat.clamp(low, high), low, high)
-    name = str(w.dtype).removeprefix("torch.")
-    return Row(
-        p.name, p.shape, name, w.numel(), *_error(*energies), size.dense, stored, size.coded, tuple(energies), panel
-    )
+    sizes, dtype = (size.dense, stored, size.coded), str(w.dtype).removeprefix("torch.")
+    return Row(p.name, p.shape, dtype, w.numel(), *_error(*energies), *sizes, tuple(energies), panel)
 
 
 def _error(energy, noise):
@@ -185,9 +197,8 @@ def expand(file, path, *, overwrite=False, advance=lambda elements: None):
 
 def _expand_safetensors(file, planned, out, size, advance):
     metadata = {"format": "pt"}
-    writer = container.Writer(
-        out, len(container.header({p.name: container.entry(p.dtype, p.shape, size, size) for p in planned}, metadata))
-    )
+    entries = {p.name: container.entry(p.dtype, p.shape, size, size) for p in planned}
+    writer = container.Writer(out, len(container.header(entries, metadata)))
     for p in planned:
         writer.add(p.name, file.tensor(p.name))
         advance(math.prod(p.shape))
@@ -209,12 +220,11 @@ def _expand_torch(file, planned, out, folder, advance):
 
 
 def _mapped(memory, planned, at):
+    """The tensor whose bytes lie at a place of the memory."""
     numel = math.prod(planned.shape)
-    return (
-        torch.frombuffer(memory, dtype=planned.dtype, count=numel, offset=at)
-        if numel
-        else torch.empty(0, dtype=planned.dtype)
-    ).reshape(planned.shape)
+    if not numel:
+        return torch.empty(planned.shape, dtype=planned.dtype)
+    return torch.frombuffer(memory, dtype=planned.dtype, count=numel, offset=at).reshape(planned.shape)
 
 
 def result_table(result):

@@ -1,8 +1,10 @@
-"""What the range losses are for, in minutes on a CPU: a small MobileNet-V1 trained on scikit-learn's digits without and with them, then rounded or clustered.
+"""What the range losses are for, in minutes on a CPU.
 
-The images are 1,797 real 8x8 digits, 1,200 of them to train. Rounding is the simplest there is (per-tensor min-max, first and last layer
-included, no fine-tuning; batch norms re-estimated), so that what is left of the accuracy shows what the range of the weights is worth. Clustering is
-DKM, all layers, with a few epochs of training: the shape of the paper's tables 3 and 4.
+A small MobileNet-V1 is trained on scikit-learn's digits without and with them, then rounded or clustered. The images
+are 1,797 real 8x8 digits, 1,200 of them to train. Rounding is the simplest there is (per-tensor min-max, first and last
+layer included, no fine-tuning; batch norms re-estimated), so that what is left of the accuracy shows what the range of
+the weights is worth. Clustering is DKM, all layers, with a few epochs of training: the shape of the paper's tables 3
+and 4. `demo_results` prints and draws what came of it.
 """
 
 import contextlib
@@ -18,7 +20,6 @@ from torch.nn.functional import cross_entropy
 
 from .. import Palettizer, RangeRegularizer
 from ..backends import serving
-from . import report
 
 BITS = (32, 4, 3, 2)
 TRAIN, BATCH = 1200, 120
@@ -46,7 +47,11 @@ CASES = (
 
 
 class Trained(NamedTuple):
-    """One training: per layer the range and std of its weights, bits -> accuracy on the test images, and alpha or M at the end (a list or None)."""
+    """One training.
+
+    Per layer the range and std of its weights, bits -> accuracy on the test images, and alpha or M at the end (a list
+    or None).
+    """
 
     ranges: list
     stds: list
@@ -54,8 +59,11 @@ class Trained(NamedTuple):
     parameter: list | None
 
 
-class Clustered(NamedTuple):
-    """A model after DKM: accuracy on hard weights, bytes of all clustered weights packed and with an ideal entropy code, and dense."""
+class ClusteredModel(NamedTuple):
+    """A model after DKM: accuracy on hard weights, and bytes of all clustered weights.
+
+    Packed, with an ideal entropy code, and dense.
+    """
 
     accuracy: float
     packed: int
@@ -64,16 +72,22 @@ class Clustered(NamedTuple):
 
 
 class Speed(NamedTuple):
-    """Median milliseconds of one forward and backward pass of the loss over all weights, and how far apart the two gradients are."""
+    """Median milliseconds of one forward and backward pass of the loss over all weights.
+
+    And how far apart the gradients of the two ways are.
+    """
 
     fused: float
     eager: float
     difference: float
 
 
-class Result(NamedTuple):
-    """`trained`: case -> a `Trained` for each seed; of the first seed `clustered`: case -> a `Clustered` for each of PALETTES; `speed`: case -> `Speed`;
-    `weights`: case -> weights, in the order of `layers`."""
+class DemoResult(NamedTuple):
+    """What every case came to.
+
+    trained: case -> a `Trained` for each seed. Of the first seed, clustered: case -> a `ClusteredModel` for each of
+    PALETTES; speed: case -> `Speed`; weights: case -> weights, in the order of `layers`.
+    """
 
     layers: list
     trained: dict
@@ -89,7 +103,10 @@ def steps(seeds, epochs):
 
 
 def run(seeds=1, epochs=40, device=None, advance=lambda steps: None):
-    """Trains every case with every seed and measures the regularizers; the global random state and thread count are left as they were."""
+    """Trains every case with every seed and measures the regularizers.
+
+    The global random state and thread count are left as they were. Calls `advance` after every training step.
+    """
     device = torch.device(device or default_device())
     start = time.perf_counter()
     images, labels = _digits(device)
@@ -108,7 +125,7 @@ def run(seeds=1, epochs=40, device=None, advance=lambda steps: None):
                 trained[case.name].append(_measure(model, regularizer, split, images, labels))
     setting = {"seeds": seeds, "epochs": epochs, "device": _device_name(device), "backend": serving(device)}
     setting["seconds"] = time.perf_counter() - start
-    return Result(list(_weights(model)), trained, clustered, speed, weights, setting)
+    return DemoResult(list(_weights(model)), trained, clustered, speed, weights, setting)
 
 
 def default_device():
@@ -116,12 +133,12 @@ def default_device():
 
 
 def _digits(device):
+    """(images from -0.3 to 0.7, labels)"""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    return torch.tensor(digits.images, dtype=torch.float32, device=device)[:, None] / 16 - 0.3, torch.tensor(
-        digits.target, device=device
-    )
+    images = torch.tensor(digits.images, dtype=torch.float32, device=device)[:, None] / 16 - 0.3
+    return images, torch.tensor(digits.target, device=device)
 
 
 def network():
@@ -141,11 +158,8 @@ def network():
 
 
 def _separable(inputs, outputs, stride):
-    return nn.Sequential(
-        OrderedDict(
-            depthwise=_convolution(inputs, inputs, 3, stride, inputs), pointwise=_convolution(inputs, outputs, 1)
-        )
-    )
+    depthwise, pointwise = _convolution(inputs, inputs, 3, stride, inputs), _convolution(inputs, outputs, 1)
+    return nn.Sequential(OrderedDict(depthwise=depthwise, pointwise=pointwise))
 
 
 def _convolution(inputs, outputs, size, stride=1, groups=1):
@@ -165,9 +179,8 @@ def _weights(model):
 def _train(case, seed, epochs, images, labels, advance):
     """(model, its regularizer or None, (training indices, test indices))."""
     torch.manual_seed(seed)
-    split = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).split(
-        [TRAIN, len(images) - TRAIN]
-    )
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    split = order.split([TRAIN, len(images) - TRAIN])
     model = network().to(images.device)
     groups = [{"params": list(model.parameters())}]
     regularizer = RangeRegularizer(model, **case.options) if case.options else None
@@ -201,9 +214,8 @@ def _measure(model, regularizer, split, images, labels):
             _estimate_norms(model, images[split[0]])
         accuracy[bits] = _accuracy(model, images[split[1]], labels[split[1]])
     parameter = next((p.tolist() for p in regularizer.parameters()), None) if regularizer else None
-    return Trained(
-        [(w.max() - w.min()).item() for w in originals], [w.std().item() for w in originals], accuracy, parameter
-    )
+    ranges, stds = [(w.max() - w.min()).item() for w in originals], [w.std().item() for w in originals]
+    return Trained(ranges, stds, accuracy, parameter)
 
 
 @torch.no_grad()
@@ -231,7 +243,7 @@ def _cluster(model, bits, cluster_dim, split, images, labels, advance):
     with torch.no_grad():
         _estimate_norms(model, images[split[0]])
     total = [sum(getattr(size, field) for size in sizes) for field in ("packed", "coded", "dense")]
-    return Clustered(_accuracy(model, images[split[1]], labels[split[1]]), *total)
+    return ClusteredModel(_accuracy(model, images[split[1]], labels[split[1]]), *total)
 
 
 def round_min_max(w, bits):
@@ -242,6 +254,7 @@ def round_min_max(w, bits):
 
 
 def _estimate_norms(model, images):
+    """Gives the batch norms the statistics of the model as it is now."""
     model.train()
     for _ in range(5):
         model(images)
@@ -281,9 +294,8 @@ def _speed(regularizer, model):
         raise RuntimeError(
             f"{regularizer.loss}: the fused gradient differs from the eager one by {difference:.2g} of its norm"
         )
-    return Speed(
-        _median(regularizer.accumulate_grad_, weights[0].device), _median(eager, weights[0].device), difference
-    )
+    device = weights[0].device
+    return Speed(_median(regularizer.accumulate_grad_, device), _median(eager, device), difference)
 
 
 def _gradient(model, regularizer, way):
@@ -320,125 +332,3 @@ def _one_thread():
 
 def _device_name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, 1 thread"
-
-
-def mean_accuracy(result, case, bits):
-    return statistics.fmean(one.accuracy[bits] for one in result.trained[case])
-
-
-def _mean_layers(result, case, field):
-    """The mean over the seeds, for every layer."""
-    return [
-        statistics.fmean(values) for values in zip(*(getattr(one, field) for one in result.trained[case]), strict=True)
-    ]
-
-
-def tables(result):
-    """What to print: rich tables and lines."""
-    cases = list(result.trained)
-    ranges = {case: _mean_layers(result, case, "ranges") for case in cases}
-    stds = {case: _mean_layers(result, case, "stds") for case in cases}
-    number = report.number
-    rows = [(name, *(number(ranges[case][i]) for case in cases)) for i, name in enumerate(result.layers)]
-    mean = ("mean", *(number(statistics.fmean(ranges[case])) for case in cases))
-    yield report.table(("layer", *cases), rows, mean, title="range (max - min) of the weights after training")
-    yield ""
-    yield report.table(
-        (
-            "loss",
-            "weight",
-            *("fp32" if bits == 32 else f"{bits} bit" for bits in BITS),
-            "mean range",
-            "mean std",
-            "alpha or M at the end",
-        ),
-        [
-            (
-                case.name,
-                f"{case.options['weight']:g}" if case.options else "-",
-                *(f"{mean_accuracy(result, case.name, bits):.3f}" for bits in BITS),
-                number(statistics.fmean(ranges[case.name])),
-                number(statistics.fmean(stds[case.name])),
-                _parameter_range(result, case.name),
-            )
-            for case in CASES
-        ],
-        title="test accuracy, all weights rounded by min-max",
-    )
-    yield verdict(result)
-    count = TRAIN // BATCH * result.setting["epochs"]
-    yield f"a learned alpha starts at the paper's 0.1, where the loss is nearly flat (1 + 2 alpha Var); {count} steps take it to the value shown"
-    yield ""
-    yield from _clustered_table(result)
-    yield ""
-    yield report.table(
-        ("loss", "fused, ms", "eager, ms", "eager / fused", "gradients differ by"),
-        [
-            (case, f"{s.fused:.3f}", f"{s.eager:.3f}", f"{s.eager / s.fused:.1f}", f"{s.difference:.0e}")
-            for case, s in result.speed.items()
-        ],
-        title=f"regularizer, forward and backward over {len(result.layers)} weights: median of {TIMED_CALLS} calls",
-    )
-    setting = result.setting
-    yield f"fused ran on backend {setting['backend']}, eager is plain PyTorch with autograd; {setting['device']}"
-    yield f"{report.count(setting['seeds'], 'seed')}, {report.count(setting['epochs'], 'epoch')}, {setting['seconds']:.0f} s"
-
-
-def _clustered_table(result):
-    names = [f"{bits}/{d}" for bits, d in PALETTES]
-    rows = [(case, *(f"{one.accuracy:.3f}" for one in found)) for case, found in result.clustered.items()]
-    first = result.clustered[CASES[0].name]
-    sizes = [
-        (f"KB, {what}", *(f"{getattr(one, field) / 1e3:.1f}" for one in first))
-        for what, field in (("packed", "packed"), ("entropy-coded", "coded"))
-    ]
-    title = f"test accuracy after {report.count(PALETTE_EPOCHS, 'epoch')} of DKM, bits / cluster_dim, all weights on hard codes"
-    yield report.table(("loss", *names), [*rows, *sizes], title=title)
-    yield f"weights are {first[0].dense / 1e3:.0f} KB in float32; sizes are those without R2, tables of centroids included"
-
-
-def verdict(result):
-    """One line: whether the losses did in this run what they are for."""
-    none, *others = (mean_accuracy(result, case.name, 2) for case in CASES)
-    line = f"2 bit: {none:.3f} without R2, {min(others):.3f} to {max(others):.3f} with"
-    missed = [case.name for case, value in zip(CASES[1:], others, strict=True) if value <= none]
-    return f"{line}; in this run no gain from {', '.join(missed)}" if missed else line
-
-
-def _parameter_range(result, case):
-    found = [value for one in result.trained[case] for value in one.parameter or []]
-    return f"{min(found):.2f} to {max(found):.2f}" if found else "-"
-
-
-def as_json(result):
-    """The result as plain data, without the weights."""
-
-    def plain(case):
-        speed = result.speed.get(case.name)
-        found = {
-            f"{bits}/{d}": one._asdict() for (bits, d), one in zip(PALETTES, result.clustered[case.name], strict=True)
-        }
-        seeds = [one._asdict() for one in result.trained[case.name]]
-        return {"loss": case.options, "seeds": seeds, "clustered": found, "milliseconds": speed and speed._asdict()}
-
-    return {**result.setting, "layers": result.layers, "cases": {case.name: plain(case) for case in CASES}}
-
-
-def histograms(result, most=3):
-    """Figure 2: a row for each of the `most` layers with the largest range without R2, a column for each case, one scale of weights in a row."""
-    plain = result.weights[CASES[0].name]
-    widest = sorted(sorted(range(len(plain)), key=lambda i: plain[i].max() - plain[i].min())[-most:])
-    panels = []
-    for i in widest:
-        layer = {case: weights[i] for case, weights in result.weights.items()}
-        low, high = min(w.min().item() for w in layer.values()), max(w.max().item() for w in layer.values())
-        for case, w in layer.items():
-            panels.append(
-                (
-                    f"{case}\n{result.layers[i]}: range {w.max() - w.min():.2f}",
-                    (low, high),
-                    report.histogram(w, low, high),
-                )
-            )
-    title = f"Weights after training without and with R2: the {len(widest)} of {len(plain)} layers with the largest range without"
-    return report.figure(title, panels, columns=len(CASES))

@@ -1,4 +1,7 @@
-"""What the weights of a checkpoint look like: the paper's Table 6 (range and std of every layer) and Figure 2 (weight distributions)."""
+"""What the weights of a checkpoint look like.
+
+The paper's Table 6 (range and std of every layer) and Figure 2 (weight distributions).
+"""
 
 import heapq
 import math
@@ -9,6 +12,7 @@ import torch
 from ..files.checkpoint import CheckpointError
 from ..functional.regularizers import weight_stats
 from ..reference.columns import accumulator
+from .console import count, number, table
 
 BATCH_ELEMENTS = 2**26
 HISTOGRAM_ELEMENTS = 2**24  # a float32 counter is exact up to here
@@ -16,7 +20,7 @@ BINS = 100
 PANELS = 12
 
 
-class Layer(NamedTuple):
+class LayerStats(NamedTuple):
     """One row of the report. `histogram` holds the counts of `BINS` equal bins from min to max, or None."""
 
     name: str
@@ -37,9 +41,10 @@ MEANS = ("range", "std", "range_per_std", "kurtosis")
 
 
 def layers(checkpoint, *, histograms=False, batch_elements=BATCH_ELEMENTS, advance=lambda elements: None):
-    """Yields a `Layer` for every weight of the checkpoint, reading it in batches of at most `batch_elements` (or one larger tensor).
+    """Yields the `LayerStats` of every weight of the checkpoint, in order.
 
-    Calls `advance` with the number of elements done.
+    Reads it in batches of at most `batch_elements` (or one larger tensor). Calls `advance` with the number of elements
+    done.
     """
     for batch in _batches(checkpoint.read(checkpoint.weights), batch_elements):
         entries, tensors = zip(*batch, strict=True)
@@ -66,19 +71,9 @@ def _batches(pairs, most):
 def _layer(entry, low, high, std, kurtosis, counts):
     spread = high - low
     ratio = spread / std if std else 0.0
-    return Layer(
-        entry.name,
-        entry.shape,
-        str(entry.dtype).removeprefix("torch."),
-        entry.numel,
-        low,
-        high,
-        spread,
-        std,
-        ratio,
-        kurtosis,
-        counts,
-    )
+    dtype = str(entry.dtype).removeprefix("torch.")
+    numbers = (low, high, spread, std, ratio, kurtosis)
+    return LayerStats(entry.name, entry.shape, dtype, entry.numel, *numbers, counts)
 
 
 def histogram(tensor, low, high, bins=BINS):
@@ -97,14 +92,9 @@ def means(rows):
 def as_json(checkpoint, rows):
     """The report as plain data; a number that is not finite is None, so that it is valid JSON."""
     weights = [{name: value for name, value in row._asdict().items() if name != "histogram"} for row in rows]
-    return finite(
-        {
-            "checkpoint": str(checkpoint.path),
-            "weights": weights,
-            "mean": means(rows),
-            "left_out": len(checkpoint.entries) - len(rows),
-        }
-    )
+    left_out = len(checkpoint.entries) - len(rows)
+    found = {"checkpoint": str(checkpoint.path), "weights": weights, "mean": means(rows), "left_out": left_out}
+    return finite(found)
 
 
 def finite(data):
@@ -114,38 +104,6 @@ def finite(data):
     if isinstance(data, (list, tuple)):
         return [finite(value) for value in data]
     return None if isinstance(data, float) and not math.isfinite(data) else data
-
-
-def table(headers, rows, footer=None, title=None, left=1):
-    """A rich table of strings: the first `left` columns to the left, the others are numbers, which are never wrapped."""
-    from rich import box
-    from rich.table import Table
-
-    drawn = Table(
-        box=box.SIMPLE_HEAD,
-        title=title,
-        title_justify="left",
-        show_footer=footer is not None,
-        show_edge=False,
-        pad_edge=False,
-    )
-    for i, header in enumerate(headers):
-        drawn.add_column(
-            _plain(header),
-            _plain(footer[i]) if footer else "",
-            justify="left" if i < left else "right",
-            no_wrap=i >= left,
-        )
-    for row in rows:
-        drawn.add_row(*map(_plain, row))
-    return drawn
-
-
-def _plain(text):
-    """Text for rich that is never read as markup."""
-    from rich.text import Text
-
-    return Text(text)
 
 
 def layer_table(rows):
@@ -167,34 +125,26 @@ def layer_table(rows):
     )
 
 
-def number(value):
-    return f"{value:#.4g}"
-
-
-def count(n, word):
-    return f"{n} {word}" if n == 1 else f"{n} {word}s"
-
-
 def summary(checkpoint, rows):
     """One line: how many weights, how many tensors are not in the table and why."""
     others = len(checkpoint.entries) - len(rows)
     elements = sum(row.numel for row in rows)
-    return f"{count(len(rows), 'weight')}, {elements:,} elements; {count(others, 'tensor')} left out (not floating point, fewer than two dimensions, or empty)"
+    reasons = "not floating point, fewer than two dimensions, or empty"
+    return f"{count(len(rows), 'weight')}, {elements:,} elements; {count(others, 'tensor')} left out ({reasons})"
 
 
 def extremes(rows, most=PANELS):
-    """The rows to draw, in their order: of those that have a histogram all, or the `most` with the largest range/std."""
+    """The rows to draw, in their order: of those with a histogram all, or the `most` with the largest range/std."""
     drawn = [(i, row) for i, row in enumerate(rows) if row.histogram]
-    return [
-        row
-        for _, row in sorted(
-            heapq.nlargest(most, drawn, key=lambda pair: pair[1].range_per_std), key=lambda pair: pair[0]
-        )
-    ]
+    largest = heapq.nlargest(most, drawn, key=lambda pair: pair[1].range_per_std)
+    return [row for _, row in sorted(largest, key=lambda pair: pair[0])]
 
 
 def layer_figure(rows, title):
-    """Figure 2 for a checkpoint: the distributions of its weights, or of those with the largest range/std. The title says which."""
+    """Figure 2 for a checkpoint: the distributions of its weights, or of those with the largest range/std.
+
+    The title says which.
+    """
     drawn = extremes(rows)
     if not drawn:
         raise CheckpointError(f"{title}: there is no distribution to plot, every weight is constant or not finite")
@@ -203,20 +153,20 @@ def layer_figure(rows, title):
         title += f"\n{len(drawn)} of {len(rows)} weights: those with the largest range/std"
     if blank:
         title += f"\n{count(blank, 'weight')} constant or not finite, left out"
-    return figure(
-        title,
-        [(f"{_end(row.name)}\nrange/std {row.range_per_std:.1f}", (row.min, row.max), row.histogram) for row in drawn],
-    )
+    names = [f"{_end(row.name)}\nrange/std {row.range_per_std:.1f}" for row in drawn]
+    return figure(title, [(name, (row.min, row.max), row.histogram) for name, row in zip(names, drawn, strict=True)])
 
 
 def _end(name, most=36):
+    """The last characters of a long name."""
     return name if len(name) <= most else "..." + name[3 - most :]
 
 
 def figure(title, panels, columns=4):
-    """A matplotlib figure, a grid of histograms. A panel is (title, (low, high), counts of equal bins from low to high).
+    """A matplotlib figure, a grid of histograms.
 
-    Counts are on a logarithmic axis, where outliers can be seen.
+    A panel is (title, (low, high), counts of equal bins from low to high). Counts are on a logarithmic axis, where
+    outliers can be seen.
     """
     from matplotlib.figure import Figure
 

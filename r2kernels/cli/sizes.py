@@ -5,9 +5,9 @@ import math
 
 from ..files.checkpoint import CheckpointError
 from ..files.clustered import Form
-from ..files.format import smallest
+from ..files.saving import smallest
 from .compress import cluster, size_text, too_small
-from .report import count, table
+from .console import count, table
 
 BITS = (4, 2, 1)
 KINDS = ("packed", "huffman", "entropy")
@@ -15,16 +15,16 @@ SCOPES = {"without_ends": "all but first and last", "all": "all"}
 
 
 def measure(checkpoint, *, ends=(), advance=lambda elements: None):
-    """Bytes of the whole checkpoint, each weight clustered by k-means: {"dense", "ends": names, bits: {scope: {kind: bytes}}}.
+    """Bytes of the whole checkpoint, each weight clustered by k-means.
 
-    ends: patterns of the first and last layers' names; by default the first and the last weight. Tables are counted; what is no weight stays as it is.
-    `entropy` is a bound: every code as long as its own entropy. Calls `advance` with the number of elements of weights done.
+    Gives {"dense": bytes, "ends": names, bits: {scope: {kind: bytes}}}. Tables are counted; what is no weight stays as
+    it is. `entropy` is a bound: every code as long as its own entropy. ends: patterns of the first and last layers'
+    names; by default the first and the last weight. Calls `advance` with the number of elements of weights done.
     """
     weights = [entry for entry in checkpoint.weights if entry.name not in checkpoint.aliases]
     outer = _ends(checkpoint, [entry.name for entry in weights], ends)
-    dense = sum(
-        entry.numel * entry.dtype.itemsize for entry in checkpoint.entries if entry.name not in checkpoint.aliases
-    )
+    stored = [entry for entry in checkpoint.entries if entry.name not in checkpoint.aliases]
+    dense = sum(entry.numel * entry.dtype.itemsize for entry in stored)
     found = {bits: {scope: dict.fromkeys(KINDS, dense) for scope in SCOPES} for bits in BITS}
     for entry, w in checkpoint.read(weights):
         for bits in BITS:
@@ -37,11 +37,11 @@ def measure(checkpoint, *, ends=(), advance=lambda elements: None):
 
 
 def _ends(checkpoint, names, patterns):
+    """The names that are first and last layers."""
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            raise CheckpointError(
-                f"{checkpoint.path}: --ends {pattern} matches none of its {count(len(names), 'weight')}"
-            )
+            weights = count(len(names), "weight")
+            raise CheckpointError(f"{checkpoint.path}: --ends {pattern} matches none of its {weights}")
     chosen = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
     return chosen or list(dict.fromkeys((names[0], names[-1])))
 

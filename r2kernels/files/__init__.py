@@ -1,0 +1,13 @@
+"""Checkpoints that are read, and palettized files that are written and read.
+
+checkpoint      reads .safetensors, .pt and .pth
+container       safetensors files byte by byte, and their checksums
+format          what is in a palettized file
+saving          writes one: `save_palettized`, `save_quantized`
+loading         reads one: `load_palettized`, and any checkpoint: `opened`
+clustered       a weight as codes and look-up tables
+uniform         a weight as codes, scale and zero point
+packing         codes of 1 to 8 bits as bytes
+huffman         codes as a Huffman stream
+coreml          clustered weights as coremltools has them
+"""

@@ -1,6 +1,7 @@
-"""Reading checkpoints tensor by tensor: .safetensors, .pt, .pth. A large file is mapped into memory, never loaded whole.
+"""Reading checkpoints tensor by tensor: .safetensors, .pt, .pth.
 
-The exception is a .pt or .pth in torch's format from before 1.6, which can only be loaded at once. No code from a file is ever run.
+A large file is mapped into memory, never loaded whole; the exception is a .pt or .pth in torch's format from before
+1.6, which can only be loaded at once. No code from a file is ever run.
 """
 
 import math
@@ -17,10 +18,14 @@ from torch import Tensor
 from ..reference.checks import DTYPES
 
 NESTED = ("state_dict", "model", "model_state_dict", "module")
+_EXPECTED = f"a checkpoint is a state dict (name -> tensor), or has one under {', '.join(NESTED)}"
 
 
 class CheckpointError(ValueError):
-    """A file that cannot be read or written as a checkpoint. One line: the file, what is wrong with it, what is allowed."""
+    """A file that cannot be read or written as a checkpoint.
+
+    One line: the file, what is wrong with it, what is allowed.
+    """
 
 
 class Entry(NamedTuple):
@@ -41,10 +46,10 @@ class Entry(NamedTuple):
 
 
 class Checkpoint:
-    """`entries`: name, shape and dtype of every tensor of the state dict in the file at `path`; `read` gives the tensors, one at a time.
-    `aliases`: of those that are one tensor under several names, name -> the first of them.
+    """A state dict in the file at `path`; CheckpointError where it cannot be read.
 
-    Raises CheckpointError.
+    `entries`: name, shape and dtype of every tensor; `read` gives the tensors, one at a time. `aliases`: of those that
+    are one tensor under several names, name -> the first of them.
     """
 
     def __init__(self, path):
@@ -94,9 +99,8 @@ def _open_safetensors(path):
         file = safe_open(path, framework="pt")
         return [_safetensors_entry(file, name) for name in sorted(file.keys(), key=natural)], file.get_tensor, {}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: is truncated, corrupt or not a safetensors file ({_first_line(error)})"
-        ) from error
+        reason = f"is truncated, corrupt or not a safetensors file ({_first_line(error)})"
+        raise CheckpointError(f"{path}: {reason}") from error
 
 
 def _safetensors_entry(file, name):
@@ -118,19 +122,13 @@ def _open_torch(path):
         if isinstance(value, Tensor)
     }
     if not tensors:
-        raise CheckpointError(
-            f"{path}: holds no tensors; a checkpoint is a state dict (name -> tensor), or has one under {', '.join(NESTED)}"
-        )
+        raise CheckpointError(f"{path}: holds no tensors; {_EXPECTED}")
     for name, tensor in tensors.items():
         if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise CheckpointError(
-                f"{path}: {name} is a {type(tensor).__name__} ({tensor.layout}, {tensor.device}); only dense tensors with data are supported"
-            )
-    return (
-        [Entry(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()],
-        tensors.get,
-        same_tensors(tensors),
-    )
+            kind = f"{type(tensor).__name__} ({tensor.layout}, {tensor.device})"
+            raise CheckpointError(f"{path}: {name} is a {kind}; only dense tensors with data are supported")
+    entries = [Entry(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
+    return entries, tensors.get, same_tensors(tensors)
 
 
 def same_tensors(tensors):
@@ -149,9 +147,8 @@ def _load_torch(path):
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # bytes that are not a checkpoint make the unpickler raise anything
-        raise CheckpointError(
-            f"{path}: {_refusal(str(error)) or f'is truncated, corrupt or not written by torch.save ({_first_line(error)})'}"
-        ) from error
+        reason = _refusal(str(error)) or f"is truncated, corrupt or not written by torch.save ({_first_line(error)})"
+        raise CheckpointError(f"{path}: {reason}") from error
 
 
 def _refusal(message):
@@ -159,20 +156,21 @@ def _refusal(message):
     if "TorchScript" in message:
         return "is a TorchScript archive; save the model's state_dict() instead"
     unsafe = re.search(r"GLOBAL (\S+)", message)
+    if not unsafe:
+        return None
     return (
-        unsafe
-        and f"holds a pickled object ({unsafe[1]}), refused because loading it can run code; save the model's state_dict() instead"
+        f"holds a pickled object ({unsafe[1]}), refused because loading it can run code; "
+        "save the model's state_dict() instead"
     )
 
 
 def _state_dict(path, loaded):
+    """The mapping of names to tensors in what was loaded, which may be nested."""
     for _ in NESTED:
         if isinstance(loaded, Mapping):
             loaded = next((loaded[key] for key in NESTED if isinstance(loaded.get(key), Mapping)), loaded)
     if not isinstance(loaded, Mapping):
-        raise CheckpointError(
-            f"{path}: holds a {type(loaded).__name__}; a checkpoint is a state dict (name -> tensor), or has one under {', '.join(NESTED)}"
-        )
+        raise CheckpointError(f"{path}: holds a {type(loaded).__name__}; {_EXPECTED}")
     return loaded
 
 

@@ -1,4 +1,4 @@
-"""A clustered weight as it is stored: codes and look-up tables."""
+"""A clustered weight as it is stored: codes, look-up tables, scales, and the weights that no row holds."""
 
 import math
 from typing import NamedTuple
@@ -68,14 +68,16 @@ class Form(NamedTuple):
         return next(((field, getattr(self, field)) for field, fine in right.items() if not fine), None)
 
     def restored(self, shape, dtype, codes, width, parts):
-        leftovers = parts.get("leftovers", torch.empty(0, dtype=dtype))
-        return Clustered(
-            shape, dtype, self, codes, width, parts["lut"], parts.get("lut_scale"), parts.get("scale"), leftovers
-        )
+        """The `Clustered` weight made of its parts as they are stored."""
+        leftovers, scales = parts.get("leftovers", torch.empty(0, dtype=dtype)), parts.get("scale")
+        return Clustered(shape, dtype, self, codes, width, parts["lut"], parts.get("lut_scale"), scales, leftovers)
 
 
 class Geometry:
-    """How many rows of d, and weights left over, the groups of a weight of this shape have: `full` groups, and one of the `last` channels unless 0."""
+    """How many rows of d, and weights left over, the groups of a weight of this shape have.
+
+    There are `full` groups of `size` channels, and one of the `last` channels unless these are 0.
+    """
 
     def __init__(self, shape, form):
         channels, inner, d = shape[0], math.prod(shape[1:]), form.cluster_dim
@@ -92,10 +94,9 @@ class Geometry:
         return Groups(self.rows, max(self.each, 1), bits)
 
     def blocks(self):
-        """(groups, channels, rows, leftovers) of each"""
-        return [(self.full, self.size, self.each, self.left)] + [
-            (1, self.last, self.each_of_last, self.left_of_last)
-        ] * (self.last > 0)
+        """(groups, channels, rows of each, leftovers of each) of the full groups, and of the last if it is not."""
+        full = (self.full, self.size, self.each, self.left)
+        return [full, (1, self.last, self.each_of_last, self.left_of_last)] if self.last else [full]
 
 
 def quantized_lut(lut, dtype):
@@ -115,6 +116,7 @@ def stored_lut(lut, dtype):
 
 
 def restored_lut(entries, scale, dtype):
+    """The table of numbers of `dtype` that `stored_lut` stored."""
     return entries.to(dtype) if scale is None else entries.to(dtype) * scale
 
 
@@ -157,7 +159,7 @@ def assembled(rows, leftovers, shape, form):
 
 
 class Size(NamedTuple):
-    """Bytes of a layer."""
+    """Bytes of a layer, dense and as it is stored."""
 
     dense: int  # in the dtype that it trains in
     codes: int  # packed, bits / cluster_dim bits per weight
@@ -182,7 +184,7 @@ def entropy(counts):
 
 
 class Clustered(NamedTuple):
-    """A weight: `decoded()` is W_hat."""
+    """A clustered weight as it is stored: `decoded()` is W_hat."""
 
     shape: tuple
     dtype: torch.dtype
@@ -196,7 +198,10 @@ class Clustered(NamedTuple):
 
     @classmethod
     def of(cls, w, centroids, options, scales=None):
-        """The codes of the nearest of `centroids` (groups, K, d), rounded as they are stored. scales: of the channels, by default their max|W|."""
+        """The codes of the nearest of `centroids` (groups, K, d), rounded as they are stored.
+
+        scales: of the channels, by default their max|W|.
+        """
         form = Form.of(options)
         pieces, scales = divided(w, form, scales)
         entries, lut_scales = stored_lut(centroids, form.lut_dtype)
@@ -217,11 +222,9 @@ class Clustered(NamedTuple):
     def packed(self):
         """These with packed codes."""
         bits = self.form.bits
-        return (
-            self
-            if self.width == bits
-            else self._replace(codes=pack(self.codes, self.geometry.groups_of(bits)), width=bits)
-        )
+        if self.width == bits:
+            return self
+        return self._replace(codes=pack(self.codes, self.geometry.groups_of(bits)), width=bits)
 
     def unpacked(self):
         """These with a byte for each code."""
@@ -251,11 +254,10 @@ class Clustered(NamedTuple):
         return torch.bincount(self.unpacked().codes, minlength=2**self.form.bits)
 
     def size(self):
+        codes = self.geometry.groups_of(self.form.bits).nbytes
         luts = sum(t.nbytes for t in (self.entries, self.lut_scales, self.scales) if t is not None)
         dense = math.prod(self.shape) * self.dtype.itemsize
-        return Size(
-            dense, self.geometry.groups_of(self.form.bits).nbytes, luts, self.leftovers.nbytes, entropy(self.counts())
-        )
+        return Size(dense, codes, luts, self.leftovers.nbytes, entropy(self.counts()))
 
 
 def divided(w, form, scales=None):

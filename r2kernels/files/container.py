@@ -1,6 +1,8 @@
-"""safetensors files, written and read tensor by tensor.
+"""safetensors files, written and read tensor by tensor, with checksums.
 
-A file is the length of its header in eight bytes, the header (JSON: name -> dtype, shape and offsets; `__metadata__`: strings), and the data.
+A file is the length of its header in eight bytes, the header (JSON: name -> dtype, shape and offsets; `__metadata__`:
+strings), and the data. Checksums are CRC-32: `Writer.add` gives that of a tensor, `Writer.finish` puts that of the
+header into the header; `Reader.read` and `Reader.check_header` compare them.
 """
 
 import contextlib
@@ -40,13 +42,16 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LONGEST_HEADER = 100_000_000  # the limit of the safetensors package
 MOST_DIMENSIONS = 32
-UNSEALED = "0" * 8
-SEALED = b'{"__metadata__":{"checksum":"'  # how the header of a file begins whose header has a checksum
+NO_CHECKSUM = "0" * 8
+CHECKSUM_PREFIX = b'{"__metadata__":{"checksum":"'  # how a header that has a checksum begins
 
 
 @contextlib.contextmanager
 def replacing(path, overwrite=True):
-    """A new file that takes the place of `path` at the end of the block, or vanishes on an error. FileExistsError without `overwrite`."""
+    """A new file that takes the place of `path` at the end of the block, or vanishes on an error.
+
+    FileExistsError where there is one and not `overwrite`.
+    """
     path = Path(path)
     temporary = path.with_name(f".r2kernels-{secrets.token_hex(6)}.tmp")
     try:
@@ -63,6 +68,7 @@ def replacing(path, overwrite=True):
 
 
 def checksum(data, before=0):
+    """CRC-32 of bytes, that of the bytes `before` them taken on."""
     return zlib.crc32(data, before)
 
 
@@ -73,7 +79,7 @@ def as_bytes(tensor):
 
 
 def header(entries, metadata):
-    """The bytes of a header. `metadata` comes first, so that its first entry lies where `SEALED` says."""
+    """The bytes of a header. `metadata` comes first, so that its first entry lies where `CHECKSUM_PREFIX` says."""
     return json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
 
 
@@ -97,7 +103,7 @@ class Writer:
         file.seek(8 + self.room)
 
     def add(self, name, tensor):
-        """The tensor's checksum."""
+        """Writes a tensor; its checksum."""
         data = as_bytes(tensor)
         self.entries[name] = entry(tensor.dtype, tensor.shape, self.size, self.size + len(data))
         self.file.write(data)
@@ -105,26 +111,29 @@ class Writer:
         return checksum(data)
 
     def finish(self, metadata):
-        """Writes the header; where `metadata` begins with the checksum UNSEALED, with its checksum."""
+        """Writes the header; where `metadata` begins with the checksum NO_CHECKSUM, with its checksum."""
         written = header(self.entries, metadata).ljust(self.room)
         if len(written) > self.room:
             raise AssertionError(f"a header of {len(written)} bytes in a room of {self.room}")
-        if written.startswith(SEALED):
-            written = _with_seal(written, f"{_seal(written):08x}")
+        if written.startswith(CHECKSUM_PREFIX):
+            written = _with_checksum(written, f"{_header_checksum(written):08x}")
         self.file.seek(0)
         self.file.write(len(written).to_bytes(8, "little") + written)
 
 
-def _with_seal(written, seal):
-    return written[: len(SEALED)] + seal.encode() + written[len(SEALED) + len(seal) :]
+def _with_checksum(written, digits):
+    """A header with these digits in the place of its checksum."""
+    return written[: len(CHECKSUM_PREFIX)] + digits.encode() + written[len(CHECKSUM_PREFIX) + len(digits) :]
 
 
-def _seal(written):
-    """The checksum of a header and its length, without that of the checksum itself."""
-    return checksum(_with_seal(written, UNSEALED), checksum(len(written).to_bytes(8, "little")))
+def _header_checksum(written):
+    """The checksum of a header's length and of the header, with zeros in the place of the checksum itself."""
+    return checksum(_with_checksum(written, NO_CHECKSUM), checksum(len(written).to_bytes(8, "little")))
 
 
 class Stored(NamedTuple):
+    """A tensor of a file, and where its bytes lie in the data."""
+
     dtype: torch.dtype
     shape: tuple
     begin: int
@@ -134,7 +143,8 @@ class Stored(NamedTuple):
 class Reader:
     """`entries`: name -> `Stored`, in the order of the data; `metadata`; `read` gives the tensors.
 
-    Nothing in the file is trusted: CheckpointError names the file, and the tensor where it is one. No more memory is asked for than the file has bytes.
+    Nothing in the file is trusted: CheckpointError names the file, and the tensor where it is one. No more memory is
+    asked for than the file has bytes.
     """
 
     def __init__(self, path):
@@ -223,10 +233,13 @@ class Reader:
             raise self.error(f"{name} has a shape or offsets that are not ints >= 0")
         return value
 
-    def check_seal(self):
+    def check_header(self):
         """An error unless the header has the checksum that it holds."""
-        at = len(SEALED)
-        if not self.written.startswith(SEALED) or self.written[at : at + 8] != f"{_seal(self.written):08x}".encode():
+        at = len(CHECKSUM_PREFIX)
+        if (
+            not self.written.startswith(CHECKSUM_PREFIX)
+            or self.written[at : at + 8] != f"{_header_checksum(self.written):08x}".encode()
+        ):
             raise self.error("its header is corrupt (its checksum differs)")
 
     def read(self, name, expected=None):

@@ -1,7 +1,8 @@
 """Clustered weights as coremltools has them in a state_dict: the hard weight, and beside it what its converter reads.
 
-For a parameter `fc.weight`: `fc._COREML_/weight/lut`, (groups, 1, ..., K, d) of two more dimensions than the weight; for d > 1 `.../vector_axis`, along which
-its rows lie; for divided channels `.../palettization_scale`, (C, 1, ...); `.../compression_type`.
+For a parameter `fc.weight`: `fc._COREML_/weight/lut`, (groups, 1, ..., K, d) of two more dimensions than the weight;
+for d > 1 `.../vector_axis`, along which its rows lie; for divided channels `.../palettization_scale`, (C, 1, ...);
+`.../compression_type`.
 """
 
 import math
@@ -14,7 +15,10 @@ PREFIX, PALETTIZATION = "_COREML_", 2
 
 
 def to_coreml(name, clustered):
-    """name -> tensor: the weight and what coremltools keeps beside it. ValueError where its layout cannot express how the weight is clustered."""
+    """name -> tensor: the weight and what coremltools keeps beside it.
+
+    ValueError where its layout cannot express how the weight is clustered.
+    """
     axis = vector_axis(name, clustered)
     dims, d = len(clustered.shape), clustered.form.cluster_dim
     found = {
@@ -29,7 +33,10 @@ def to_coreml(name, clustered):
 
 
 def indices(name, clustered):
-    """The codes as `constexpr_lut_to_dense` takes them: shaped like the weight, but along the vector axis one for each row."""
+    """The codes as `constexpr_lut_to_dense` takes them.
+
+    Shaped like the weight, but along the vector axis one for each row.
+    """
     axis, shape, d = vector_axis(name, clustered), list(clustered.shape), clustered.form.cluster_dim
     codes, groups = clustered.unpacked().codes, clustered.geometry.groups
     shape[axis] //= d
@@ -45,7 +52,8 @@ def vector_axis(name, clustered):
     length = min(form.group_size or shape[0], shape[0]) if axis == 0 else shape[axis]
     if clustered.geometry.last or length % form.cluster_dim:
         raise ValueError(
-            f"{name} has shape {shape}; coremltools' layout needs groups of equal size, and rows that end with a group or dimension"
+            f"{name} has shape {shape}; "
+            "coremltools' layout needs groups of equal size, and rows that end with a group or dimension"
         )
     return axis
 
@@ -56,13 +64,13 @@ def from_coreml(state):
 
 
 def _clustered(name, state):
-    weight, lut, axis, scale = (
-        state.get(key) for key in (name, *[_beside(name, key) for key in ("lut", "vector_axis", "palettization_scale")])
-    )
+    beside = (_beside(name, key) for key in ("lut", "vector_axis", "palettization_scale"))
+    weight, lut, axis, scale = (state.get(key) for key in (name, *beside))
     groups, (entries, d) = len(lut), lut.shape[-2:]
     if math.prod(lut.shape) != groups * entries * d or len(weight) % groups or entries > 256:
         raise ValueError(
-            f"{name} has tables of shape {tuple(lut.shape)}; allowed are at most 256 entries, and groups of output channels"
+            f"{name} has tables of shape {tuple(lut.shape)}; "
+            "allowed are at most 256 entries, and groups of output channels"
         )
     axis = 0 if axis is None else int(axis) % weight.dim()
     if axis not in (0, weight.dim() - 1):
@@ -70,9 +78,8 @@ def _clustered(name, state):
     bits = max((entries - 1).bit_length(), 1)
     tables = lut.reshape(groups, entries, d)
     tables = torch.cat([tables, tables[:, -1:].expand(-1, 2**bits - entries, -1)], 1)
-    form = Form(
-        bits, d, "contiguous" if axis else "output", None if groups == 1 else len(weight) // groups, scale is not None
-    )
+    group_size = None if groups == 1 else len(weight) // groups
+    form = Form(bits, d, "contiguous" if axis else "output", group_size, scale is not None)
     return Clustered.of(weight, tables, form, None if scale is None else scale.reshape(-1))
 
 

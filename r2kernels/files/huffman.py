@@ -1,7 +1,7 @@
 """Canonical Huffman codes of at most 11 bits, in blocks of 65,536 symbols that are decoded on their own.
 
-A code is stored as the length of each symbol's word (0: it has none). Among words of one length the symbols are in order; the first bit of a word is the
-lowest of a byte. In the extension, or in numpy to the same bytes.
+A code is stored as the length of each symbol's word (0: it has none). Among words of one length the symbols are in
+order; the first bit of a word is the lowest of a byte. In the extension, or in numpy to the same bytes.
 """
 
 import numpy as np
@@ -16,7 +16,10 @@ _REASONS = {1: "holds a word that is none", 2: "has a block outside of its bytes
 
 
 def code_lengths(counts):
-    """The lengths of the words for symbols that occur so often: those of the least total up to LONGEST (package-merge, Larmore and Hirschberg 1990)."""
+    """The lengths of the words for symbols that occur so often: those of the least total up to LONGEST.
+
+    By package-merge (Larmore and Hirschberg 1990).
+    """
     leaves = [(count, (symbol,)) for symbol, count in enumerate(counts) if count]
     lengths, packages = [0] * len(counts), []
     for _ in range(LONGEST):
@@ -75,7 +78,10 @@ def _offsets(sizes):
 
 
 def _ordered(lengths):
-    """(symbol, length, word with its first bit lowest) of every symbol that has one; ValueError for lengths that no code has."""
+    """(symbol, length, word with its first bit lowest) of every symbol that has one.
+
+    ValueError for lengths that no code has.
+    """
     if not any(lengths) or max(lengths) > LONGEST or sum(2 ** (LONGEST - n) for n in lengths if n) > 2**LONGEST:
         raise ValueError("the lengths of the code words are those of no code")
     word, before = 0, 0

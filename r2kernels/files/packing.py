@@ -1,5 +1,6 @@
-"""Codes of 1 to 8 bits, packed: the first code is in the lowest bits of the first byte, and each group of codes starts at a byte.
+"""Codes of 1 to 8 bits, packed.
 
+The first code is in the lowest bits of the first byte, and each group of codes starts at a byte.
 In the extension; where it was not built, or eager PyTorch was chosen, in numpy to the same bytes.
 """
 

@@ -38,11 +38,15 @@ class Grid(NamedTuple):
         return None
 
     def restored(self, shape, dtype, codes, width, parts):
+        """The `Uniform` weight made of its parts as they are stored."""
         return Uniform(shape, dtype, self, codes, width, parts["scale"], parts["zero"])
 
 
 class Uniform(NamedTuple):
-    """A weight: `decoded()` is scale (code - zero / 2). The zero point is in half steps, because EWGS, DoReFa and one bit have no level at 0."""
+    """A weight on uniform levels: `decoded()` is scale (code - zero / 2).
+
+    The zero point is in half steps, because EWGS, DoReFa and one bit have no level at 0.
+    """
 
     shape: tuple
     dtype: torch.dtype
@@ -54,21 +58,17 @@ class Uniform(NamedTuple):
 
     @classmethod
     def of(cls, codes, dtype, form, scale, zero):
-        """From codes shaped like the weight, as floating-point numbers; scale and zero: a number or one for each channel."""
+        """From codes shaped like the weight, as floating-point numbers.
+
+        scale: a tensor, 0-dim or one for each channel; zero: a number or one for each channel, twice the code of 0.
+        """
         shape = tuple(codes.shape)
         channels = form.channels(shape)
         top = 2**form.bits - 1
         flat = codes.nan_to_num(0).clamp(0, top).to(torch.uint8).reshape(-1)
+        scale = scale.detach().to(accumulator(dtype)).reshape(-1).expand(channels).contiguous()
         zero = torch.as_tensor(zero, device=codes.device).to(torch.int16).reshape(-1).expand(channels).contiguous()
-        return cls(
-            shape,
-            dtype,
-            form,
-            flat,
-            8,
-            scale.detach().to(accumulator(dtype)).reshape(-1).expand(channels).contiguous(),
-            zero,
-        )
+        return cls(shape, dtype, form, flat, 8, scale, zero)
 
     @property
     def groups(self):
@@ -77,11 +77,9 @@ class Uniform(NamedTuple):
     def packed(self):
         """These with packed codes."""
         bits = self.form.bits
-        return (
-            self
-            if self.width == bits
-            else self._replace(codes=pack(self.codes, self.form.groups(self.shape, bits)), width=bits)
-        )
+        if self.width == bits:
+            return self
+        return self._replace(codes=pack(self.codes, self.form.groups(self.shape, bits)), width=bits)
 
     def unpacked(self):
         """These with a byte for each code."""
@@ -92,10 +90,7 @@ class Uniform(NamedTuple):
 
     def decoded(self):
         codes = self.unpacked().codes[: math.prod(self.shape)].reshape(self.shape)
-        scale, zero = (
-            along(self.scale, self.form.axis, len(self.shape)),
-            along(self.zero, self.form.axis, len(self.shape)),
-        )
+        scale, zero = (along(values, self.form.axis, len(self.shape)) for values in (self.scale, self.zero))
         return (scale * (codes.to(scale.dtype) - zero.to(scale.dtype) / 2)).to(self.dtype)
 
     def counts(self):
@@ -103,20 +98,11 @@ class Uniform(NamedTuple):
         return torch.bincount(self.unpacked().codes, minlength=2**self.form.bits)
 
     def size(self):
+        dense = math.prod(self.shape) * self.dtype.itemsize
         codes = self.form.groups(self.shape, self.form.bits).nbytes
-        return Size(
-            math.prod(self.shape) * self.dtype.itemsize,
-            codes,
-            self.scale.nbytes + self.zero.nbytes,
-            0,
-            entropy(self.counts()),
-        )
+        return Size(dense, codes, self.scale.nbytes + self.zero.nbytes, 0, entropy(self.counts()))
 
 
 def along(values, axis, dims):
     """(C,) numbers as a factor of a tensor of so many dimensions, along its axis; (1,) ones of all of it."""
-    return (
-        values.reshape([-1 if i == axis else 1 for i in range(dims)])
-        if axis is not None
-        else values.reshape([1] * dims)
-    )
+    return values.reshape([1] * dims if axis is None else [-1 if i == axis else 1 for i in range(dims)])

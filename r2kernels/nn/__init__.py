@@ -1,4 +1,8 @@
-"""Modules that attach to a model."""
+"""Modules that attach to a model.
+
+`select` finds its weights; `regularizer` adds a loss of them, `palettizer` and `quantizer` put other weights in their
+places while the model runs (`attach`), and `calibrate` makes a quantizer without training.
+"""
 
 from .calibrate import calibrate
 from .coefficient import LearnableCoefficient

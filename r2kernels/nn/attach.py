@@ -1,4 +1,7 @@
-"""How a module stands before the weights of a model: hooks, and weights shadowed by attributes of the same name while the model runs."""
+"""How a module stands before the weights of a model.
+
+Hooks put attributes of the same name before the parameters while the model runs; the parameters themselves stay.
+"""
 
 import fnmatch
 from typing import NamedTuple
@@ -10,7 +13,7 @@ from .select import select_weights
 
 
 class Layer(NamedTuple):
-    """A weight and its options."""
+    """A weight of the model, where it is, and its options."""
 
     name: str
     places: list  # (module, attribute) of all modules that share the weight
@@ -26,9 +29,11 @@ class Layer(NamedTuple):
 
 
 class Attached(nn.Module):
-    """A module that gives the layers of a model other weights: `_soft_all()` in train(), `_hard(layers)` in eval(), `_one_soft(i)` for a layer alone.
+    """A module that gives the layers of a model other weights.
 
-    The parameters stay where and what they are. `_hats` holds the weights of the last forward, for a part of it that is computed again in backward.
+    A subclass says which: `_soft_all()` in train(), `_hard(layers)` in eval(), `_one_soft(i)` for a layer alone. The
+    parameters stay where and what they are. `_hats` holds the weights of the last forward, for a part of it that is
+    computed again in backward.
     """
 
     def _attach(self, model, layers):
@@ -42,8 +47,9 @@ class Attached(nn.Module):
         for i, layer in enumerate(layers):
             for module, attribute in layer.places:
                 for caller in (module, *readers(model, module)):
-                    self._handles.append(caller.register_forward_pre_hook(_Alone(self, i, module, attribute)))
-                    self._handles.append(caller.register_forward_hook(_Gone(self, module, attribute), always_call=True))
+                    before, after = _ShadowAlone(self, i, module, attribute), _UnshadowAlone(self, module, attribute)
+                    self._handles.append(caller.register_forward_pre_hook(before))
+                    self._handles.append(caller.register_forward_hook(after, always_call=True))
 
     def _tensors(self):
         """What the hard weights are made of."""
@@ -80,7 +86,10 @@ class Attached(nn.Module):
                 _unshadow(module, attribute)
 
     def _one(self, i, training):
-        """A layer's weight outside of a forward of the whole model: recomputed by checkpointing in a backward, or a part of the model called alone."""
+        """A layer's weight outside of a forward of the whole model.
+
+        Either checkpointing computes the layer again in a backward, or a part of the model is called alone.
+        """
         if self._hats is not None and in_backward():
             return self._hats[i]
         return self._one_soft(i) if training else self._hard([self.layers[i]])[0]
@@ -107,8 +116,8 @@ class Attached(nn.Module):
         return {**self.__dict__, "_hats": None, "_hard_of": None}
 
 
-class _Alone:
-    """Before a layer runs outside of a forward of the whole model."""
+class _ShadowAlone:
+    """A hook before a layer: outside of a forward of the whole model it gives the layer its soft or hard weight."""
 
     def __init__(self, owner, i, module, attribute):
         self.owner, self.i, self.module, self.attribute = owner, i, module, attribute
@@ -118,8 +127,8 @@ class _Alone:
             object.__setattr__(self.module, self.attribute, self.owner._one(self.i, caller.training))
 
 
-class _Gone:
-    """After it."""
+class _UnshadowAlone:
+    """A hook after a layer: takes away what `_ShadowAlone` gave, also where the layer raised an error."""
 
     def __init__(self, owner, module, attribute):
         self.owner, self.module, self.attribute = owner, module, attribute
@@ -130,6 +139,7 @@ class _Gone:
 
 
 def in_backward():
+    """Whether autograd runs a backward in this thread, as when checkpointing computes a part again."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -139,7 +149,7 @@ def readers(model, module):
 
 
 def _unshadow(module, attribute):
-    """The parameter again, which an attribute of the same name stood before."""
+    """Takes away the attribute that stands before the parameter of the same name."""
     if torch.compiler.is_compiling():  # which cannot delete
         object.__setattr__(module, attribute, module._parameters[attribute])
     elif attribute in module.__dict__:
@@ -147,7 +157,10 @@ def _unshadow(module, attribute):
 
 
 def layers_of(model, usual, overrides, *, embeddings=False):
-    """The `Layer` of every weight of the model that `overrides` do not skip, with its options: `usual`, a NamedTuple, with those of all patterns that match."""
+    """The `Layer` of every weight of the model that `overrides` do not skip, with its options.
+
+    These are `usual`, a NamedTuple, with the options of all patterns that match; of several the last one counts.
+    """
     overrides = {} if overrides is None else overrides
     if not isinstance(overrides, dict):
         raise TypeError(f"overrides must be a dict of name pattern -> options, got {type(overrides).__name__}")

@@ -1,4 +1,4 @@
-"""Quantization after training: ranges from the weights and from what the layers are given for a few batches."""
+"""Quantization after training: steps and zero points from the weights, and from the inputs of the layers."""
 
 import warnings
 from collections.abc import Mapping
@@ -7,23 +7,32 @@ import torch
 
 from ..reference import checks
 from ..reference.columns import accumulator
-from .clipping import METHODS, Histogram, histogram_range, weight_range
-from .quantizer import Options, Quantizer, input_places, quantizable
+from .clipping import METHODS, Histogram, histogram_qparams, weight_qparams
+from .inputs import input_places
+from .quantizer import QuantizationOptions, Quantizer, quantizable
 from .scales import FrozenInput, FrozenWeight
 
 
 @torch.no_grad()
 def calibrate(model, loader, weight_bits=8, activation_bits=8, *, method="mse", axis=0, symmetric=True):
-    """A `Quantizer` of the model with ranges that are frozen, found without training. The model keeps its mode; eval() runs on the quantized weights.
+    """A `Quantizer` of the model with frozen steps and zero points, found without training.
 
-    loader: batches for the ranges of the activations: a tensor; a tuple or list, of which the first element is the input; or a mapping, passed as keyword
-    arguments. They are moved to the model's device; the model runs on them in eval(), with its weights quantized. One pass, so an iterator will do.
-    activation_bits=None quantizes the weights alone, and needs no loader (None).
-    method: "minmax"; or "mse", the clipping of the least mean squared error, searched over one histogram of 4096 bins of each tensor or channel.
-    axis: of the weights' channels (0: the output channels of conv and linear layers), or None for one range for each tensor; activations have one.
-    symmetric: LSQ's levels step * code, unsigned for activations without negative values; else 2**bits levels step * (code - zero) with an integer zero.
+    The model keeps its mode; eval() runs on the quantized weights.
+
+    loader: batches for the steps of the activations: a tensor; a tuple or list, of which the first element is the
+        input; or a mapping, passed as keyword arguments. They are moved to the model's device; the model runs on them
+        in eval(), with its weights quantized. One pass, so an iterator will do. activation_bits=None quantizes the
+        weights alone, and needs no loader (None).
+    method: "minmax"; or "mse", the clipping of the least mean squared error, searched over one histogram of 4096 bins
+        of each tensor or channel.
+    axis: of the weights' channels (0: the output channels of conv and linear layers), or None for one step for each
+        tensor; activations have one.
+    symmetric: LSQ's levels step * code, unsigned for activations without negative values; else 2**bits levels
+        step * (code - zero) with an integer zero.
+
+    TypeError or ValueError names the argument, or the layer whose weight or input is not finite.
     """
-    options = Options("lsq", weight_bits, activation_bits, axis).checked("the model")
+    options = QuantizationOptions("lsq", weight_bits, activation_bits, axis).checked("the model")
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     if not isinstance(symmetric, bool):
@@ -33,7 +42,7 @@ def calibrate(model, loader, weight_bits=8, activation_bits=8, *, method="mse", 
         w = layer.weight()
         checks.weights(w, name=layer.name)
         checks.channel_axis(axis, [w], True, layer.name)
-        found = weight_range(w, weight_bits, axis, method, symmetric)
+        found = weight_qparams(w, weight_bits, axis, method, symmetric)
         if found is None:
             raise ValueError(f"{layer.name} has a NaN or an infinity; it cannot be quantized")
         weights[layer.key] = FrozenWeight(w, weight_bits, axis, *found)
@@ -42,7 +51,7 @@ def calibrate(model, loader, weight_bits=8, activation_bits=8, *, method="mse", 
 
 
 def _inputs(model, loader, layers, weights, method, symmetric):
-    """The range of every input, seen with quantized weights."""
+    """key -> `FrozenInput` of every input that the loader's batches reach, seen with quantized weights."""
     if not hasattr(loader, "__iter__") or isinstance(loader, (torch.Tensor, Mapping, str)):
         raise TypeError(
             f"loader must give batches (an iterable of tensors, tuples or mappings), got {type(loader).__name__}"
@@ -68,7 +77,8 @@ def _inputs(model, loader, layers, weights, method, symmetric):
             module.training = training
     if not batches:
         raise ValueError(
-            "loader is empty; calibrate needs at least one batch for activation_bits (activation_bits=None quantizes the weights alone)"
+            "loader is empty; calibrate needs at least one batch for activation_bits "
+            "(activation_bits=None quantizes the weights alone)"
         )
     made = {}
     for key, i, _ in places:
@@ -78,16 +88,16 @@ def _inputs(model, loader, layers, weights, method, symmetric):
                 f"the input of {layers[i].name} stays as it is: no batch of the loader reached it", stacklevel=4
             )
             continue
-        signed = bool(histogram.low < 0)
-        found = [
-            None if v is None else v[0].to(w.device, accumulator(w.dtype))
-            for v in histogram_range(histogram, layers[i].options.activation_bits, method, symmetric, signed)
-        ]
-        made[key] = FrozenInput(w, layers[i].options, *found, signed)
+        signed, options = bool(histogram.low < 0), layers[i].options
+        found = histogram_qparams(histogram, options.activation_bits, method, symmetric, signed)
+        step, zero = (None if v is None else v[0].to(w.device, accumulator(w.dtype)) for v in found)
+        made[key] = FrozenInput(w, options, step, zero, signed)
     return made
 
 
 class _Observer:
+    """A hook before a layer: adds its input to the histogram under a key."""
+
     def __init__(self, seen, key, name):
         self.seen, self.key, self.name = seen, key, name
 
@@ -102,6 +112,7 @@ class _Observer:
 
 
 def _call(model, batch, device):
+    """Runs the model on a batch of the loader."""
     if isinstance(batch, (tuple, list)):
         if not batch:
             raise ValueError("loader gave an empty tuple; its first element must be the model's input")
@@ -112,6 +123,7 @@ def _call(model, batch, device):
         )
     if not isinstance(batch, torch.Tensor):
         raise TypeError(
-            f"loader gave a {type(batch).__name__}; allowed are a tensor, a tuple or list with the input first, or a mapping of keyword arguments"
+            f"loader gave a {type(batch).__name__}; allowed are a tensor, a tuple or list with the input first, "
+            "or a mapping of keyword arguments"
         )
     return model(batch.to(device))

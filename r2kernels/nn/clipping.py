@@ -1,4 +1,7 @@
-"""Ranges for quantization after training: min-max, or those of the least mean squared error, from one histogram of each tensor or channel."""
+"""Steps and zero points for quantization after training, from one histogram of each tensor or channel.
+
+"minmax" clips nothing; "mse" clips where the mean squared error is least.
+"""
 
 import torch
 
@@ -13,7 +16,10 @@ ROWS = 64  # channels that are searched at once
 
 
 class Histogram:
-    """Counts and sums of the numbers in equal bins from -top to top, of each row. A batch beyond the top doubles it, and joins neighbouring bins."""
+    """Counts and sums of the numbers in equal bins from -top to top, of each row.
+
+    A batch beyond the top doubles it, and joins neighbouring bins. All in float64.
+    """
 
     def __init__(self, rows, device=None):
         self.count, self.sum = torch.zeros(2, rows, BINS, dtype=torch.float64, device=device).unbind()
@@ -27,9 +33,8 @@ class Histogram:
             self.low, self.high = torch.minimum(self.low, part.amin(1)), torch.maximum(self.high, part.amax(1))
             self._widen(part.abs().amax(1))
             scale = torch.where(self.top > 0, BINS / 2 / self.top, 0)[:, None]
-            place = (part * scale + BINS / 2).floor_().clamp_(0, BINS - 1).long() + torch.arange(
-                len(x), device=x.device
-            )[:, None] * BINS
+            first = torch.arange(len(x), device=x.device)[:, None] * BINS
+            place = (part * scale + BINS / 2).floor_().clamp_(0, BINS - 1).long() + first
             place, flat = place.reshape(-1), part.reshape(-1)
             self.count += torch.bincount(place, minlength=self.count.numel()).view_as(self.count)
             self.sum += torch.bincount(place, flat, minlength=self.count.numel()).view_as(self.count)
@@ -45,13 +50,15 @@ class Histogram:
         self.top = torch.where(self.top > 0, self.top * 2**doublings, top)
 
     def errors(self, step, first, gap, count):
-        """Sum of (x - nearest level)^2 of each row, for the levels step (first + gap j), j < count; step and first: (rows, candidates)."""
+        """(rows, candidates) sums of (x - nearest level)^2 for the levels step (first + gap j), j < count.
+
+        step and first: (rows, candidates).
+        """
         cuts = first[..., None] + gap * (torch.arange(count - 1, device=step.device) + 0.5)
         scale = torch.where(self.top > 0, BINS / 2 / self.top, 0)[:, None, None]
         place = (cuts * step[..., None] * scale + BINS / 2).round_().clamp_(0, BINS).long()
-        below = [
-            torch.nn.functional.pad(t.cumsum(1), (1, 0)) for t in (self.count, self.sum)
-        ]  # left of each edge of a bin
+        # left of each edge of a bin
+        below = [torch.nn.functional.pad(t.cumsum(1), (1, 0)) for t in (self.count, self.sum)]
         n, s = (t.gather(1, place.flatten(1)).view_as(cuts) for t in below)
         last = first + gap * (count - 1)
         total, sums = below[0][:, -1:], below[1][:, -1:]
@@ -61,7 +68,7 @@ class Histogram:
 
 
 def step_of(histogram, bits, signed, method):
-    """(rows,) steps of LSQ's levels."""
+    """(rows,) steps of LSQ's levels, for symmetric quantization."""
     below, above = levels(bits, signed)
     widest = torch.maximum(histogram.high / above, -histogram.low / below if below else torch.zeros_like(histogram.low))
     widest = torch.where(widest > 0, widest, 1)
@@ -101,8 +108,11 @@ def _affine(low, high, n):
     return step, (-low / step).round().clamp(0, n)
 
 
-def weight_range(w, bits, axis, method, symmetric):
-    """(step, zero or None) of a weight: 0-dim, or (C,) for the channels along an axis; None where the weight is not finite."""
+def weight_qparams(w, bits, axis, method, symmetric):
+    """(step, zero point) of a weight: 0-dim, or (C,) for the channels along an axis, in the accumulator's dtype.
+
+    With `symmetric` the zero point is None. Instead of both None where the weight is not finite.
+    """
     rows = w.detach().reshape(1, -1) if axis is None else w.detach().movedim(axis, 0).reshape(w.shape[axis], -1)
     found = []
     for some in rows.split(ROWS):
@@ -110,20 +120,20 @@ def weight_range(w, bits, axis, method, symmetric):
             return None
         histogram = Histogram(len(some), w.device)
         histogram.add(some)
-        found.append(histogram_range(histogram, bits, method, symmetric))
+        found.append(histogram_qparams(histogram, bits, method, symmetric))
     step, zero = (None if parts[0] is None else torch.cat(parts) for parts in zip(*found, strict=True))
     step, zero = step.to(accumulator(w.dtype)), None if zero is None else zero.to(accumulator(w.dtype))
     return (step, zero) if axis is not None else (step[0], None if zero is None else zero[0])
 
 
-def histogram_range(histogram, bits, method, symmetric, signed=True):
-    """(step, zero or None) of each row."""
+def histogram_qparams(histogram, bits, method, symmetric, signed=True):
+    """(step, zero point or None) of each row, (rows,) in float64."""
     return (step_of(histogram, bits, signed, method), None) if symmetric else affine_of(histogram, bits, method)
 
 
 def coded(w, form, method, symmetric):
-    """The `Uniform` of a weight with the range that `method` finds, or None where it is not finite."""
-    found = weight_range(w, form.bits, form.axis, method, symmetric)
+    """The `Uniform` of a weight with the step and zero point that `method` finds, or None where it is not finite."""
+    found = weight_qparams(w, form.bits, form.axis, method, symmetric)
     return found and nearest(w, form, *found)
 
 

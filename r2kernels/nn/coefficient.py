@@ -9,10 +9,11 @@ from ..reference import checks
 
 
 class LearnableCoefficient(nn.Module):
-    """`coefficient(R)` = e^w R - strength w with w learned, to be added to a loss (Choi, El-Khamy, Lee 2020, for `msqe` and `partial_l2`).
+    """`coefficient(R)` = e^w R - strength w with w learned, to be added to a loss.
 
-    w moves to log(strength / R): the coefficient e^w grows as R shrinks. R: a tensor, 0-dim. strength: a number > 0. init: the first w.
-    (US patent 11,270,187 B2 claims a growing quantization coefficient.) `w` is kept out of weight decay by `param_groups()`.
+    From Choi, El-Khamy, Lee 2020, for `msqe` and `partial_l2`. w (`omega`) moves to log(strength / R): the coefficient
+    e^w grows as R shrinks. R: a tensor, 0-dim. strength: a number > 0. init: the first w. `param_groups()` keeps w out
+    of weight decay. (US patent 11,270,187 B2 claims a growing quantization coefficient.)
     """
 
     def __init__(self, strength, init=0.0):
@@ -25,6 +26,7 @@ class LearnableCoefficient(nn.Module):
         return omega.exp() * R - self.strength * omega
 
     def param_groups(self, **options):
+        """w as a list of one parameter group for an optimizer, `weight_decay=0` unless `options` say otherwise."""
         return [{"params": [self.omega], "weight_decay": 0.0, **options}]
 
     def extra_repr(self):

@@ -1,4 +1,7 @@
-"""EWGS's delta from the trace of the Hessian (Lee et al. 2021, eq. 9), by Hutchinson's probes and finite differences of gradients."""
+"""EWGS's delta from the trace of the Hessian (Lee et al. 2021, eq. 9).
+
+By Hutchinson's probes and finite differences of gradients.
+"""
 
 import torch
 
@@ -6,7 +9,10 @@ from .attach import in_backward
 
 
 class Probe:
-    """Moves the quantized tensors of some keys by sign * epsilon * mean|y| along directions of -1 and 1, and remembers them."""
+    """Moves the quantized tensors y of some keys by sign * epsilon * mean|y| along directions of -1 and 1.
+
+    It remembers what it moved. `sizes`: key -> mean|y|, those of the probe with sign 0, which moves nothing.
+    """
 
     def __init__(self, keys, epsilon, seed=0, sign=0, sizes=None):
         self.places = {key: i for i, key in enumerate(keys)}
@@ -40,7 +46,10 @@ class Probe:
 
 
 def ratios(evaluate, keys, probes, epsilon):
-    """key -> (trace / N) / (3 std(g)), of the Hessian and the gradient with regard to the quantized tensor. `evaluate(probe)` gives the loss."""
+    """key -> (trace / N) / (3 std(g)), of Hessian and gradient g with regard to the quantized tensor (N numbers).
+
+    evaluate(probe): the loss, with the probe in place. It is called 1 + 2 * probes times.
+    """
     base = Probe(keys, epsilon)
     gradients = base.gradients(evaluate(base))
     traces = {key: 0.0 for key in gradients}
@@ -52,15 +61,12 @@ def ratios(evaluate, keys, probes, epsilon):
         for key in traces:
             for above, below in zip(ends[0][1][key], ends[1][1][key], strict=True):
                 v = probe.direction(key, above)
-                traces[key] = (
-                    traces[key]
-                    + (v * (above - below)).double().sum() / (2 * epsilon * base.sizes[key].double()) / probes
-                )
+                curvature = (v * (above - below)).double().sum() / (2 * epsilon * base.sizes[key].double())
+                traces[key] = traces[key] + curvature / probes
     found = {}
     for key, gs in gradients.items():
         g = torch.cat([g.reshape(-1).double() for g in gs])
         std = g.std(correction=0)
-        found[key] = torch.where((std > 0) & (base.sizes[key] > 0), traces[key] / g.numel() / (3 * std), 0).nan_to_num(
-            0
-        )
+        ratio = traces[key] / g.numel() / (3 * std)
+        found[key] = torch.where((std > 0) & (base.sizes[key] > 0), ratio, 0).nan_to_num(0)
     return found

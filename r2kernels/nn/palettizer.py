@@ -16,18 +16,19 @@ from ..files.clustered import (
     divided,
     quantized_lut,
 )
-from ..functional import dkm as clustering
+from ..functional.dkm import assign, dkm
 from ..functional.kmeans import kmeans
 from ..reference import checks
 from .attach import Attached, layers_of
 
-# tau="auto": this part of the distance of neighbouring centroids (for "sqeuclidean" squared). In the demo's five palettes and four trainings 0.25 leaves a
-# soft-to-hard gap of 25 % and loses up to 40 points, 0.02 hardly lets a weight change its centroid.
+# tau="auto": this part of the distance of neighbouring centroids (for "sqeuclidean" squared). In the demo's five
+# palettes and four trainings 0.25 leaves a soft-to-hard gap of 25 % and loses up to 40 points, 0.02 hardly lets a
+# weight change its centroid.
 SOFT = 0.1
 
 
-class Options(NamedTuple):
-    """How a layer is clustered."""
+class ClusteringOptions(NamedTuple):
+    """How a layer is clustered; the fields are the arguments of `Palettizer`."""
 
     bits: int
     cluster_dim: int = 1
@@ -66,7 +67,8 @@ class Options(NamedTuple):
             values = self.tau if isinstance(self.tau, (tuple, list)) else (self.tau,)
             if len(values) not in (1, 3):
                 raise ValueError(
-                    f'tau of {name} must be "auto", a number, (start, end, steps) or a function of the step, got {self.tau!r}'
+                    f'tau of {name} must be "auto", a number, (start, end, steps) or a function of the step, '
+                    f"got {self.tau!r}"
                 )
             for value in values:
                 checks.number(f"tau of {name}", value, "a finite number > 0", lambda v: 0 < v < float("inf"))
@@ -89,18 +91,17 @@ class Options(NamedTuple):
 def _spacing(centroids, metric):
     """(G,) mean distance of a centroid to the nearest other one, or its square; 1 where all are equal."""
     D = torch.cdist(centroids, centroids)
-    D = (
-        D.masked_fill(torch.eye(D.shape[-1], dtype=torch.bool, device=D.device), torch.inf)
-        if D.shape[-1] > 1
-        else torch.ones_like(D)
-    )
+    itself = torch.eye(D.shape[-1], dtype=torch.bool, device=D.device)
+    D = D.masked_fill(itself, torch.inf) if len(itself) > 1 else torch.ones_like(D)
     mean = D.amin(-1).mean(-1)
     mean = torch.where((mean > 0) & mean.isfinite(), mean, 1)
     return mean.square() if metric == "sqeuclidean" else mean
 
 
 class Palettizer(Attached):
-    """Trains `model` with its weights clustered by DKM: K = 2**bits centroids for rows of `cluster_dim` weights, bits / cluster_dim bits per weight.
+    """Trains `model` with its weights clustered by DKM (Cho et al. 2022): soft in train(), hard codes in eval().
+
+    K = 2**bits centroids for rows of `cluster_dim` weights, so bits / cluster_dim bits per weight.
 
         palettizer = Palettizer(model, bits=2)          # centroids start from `kmeans` of the weights
         loss(model(x)).backward()                       # in train() the model runs on the soft W_hat
@@ -109,17 +110,23 @@ class Palettizer(Attached):
         model.eval(); model(x)                          # runs on hard codes
         palettizer.remove()                             # a plain model with hard weights
 
-    All conv, linear, embedding and attention weights, first and last layers too, in batched launches, once per forward. The parameters stay what
-    they are: `state_dict`, optimizers, DDP and range losses see the dense weights. A forward changes nothing. Parts of the model may be called
-    alone; their layers are then clustered one by one.
-    The palettizer's own `state_dict` holds centroids, temperatures and the step.
+    All conv, linear, embedding and attention weights, first and last layers too, in batched launches, once per forward.
+    The parameters stay what they are: `state_dict`, optimizers, DDP and range losses see the dense weights. A forward
+    changes nothing. Parts of the model may be called alone; their layers are then clustered one by one. Layers with
+    fewer rows than centroids are left dense, with a warning. The palettizer's own `state_dict` holds centroids,
+    temperatures and the step.
 
-    overrides: name pattern (of the parameter or its module) -> dict of options, or "skip"; of several that match the last one counts. Layers with fewer
-    rows than centroids are left dense, with a warning. cluster_dim, layout, iterations, metric, gradient: as in `r2kernels.dkm`.
-    tau: a number; (start, end, steps), geometric from soft to hard; a function of the step; or "auto": a tenth of the mean distance of neighbouring
-    centroids (for "sqeuclidean" squared), followed as they move. group_size: output channels that share centroids (None: all). per_channel_scale: each output
-    channel is divided by its max|W| first. lut_dtype: "fp32", "fp16" or "int8" (with one scale per group): how centroids are stored; training sees the
-    rounding of the nearest centroid (straight-through).
+    bits: an int in 1..8. cluster_dim, layout, iterations, metric, gradient: as in `r2kernels.dkm`.
+    tau: a number; (start, end, steps), geometric from soft to hard; a function of the step; or "auto": a tenth of the
+        mean distance of neighbouring centroids (for "sqeuclidean" squared), followed as they move.
+    group_size: output channels that share centroids (None: all).
+    per_channel_scale: each output channel is divided by its max|W| first.
+    lut_dtype: "fp32", "fp16" or "int8" (with one scale per group): how centroids are stored; training sees the rounding
+        of the nearest centroid (straight-through).
+    overrides: name pattern (of the parameter or its module) -> dict of options, or "skip"; of several that match the
+        last one counts.
+
+    TypeError or ValueError names the option and the layer.
     """
 
     def __init__(
@@ -139,7 +146,7 @@ class Palettizer(Attached):
         overrides=None,
     ):
         super().__init__()
-        usual = Options(
+        usual = ClusteringOptions(
             bits, cluster_dim, layout, tau, iterations, metric, gradient, group_size, per_channel_scale, lut_dtype
         ).checked("the model")
         layers = _layers(model, usual, overrides)
@@ -148,16 +155,11 @@ class Palettizer(Attached):
         self._count = 0
         with torch.no_grad():
             for layer in layers:
-                found = kmeans(
-                    self._pieces(layer),
-                    2**layer.options.bits,
-                    cluster_dim=layer.options.cluster_dim,
-                    layout=layer.options.layout,
-                )
-                self.centroids.register_buffer(
-                    layer.key, torch.stack(found).reshape(len(found), -1, layer.options.cluster_dim)
-                )
-                self.taus.register_buffer(layer.key, layer.options.temperature(0, self.centroids._buffers[layer.key]))
+                o = layer.options
+                found = kmeans(self._pieces(layer), 2**o.bits, cluster_dim=o.cluster_dim, layout=o.layout)
+                centroids = torch.stack(found).reshape(len(found), -1, o.cluster_dim)
+                self.centroids.register_buffer(layer.key, centroids)
+                self.taus.register_buffer(layer.key, o.temperature(0, centroids))
         self._fresh = None
         self._attach(model, layers)
 
@@ -177,9 +179,8 @@ class Palettizer(Attached):
         batches, results = {}, {}
         for layer in layers:
             o, w = layer.options, layer.weight()
-            batches.setdefault(
-                (w.dtype, w.device, o.cluster_dim, o.layout, o.iterations, o.metric, o.gradient), []
-            ).append(layer)
+            key = (w.dtype, w.device, o.cluster_dim, o.layout, o.iterations, o.metric, o.gradient)
+            batches.setdefault(key, []).append(layer)
         for (_, _, d, layout, iterations, metric, gradient), some in batches.items():
             pieces = [self._pieces(layer) for layer in some]
             starts = [
@@ -187,7 +188,7 @@ class Palettizer(Attached):
             ]
             tau = torch.cat([self.taus._buffers[layer.key] for layer in some])
             flat = [p for group in pieces for p in group]
-            hats, moved = clustering.dkm(
+            hats, moved = dkm(
                 flat, starts, tau, iterations=iterations, metric=metric, gradient=gradient, cluster_dim=d, layout=layout
             )
             at = 0
@@ -203,9 +204,8 @@ class Palettizer(Attached):
     def _rounded(hat, w, c, o):
         """W_hat as if the nearest centroid's entry of the table were rounded; the gradient passes through."""
         with torch.no_grad():
-            codes = clustering.assign(
-                w, c[:, 0].contiguous() if o.cluster_dim == 1 else c, cluster_dim=o.cluster_dim, layout=o.layout
-            )
+            table = c[:, 0].contiguous() if o.cluster_dim == 1 else c
+            codes = assign(w, table, cluster_dim=o.cluster_dim, layout=o.layout)
             error = (quantized_lut(c, o.lut_dtype) - c)[codes.long()].to(w.dtype)
             form = Form(o.bits, o.cluster_dim, o.layout)
         return hat + assembled(error, w.new_zeros(w.numel() % o.cluster_dim), w.shape, form)
@@ -236,7 +236,10 @@ class Palettizer(Attached):
 
     @torch.no_grad()
     def step(self):
-        """After `optimizer.step()`: adopts the centroids of the last forward in train() with gradients enabled, and moves the temperatures on."""
+        """Adopts the centroids of the last forward in train() with gradients enabled, and moves the temperatures on.
+
+        To be called after `optimizer.step()`.
+        """
         self._count += 1
         self.steps.fill_(self._count)
         if self._fresh is not None:
@@ -260,7 +263,7 @@ class Palettizer(Attached):
         return gaps
 
     def sizes(self):
-        """name -> `Size`: bytes of the layer dense, packed (codes, tables, scales) and with its codes at their entropy."""
+        """name -> `Size`: bytes of the layer dense, packed (codes, tables, scales), and with codes at their entropy."""
         return {name: c.size() for name, c in self.clustered().items()}
 
     def _load_from_state_dict(self, *args, **kwargs):
@@ -281,10 +284,8 @@ def _layers(model, usual, overrides):
         p, options = layer.weight(), layer.options
         rows = min(len(p), options.group_size or len(p)) * (p.numel() // len(p)) // options.cluster_dim
         if rows < 2**options.bits:
-            warnings.warn(
-                f"{layer.name} stays dense: it has {rows} rows of {options.cluster_dim} for {2**options.bits} centroids",
-                stacklevel=3,
-            )
+            few = f"{rows} rows of {options.cluster_dim} for {2**options.bits} centroids"
+            warnings.warn(f"{layer.name} stays dense: it has {few}", stacklevel=3)
         else:
             layers.append(layer)
     if not layers:

@@ -5,18 +5,18 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import distributed, nn
+from torch import nn
 
 from ..reference import checks
-from .attach import Attached, layers_of, readers
+from .attach import Attached, layers_of
 from .hessian import ratios
+from .inputs import ROOT, InputHook, input_places, mean_output
+from .ranks import average_gradients, broadcast, is_distributed
 from .scales import METHODS, Input, positive
 
-ROOT = "/"  # the key of an input of the model itself
 
-
-class Options(NamedTuple):
-    """How a layer is quantized."""
+class QuantizationOptions(NamedTuple):
+    """How a layer is quantized; the fields are the arguments of `Quantizer`, and those that `overrides` alone have."""
 
     method: str
     weight_bits: int
@@ -37,7 +37,8 @@ class Options(NamedTuple):
             raise TypeError(f"axis of {name} must be an int or None, got {self.axis!r}")
         if self.axis is not None and self.method != "lsq":
             raise ValueError(
-                f"axis of {name} must be None for method {self.method!r}, which has one range for each tensor, got {self.axis}"
+                f"axis of {name} must be None for method {self.method!r}, which has one range for each tensor, "
+                f"got {self.axis}"
             )
         if self.delta != "hessian":
             checks.number(
@@ -54,80 +55,84 @@ class Quantizer(Attached):
 
         quantizer = Quantizer(model, "lsq", weight_bits=4, activation_bits=4)
         optimizer = SGD([{"params": model.parameters()}, *quantizer.param_groups()], lr=0.01)
-        loss(model(x)).backward()           # the first batch in train() sets the ranges
+        loss(model(x)).backward()           # the first batch in train() sets steps and bounds
         optimizer.step()
         model.eval(); model(x)              # the same levels
-        quantizer.remove()                  # a plain model with quantized weights; its activations are no longer quantized
+        quantizer.remove()                  # a plain model with quantized weights; its activations no longer are
 
-    method: "lsq" (learned steps), "ewgs" (learned bounds, element-wise scaled gradients) or "pact" (learned clipping of activations, DoReFa weights).
-    weight_bits, activation_bits: an int in 1..8; activation_bits=None leaves activations alone. axis: of the weights' channels, each with its own step ("lsq").
+    method: "lsq" (learned steps), "ewgs" (learned bounds, element-wise scaled gradients) or "pact" (learned clipping of
+        activations, DoReFa weights).
+    weight_bits, activation_bits: an int in 1..8; activation_bits=None leaves activations alone.
+    axis: of the weights' channels, each with its own step ("lsq"); None for one step for each tensor.
+    overrides: name pattern (of the parameter or its module) -> dict of options, or "skip"; of several that match the
+        last one counts. Options: those above, `delta` (EWGS: a number or "hessian", see `estimate_delta`), `plus`
+        (PACT+), `detach_max` (DoReFa).
 
-    All conv, linear and attention weights, first and last layers too, in batched launches, once per forward; activations at the input of each conv and
-    linear layer (not inside attention). The parameters stay dense and keep their names. Parts of the model may be called alone.
+    All conv, linear and attention weights, first and last layers too, in batched launches, once per forward;
+    activations at the input of each conv and linear layer (not inside attention). The parameters stay dense and keep
+    their names. Parts of the model may be called alone. TypeError or ValueError names the option and the layer.
 
-    Ranges start from the first forward in train(), which runs the model once more without gradients (random numbers and buffers are restored), or from
-    `initialize(batch)`, which torch.compile(fullgraph=True) needs; until then the model runs in full precision. LSQ: step 2 mean|x| / sqrt(QP). EWGS: weights
-    -+3 std, activations min and 3 std / sqrt(1 - 2/pi). PACT: alpha the smaller of the maximum and 3 std / sqrt(1 - 2/pi). Activations without negative
-    values in that batch are unsigned. Under torch.distributed all ranks take rank 0's, and gradients of ranges are averaged at the end of each backward.
+    Steps, bounds and alpha start from the first forward in train(), which runs the model once more without gradients
+    (random numbers and buffers are restored), or from `initialize(batch)`, which torch.compile(fullgraph=True) needs;
+    until then the model runs in full precision. LSQ: step 2 mean|x| / sqrt(QP). EWGS: weights -+3 std, activations min
+    and 3 std / sqrt(1 - 2/pi). PACT: alpha the smaller of the maximum and 3 std / sqrt(1 - 2/pi). Activations without
+    negative values in that batch are unsigned. Under torch.distributed all ranks take the values of rank 0, and their
+    gradients are averaged at the end of each backward.
 
-    EWGS and DoReFa weights lie in [-1, 1]: they are multiplied by a learned |scale| for each layer, which starts at mean|output| / mean|quantized output|
-    (of layers without quantized activations the same of the weight). EWGS's activations come back on the scale of x, lower + (upper - lower) q, with the
-    bounds held constant there. PACT takes inputs with negative values by LSQ. Steps, scales, alpha and upper - lower are used as |p| + 1e-8.
-
-    overrides: name pattern (of the parameter or its module) -> dict of options, or "skip"; of several that match the last one counts. Options: those above,
-    `delta` (EWGS: a number or "hessian", see `estimate_delta`), `plus` (PACT+), `detach_max` (DoReFa).
+    EWGS and DoReFa weights lie in [-1, 1]: they are multiplied by a learned |scale| for each layer, which starts at
+    mean|output| / mean|quantized output| (of layers without quantized activations the same of the weight). EWGS's
+    activations come back on the scale of x, lower + (upper - lower) q, with the bounds held constant there. PACT takes
+    inputs with negative values by LSQ. Steps, scales, alpha and upper - lower are used as |p| + 1e-8.
     """
 
     def __init__(self, model, method, weight_bits, activation_bits=None, *, axis=None, overrides=None):
         super().__init__()
-        usual = Options(method, weight_bits, activation_bits, axis).checked("the model")
+        usual = QuantizationOptions(method, weight_bits, activation_bits, axis).checked("the model")
         layers = quantizable(model, usual, overrides)
         for layer in layers:
             checks.weights(layer.weight(), name=layer.name)
             checks.channel_axis(layer.options.axis, [layer.weight()], True, layer.name)
-        self._hold(
-            model,
-            layers,
-            {layer.key: METHODS[layer.options.method][0](layer.weight(), layer.options) for layer in layers},
-            {
-                key: METHODS[layers[i].options.method][1](layers[i].weight(), layers[i].options)
-                for key, i, _ in input_places(model, layers)
-            },
-        )
-        self._average_gradients()
+        weights, inputs = {}, {}
+        for layer in layers:
+            weights[layer.key] = METHODS[layer.options.method][0](layer.weight(), layer.options)
+        for key, i, _ in input_places(model, layers):
+            inputs[key] = METHODS[layers[i].options.method][1](layers[i].weight(), layers[i].options)
+        self._hold(model, layers, weights, inputs)
+        self._hook_gradients()
 
     def _hold(self, model, layers, weights, inputs, started=False):
-        """Attaches: a range for each layer by its key, and for each input by the key of its module."""
+        """Attaches: a quantizer of each weight by the layer's key, and of each input by the key of its module."""
         self.weights, self.inputs = nn.Module(), nn.Module()
-        for group, ranges in ((self.weights, weights), (self.inputs, inputs)):
-            for key, value in ranges.items():
-                group.add_module(key, value)
+        for group, quantizers in ((self.weights, weights), (self.inputs, inputs)):
+            for key, quantizer in quantizers.items():
+                group.add_module(key, quantizer)
         self.register_buffer("started", torch.tensor(started, device=layers[0].weight().device))
         self._started, self._starting, self._probe, self._averaging = started, None, None, False
         self._attach(model, layers)
         for key, i, module in input_places(model, layers):
             if key in inputs:
-                self._handles.append(module.register_forward_pre_hook(_Input(self, key, i), with_kwargs=True))
+                self._handles.append(module.register_forward_pre_hook(InputHook(self, key, i), with_kwargs=True))
 
     @classmethod
     def _frozen(cls, model, layers, weights, inputs):
-        """One whose ranges are these for good."""
+        """One whose quantizers of weights and inputs are these for good."""
         self = cls.__new__(cls)
         Attached.__init__(self)
         self._hold(model, layers, weights, inputs, started=True)
         return self
 
-    def _range(self, layer):
+    def _weight_quantizer(self, layer):
+        """What quantizes a layer's weight: one of `scales`."""
         return self.weights._modules[layer.key]
 
     def _soft(self, layers):
         """Quantized weights of some layers: one batch for all that share their options."""
         batches, results = {}, {}
         for layer in layers:
-            q, w = self._range(layer), layer.weight()
+            q, w = self._weight_quantizer(layer), layer.weight()
             batches.setdefault((type(q), w.dtype, w.device, *q.key()), []).append(layer)
         for (kind, *_), some in batches.items():
-            ys = kind.soft([self._range(layer) for layer in some], [layer.weight() for layer in some])
+            ys = kind.soft([self._weight_quantizer(layer) for layer in some], [layer.weight() for layer in some])
             results.update(zip([layer.name for layer in some], ys, strict=True))
         return [results[layer.name] for layer in layers]
 
@@ -142,7 +147,11 @@ class Quantizer(Attached):
         return [
             t
             for layer in self.layers
-            for t in (layer.weight(), *self._range(layer).parameters(), *self._range(layer).buffers())
+            for t in (
+                layer.weight(),
+                *self._weight_quantizer(layer).parameters(),
+                *self._weight_quantizer(layer).buffers(),
+            )
         ]
 
     @torch.no_grad()
@@ -152,12 +161,13 @@ class Quantizer(Attached):
             raise RuntimeError(
                 "the ranges have no values before the first forward in train(); call `initialize` with a batch"
             )
-        return {layer.name: self._range(layer).coded(layer.weight()) for layer in self.layers}
+        return {layer.name: self._weight_quantizer(layer).coded(layer.weight()) for layer in self.layers}
 
     @torch.no_grad()
     def _hard(self, layers):
         return [
-            self._range(layer).coded(layer.weight()).decoded() if self._started else layer.weight() for layer in layers
+            self._weight_quantizer(layer).coded(layer.weight()).decoded() if self._started else layer.weight()
+            for layer in layers
         ]
 
     def errors(self):
@@ -169,7 +179,10 @@ class Quantizer(Attached):
         return {name: ((w - hat).norm() / w.norm().clamp(min=1e-300)).item() for name, w, hat in pairs}
 
     def sizes(self):
-        """name -> `Size`: bytes of the layer dense, packed (codes, scales and zero points) and with its codes at their entropy."""
+        """name -> `Size`: bytes of the layer dense, packed, and with its codes at their entropy.
+
+        Packed are codes, scales and zero points.
+        """
         return {name: c.size() for name, c in self.coded().items()}
 
     def _enter(self, model, args, kwargs):
@@ -180,10 +193,13 @@ class Quantizer(Attached):
     @torch._disable_dynamo
     @torch.no_grad()
     def initialize(self, *args, **kwargs):
-        """Sets all ranges from the weights and from what the layers are given when the model is called with these arguments, which changes nothing else."""
+        """Sets steps, bounds, alpha and scales from the weights, and from what the layers are given in one forward.
+
+        The model is called with these arguments; nothing else changes.
+        """
         model = self._model[0]
         for layer in self.layers:
-            self._range(layer).start(layer.weight())
+            self._weight_quantizer(layer).start(layer.weight())
         self._started, self._starting = True, set()
         try:
             with _unchanged(model):
@@ -191,7 +207,7 @@ class Quantizer(Attached):
                 self._shadow()
                 for key, i, module in input_places(model, self.layers):
                     if key == ROOT and key in self.inputs._modules:
-                        args, kwargs = _Input(self, key, i)(module, args, kwargs)
+                        args, kwargs = InputHook(self, key, i)(module, args, kwargs)
                 model.forward(*args, **kwargs)
         except BaseException:
             self._started = False
@@ -200,7 +216,7 @@ class Quantizer(Attached):
             self._starting, self._hats = None, None
             self._leave(None, None, None)
         self.started.fill_(True)
-        if _is_distributed():
+        if is_distributed():
             self._broadcast()
 
     @torch._disable_dynamo
@@ -209,7 +225,7 @@ class Quantizer(Attached):
         """The first batch that a layer is given; while all start, its scale too."""
         start, layer = self.inputs._modules[key], self.layers[i]
         start.start(x)
-        q = self._range(layer)
+        q = self._weight_quantizer(layer)
         if self._starting is None:
             return
         self._starting.add(key)
@@ -217,9 +233,9 @@ class Quantizer(Attached):
             return
         self._starting.add(layer.name)
         hat = module.__dict__["weight"]
-        quantized = _output_size(module, hat, start(x))
+        quantized = mean_output(module, hat, start(x))
         if quantized > 0:
-            ratio = _output_size(module, layer.weight(), x) / quantized
+            ratio = mean_output(module, layer.weight(), x) / quantized
             q.scale.copy_(positive(q.scale) * ratio)
             object.__setattr__(module, "weight", hat * ratio)
 
@@ -236,60 +252,46 @@ class Quantizer(Attached):
         return y if self._probe is None else self._probe.moved(key, y)
 
     def _broadcast(self):
-        """Rank 0's ranges, in one message."""
-        tensors = list(self.state_dict().values())
-        flat = torch.cat([t.reshape(-1).to(tensors[0].device, torch.float64) for t in tensors])
-        distributed.broadcast(flat, 0)
-        for t, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-            t.copy_(part.reshape(t.shape))
-        self._read()
-
-    def _read(self):
+        """Takes rank 0's state."""
+        broadcast(list(self.state_dict().values()))
         self._started = bool(self.started)
         for q in self.inputs.children():
             if isinstance(q, Input):
                 q.read()
 
-    def _average_gradients(self):
+    def _hook_gradients(self):
+        """Has the gradients of all ranks averaged at the end of a backward that reaches a parameter."""
         for p in self.parameters():
             p.register_post_accumulate_grad_hook(self._at_end_of_backward)
 
     def _at_end_of_backward(self, p):
-        if _is_distributed() and not self._averaging:
+        if is_distributed() and not self._averaging:
             self._averaging = True
             torch.autograd.Variable._execution_engine.queue_callback(self._average)
 
     @torch.no_grad()
     def _average(self):
-        """The mean of the gradients of all ranks, in one message."""
         self._averaging = False
-        own = [p for p in self.parameters() if p.requires_grad]
-        flat = torch.cat(
-            [
-                (torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1).to(own[0].device, torch.float64)
-                for p in own
-            ]
-        )
-        distributed.all_reduce(flat)
-        for p, g in zip(own, flat.div_(distributed.get_world_size()).split([p.numel() for p in own]), strict=True):
-            if p.grad is not None:
-                p.grad.copy_(g.reshape(p.shape))
+        average_gradients([p for p in self.parameters() if p.requires_grad])
 
     def estimate_delta(self, loss_closure, *, probes=4, epsilon=1e-2):
-        """Sets EWGS's delta where the option is "hessian" (until then 1e-3): max(0, (Tr H / N) / (3 std(g))), g and H of the loss with regard to the quantized
-        weight or activation in [0, 1], by Hutchinson's method with `probes` probes and finite differences of gradients, epsilon * mean|y| to either side.
+        """Sets EWGS's delta where the option is "hessian" (until then 1e-3): max(0, (Tr H / N) / (3 std(g))).
 
-        loss_closure: runs the model, in train(), on the same batch every time and returns the loss. It is called 1 + 2 probes times and changes nothing else.
+        g and H: of the loss with regard to the quantized weight or activation in [0, 1] (N numbers), by Hutchinson's
+        method with `probes` probes and finite differences of gradients, epsilon * mean|y| to either side.
+        loss_closure: runs the model, in train(), on the same batch every time and returns the loss. It is called
+        1 + 2 * probes times and changes nothing else. RuntimeError for a model in eval() or before its first batch.
         """
         checks.count("probes", probes)
         checks.number("epsilon", epsilon, "a finite number > 0", lambda v: 0 < v < math.inf)
         model = self._model[0]
         if not model.training or not self._started:
             raise RuntimeError(
-                "estimate_delta needs a model in train() whose ranges have values; call model.train() and `initialize` first"
+                "estimate_delta needs a model in train() whose ranges have values; "
+                "call model.train() and `initialize` first"
             )
         chosen = {
-            i: self._range(layer)
+            i: self._weight_quantizer(layer)
             for i, layer in enumerate(self.layers)
             if (layer.options.method, layer.options.delta) == ("ewgs", "hessian")
         }
@@ -311,12 +313,15 @@ class Quantizer(Attached):
         with torch.no_grad():
             for key, ratio in found.items():
                 chosen[key].delta.copy_((ratio * chosen[key].span()).clamp(min=0))
-        if _is_distributed():
+        if is_distributed():
             self._broadcast()
 
     def param_groups(self, *, alpha_decay=0.0, **options):
-        """The learned ranges as a list of parameter groups for an optimizer, `weight_decay=0` unless `options` say otherwise; PACT's alpha, where there are
-        any, with weight_decay=alpha_decay (its L2 penalty)."""
+        """The learned steps, bounds, scales and alpha as a list of parameter groups for an optimizer.
+
+        With `weight_decay=0` unless `options` say otherwise; PACT's alpha, where there are any, have
+        weight_decay=alpha_decay (its L2 penalty).
+        """
         alpha_decay = checks.number("alpha_decay", alpha_decay, "a finite number >= 0", lambda v: 0 <= v < math.inf)
         alphas = [p for name, p in self.named_parameters() if name.endswith(".alpha")]
         others = [p for name, p in self.named_parameters() if not name.endswith(".alpha")]
@@ -332,24 +337,10 @@ class Quantizer(Attached):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._average_gradients()  # hooks stay behind with the parameters that were copied
+        self._hook_gradients()  # hooks stay behind with the parameters that were copied
 
     def extra_repr(self):
         return f"layers={len(self.layers)}, inputs={len(self.inputs._modules)}, started={self._started}"
-
-
-class _Input:
-    """Before a layer runs: its input, quantized."""
-
-    def __init__(self, owner, key, i):
-        self.owner, self.key, self.i = owner, key, i
-
-    def __call__(self, module, args, kwargs):
-        if args:
-            return (self.owner._input(self.key, self.i, module, args[0]), *args[1:]), kwargs
-        if "input" in kwargs:
-            return args, {**kwargs, "input": self.owner._input(self.key, self.i, module, kwargs["input"])}
-        return None
 
 
 def quantizable(model, usual, overrides):
@@ -358,34 +349,6 @@ def quantizable(model, usual, overrides):
     if not layers:
         raise ValueError(f"{type(model).__name__} has no weight left to quantize")
     return layers
-
-
-def input_places(model, layers):
-    """(key, number of the layer, module) of every conv and linear layer whose input is quantized."""
-    names = {module: name for name, module in model.named_modules()}
-    return [
-        (names[module].replace(".", "/") or ROOT, i, module)
-        for i, layer in enumerate(layers)
-        if layer.options.activation_bits is not None
-        for module, attribute in layer.places
-        if attribute == "weight"
-        and isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
-        and not readers(model, module)
-    ]
-
-
-def _output_size(module, w, x):
-    """mean|output| of a layer with this weight and no bias."""
-    kept = {name: module.__dict__[name] for name in ("weight", "bias") if name in module.__dict__}
-    object.__setattr__(module, "weight", w)
-    object.__setattr__(module, "bias", None)
-    try:
-        return module.forward(x).float().abs().mean()
-    finally:
-        for name in ("weight", "bias"):
-            object.__delattr__(module, name)
-            if name in kept:
-                object.__setattr__(module, name, kept[name])
 
 
 @contextlib.contextmanager
@@ -400,7 +363,3 @@ def _unchanged(model):
             with torch.no_grad():
                 for b, value in buffers:
                     b.copy_(value)
-
-
-def _is_distributed():
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

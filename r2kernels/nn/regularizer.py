@@ -22,17 +22,22 @@ class _Group(NamedTuple):
 
 
 class RangeRegularizer(nn.Module):
-    """`reg()` = weight * (sum of a range loss over the layers of `model`), a scalar to add to the training loss (R2, arXiv 2303.08253).
+    """`reg()` = weight * (sum of a range loss over the layers of `model`), a scalar to add to the training loss.
+
+    R2, arXiv 2303.08253.
 
     loss: "soft_min_max" (eq. 3), "margin" (eq. 2), "l_inf" (eq. 1) or "kure".
     weight: the coefficient; `reg.weight` may be changed at any time.
-    alpha: of soft_min_max, a number or one for each layer; learned unless `learn=False`. `alpha_unit="raw"` is the paper's alpha; with "std" the exponents
-        use alpha / std(W) (std without gradient) and the penalty stays exp(-alpha), so that one alpha fits layers of every scale.
-    margin_std: M of margin starts at margin_std * std(W); learned unless `learn=False`. k: its divisor, an int >= 1 or a fraction of each layer.
+    alpha: of soft_min_max, a number or one for each layer; learned unless `learn=False`. `alpha_unit="raw"` is the
+        paper's alpha; with "std" the exponents use alpha / std(W) (std without gradient) and the penalty stays
+        exp(-alpha), so that one alpha fits layers of every scale.
+    margin_std: M of margin starts at margin_std * std(W); learned unless `learn=False`.
+    k: the divisor of margin, an int >= 1 or a fraction of each layer.
     cluster_dim, layout: as in `r2kernels.soft_min_max`. include, exclude: as in `select_weights`.
 
-    Weights are looked up at every call, so `.to()`, `load_state_dict` and replaced parameters are followed. Several dtypes or devices are grouped.
-    Alpha or M are in `state_dict`; give them to the optimizer by `param_groups()`, without weight decay.
+    Weights are looked up at every call, so `.to()`, `load_state_dict` and replaced parameters are followed. Several
+    dtypes or devices are grouped. Alpha or M are in `state_dict`; give them to the optimizer by `param_groups()`,
+    without weight decay. TypeError or ValueError names the argument.
     """
 
     def __init__(
@@ -67,11 +72,8 @@ class RangeRegularizer(nn.Module):
         weights = [w for group in self._groups() for w in checks.weights(group.weights, cluster_dim, layout)[0]]
         if loss == "margin":
             parameters.margin_k(k, weights, False, cluster_dim)
-            self._own(
-                "M",
-                self._initial_margins(checks.number("margin_std", margin_std, "a number > 0", lambda v: v > 0)),
-                learn,
-            )
+            margin_std = checks.number("margin_std", margin_std, "a number > 0", lambda v: v > 0)
+            self._own("M", self._initial_margins(margin_std), learn)
         elif loss == "soft_min_max":
             self._own("alpha", self._initial_alphas(alpha, weights[0].device), learn)
 
@@ -165,17 +167,21 @@ class RangeRegularizer(nn.Module):
         return dict(zip(self.names, values, strict=True))
 
     def param_groups(self, **options):
-        """The learned alpha or M as a list of parameter groups for an optimizer, `weight_decay=0` unless `options` say otherwise."""
+        """The learned alpha or M as a list of parameter groups for an optimizer.
+
+        With `weight_decay=0` unless `options` say otherwise; an empty list where nothing is learned.
+        """
         own = list(self.parameters())
         return [{"params": own, "weight_decay": 0.0, **options}] if own else []
 
     @torch._disable_dynamo  # torch.compiler.disable would import torch._dynamo now, 1 s before anyone compiles
     @torch.no_grad()
     def accumulate_grad_(self, scale=1.0):
-        """Adds scale * weight * dL/dW to the `.grad` of the weights, and of alpha or M, in place and without a graph; returns `reg()`'s value.
+        """Adds scale * weight * dL/dW to the `.grad` of the weights, and of alpha or M, and returns `reg()`'s value.
 
-        Call it between `loss.backward()` and `optimizer.step()`; with a GradScaler pass its scale. `scale`: a number or a 0-dim tensor.
-        A `.grad` that is None is made first. Frozen weights are left alone. RuntimeError where a weight has no `.grad` of its own (a parametrization).
+        In place and without a graph. Call it between `loss.backward()` and `optimizer.step()`; with a GradScaler pass
+        its scale. `scale`: a number or a 0-dim tensor. A `.grad` that is None is made first. Frozen weights are left
+        alone. RuntimeError where a weight has no `.grad` of its own (a parametrization).
         """
         groups = self._groups()
         device = groups[0].weights[0].device
@@ -220,7 +226,11 @@ class RangeRegularizer(nn.Module):
         return loss
 
     def _targets(self, group):
-        """What the kernel adds to: each weight's `.grad`, or zeros where that lies in another order of memory (then added later) or the weight is frozen."""
+        """(what the kernel adds to, [(weight, its zeros to be added to `.grad` afterwards)]).
+
+        The kernel adds to each weight's `.grad`, or to zeros where that lies in another order of memory or the weight
+        is frozen.
+        """
         if self._all_in_place(group.weights):
             return [w.grad for w in group.weights], []
         targets, late = [], []
@@ -231,17 +241,17 @@ class RangeRegularizer(nn.Module):
             if g.dtype == w.dtype and self._lie_alike(g, w):
                 targets.append(g)
             else:
-                targets.append(
-                    torch.empty_strided(
-                        w.shape, memory_order(w, self.cluster_dim, self.layout)[0], dtype=w.dtype, device=w.device
-                    ).zero_()
-                )
+                strides = memory_order(w, self.cluster_dim, self.layout)[0]
+                targets.append(torch.empty_strided(w.shape, strides, dtype=w.dtype, device=w.device).zero_())
                 if w.requires_grad:
                     late.append((w, targets[-1]))
         return targets, late
 
     def _all_in_place(self, weights):
-        """Whether nothing but contiguous parameters with dense gradients is there: asked of a long list at once, in a third of the time."""
+        """Whether nothing but contiguous parameters with dense gradients is there.
+
+        Asked of a long list at once, in a third of the time.
+        """
         grads = [w.grad for w in weights]
         return (
             {*map(type, weights)} == {nn.Parameter}
@@ -258,7 +268,8 @@ class RangeRegularizer(nn.Module):
     def _gradient_of(w, name):
         if not isinstance(w, nn.Parameter):
             raise RuntimeError(
-                f"{name} is computed from other parameters (a parametrization) and has no .grad; use reg() and backward() instead"
+                f"{name} is computed from other parameters (a parametrization) and has no .grad; "
+                "use reg() and backward() instead"
             )
         if not w.requires_grad:
             return torch.zeros_like(w)
@@ -287,4 +298,5 @@ class RangeRegularizer(nn.Module):
 
     def extra_repr(self):
         unit = f", alpha_unit={self.alpha_unit!r}" if self.loss == "soft_min_max" else ""
-        return f"loss={self.loss!r}, weight={self.weight:g}, layers={len(self.names)}, cluster_dim={self.cluster_dim}{unit}"
+        layers = f"layers={len(self.names)}, cluster_dim={self.cluster_dim}"
+        return f"loss={self.loss!r}, weight={self.weight:g}, {layers}{unit}"

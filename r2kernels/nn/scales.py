@@ -1,7 +1,8 @@
 """The parameters of one quantizer of a weight or of a layer's input, learned (LSQ, EWGS, DoReFa, PACT) or frozen.
 
-A weight's has `key()`, what layers of one batch share; `soft(some, ws)`, their quantized weights; `start(w)`, values from the data; and `coded(w)`, as it is
-stored. An input's has `start(x)` and is called with x. Sizes that must stay positive are |p| + `FLOOR`, so no step of the optimizer takes them through 0.
+A weight's has `key()`, what layers of one batch share; `soft(some, ws)`, their quantized weights; `start(w)`, values
+from the data; and `coded(w)`, as it is stored. An input's has `start(x)` and is called with x. Sizes that must stay
+positive are |p| + `FLOOR`, so no step of the optimizer takes them through 0.
 """
 
 import math
@@ -17,7 +18,7 @@ from .clipping import nearest
 
 FLOOR = 1e-8
 HALF_NORMAL = math.sqrt(1 - 2 / math.pi)  # std of |x| for a standard normal x
-DELTA = 1e-3
+DELTA = 1e-3  # of EWGS until `estimate_delta` has set it
 
 
 def positive(p):
@@ -43,6 +44,8 @@ def _wide(w):
 
 
 class LSQWeight(nn.Module):
+    """A learned step of the tensor, or of each channel along an axis."""
+
     def __init__(self, w, options):
         super().__init__()
         self.bits, self.axis = options.weight_bits, options.axis
@@ -95,6 +98,8 @@ class _Scaled(nn.Module):
 
 
 class EWGSWeight(_Scaled):
+    """Learned bounds, one pair for each tensor; `delta` scales the gradients of the elements."""
+
     def __init__(self, w, options):
         super().__init__(w, options)
         self.lower, self.upper = _parameter(w), _parameter(w)
@@ -120,12 +125,13 @@ class EWGSWeight(_Scaled):
 
 
 def _delta(w, options):
-    return torch.full(
-        (), DELTA if options.delta == "hessian" else options.delta, dtype=accumulator(w.dtype), device=w.device
-    )
+    delta = DELTA if options.delta == "hessian" else options.delta
+    return torch.full((), delta, dtype=accumulator(w.dtype), device=w.device)
 
 
 class DoReFaWeight(_Scaled):
+    """tanh(W) / max|tanh(W)|, for 1 bit mean|W| sign(W); nothing is learned but the scale."""
+
     def __init__(self, w, options):
         super().__init__(w, options)
         self.detach_max = options.detach_max
@@ -205,6 +211,8 @@ class Input(nn.Module):
 
 
 class LSQInput(Input):
+    """A learned step."""
+
     def __init__(self, w, options):
         super().__init__(w, options)
         self.step = _parameter(w)
@@ -217,6 +225,8 @@ class LSQInput(Input):
 
 
 class EWGSInput(Input):
+    """Learned bounds; the output comes back on the scale of the input."""
+
     def __init__(self, w, options):
         super().__init__(w, options)
         self.lower, self.upper = _parameter(w), _parameter(w)
@@ -254,6 +264,8 @@ class PACTInput(Input):
 
 
 class FrozenInput(Input):
+    """A step and, unless it is None, an integer zero point, found by `calibrate`."""
+
     def __init__(self, w, options, step, zero, signed):
         super().__init__(w, options)
         self.register_buffer("step", step)

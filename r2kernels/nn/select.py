@@ -10,10 +10,12 @@ _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight
 
 
 def select_weights(model, include=None, exclude=None, embeddings=False):
-    """(name, module, attribute) of every conv, linear and attention weight of the model; a shared weight once, and not if any of its names is excluded.
+    """(name, module, attribute) of every conv, linear and attention weight of the model.
 
-    `include` adds other parameters of two or more dimensions (embeddings, recurrent weights), `exclude` drops some: a pattern of the parameter's
-    or its module's name ("*.head", "layer1.*"), a list of patterns, or a predicate (name, parameter) -> bool. `embeddings`: these too.
+    A shared weight is there once, and not if any of its names is excluded. `include` adds other parameters of two or
+    more dimensions (embeddings, recurrent weights), `exclude` drops some: a pattern of the parameter's or its module's
+    name ("*.head", "layer1.*"), a list of patterns, or a predicate (name, parameter) -> bool. `embeddings`: these too.
+    ValueError where no weight is left, or `include` matches none.
     """
     included, excluded = _matcher("include", include), _matcher("exclude", exclude)
     found, dropped, added = {}, set(), 0
@@ -44,6 +46,7 @@ def select_weights(model, include=None, exclude=None, embeddings=False):
 
 
 def _matcher(argument, rule):
+    """The rule `include` or `exclude` as a function of (module's name, parameter's name, parameter)."""
     if rule is None:
         return lambda path, name, p: False
     if callable(rule):

@@ -1,9 +1,11 @@
-"""Coverage-guided fuzzing of the loader of palettized files. Run by hand, where atheris is installed; a folder keeps what was found interesting:
+"""Coverage-guided fuzzing of the loader of palettized files, run by hand where atheris is installed.
 
-    python tests/fuzz_load.py CORPUS -max_total_time=600 -max_len=20000 -rss_limit_mb=4096
+A folder keeps what was found interesting:
 
-The first byte of an input says whether checksums count, so that what they guard is reached too. Anything but a CheckpointError is a finding, and so is
-a difference between the extension and numpy.
+    python tests/files/fuzz_load.py CORPUS -max_total_time=600 -max_len=20000 -rss_limit_mb=4096
+
+The first byte of an input says whether checksums count, so that what they guard is reached too. Anything but a
+CheckpointError is a finding, and so is a difference between the extension and numpy.
 """
 
 import json
@@ -18,13 +20,14 @@ import torch
 with atheris.instrument_imports(include=["r2kernels"]):
     from r2kernels import use_backend
     from r2kernels.files import container
-    from r2kernels.files import format as io
     from r2kernels.files.checkpoint import CheckpointError
     from r2kernels.files.clustered import Clustered, Form
+    from r2kernels.files.loading import load_palettized
+    from r2kernels.files.saving import save_clustered
     from r2kernels.files.uniform import Grid
     from r2kernels.nn.clipping import coded
 
-CHECKED = container.Reader.check_seal, container.Reader.read
+CHECKED = container.Reader.check_header, container.Reader.read
 NUMBERS = (
     -1,
     0,
@@ -60,7 +63,7 @@ path = Path(folder.name) / "a.safetensors"
 def load(data):
     path.write_bytes(data)
     try:
-        return io.load_palettized(path)
+        return load_palettized(path)
     except CheckpointError:
         return None
 
@@ -81,9 +84,9 @@ def test_one_input(data):
     if len(data) < 1:
         return
     if data[0] & 1:
-        container.Reader.check_seal, container.Reader.read = CHECKED
+        container.Reader.check_header, container.Reader.read = CHECKED
     else:
-        container.Reader.check_seal, container.Reader.read = (
+        container.Reader.check_header, container.Reader.read = (
             lambda reader: None,
             lambda reader, name, expected=None: CHECKED[1](reader, name),
         )
@@ -137,9 +140,9 @@ def seeds():
             -0.5, 3, groups * 2**bits * d, dtype=torch.promote_types(dtype, torch.float32)
         ).reshape(groups, -1, d)
         state = {"a.weight": w, "b": torch.arange(3), "c": w, "e": torch.empty(0, 2)}
-        io.save_clustered({"a.weight": Clustered.of(w, centroids, form)}, state, path, entropy=entropy)
+        save_clustered({"a.weight": Clustered.of(w, centroids, form)}, state, path, entropy=entropy)
         yield path.read_bytes()
-        io.save_clustered(
+        save_clustered(
             {"a.weight": coded(w, Grid(bits, len(w.shape) - 1 if scaled else None), "minmax", layout == "output")},
             state,
             path,

@@ -7,6 +7,7 @@ import zlib
 
 import pytest
 import torch
+from files.stored import assert_same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -14,10 +15,11 @@ from torch import nn
 
 import r2kernels
 from r2kernels.files import container
-from r2kernels.files import format as io
 from r2kernels.files.checkpoint import Checkpoint
 from r2kernels.files.clustered import Clustered, Form, Size, channel_scales, quantized_lut
-from r2kernels.files.format import Palettized, load_palettized, save_clustered, save_palettized
+from r2kernels.files.format import ENTROPIES, Planned
+from r2kernels.files.loading import Palettized, load_palettized
+from r2kernels.files.saving import save_clustered, save_palettized, saving
 from r2kernels.nn.palettizer import Palettizer
 
 pytestmark = [
@@ -46,16 +48,6 @@ def clustered(shape, form=None, dtype=torch.float32, seed=0):
     form = form or Form(2)
     w = draw(shape, dtype, seed)
     return Clustered.of(w, centroids_for(w, form), form)
-
-
-def raw(tensor):
-    return tensor.dtype, tensor.shape, bytes(container.as_bytes(tensor))
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert raw(found[name]) == raw(tensor), name
 
 
 def by_hand(w, centroids, form):
@@ -121,7 +113,7 @@ def test_round_trip(tmp_path, form, dtype, entropy):
     scaled=st.booleans(),
     lut=st.sampled_from(["fp32", "fp16", "int8"]),
     dtype=st.sampled_from(DTYPES),
-    entropy=st.sampled_from(io.ENTROPIES),
+    entropy=st.sampled_from(ENTROPIES),
     seed=st.integers(0, 9),
 )
 @examples(200)
@@ -282,7 +274,7 @@ def test_huffman_where_it_is_smaller(tmp_path):
     }
     state = {name: c.decoded() for name, c in made.items()}
     sizes = {}
-    for entropy in io.ENTROPIES:
+    for entropy in ENTROPIES:
         save_clustered(made, state, tmp_path / "f", entropy=entropy)
         assert_same(load_palettized(tmp_path / "f"), state)
         sizes[entropy] = (tmp_path / "f").stat().st_size
@@ -318,10 +310,7 @@ def test_nothing_half_written(tmp_path, monkeypatch):
         save_clustered({"w": made}, {"w": made.decoded()}, path)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["f"]
     monkeypatch.undo()
-    with (
-        pytest.raises(FileExistsError),
-        io.saving(path, [io.Planned("x", (2,), torch.float32)], overwrite=False) as saver,
-    ):
+    with pytest.raises(FileExistsError), saving(path, [Planned("x", (2,), torch.float32)], overwrite=False) as saver:
         saver.add("x", torch.ones(2))
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["f"]
 

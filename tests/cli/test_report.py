@@ -22,7 +22,7 @@ def checkpoint(tmp_path, state):
 
 
 def layer(name="w", ratio=8.0, counts=(1.0, 5.0, 2.0)):
-    return report.Layer(
+    return report.LayerStats(
         name, (3, 3), "float32", 9, -1.0, 1.0, 2.0, 2 / ratio, ratio, 3.0, list(counts) if counts else None
     )
 
@@ -162,7 +162,7 @@ def test_names_with_dollars_and_markup_are_drawn_as_they_are(tmp_path):
 def test_plotting_leaves_pyplot_alone():
     code = """
 import io, sys
-from r2kernels import report
+from r2kernels.cli import report
 report.figure("t", [("p", (0, 1), [1, 2])]).savefig(io.BytesIO())
 assert "matplotlib.pyplot" not in sys.modules
 """

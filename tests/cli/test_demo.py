@@ -1,4 +1,7 @@
-"""The demo, shortened to an epoch: what it measures is checked against the definitions, not against hoped-for accuracies."""
+"""The demo, shortened to an epoch.
+
+What it measures is checked against the definitions, not against hoped-for accuracies.
+"""
 
 import io
 import json
@@ -10,7 +13,8 @@ from rich.console import Console
 
 from r2kernels import RangeRegularizer, cli
 from r2kernels.backends import serving
-from r2kernels.cli import demo, report
+from r2kernels.cli import demo, demo_results
+from r2kernels.cli.console import number
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,7 +35,7 @@ def short(two_palettes):
 def text(result):
     shown = io.StringIO()
     console = Console(width=200, file=shown)
-    for part in demo.tables(result):
+    for part in demo_results.tables(result):
         console.print(part)
     return shown.getvalue()
 
@@ -103,15 +107,15 @@ def test_no_speed_where_the_gradients_differ(monkeypatch):
 def test_the_tables_hold_the_numbers_of_the_run(short):
     result, _ = short
     shown = text(result)
-    assert report.number(result.trained["no R2"][0].ranges[3]) in shown
-    assert report.number(sum(result.trained["L-infinity"][0].ranges) / 10) in shown
+    assert number(result.trained["no R2"][0].ranges[3]) in shown
+    assert number(sum(result.trained["L-infinity"][0].ranges) / 10) in shown
     assert f"{result.trained['margin, top 1 %'][0].accuracy[2]:.3f}" in shown
     assert f"backend {serving(torch.device('cpu'))}" in shown
     assert "1 seed, 1 epoch" in shown
 
 
 def test_every_model_is_clustered(short):
-    """Two bits a weight, then one: a sixteenth and a thirty-second of the float32 bytes, and the tables of ten layers."""
+    """Two bits a weight, then one: 1/16 and 1/32 of the float32 bytes, and the tables of ten layers."""
     count = sum(w.numel() for w in short[0].weights["no R2"])
     for case in demo.CASES:
         for (bits, d), one in zip(demo.PALETTES, short[0].clustered[case.name], strict=True):
@@ -127,8 +131,8 @@ def test_several_seeds_give_the_mean(short):
     one = short[0].trained["no R2"][0]
     other = one._replace(ranges=[3 * value for value in one.ranges], accuracy={bits: 0.5 for bits in demo.BITS})
     result = short[0]._replace(trained={**short[0].trained, "no R2": [one, other]})
-    assert demo.mean_accuracy(result, "no R2", 2) == (one.accuracy[2] + 0.5) / 2
-    assert report.number(2 * one.ranges[0]) in text(result)
+    assert demo_results.mean_accuracy(result, "no R2", 2) == (one.accuracy[2] + 0.5) / 2
+    assert number(2 * one.ranges[0]) in text(result)
 
 
 def test_the_verdict_names_what_missed(short):
@@ -138,17 +142,17 @@ def test_the_verdict_names_what_missed(short):
             for case, value in zip(demo.CASES, values, strict=True)
         }
 
-    good = demo.verdict(short[0]._replace(trained=trained([0.5, 0.9, 0.95, 0.97, 0.6])))
+    good = demo_results.verdict(short[0]._replace(trained=trained([0.5, 0.9, 0.95, 0.97, 0.6])))
     assert good == "2 bit: 0.500 without R2, 0.600 to 0.970 with"
-    bad = demo.verdict(short[0]._replace(trained=trained([0.5, 0.9, 0.5, 0.97, 0.4])))
-    assert (
-        bad
-        == "2 bit: 0.500 without R2, 0.400 to 0.970 with; in this run no gain from margin, top 1 %, soft-min-max, alpha learned"
+    bad = demo_results.verdict(short[0]._replace(trained=trained([0.5, 0.9, 0.5, 0.97, 0.4])))
+    assert bad == (
+        "2 bit: 0.500 without R2, 0.400 to 0.970 with; "
+        "in this run no gain from margin, top 1 %, soft-min-max, alpha learned"
     )
 
 
 def test_the_histograms(short):
-    figure = demo.histograms(short[0])
+    figure = demo_results.histograms(short[0])
     assert len(figure.axes) == 3 * len(demo.CASES)
     assert figure.axes[0].get_title().startswith("no R2\n")
     for axes in figure.axes[:5]:

@@ -7,16 +7,15 @@ import weakref
 
 import pytest
 import torch
+from cli.commandline import STATE, WEIGHTS, assert_refused, assert_same, command, draw
 from safetensors.torch import load_file, save_file
-from test_cli import assert_refused, command
-from test_compress import STATE, WEIGHTS, assert_same, draw
 
 from r2kernels import use_backend
 from r2kernels.cli import compress
 from r2kernels.files.checkpoint import Checkpoint
-from r2kernels.files.format import Palettized, load_palettized
+from r2kernels.files.loading import Palettized, load_palettized
 from r2kernels.files.uniform import Grid
-from r2kernels.nn.clipping import nearest, weight_range
+from r2kernels.nn.clipping import nearest, weight_qparams
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUANTIZED = [*WEIGHTS, "tiny.weight"]
@@ -32,7 +31,7 @@ def expected(bits, axis=0, method="mse", symmetric=True, only=QUANTIZED):
     state = dict(STATE)
     for name in only:
         state[name] = nearest(
-            STATE[name], Grid(bits, axis), *weight_range(STATE[name], bits, axis, method, symmetric)
+            STATE[name], Grid(bits, axis), *weight_qparams(STATE[name], bits, axis, method, symmetric)
         ).decoded()
     return state
 

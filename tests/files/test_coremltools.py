@@ -37,7 +37,10 @@ def both(w, c, tau, iterations, d, floor, g):
     [(1, (16, 8, 3, 3), 4), (1, (40, 33), 16), (2, (16, 8, 3, 3), 4), (2, (64, 30), 16), (4, (32, 9), 8)],
 )
 def test_same_output_and_gradient(d, shape, clusters, iterations):
-    """Where the floor on attention is out of reach the two agree to rounding; at its default they differ by what K - 1 clamped attentions weigh."""
+    """Where the floor on attention is out of reach the two agree to rounding.
+
+    At its default they differ by what K - 1 clamped attentions weigh.
+    """
     g = torch.Generator().manual_seed(0)
     w = torch.randn(shape, generator=g, dtype=torch.float64) * 0.05
     c = torch.randn(clusters, d, generator=g, dtype=torch.float64) * 0.05

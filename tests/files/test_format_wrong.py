@@ -6,13 +6,14 @@ import zlib
 
 import pytest
 import torch
+from files.stored import parsed, put, refused, sealed, weight
 
 import r2kernels
 from r2kernels.files import container
-from r2kernels.files import format as io
 from r2kernels.files.checkpoint import CheckpointError
 from r2kernels.files.clustered import Clustered, Form
-from r2kernels.files.format import Palettized, load_palettized, save_clustered
+from r2kernels.files.loading import Palettized, is_palettized, load_palettized
+from r2kernels.files.saving import save_clustered
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,17 +43,6 @@ def small(tmp_path_factory):
     return path.read_bytes()
 
 
-def refused(path, data, match=": "):
-    path.write_bytes(data)
-    with pytest.raises(CheckpointError, match=match) as caught:
-        load_palettized(path)
-    assert (
-        isinstance(caught.value, ValueError)
-        and str(caught.value).startswith(f"{path}: ")
-        and "\n" not in str(caught.value)
-    )
-
-
 def test_every_changed_byte_is_seen(tmp_path, small):
     for i, change in itertools.product(range(len(small)), (1, 0x20, 0xFF)):
         refused(tmp_path / "f", small[:i] + bytes([small[i] ^ change]) + small[i + 1 :])
@@ -65,49 +55,9 @@ def test_every_truncation_and_addition_is_seen(tmp_path, small):
         refused(tmp_path / "f", small + more, "bytes of data where its header says")
 
 
-def parsed(data):
-    end = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:end])
-    for key in ("weights", "aliases"):
-        header["__metadata__"][key] = json.loads(header["__metadata__"][key])
-    return header, data[end:]
-
-
-def sealed(header, data):
-    """A file with this header, which has its right checksum."""
-    metadata = {
-        key: value if isinstance(value, str) else json.dumps(value) for key, value in header["__metadata__"].items()
-    }
-    written = container.header({name: fields for name, fields in header.items() if name != "__metadata__"}, metadata)
-    at = len(container.SEALED)
-    if written.startswith(container.SEALED):
-        plain = written[:at] + b"00000000" + written[at + 8 :]
-        written = plain[:at] + f"{zlib.crc32(len(plain).to_bytes(8, 'little') + plain):08x}".encode() + plain[at + 8 :]
-    return len(written).to_bytes(8, "little") + written + data
-
-
 def test_a_file_that_is_written_again(tmp_path, small):
     (tmp_path / "f").write_bytes(sealed(*parsed(small)))
     assert len(load_palettized(tmp_path / "f")) == 5
-
-
-def put(*keys):
-    """An edit: puts the last of `keys` at the place that the others lead to."""
-    *path, last, value = keys
-
-    def edit(header):
-        for key in path:
-            header = header[key]
-        if value is KeyError:
-            del header[last]
-        else:
-            header[last] = value
-
-    return edit
-
-
-def weight(*keys):
-    return put("__metadata__", "weights", *keys)
 
 
 EDITS = {
@@ -244,7 +194,7 @@ def test_other_files(tmp_path):
     torch.save({"w": torch.ones(2, 2)}, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match="not a safetensors file"):
         load_palettized(tmp_path / "a.pt")
-    assert not io.is_palettized(tmp_path / "a.pt") and not io.is_palettized(tmp_path / "none")
+    assert not is_palettized(tmp_path / "a.pt") and not is_palettized(tmp_path / "none")
 
 
 def rewritten(small, name, change):

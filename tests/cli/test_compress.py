@@ -7,49 +7,23 @@ import weakref
 
 import pytest
 import torch
+from cli.commandline import STATE, WEIGHTS, assert_refused, assert_same, command, draw, on_a_terminal
 from safetensors.torch import load_file, save_file
-from test_cli import assert_refused, command, on_a_terminal
 
 import r2kernels
 from r2kernels import cli
 from r2kernels.cli import compress, sizes
-from r2kernels.files import format as io
 from r2kernels.files.checkpoint import Checkpoint
 from r2kernels.files.clustered import Form
-from r2kernels.files.format import Palettized, load_palettized
+from r2kernels.files.loading import Palettized, load_palettized, opened
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-STATE = {
-    "conv.weight": draw(8, 6, 3, 3),
-    "conv.bias": draw(8),
-    "norm.running_mean": draw(8),
-    "norm.num_batches_tracked": torch.tensor(3),
-    "half.weight": draw(10, 12, seed=1).half(),
-    "brain.weight": draw(10, 12, seed=2).bfloat16(),
-    "double.weight": draw(10, 12, seed=3).double(),
-    "tiny.weight": draw(1, 3),
-    "ids": torch.arange(12).reshape(3, 4),
-    "empty": torch.empty(0, 4),
-}
-WEIGHTS = ["conv.weight", "half.weight", "brain.weight", "double.weight"]
 
 
 @pytest.fixture
 def model(tmp_path):
     torch.save({"state_dict": STATE, "epoch": 3}, tmp_path / "model.pt")
     return tmp_path / "model.pt"
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
 
 
 def by_kmeans(w, bits):
@@ -218,43 +192,6 @@ def test_plot(capsys, tmp_path, model):
     )
 
 
-def test_sizes(capsys, tmp_path):
-    """1000 weights of -1 and +1 between two others of 40 that take four values, and 25 numbers that are no weights."""
-    state = {
-        "first": torch.arange(40.0).reshape(4, 10) % 4,
-        "middle": (torch.arange(1000.0) % 4 // 3 * 2 - 1).reshape(10, 100),
-        "bias": torch.ones(25),
-        "last": torch.arange(40.0).reshape(4, 10) % 4,
-    }
-    torch.save(state, tmp_path / "a.pt")
-    code, out, error = command(capsys, "report", tmp_path / "a.pt", "--sizes", "--json")
-    assert (code, error) == (0, "")
-    data = json.loads(out)
-    assert data["dense"] == 4420 and data["ends"] == ["first", "last"]
-    assert data["1"]["without_ends"]["packed"] == 320 + 100 + 125 + 8
-    assert data["2"]["all"]["packed"] == 100 + 250 + 16 + 2 * (10 + 16)
-    assert data["2"]["all"]["huffman"] == 100 + (125 + 4 + 4 + 16) + 2 * (10 + 16)
-    entropy = -(0.25 * math.log2(0.25) + 0.75 * math.log2(0.75))
-    assert data["1"]["without_ends"]["entropy"] == 320 + 100 + 8 + math.ceil(125 * entropy)
-    code, out, _ = command(capsys, "report", tmp_path / "a.pt", "--sizes", "--ends", "mid*")
-    assert code == 0 and "first and last: middle" in out and "4.420 kB" in out
-
-
-@pytest.mark.parametrize(
-    ("size", "text"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1000, "1.000 kB"),
-        (46_726_848, "46.73 MB"),
-        (3 * 10**9, "3.000 GB"),
-        (5 * 10**15, "5000. TB"),
-    ],
-)
-def test_size_text(size, text):
-    assert compress.size_text(size) == text
-
-
 def test_bad_input(capsys, tmp_path, model):
     (tmp_path / "broken.safetensors").write_bytes(b"hello world" * 9)
     torch.save({"bias": torch.ones(3)}, tmp_path / "bias.pt")
@@ -374,7 +311,10 @@ class Living:
 
 
 def test_one_tensor_at_a_time(tmp_path, monkeypatch):
-    """A checkpoint larger than memory works: of what is read, clustered or decoded no more than two are there at once, the one before and the next."""
+    """A checkpoint larger than memory works.
+
+    Of what is read, clustered or decoded no more than two are there at once, the one before and the next.
+    """
     save_file(
         {f"layer{i}.weight": draw(20, 20, seed=i) for i in range(12)} | {f"layer{i}.bias": draw(20) for i in range(12)},
         tmp_path / "a.safetensors",
@@ -408,5 +348,5 @@ def test_progress(tmp_path, model):
 
 
 def test_opened(tmp_path, model):
-    assert type(io.opened(model)) is Checkpoint
+    assert type(opened(model)) is Checkpoint
     assert "compress" in cli.COMMANDS and "expand" in cli.COMMANDS

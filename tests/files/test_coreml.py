@@ -9,7 +9,8 @@ from torch import nn
 
 from r2kernels.files.clustered import Clustered, Form
 from r2kernels.files.coreml import from_coreml, indices, to_coreml, vector_axis
-from r2kernels.files.format import load_palettized, save_clustered
+from r2kernels.files.loading import load_palettized
+from r2kernels.files.saving import save_clustered
 
 try:
     peers.load()

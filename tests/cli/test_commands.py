@@ -2,19 +2,17 @@
 
 import builtins
 import json
-import os
-import pty
 import subprocess
 import sys
 
 import pytest
 import torch
+from cli.commandline import assert_refused, command, line, on_a_terminal, process
 from rich.progress import Progress
 from safetensors.torch import save_file
 
 import r2kernels
-from r2kernels import cli
-from r2kernels.cli import report
+from r2kernels.cli import console, report
 
 
 @pytest.fixture
@@ -24,32 +22,6 @@ def model(tmp_path):
         {"conv.weight": torch.arange(12.0).reshape(3, 4), "fc.weight": torch.ones(2, 2), "fc.bias": torch.ones(2)}, path
     )
     return path
-
-
-def command(capsys, *args):
-    """(exit code, stdout, stderr)."""
-    try:
-        code = cli.main([str(arg) for arg in args])
-    except SystemExit as stop:
-        code = stop.code
-    return code, *capsys.readouterr()
-
-
-def assert_refused(outcome, message):
-    code, out, error = outcome
-    assert code == 2
-    assert out == ""
-    assert message in error
-    assert error.startswith("r2kernels")
-    assert error.count("\n") == 1
-
-
-def line(*args):
-    return [sys.executable, "-m", "r2kernels", *map(str, args)]
-
-
-def process(*args, **environment):
-    return subprocess.run(line(*args), capture_output=True, timeout=120, env={**os.environ, **environment})
 
 
 def test_info(capsys):
@@ -200,26 +172,6 @@ def test_a_table_is_not_cut_where_it_goes_to_a_file(tmp_path):
     assert f"{name}   2x2     float32" in done.stdout.decode()
 
 
-def on_a_terminal(*args, columns):
-    """What the command shows on a terminal that many columns wide."""
-    leader, follower = pty.openpty()
-    environment = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm"}
-    with subprocess.Popen(line(*args), stdout=follower, stderr=follower, env=environment) as running:
-        os.close(follower)
-        shown = b""
-        while True:
-            try:
-                piece = os.read(leader, 65536)
-            except OSError:  # Linux's end of a terminal
-                break
-            if not piece:
-                break
-            shown += piece
-        assert running.wait(120) == 0
-    os.close(leader)
-    return shown.decode()
-
-
 def test_a_narrow_terminal_keeps_the_numbers_and_shows_progress(model):
     shown = on_a_terminal("report", model, columns=30)
     progress, _, table = shown.rpartition("\x1b[?25h")
@@ -237,7 +189,7 @@ def test_progress_adds_up(monkeypatch):
     seen = []
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(Progress, "advance", lambda self, task, done: seen.append((self.tasks[task].total, done)))
-    with cli._progress("work", 10) as advance:
+    with console.progress("work", 10) as advance:
         advance(4)
         advance(6)
     assert seen == [(10, 4), (10, 6)]

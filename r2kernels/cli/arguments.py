@@ -1,0 +1,177 @@
+"""The arguments of the commands: a function for each adds them to its parser."""
+
+import argparse
+
+from .. import __version__
+from ..reference.checks import LAYOUTS
+
+DEMO_PLOT = "r2kernels_demo.png"
+
+
+class Parser(argparse.ArgumentParser):
+    """Bad arguments: one line on stderr and exit code 2."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def command_line(commands):
+    """The parser of a table like `commands.COMMANDS`."""
+    parser = Parser(prog="r2kernels", description="Fused range losses for models that quantize and compress well.")
+    parser.add_argument("--version", action="version", version=f"r2kernels {__version__}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (run, fill, text) in commands.items():
+        command = subparsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command.set_defaults(run=run)
+        fill(command)
+    return parser
+
+
+def info(parser):
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def report(parser):
+    add_checkpoint(parser)
+    parser.add_argument("--plot", metavar="FILE", help="write histograms of the weights (.png, .pdf, .svg, ...)")
+    parser.add_argument(
+        "--sizes",
+        action="store_true",
+        help="print what it would take at 4, 2 and 1 bits instead, with and without first and last layers",
+    )
+    parser.add_argument(
+        "--ends",
+        metavar="PATTERN",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="names of the first and last layers (default: first, last)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON; a number that is not finite is null")
+    add_force(parser)
+
+
+def compress(parser):
+    add_in_and_out(parser, "the palettized file (.safetensors)")
+    parser.add_argument("--bits", type=bits, required=True, metavar="N", help="bits of a code, 1 to 8: 2**N centroids")
+    parser.add_argument(
+        "--cluster-dim",
+        type=positive,
+        default=1,
+        metavar="D",
+        help="weights that share a code (default 1): N/D bits per weight",
+    )
+    parser.add_argument(
+        "--layout", choices=LAYOUTS, default="output", help="whether those lie along the output channels or in memory"
+    )
+    parser.add_argument(
+        "--group-size", type=positive, metavar="N", help="output channels that share centroids (default: all)"
+    )
+    parser.add_argument(
+        "--per-channel-scale", action="store_true", help="divide each output channel by its largest weight first"
+    )
+    parser.add_argument(
+        "--lut-dtype", choices=("fp32", "fp16", "int8"), default="fp32", help="how centroids are stored"
+    )
+    parser.add_argument("--entropy", choices=("huffman",), help="code those weights that become smaller by it")
+    add_coding(parser)
+
+
+def quantize(parser):
+    add_in_and_out(parser, "the quantized file (.safetensors)")
+    parser.add_argument("--bits", type=bits, required=True, metavar="N", help="bits of a code, 1 to 8")
+    parser.add_argument(
+        "--method",
+        choices=("mse", "minmax"),
+        default="mse",
+        help="clip for the least mean squared error (default), or from min to max",
+    )
+    parser.add_argument(
+        "--axis",
+        type=axis,
+        default=0,
+        metavar="0|none",
+        help="a range for each output channel (0, default) or for each tensor (none)",
+    )
+    parser.add_argument(
+        "--asymmetric",
+        action="store_true",
+        help="levels from min to max with a zero point, in place of levels around 0",
+    )
+    add_coding(parser)
+
+
+def expand(parser):
+    parser.add_argument(
+        "file",
+        metavar="IN",
+        help="a file that `r2kernels compress` or `quantize`, `save_palettized` or `save_quantized` wrote",
+    )
+    parser.add_argument(
+        "-o", "--out", metavar="OUT", required=True, help="the dense checkpoint (.safetensors, .pt, .pth)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_force(parser)
+
+
+def demo(parser):
+    parser.add_argument(
+        "--seeds", type=positive, default=1, metavar="N", help="train with N seeds and give the mean (default 1)"
+    )
+    parser.add_argument("--epochs", type=positive, default=40, metavar="N", help="epochs of each training (default 40)")
+    parser.add_argument(
+        "--out", metavar="FILE", help=f"the histograms (default {DEMO_PLOT}, which is replaced if it exists)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write all results as JSON too")
+    add_force(parser)
+
+
+def add_checkpoint(parser):
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help=".safetensors, .pt or .pth; a nested state_dict or model is found"
+    )
+
+
+def add_in_and_out(parser, out):
+    add_checkpoint(parser)
+    parser.add_argument("-o", "--out", metavar="OUT", required=True, help=out)
+
+
+def add_coding(parser):
+    parser.add_argument(
+        "--skip",
+        metavar="PATTERN",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="weights or modules to leave as they are, such as 'fc.*'",
+    )
+    parser.add_argument(
+        "--plot", metavar="FILE", help="write histograms of the weights before and after (.png, .pdf, .svg, ...)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON; a number that is not finite is null")
+    add_force(parser)
+
+
+def add_force(parser):
+    parser.add_argument("--force", action="store_true", help="overwrite files that exist")
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def bits(text):
+    value = int(text)
+    if not 1 <= value <= 8:
+        raise argparse.ArgumentTypeError(f"must be 1 to 8, got {value}")
+    return value
+
+
+def axis(text):
+    if text not in ("0", "none"):
+        raise argparse.ArgumentTypeError(f"must be 0 or none, got {text}")
+    return None if text == "none" else 0

@@ -1,0 +1,172 @@
+"""Reading palettized files. `format` says what is in them; nothing in them is trusted."""
+
+from ..reference.checks import DTYPES
+from . import container, huffman
+from .checkpoint import Checkpoint, CheckpointError, Entry, natural
+from .format import ENTROPIES, FORMAT, KINDS, PARTS, VERSION, parts_of, usual_fields
+
+
+def load_palettized(path):
+    """name -> tensor, dense and on the CPU, ready for `load_state_dict`.
+
+    Of a file that `save_palettized`, `save_quantized`, or `compress` and `quantize` on the command line wrote. The
+    whole file is checked. ValueError names the tensor that is wrong: truncated, changed, too long, of another version,
+    of a size that does not agree with its bytes. No code from a file is ever run.
+    """
+    with Palettized(path) as file:
+        tensors = {entry.name: tensor for entry, tensor in file.read(file.own)}
+    return {entry.name: tensors[file.aliases.get(entry.name, entry.name)] for entry in file.entries}
+
+
+class Palettized(Checkpoint):
+    """A palettized file: `entries` and `read` as for any checkpoint, `clustered(name)` for a weight as it is stored.
+
+    A context manager. The checksum of the header and all sizes are checked when the file is opened, before anything of
+    their size is made; the checksum of a tensor, and its contents, when it is read.
+    """
+
+    def __init__(self, path):
+        self.reader = container.Reader(path)
+        self.path = self.reader.path
+        try:
+            self._open()
+        except BaseException:
+            self.reader.close()
+            raise
+
+    def _open(self):
+        reader, metadata = self.reader, self.reader.metadata
+        if metadata.get("format") != FORMAT:
+            raise self.error("is not a palettized file")
+        if metadata.get("version") != VERSION:
+            raise self.error(
+                f"has version {metadata.get('version')!r:.40} of the format; "
+                f"this version of r2kernels reads {VERSION!r}"
+            )
+        reader.check_header()
+        if metadata.keys() != {"checksum", "format", "version", "weights", "aliases", "checksums"}:
+            raise self.error("has metadata other than those of the format")
+        self._read_checksums(metadata["checksums"])
+        rest = dict(reader.entries)
+        self._weights = {
+            name: self._described(name, fields)
+            for name, fields in reader.json("list of weights", metadata["weights"]).items()
+        }
+        for name, (shape, dtype, form, entropy) in self._weights.items():
+            self._check_parts(name, form.groups(shape, form.bits), parts_of(shape, dtype, form, entropy), rest)
+        entries = [Entry(name, shape, dtype) for name, (shape, dtype, *_) in self._weights.items()]
+        entries += [Entry(name, stored.shape, stored.dtype) for name, stored in rest.items()]
+        known = {entry.name: entry for entry in entries}
+        self.own = entries
+        self.aliases = reader.json("list of aliases", metadata["aliases"])
+        for name, other in self.aliases.items():
+            if not isinstance(other, str) or other not in known or name in known:
+                raise self.error(f"{name} is another name of nothing, or a name that occurs twice")
+        if len(known) < len(entries):
+            raise self.error("has a clustered weight and a tensor of the same name")
+        self.entries = sorted(
+            entries + [known[other]._replace(name=name) for name, other in self.aliases.items()],
+            key=lambda entry: natural(entry.name),
+        )
+
+    def error(self, reason):
+        return self.reader.error(reason)
+
+    def _read_checksums(self, text):
+        names = list(self.reader.entries)
+        if len(text) != 8 * len(names) or not set(text) <= set("0123456789abcdef"):
+            raise self.error(f"has checksums that are not those of {len(names)} tensors")
+        self._checksums = {name: int(text[8 * i : 8 * i + 8], 16) for i, name in enumerate(names)}
+
+    def _described(self, name, fields):
+        """(shape, dtype, form, entropy) of a clustered weight, from its description."""
+        kind = fields.get("kind", "clustered") if isinstance(fields, dict) else None
+        form_of = KINDS.get(kind) if isinstance(kind, str) else None
+        known = {"shape", "dtype", "kind", "entropy", *(form_of._fields if form_of else ())}
+        if not form_of or not {"shape", "dtype", "bits"} <= set(fields) <= known:
+            raise self.error(f"{name} is not described as a clustered or quantized weight is")
+        shape, fields = self.reader.shape(name, fields["shape"]), usual_fields(kind) | fields
+        dtype = container.DTYPES.get(fields["dtype"]) if isinstance(fields["dtype"], str) else None
+        entropy, form = fields["entropy"], form_of(*[fields[field] for field in form_of._fields])
+        right = {"shape": len(shape) > 0 and min(shape) > 0, "dtype": dtype in DTYPES, "entropy": entropy in ENTROPIES}
+        for field, fine in right.items():
+            if not fine:
+                raise self.error(f"{name} has {field} {fields[field]!r:.60}, which is not allowed")
+        wrong = form.wrong(shape)
+        if wrong:
+            less = f", of less than a row of {form.cluster_dim}" if wrong[0] == "shape" else ", which is not allowed"
+            raise self.error(f"{name} has {wrong[0]} {wrong[1]!r:.60}{less}")
+        return shape, dtype, form, entropy
+
+    def _check_parts(self, name, groups, parts, rest):
+        """Takes the parts of a weight from `rest`; an error unless they are there and as large as its shape says."""
+        disagrees = "which does not agree with its own shape"
+        for part in PARTS:
+            stored = rest.pop(f"{name}:{part}", None)
+            if (stored is None) == (part in parts):
+                raise self.error(f"{name} has {'no' if part in parts else 'a'} part {part!r}, {disagrees}")
+            if stored is None:
+                continue
+            dtype, shape = parts[part]
+            if stored.dtype != dtype or (stored.shape != shape and shape != (None,)):
+                found = f"{stored.dtype} and shape {stored.shape}"
+                raise self.error(f"{name} has a part {part!r} of {found}, {disagrees}")
+        found = self.reader.entries[f"{name}:codes"].shape
+        coded = "blocks" in parts
+        least = -(-groups.rows // 8) if coded else groups.nbytes
+        if len(found) != 1 or found[0] < least or (not coded and found[0] >= least + 8):
+            raise self.error(f"{name} has codes of shape {found}, {disagrees}")
+
+    def clustered(self, name):
+        """A clustered weight as it is stored, with its codes packed or a byte each."""
+        shape, dtype, form, entropy = self._weights[name]
+        parts = {part: self._part(f"{name}:{part}") for part in parts_of(shape, dtype, form, entropy)}
+        groups, codes = form.groups(shape, form.bits), parts["codes"]
+        if entropy:
+            try:
+                stream, lengths = _unpadded(codes, parts["blocks"]), parts["lengths"].tolist()
+                codes = huffman.decode(stream, parts["blocks"], groups.rows, lengths)
+            except ValueError as error:
+                raise self.error(f"{name} is corrupt ({error})") from error
+        else:
+            codes = codes[: groups.nbytes]
+        return form.restored(shape, dtype, codes, 8 if entropy else form.bits, parts)
+
+    def _part(self, name):
+        """A stored tensor, whose checksum the reader compares."""
+        return self.reader.read(name, self._checksums[name])
+
+    def tensor(self, name):
+        name = self.aliases.get(name, name)
+        return self.clustered(name).decoded() if name in self._weights else self._part(name)
+
+    def close(self):
+        self.reader.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+
+def _unpadded(stream, sizes):
+    """A stream without what was added to it for the alignment of the next tensor."""
+    size = int(sizes.long().clamp(min=0).sum())
+    if not size <= len(stream) < size + 8:
+        raise ValueError("its blocks are not as long as its codes")
+    return stream[:size]
+
+
+def is_palettized(path):
+    """Whether a file says that it is one."""
+    try:
+        with container.Reader(path) as reader:
+            return reader.metadata.get("format") == FORMAT
+    except CheckpointError:
+        return False
+
+
+def opened(path):
+    """A checkpoint of any kind, palettized or not."""
+    return Palettized(path) if is_palettized(path) else Checkpoint(path)

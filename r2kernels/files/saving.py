@@ -1,0 +1,190 @@
+"""Writing palettized files. `format` says what is in them.
+
+The checksum of every tensor comes from `container.Writer.add` and is kept by `Saver`; that of the header is put there
+by `container.Writer.finish`.
+"""
+
+import contextlib
+import json
+import math
+from collections import Counter
+
+import torch
+
+from . import container, huffman
+from .checkpoint import CheckpointError, same_tensors
+from .clustered import MOST_DIM, Form
+from .format import ENTROPIES, FORMAT, PARTS, VERSION, Planned, describe, parts_of
+
+
+def save_palettized(palettizer, path, *, entropy=None):
+    """Writes the model of a `Palettizer` with its weights as codes and look-up tables.
+
+    `load_palettized` reads them back, bit for bit as `remove(bake=True)` leaves them. All other parameters and buffers
+    of the model's state_dict are kept as they are; a tensor with several names is stored once. entropy: None packs
+    codes into `bits` bits each; "huffman" codes those weights that become smaller by it. The file is replaced as a
+    whole or not at all. TypeError or ValueError names the tensor that cannot be stored.
+    """
+    _save_attached(palettizer, palettizer.clustered(), path, entropy)
+
+
+def save_quantized(quantizer, path, *, entropy=None):
+    """Writes the model of a `Quantizer` with its weights as packed integer codes, scales and zero points.
+
+    `load_palettized` reads them back, bit for bit as `remove(bake=True)` leaves them. The rest is as in
+    `save_palettized`. What quantizes the activations is not in the file; it is in `quantizer.state_dict()`.
+    """
+    _save_attached(quantizer, quantizer.coded(), path, entropy)
+
+
+def _save_attached(attached, coded, path, entropy):
+    own = {id(layer.weight()): layer.name for layer in attached.layers}
+    shared = {
+        name: own[id(p)]
+        for name, p in attached._model[0].named_parameters(remove_duplicate=False)
+        if own.get(id(p), name) != name
+    }
+    save_clustered(coded, attached.model_state(), path, entropy=entropy, aliases=shared)
+
+
+def save_clustered(clustered, state, path, *, entropy=None, aliases=None):
+    """Writes a state_dict in which some weights are `clustered`, and the others as they are in `state`.
+
+    clustered: name -> `Clustered` or `Uniform`. aliases: other name -> name of the same weight, beside those that
+    tensors in `state` are seen to have.
+    """
+    first = sorted(state.items(), key=lambda pair: pair[0] not in clustered)
+    state = {name: _checked(name, tensor) for name, tensor in first}
+    aliases = same_tensors(state) | (aliases or {})
+    dense = {name: tensor for name, tensor in state.items() if name not in clustered and name not in aliases}
+    planned = [Planned(name, c.shape, c.dtype, c.form) for name, c in clustered.items()]
+    planned += by_alignment([Planned(name, tuple(t.shape), t.dtype) for name, t in dense.items()])
+    with saving(path, planned, aliases, entropy=entropy) as saver:
+        for name, *_, form in planned:
+            saver.add(name, clustered[name] if form else dense[name])
+
+
+def _checked(name, tensor):
+    """A tensor of a state_dict, or an error that says why it cannot be saved."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
+        raise TypeError(
+            f"{name} of the model's state_dict is a {type(tensor).__name__}; only dense tensors with data can be saved"
+        )
+    return tensor
+
+
+def by_alignment(planned):
+    """In an order in which every tensor lies at a multiple of the size of its numbers."""
+    return sorted(planned, key=lambda p: -p.dtype.itemsize)
+
+
+@contextlib.contextmanager
+def saving(path, planned, aliases=None, *, entropy=None, overwrite=True):
+    """A `Saver` of a file that is put in place at the end of the block.
+
+    Of the tensors `planned` those with a form are to be added first, in any order.
+    """
+    if entropy not in ENTROPIES:
+        raise ValueError(f"entropy must be one of {ENTROPIES}, got {entropy!r}")
+    with container.replacing(path, overwrite) as file:
+        saver = Saver(file, planned, aliases or {}, entropy)
+        yield saver
+        saver.finish()
+
+
+class Saver:
+    """Adds tensors to a palettized file, one at a time.
+
+    planned: a `Planned` for each. aliases: other name -> name of one of them.
+    """
+
+    def __init__(self, file, planned, aliases, entropy):
+        self.aliases, self.entropy, self.weights, self.checksums = aliases, entropy, {}, []
+        parts = [f"{p.name}:{part}" for p in planned if p.form for part in PARTS]
+        names = Counter(["__metadata__", *aliases, *[p.name for p in planned], *parts])
+        twice = [name for name, times in names.items() if times > 1]
+        if twice:
+            raise CheckpointError(f"{twice[0]} cannot be stored: a part of the file has this name")
+        for p in planned:
+            container.check_storable(p.name, p.shape, p.dtype)
+            if isinstance(p.form, Form) and p.form.cluster_dim > MOST_DIM:
+                raise CheckpointError(
+                    f"{p.name} has cluster_dim {p.form.cluster_dim}; at most {MOST_DIM} can be stored"
+                )
+        self.writer = container.Writer(file, self._room(planned))
+
+    def _room(self, planned):
+        """What the header needs at most, where some weights with a form may be stored dense."""
+        most, entries, weights = sum(_most_bytes(p, self.entropy) for p in planned), {}, {}
+        for p in planned:
+            parts = parts_of_planned(p, self.entropy) or {p.name: (p.dtype, p.shape)}
+            if p.form:
+                weights[p.name] = describe(p.shape, p.dtype, p.form, self.entropy)
+            entries |= {
+                name: container.entry(dtype, [most if n is None else n for n in shape], most, most)
+                for name, (dtype, shape) in parts.items()
+            }
+        return len(container.header(entries, self._metadata(weights, len(entries))))
+
+    def _metadata(self, weights, count, checksums=()):
+        return {
+            "checksum": container.NO_CHECKSUM,
+            "format": FORMAT,
+            "version": VERSION,
+            "weights": _json(weights),
+            "aliases": _json(self.aliases),
+            "checksums": "".join(f"{c:08x}" for c in checksums) or container.NO_CHECKSUM * count,
+        }
+
+    def add(self, name, value):
+        """Writes a tensor, a `Clustered` or a `Uniform`, and keeps its checksums; the bytes that it takes."""
+        if isinstance(value, torch.Tensor):
+            self.checksums.append(self.writer.add(name, value))
+            return value.nbytes
+        entropy, parts = smallest(value, self.entropy)
+        self.weights[name] = describe(value.shape, value.dtype, value.form, entropy)
+        before = self.writer.size
+        for part, tensor in sorted(parts.items(), key=lambda pair: (-pair[1].itemsize, pair[0] == "codes")):
+            if part == "codes":
+                tensor = torch.nn.functional.pad(tensor, (0, -(self.writer.size + len(tensor)) % 8))
+            self.checksums.append(self.writer.add(f"{name}:{part}", tensor))
+        return self.writer.size - before
+
+    def finish(self):
+        """Writes the header, which holds the checksums."""
+        self.writer.finish(self._metadata(self.weights, len(self.checksums), self.checksums))
+
+
+def parts_of_planned(planned, entropy):
+    """full name -> (dtype, shape) of its parts"""
+    parts = parts_of(planned.shape, planned.dtype, planned.form, entropy) if planned.form else {}
+    return {f"{planned.name}:{part}": how for part, how in parts.items()}
+
+
+def _most_bytes(planned, entropy):
+    """What a tensor takes at most."""
+    dense = math.prod(planned.shape) * planned.dtype.itemsize
+    if planned.form is None:
+        return dense
+    parts = parts_of(planned.shape, planned.dtype, planned.form, entropy)
+    packed = planned.form.groups(planned.shape, planned.form.bits).nbytes + 8
+    beside = sum(math.prod(shape) * dtype.itemsize for part, (dtype, shape) in parts.items() if part != "codes")
+    return max(dense, packed + beside)
+
+
+def _json(data):
+    return json.dumps(data, separators=(",", ":"))
+
+
+def smallest(clustered, entropy):
+    """(entropy code used or None, part -> tensor): Huffman-coded where that is asked for and smaller than packed."""
+    parts = {part: tensor.cpu() for part, tensor in clustered.parts().items()}
+    clustered = clustered._replace(codes=clustered.codes.cpu())
+    if entropy == "huffman":
+        lengths = huffman.code_lengths(clustered.counts().tolist())
+        stream, sizes = huffman.encode(clustered.unpacked().codes, lengths)
+        packed = clustered.form.groups(clustered.shape, clustered.form.bits).nbytes
+        if len(stream) + len(lengths) + sizes.nbytes < packed:
+            lengths = torch.tensor(lengths, dtype=torch.uint8)
+            return entropy, parts | {"codes": stream, "lengths": lengths, "blocks": sizes}
+    return None, parts | {"codes": clustered.packed().codes}

@@ -1,0 +1,64 @@
+"""What the tests of Quantizer train."""
+
+import torch
+from nn.attached import images
+from torch import nn
+
+from r2kernels import Quantizer
+
+METHODS = ("lsq", "ewgs", "pact")
+
+
+def plain(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 10))
+
+
+def train(model, quantizer, steps=10, lr=0.02, run=None):
+    x, y = images()
+    optimizer = torch.optim.SGD([{"params": model.parameters()}, *quantizer.param_groups()], lr=lr, momentum=0.9)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy((run or model)(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def values(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def train_rank(rank, folder):
+    """One of two processes: trains under DDP on its half of the images, and saves its state and gradients."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 10))
+    quantizer = Quantizer(model, "lsq", 4, 4)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    x, y = images()
+    half = slice(rank * 4, rank * 4 + 4)
+    optimizer = torch.optim.SGD([{"params": model.parameters()}, *quantizer.param_groups()], lr=0.05)
+    result = {}
+    for i in range(3):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(wrapped(x[half]), y[half])
+        if i == 0:
+            result["start"] = values(quantizer)
+            (result["local"],) = torch.autograd.grad(loss, [quantizer.inputs._modules["0"].step], retain_graph=True)
+        loss.backward()
+        if i == 0:
+            result["average"] = quantizer.inputs._modules["0"].step.grad.clone()
+        optimizer.step()
+    result["end"] = values(quantizer) | values(model)
+    torch.save(result, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()

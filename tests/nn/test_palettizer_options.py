@@ -1,0 +1,170 @@
+"""Palettizer: what its options do and what they may be, layer by layer."""
+
+import warnings
+
+import pytest
+import torch
+from nn.attached import images, net
+from nn.palettized import plain, train
+from torch import nn
+from torch.testing import assert_close
+
+import r2kernels as r2
+from r2kernels import Palettizer
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cluster_dim": 2},
+        {"cluster_dim": 4, "layout": "contiguous"},
+        {"metric": "sqeuclidean", "gradient": "last"},
+        {"gradient": "implicit", "tau": 0.05},
+        {"group_size": 3},
+        {"group_size": 4, "cluster_dim": 2},
+        {"per_channel_scale": True},
+        {"lut_dtype": "fp16"},
+        {"lut_dtype": "int8", "per_channel_scale": True},
+        {"tau": lambda step: 0.1 / (1 + step)},
+        {"tau": 0.02},
+    ],
+    ids=str,
+)
+def test_options(options):
+    model = plain()
+    palettizer = Palettizer(model, 2, **options)
+    losses = train(model, palettizer, 12, torch.optim.Adam, lr=1e-2)
+    assert losses[-1] < losses[0]
+    x, _ = images()
+    model.eval()
+    hard = model(x)
+    sizes = palettizer.sizes()
+    for layer in palettizer.layers:
+        size, w = sizes[layer.name], layer.weight()
+        assert size.dense == w.nbytes and 0 < size.coded <= size.packed + len(sizes) and size.packed < size.dense
+        assert size.codes == pytest.approx(w.numel() // palettizer.layers[0].options.cluster_dim * 2 / 8, abs=8)
+    groups = [len(palettizer._clustered(layer).entries) for layer in palettizer.layers]
+    palettizer.remove()
+    assert_close(model(x), hard)
+    d = options.get("cluster_dim", 1)
+    for count, p in zip(groups, (model[0].weight, model[3].weight), strict=True):
+        rows = r2.reference.columns(p.detach(), d, options.get("layout", "output")).t()
+        if not options.get("per_channel_scale") and "group_size" not in options:
+            assert len(rows.unique(dim=0)) <= 4 * count
+
+
+def test_lut_dtypes_are_what_is_stored():
+    for lut_dtype, grid in (
+        ("fp16", lambda c: c.half().float()),
+        ("int8", lambda c: (c / (c.abs().max() / 127)).round() * (c.abs().max() / 127)),
+    ):
+        model = plain()
+        palettizer = Palettizer(model, 2, lut_dtype=lut_dtype)
+        model.eval()
+        model(images()[0])
+        for layer in palettizer.layers:
+            lut = palettizer._clustered(layer).luts()[0]
+            assert_close(lut, grid(palettizer.centroids._buffers[layer.key][0]))
+            assert set(palettizer._hard([layer])[0].unique().tolist()) <= set(lut.flatten().tolist())
+
+
+def test_rounding_of_the_table_is_seen_in_training():
+    """Sharp attention: W_hat are entries of the rounded table."""
+    model = plain()
+    palettizer = Palettizer(model, 2, tau=1e-7, iterations=1, lut_dtype="int8")
+    hat = palettizer._soft(palettizer.layers)[0][0]
+    lut = palettizer._clustered(palettizer.layers[0]).luts().flatten()
+    assert_close((hat.detach().flatten()[:, None] - lut).abs().amin(1), torch.zeros(hat.numel()), atol=1e-6, rtol=0)
+
+
+def test_temperatures():
+    """Geometric from start to end; a function; "auto" follows the spacing of the centroids and their unit."""
+
+    def taus(tau, steps, **options):
+        model = plain()
+        palettizer = Palettizer(model, 2, tau=tau, **options)
+        found = []
+        for _ in range(steps):
+            found.append(next(palettizer.taus.buffers())[0].item())
+            palettizer.step()
+        return found
+
+    assert taus((0.1, 0.001, 2), 5) == pytest.approx([0.1, 0.01, 0.001, 0.001, 0.001])
+    assert taus(lambda step: 1.0 + step, 3) == [1, 2, 3]
+    assert taus(0.5, 2) == [0.5, 0.5]
+    model = plain()
+    c = next(Palettizer(model, 2).centroids.buffers())[0, :, 0].sort().values
+    gaps = c.diff()
+    nearest = torch.minimum(torch.cat([gaps[:1], gaps]), torch.cat([gaps, gaps[-1:]])).mean().item()
+    assert taus("auto", 1) == pytest.approx([nearest / 10]) and taus("auto", 1, metric="sqeuclidean") == pytest.approx(
+        [(nearest / 10) ** 2]
+    )
+
+
+def test_gap_shrinks_as_tau_does():
+    gaps = []
+    for tau in (0.1, 0.01, 1e-3, 1e-6):
+        palettizer = Palettizer(plain(), 2, tau=tau, iterations=1)
+        gaps.append(sum(palettizer.gap().values()))
+    assert gaps == sorted(gaps, reverse=True) and gaps[-1] < 1e-2 < gaps[0]
+
+
+def test_overrides():
+    model = net()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        palettizer = Palettizer(
+            model,
+            2,
+            overrides={
+                "attention*": "skip",
+                "attention.in_proj_weight": {"bits": 3},
+                "conv": {"bits": 1, "cluster_dim": 2},
+            },
+        )
+    found = {layer.name: layer.options for layer in palettizer.layers}
+    assert found.keys() == {"embed.weight", "conv.weight", "attention.in_proj_weight"}
+    assert (
+        found["embed.weight"].bits,
+        found["conv.weight"].bits,
+        found["conv.weight"].cluster_dim,
+        found["attention.in_proj_weight"].bits,
+    ) == (2, 1, 2, 3)
+
+
+def test_small_layers_stay_dense():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 100))
+    with pytest.warns(UserWarning, match=r"0.weight stays dense: it has 9 rows of 1 for 16 centroids"):
+        palettizer = Palettizer(model, 4)
+    assert [layer.name for layer in palettizer.layers] == ["1.weight"]
+
+
+BAD = [
+    ({"bits": 0}, ValueError, "bits of the model must be an int in 1..8, got 0"),
+    ({"bits": 9}, ValueError, "got 9"),
+    ({"bits": 2.0}, TypeError, "got 2.0"),
+    ({"bits": True}, TypeError, "got True"),
+    ({"cluster_dim": 0}, ValueError, "cluster_dim of the model must be an int >= 1, got 0"),
+    ({"group_size": 0}, ValueError, "group_size of the model must be an int >= 1, got 0"),
+    ({"layout": "rows"}, ValueError, "layout of the model must be one of"),
+    ({"lut_dtype": "fp8"}, ValueError, "lut_dtype of the model must be one of"),
+    ({"per_channel_scale": 1}, TypeError, "per_channel_scale of the model"),
+    ({"tau": 0.0}, ValueError, "tau of the model must be a finite number > 0, got 0"),
+    ({"tau": (1.0, 2.0)}, ValueError, r'"auto", a number, \(start, end, steps\)'),
+    ({"tau": "soft"}, TypeError, "tau of the model must be a number"),
+    ({"metric": "cosine"}, ValueError, "metric must be one of"),
+    ({"gradient": "no"}, ValueError, "gradient must be one of"),
+    ({"iterations": 0}, ValueError, "iterations must be"),
+    ({"overrides": ["conv"]}, TypeError, "overrides must be a dict"),
+    ({"overrides": {"0": 3}}, TypeError, r"overrides\['0'\] must be a dict of options or \"skip\", got 3"),
+    ({"overrides": {"0": {"bit": 3}}}, ValueError, r"overrides\['0'\] has no option 'bit'; allowed are"),
+    ({"overrides": {"0": {"bits": 0}}}, ValueError, "bits of 0.weight must be an int in 1..8, got 0"),
+    ({"overrides": {"nothing": "skip"}}, ValueError, r"overrides\['nothing'\] matches no weight"),
+    ({"overrides": {"*": "skip"}}, ValueError, "no weight left to cluster"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD, ids=[str(o) for o, _, _ in BAD])
+def test_bad_input(options, error, message):
+    with pytest.raises(error, match=message):
+        Palettizer(plain(), **{"bits": 2, **options})

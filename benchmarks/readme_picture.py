@@ -25,12 +25,12 @@ LEVEL = "#222222"
 
 def trained():
     """[(case, weights of each layer, accuracy by bits)]: the first seed of the demo."""
-    images, labels = demo._digits(torch.device("cpu"))
+    images, labels = demo.load_images(torch.device("cpu"))
     found = []
     for case in CASES:
-        model, regularizer, split = demo._train(case, SEED, EPOCHS, images, labels, lambda steps: None)
-        weights = {name: w.detach().clone() for name, w in demo._weights(model).items()}
-        found.append((case, weights, demo._measure(model, regularizer, split, images, labels).accuracy))
+        model, regularizer, split = demo.train(case, SEED, EPOCHS, images, labels, lambda steps: None)
+        weights = {name: w.detach().clone() for name, w in demo.weight_matrices(model).items()}
+        found.append((case, weights, demo.measure(model, regularizer, split, images, labels).accuracy))
     return found
 
 

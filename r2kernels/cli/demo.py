@@ -109,30 +109,30 @@ def run(seeds=1, epochs=40, device=None, advance=lambda steps: None):
     """
     device = torch.device(device or default_device())
     start = time.perf_counter()
-    images, labels = _digits(device)
+    images, labels = load_images(device)
     trained, clustered, speed, weights = {case.name: [] for case in CASES}, {}, {}, {}
     with _one_thread(), torch.random.fork_rng():
         for case in CASES:
             for seed in range(seeds):
-                model, regularizer, split = _train(case, seed, epochs, images, labels, advance)
+                model, regularizer, split = train(case, seed, epochs, images, labels, advance)
                 if seed == 0:
-                    weights[case.name] = [w.detach().cpu().clone() for w in _weights(model).values()]
+                    weights[case.name] = [w.detach().cpu().clone() for w in weight_matrices(model).values()]
                     if regularizer:
                         speed[case.name] = _speed(regularizer, model)
                     clustered[case.name] = [
                         _cluster(model, *palette, split, images, labels, advance) for palette in PALETTES
                     ]
-                trained[case.name].append(_measure(model, regularizer, split, images, labels))
+                trained[case.name].append(measure(model, regularizer, split, images, labels))
     setting = {"seeds": seeds, "epochs": epochs, "device": _device_name(device), "backend": serving(device)}
     setting["seconds"] = time.perf_counter() - start
-    return DemoResult(list(_weights(model)), trained, clustered, speed, weights, setting)
+    return DemoResult(list(weight_matrices(model)), trained, clustered, speed, weights, setting)
 
 
 def default_device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _digits(device):
+def load_images(device):
     """(images from -0.3 to 0.7, labels)"""
     from sklearn.datasets import load_digits
 
@@ -167,7 +167,7 @@ def _convolution(inputs, outputs, size, stride=1, groups=1):
     return nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(outputs), relu=nn.ReLU()))
 
 
-def _weights(model):
+def weight_matrices(model):
     """layer name -> weight, the layers that the regularizer takes."""
     return {
         name.removesuffix(".conv"): module.weight
@@ -176,7 +176,7 @@ def _weights(model):
     }
 
 
-def _train(case, seed, epochs, images, labels, advance):
+def train(case, seed, epochs, images, labels, advance):
     """(model, its regularizer or None, (training indices, test indices))."""
     torch.manual_seed(seed)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
@@ -202,9 +202,9 @@ def _train(case, seed, epochs, images, labels, advance):
 
 
 @torch.no_grad()
-def _measure(model, regularizer, split, images, labels):
+def measure(model, regularizer, split, images, labels):
     """The figures of a trained model, whose weights are left rounded to the fewest bits."""
-    weights = list(_weights(model).values())
+    weights = list(weight_matrices(model).values())
     originals = [w.clone() for w in weights]
     accuracy = {}
     for bits in BITS:
@@ -283,7 +283,7 @@ def _eager_soft_min_max(w, alpha):
 
 def _speed(regularizer, model):
     """Both ways on the trained model; RuntimeError where their gradients differ."""
-    weights = list(_weights(model).values())
+    weights = list(weight_matrices(model).values())
 
     def eager():
         (regularizer.weight * eager_loss(regularizer, weights)).backward()
@@ -300,7 +300,7 @@ def _speed(regularizer, model):
 
 def _gradient(model, regularizer, way):
     """The gradient of the weights and of alpha or M, in one vector."""
-    parameters = [*_weights(model).values(), *regularizer.parameters()]
+    parameters = [*weight_matrices(model).values(), *regularizer.parameters()]
     for p in parameters:
         p.grad = None
     way()

@@ -92,7 +92,7 @@ def test_the_eager_loss_is_the_regularizer(case):
     torch.manual_seed(0)
     model = demo.network()
     regularizer = RangeRegularizer(model, **case.options)
-    eager = regularizer.weight * demo.eager_loss(regularizer, list(demo._weights(model).values()))
+    eager = regularizer.weight * demo.eager_loss(regularizer, list(demo.weight_matrices(model).values()))
     assert eager.item() == pytest.approx(regularizer().item(), rel=1e-5)
 
 

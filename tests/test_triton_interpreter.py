@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-FILES = ("test_backends.py", "test_properties.py")
+FILES = ("test_losses.py", "test_properties.py")
 TRITON = importlib.util.find_spec("triton") is not None
 
 

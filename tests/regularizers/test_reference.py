@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_properties import dtypes, examples, lists
+from strategies import dtypes, examples, lists
 from torch.testing import assert_close
 
 import r2kernels as r2

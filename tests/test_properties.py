@@ -57,7 +57,7 @@ def test_margin_counts_exactly(device, variants, makeup, dtype, geometry, k, sta
 
 @pytest.mark.exhaustive
 @examples(60)
-@given(lists, dtypes, rows, st.sampled_from(cases.OPS))
+@given(lists, dtypes, rows, st.sampled_from(cases.LOSSES))
 def test_budget(device, variants, makeup, dtype, geometry, op):
     """Ten lists of this make-up and enough tensors for fifty."""
     d, layout = geometry if op.columns else (1, "output")
@@ -67,8 +67,7 @@ def test_budget(device, variants, makeup, dtype, geometry, op):
         ws = [recipe.build(dtype, device, 1000 * seed) for recipe in makeup]
         one = budget.with_weights(op, ws, g, (d, layout))
         draws.append(one)
-    failures = budget.check(draws, variants)
-    assert not failures, "\n" + failures
+    budget.hold(draws, variants)
 
 
 @examples(15)

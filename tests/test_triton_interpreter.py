@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-FILES = ("test_losses.py", "test_properties.py")
+FILES = ("test_losses.py", "test_properties.py", "range_losses/test_backends.py", "regularizers/test_weight_stats.py")
 TRITON = importlib.util.find_spec("triton") is not None
 
 

@@ -223,7 +223,7 @@ def truth(draw):
     return exact, Result(losses.reshape(exact.loss.shape), list(weights), own)
 
 
-def _rms(x):
+def rms(x):
     return x.square().mean().sqrt()
 
 
@@ -233,7 +233,7 @@ def _of_range_loss(draw, exact, i):
     x = reference.columns(draw.weights[i], *draw.geometry)
     n, reach = x.shape[1], x.amax(1) - x.amin(1)
     upstream = draw.grad.abs().reshape(2, count, d)[:, i] if op == "soft_extrema" else draw.grad.abs().reshape(-1)[i]
-    weights = _rms(exact.weights[i]) + upstream.sum() / n
+    weights = rms(exact.weights[i]) + upstream.sum() / n
     if op == "l_inf":
         return exact.loss.reshape(-1)[i], weights, None
     parameter = draw.parameter.reshape(count, d)[i]
@@ -254,7 +254,7 @@ def _of_kure(draw, exact, i):
     *_, std, _, kurtosis = reference.regularizers._moments(x)
     size = (kurtosis + TARGET).square()
     worth = draw.grad.abs().reshape(-1)[i] / x.shape[1] * size / std
-    return size, _rms(exact.weights[i]) + torch.where(std == 0, 0, worth), None
+    return size, rms(exact.weights[i]) + torch.where(std == 0, 0, worth), None
 
 
 def _of_codes(draw, exact, i):
@@ -266,12 +266,12 @@ def _of_codes(draw, exact, i):
     if draw.op.function == "bin_reg":
         _, bins, counts = c.unique(return_inverse=True, return_counts=True)
         share = 1 / counts[bins]
-    of_weights = _rms(2 * upstream * share * size)
+    of_weights = rms(2 * upstream * share * size)
     return (share * error * size).sum(), of_weights, 2 * upstream * (share * size * c.abs()).sum()
 
 
 def _of_partial_l2(draw, exact, i):
-    return exact.loss.reshape(-1)[i], _rms(exact.weights[i]), None
+    return exact.loss.reshape(-1)[i], rms(exact.weights[i]), None
 
 
 _SCALES = {"kure": _of_kure, "bin_reg": _of_codes, "msqe": _of_codes, "partial_l2": _of_partial_l2}
@@ -291,7 +291,7 @@ def errors(found, exact, scale):
 def _distance(found, exact, scale):
     if isinstance(exact, torch.Tensor):
         return relative((found.double() - exact).abs(), scale)
-    return relative(torch.stack([_rms(a.double() - e) for a, e in zip(found, exact, strict=True)]), torch.stack(scale))
+    return relative(torch.stack([rms(a.double() - e) for a, e in zip(found, exact, strict=True)]), torch.stack(scale))
 
 
 class Pool:
@@ -312,10 +312,10 @@ class Pool:
 def limits(reference_rms, dtype, narrow=False):
     """What each quantity may err. `narrow`: the reference was measured in float32, for a float64 backend held to the reference in float64."""
     allowed = {}
-    for quantity, rms in reference_rms.items():
+    for quantity, error in reference_rms.items():
         ulp = torch.finfo(dtype if quantity in ("dW", "W_hat") else accumulator(dtype)).eps
-        rms *= torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps if narrow else 1
-        allowed[quantity] = (3 if narrow else 2) * rms + ulp
+        error *= torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps if narrow else 1
+        allowed[quantity] = (3 if narrow else 2) * error + ulp
     return allowed
 
 
@@ -344,10 +344,12 @@ def hold(draws, variants, run=evaluate, judge=truth):
 
 def exceeded(own, pools, dtype, narrow=False):
     """A line for each variant and quantity over its limit."""
-    limit, rounded = limits(own.rms(), dtype, narrow), " in float32" if narrow else ""
+    measured, rounded = own.rms(), " in float32" if narrow else ""
+    limit = limits(measured, dtype, narrow)
     return "\n".join(
-        f"{variant}: {quantity} errs by {rms:.3g}, allowed is {limit[quantity]:.3g} (the reference{rounded} errs by {own.rms()[quantity]:.3g})"
+        f"{variant}: {quantity} errs by {error:.3g}, allowed is {limit[quantity]:.3g}"
+        f" (the reference{rounded} errs by {measured[quantity]:.3g})"
         for variant, pool in pools.items()
-        for quantity, rms in pool.rms().items()
-        if not rms <= limit[quantity]
+        for quantity, error in pool.rms().items()
+        if not error <= limit[quantity]
     )

@@ -4,7 +4,7 @@ import cases
 import pytest
 
 
-def name(dtype):
+def short(dtype):
     return str(dtype)[6:]
 
 
@@ -15,14 +15,14 @@ def first(argument, chosen, values, ids=str):
 
 
 def first_dtypes(*chosen):
-    return first("dtype", chosen, cases.DTYPES, name)
+    return first("dtype", chosen, cases.DTYPES, short)
 
 
 def first_ops(*chosen, among):
     return first("op", [op for op in among if op.function in chosen], among, lambda op: op.function)
 
 
-every_dtype = pytest.mark.parametrize("dtype", cases.DTYPES, ids=name)
+every_dtype = pytest.mark.parametrize("dtype", cases.DTYPES, ids=short)
 every_loss = pytest.mark.parametrize("op", cases.LOSSES, ids=lambda op: op.label)
 ELSEWHERE = ("bin_reg", "msqe", "partial_l2")  # are in the interpreter too, by interpreted_quantizers.py
 one_each = first(

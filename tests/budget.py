@@ -1,28 +1,31 @@
-"""How far a backend may be from the truth: not further than twice the reference in the same dtype, plus one unit in the last place.
+"""How far a backend may be from the truth: not further than twice the reference in the same dtype, plus one ulp.
 
-The truth is the reference in float64 on the same inputs, already rounded to the dtype under test. An error is divided by the natural
-scale of its quantity: the size of its terms, not of their difference, since no algorithm can be accurate relative to what has cancelled.
+The truth is the reference in float64 on the same inputs, already rounded to the dtype under test. An error is
+divided by the natural scale of its quantity: the size of its terms, not of their difference, since no algorithm can
+be accurate relative to what has cancelled.
 
     l_inf, margin           their value: all terms are >= 0
     soft_min_max            range + exp(-alpha)                         soft_extrema    max|w|
     kure                    (kurtosis + |target|)^2
-    dL/dW of one tensor     its RMS, plus one weight's worth: |grad| / N for the range losses (p and q are 1 / N each when alpha is small,
-                            and the gradient is their difference), |grad| (kurtosis + |target|)^2 / (N std) for kure
+    dL/dW of one tensor     its RMS, plus one weight's worth: |grad| / N for the range losses (p and q are 1 / N each
+                            when alpha is small, and the gradient is their difference), for kure
+                            |grad| (kurtosis + |target|)^2 / (N std)
     dL/dM                   |grad| (1 + n_out / k)
-    dL/dalpha               |grad| (Var_p + Var_q + exp(-alpha)), plus one weight's worth of either variance: range^2 / N;
-                            for soft_extrema |grad_max| Var_p + |grad_min| Var_q and the same
-    bin_reg, msqe           of an error w - Q it is |w| + |Q|: the loss with one of its two factors replaced by that; dL/dW, dL/dstep likewise
+    dL/dalpha               |grad| (Var_p + Var_q + exp(-alpha)), plus one weight's worth of either variance:
+                            range^2 / N; for soft_extrema |grad_max| Var_p + |grad_min| Var_q and the same
+    bin_reg, msqe           of an error w - Q it is |w| + |Q|: the loss with one of its two factors replaced by that;
+                            dL/dW, dL/dstep likewise
     partial_l2              the value itself; of dL/dW its RMS
     weight_stats            the value; max|w| for the mean
 
 What quantizers and DKM give is measured in quantizers/calls.py and dkm/problems.py, and held to the same limits.
 
-These are root mean squares, pooled over all draws of a case (of each tensor's RMS, for dL/dW): element by element the same rule rejects
-good kernels, for the reference is sometimes exact by luck. An ulp is the epsilon of the quantity's dtype: of W for dL/dW and what lies as
-W does, of the accumulator for losses and parameters.
+These are root mean squares, pooled over all draws of a case (of each tensor's RMS, for dL/dW): element by element
+the same rule rejects good kernels, for the reference is sometimes exact by luck. An ulp is the epsilon of the
+quantity's dtype: of W for dL/dW and W_hat, of the accumulator for losses and parameters.
 
-Float64 has no wider truth here. Its reference is taken to err as the float32 one does on the same draws, scaled by the ratio of the
-epsilons; and since the yardstick then errs too, it is allowed that much more.
+Float64 has no wider truth here. Its reference is taken to err as the float32 one does on the same draws, scaled by the
+ratio of the epsilons; and since the yardstick then errs too, it is allowed that much more.
 """
 
 import contextlib
@@ -73,7 +76,10 @@ class Draw(NamedTuple):
 
 
 def draws(op, names, dtype, device="cpu", bits=range(1, 9), **options):
-    """At least DRAWS draws over these inputs, as a list and, where there is but one tensor, also alone; bits change from one to the next."""
+    """At least DRAWS draws over these inputs, as a list and, where there is but one tensor, also alone.
+
+    Those of an op that takes bits go through all of `bits`.
+    """
     rounds, bits = -(-DRAWS // len(names)), list(bits)
     return [
         draw(
@@ -139,7 +145,8 @@ class Result(NamedTuple):
 
 
 def evaluate(draw, layer=r2kernels):
-    """Forward and backward through the public function (of `layer`) on the backend that is chosen; with `base` through the path that adds in place."""
+    """Forward and backward through the public function (of `layer`) on the backend that is chosen; with `base` through
+    the path that adds in place."""
     if draw.base is not None:
         return _accumulate(draw)
     op, (d, layout) = draw.op, draw.geometry
@@ -212,7 +219,7 @@ def _accumulate(draw):
 
 
 def truth(draw):
-    """(the reference in float64 on the same numbers, the natural scales of its quantities: lists of one number, or one for each column, per tensor)."""
+    """(the reference in float64 on the same numbers, the natural scale of each of its quantities)."""
     wide = draw.to(torch.float64)
     with r2kernels.use_backend("reference"):
         exact = evaluate(wide)
@@ -310,7 +317,8 @@ class Pool:
 
 
 def limits(reference_rms, dtype, narrow=False):
-    """What each quantity may err. `narrow`: the reference was measured in float32, for a float64 backend held to the reference in float64."""
+    """What each quantity may err. `narrow`: the reference was measured in float32, for a float64 backend held to the
+    reference in float64."""
     allowed = {}
     for quantity, error in reference_rms.items():
         ulp = torch.finfo(dtype if quantity in ("dW", "W_hat") else accumulator(dtype)).eps
@@ -322,7 +330,8 @@ def limits(reference_rms, dtype, narrow=False):
 def check(draws, variants, run=evaluate, judge=truth):
     """'' if every variant keeps within the budget over these draws, else a line for each one that does not.
 
-    run(draw) gives the quantities, judge(draw) their true values and natural scales: as Results, or as quantity -> tensor or list of tensors.
+    run(draw) gives the quantities, judge(draw) their true values and natural scales: as Results, or as
+    quantity -> tensor or list of tensors. A draw has a dtype, and can be had in another: `to`.
     """
     own, pools = Pool(), {variant: Pool() for variant in variants}
     for one in draws:

@@ -24,7 +24,13 @@ def first_ops(*chosen, among):
 
 every_dtype = pytest.mark.parametrize("dtype", cases.DTYPES, ids=short)
 every_loss = pytest.mark.parametrize("op", cases.LOSSES, ids=lambda op: op.label)
+
 ELSEWHERE = ("bin_reg", "msqe", "partial_l2")  # are in the interpreter too, by interpreted_quantizers.py
-one_each = first(
-    "op", [op for op in cases.ONE_EACH if op.function not in ELSEWHERE], cases.ONE_EACH, lambda op: op.function
-)
+
+
+def of_one_each(among):
+    return first_ops(*[op.function for op in among if op.function not in ELSEWHERE], among=among)
+
+
+one_each = of_one_each(cases.ONE_EACH)
+learned_each = of_one_each([op for op in cases.ONE_EACH if op.parameter])

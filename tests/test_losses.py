@@ -1,4 +1,7 @@
-"""Every loss of the table, on every backend, held to the reference by the budget of budget.py, and to what the contract promises beside accuracy."""
+"""Every loss of the table, on every backend.
+
+Held to the reference by budget.py, and to what the contract promises beside accuracy.
+"""
 
 import contextlib
 import functools
@@ -7,7 +10,7 @@ import budget
 import cases
 import pytest
 import torch
-from parametrize import every_dtype, every_loss, first, first_dtypes, first_ops, one_each
+from parametrize import every_dtype, every_loss, first, first_dtypes, first_ops, learned_each, one_each
 
 import r2kernels as r2
 from r2kernels.lists import is_dense
@@ -19,7 +22,6 @@ LARGE = ["several chunks", "outliers", "mixed list"]
 QUICK = [name for name in cases.INPUTS if name not in LARGE]
 STRIDED = ["below a vector", "channels last", "transposed", "every second", "expanded", "unaligned"]
 ADDED = [op for op in cases.ONE_EACH if op.family == "range_losses" or op.function == "kure"]  # by add_gradients_
-LEARNED = [op for op in cases.ONE_EACH if op.parameter]
 
 
 @pytest.mark.exhaustive
@@ -38,7 +40,8 @@ def test_budget_over_inputs(op, dtype, device, variants):
 
 @one_each
 def test_the_budget_itself(op, plain):
-    """It lets the reference pass, and nothing that is off by 1e-6 of a quantity's scale (where the reference adds up bins one weight after the other, 1e-5)."""
+    """It lets the reference pass, and nothing that is off by 1e-6 of a quantity's scale, or 1e-5: the reference adds up
+    bins one weight after the other."""
     error = 1e-5 if op.function in ("bin_reg", "msqe", "partial_l2") else 1e-6
     own, wrong = budget.Pool(), {quantity: budget.Pool() for quantity in ("loss", "dW", "dparameter")}
     for one in budget.draws(op, ["below a vector", "transposed"], torch.float32):
@@ -120,7 +123,7 @@ def test_form_of_gradients(op, geometry, name, device, variant):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("op", LEARNED, ids=lambda op: op.function)
+@learned_each
 def test_wide_parameters_beside_16_bits(op, wide, dtype, device, variant):
     """The values are rounded to float32, whatever their dtype; the gradient has theirs."""
     one = budget.draw(op, "mixed list", dtype, device)
@@ -165,7 +168,7 @@ def _same_special_values(one):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("op", LEARNED, ids=lambda op: op.function)
+@learned_each
 def test_nan_and_inf_in_parameters(op, value, device, variant):
     one = budget.draw(op, "mixed list", torch.float32, device)
     one.parameter[2] = value

@@ -73,7 +73,8 @@ KINDS = [(op, kind) for op in cases.ONE_EACH for kind in ("number", "learned") i
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("single", [True, False], ids=["single", "list"])
 def test_compiled_equals_eager(op, single, dynamic, kind, device):
-    """The parameter is a number, a tensor, or a tensor that is learned; other shapes are compiled anew, or with dynamic=True not."""
+    """The parameter is a number, a tensor, or a tensor that is learned; for other shapes there is another compilation,
+    with dynamic=True there is none."""
     given = op.arguments(cases.SCALE)
     if kind != "number":
         given[op.parameter] = torch.tensor(given[op.parameter], device=device, requires_grad=kind == "learned")
@@ -108,7 +109,7 @@ def test_no_recompilation_for_another_alpha(device):
 @pytest.mark.parametrize("count", [1, 2, 3])
 @one_each
 def test_compiled_without_gradients(op, count, device):
-    """Nothing requires grad, or under no_grad: torch.compile then traces the forward of an autograd.Function in another way."""
+    """Without grad, or under no_grad: torch.compile traces the forward of an autograd.Function in another way then."""
     given, ws = op.arguments(cases.SCALE), weights(device)[:count]
     compiled = torch.compile(
         lambda ws: total(getattr(r2, op.function)(ws, **given)), fullgraph=True, backend="aot_eager"

@@ -1,4 +1,7 @@
-"""Lists of any make-up: shapes, strides, dtypes, rows. To the bit where the mathematics is exact, else by the budget over at least 50 tensors."""
+"""Lists of any make-up: shapes, strides, dtypes, rows.
+
+To the bit where the mathematics is exact, else by the budget over at least 50 tensors.
+"""
 
 import budget
 import cases

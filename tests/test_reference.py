@@ -1,4 +1,4 @@
-"""The reference of every loss of the table: its derivatives, and that what the ops compute is what the public function means."""
+"""The reference of every loss of the table: derivatives, and that the ops compute what the public function means."""
 
 import budget
 import cases

@@ -1,7 +1,7 @@
 """Problems of DKM, their passes, and how exact their results can be.
 
-Natural scales: max|w| for W_hat and centroids, since those are averages of weights; for dL/dW its RMS and a hundredth of that of the
-incoming gradient; for dL/dC_0 its RMS and that of dL/dC_T.
+Natural scales: max|w| for W_hat and centroids, since those are averages of weights; for dL/dW its RMS and a
+hundredth of that of the incoming gradient; for dL/dC_0 its RMS and that of dL/dC_T.
 """
 
 from typing import NamedTuple

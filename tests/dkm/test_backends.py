@@ -1,4 +1,4 @@
-"""DKM's passes on every backend, held to the reference: to 1e-12 in float64, and in what people use by the budget of budget.py."""
+"""DKM's passes on every backend, held to the reference: to 1e-12 in float64, in what people use by budget.py."""
 
 import functools
 import importlib
@@ -130,7 +130,8 @@ def compare(problem, plain, variant, tolerance=1e-12):
 @pytest.mark.parametrize("sharpness", [0.3, 0.03])
 @problems
 def test_every_pass(metric, d, layout, sharpness, device, plain, variant):
-    """Float64, to 1e-12 of the largest number, for every number of centroids that is searched in a way of its own; the last tensor has fewer."""
+    """Float64, to 1e-12 of the largest number, for every number of centroids that is searched in a way of its own; the
+    last tensor has fewer."""
     for K in SIZES[d]:
         shapes = [(40, 30), (8, 5, 3), (d,), (1100 * d + 1,)]
         ws = [
@@ -276,7 +277,8 @@ def test_codes(layout, d, K, device, plain, variant):
 
 @pytest.mark.parametrize("K", [16, 256])
 def test_passes_beside_a_larger_list(K, device, variant):
-    """Centroids padded for a larger K than any tensor at hand has, as the fixed-point iteration gives them once that tensor is done."""
+    """Centroids padded for a larger K than any tensor at hand has, as the fixed-point iteration gives them once the
+    tensor of that K is done."""
     problem = draw(made("ties", torch.float64, device), K, 0.1, "euclidean")
     c, gs = problem.c, problem.gs
     wide = torch.cat([c, torch.zeros_like(c)], 1)

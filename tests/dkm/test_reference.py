@@ -1,4 +1,7 @@
-"""DKM: the mathematics of the reference, and the public functions on whatever backend serves the device. Their arguments are in test_calls.py."""
+"""DKM: the mathematics of the reference, and the public functions on whatever backend serves the device.
+
+What they take is in test_calls.py.
+"""
 
 import math
 import warnings
@@ -105,7 +108,7 @@ def test_implicit_equals_many_unrolled_iterations(metric, d, device, variant):
 @METRICS
 @pytest.mark.parametrize("d", [1, 2])
 def test_equals_the_reference_under_autograd(d, metric, gradient, device, variant):
-    """Outputs, centroids, dL/dW and dL/dC_0 of the whole function, for a list with different numbers of clusters, in float64."""
+    """Outputs, centroids, dL/dW and dL/dC_0 of the whole function, in float64; K differs from tensor to tensor."""
     ws = [numbers(9, 7, seed=s, device=device).requires_grad_() for s in range(2)] + [
         numbers(11, seed=5, device=device).requires_grad_()
     ]

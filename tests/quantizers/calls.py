@@ -1,6 +1,7 @@
 """Calls of the quantizers' ops, and how exact their gradients can be.
 
-Natural scales: of dL/dx its RMS, plus one number's worth of the incoming gradient, of a parameter's gradient the sum of its terms' sizes.
+Natural scales: of dL/dx its RMS, plus one number's worth of the incoming gradient; of a parameter's gradient the
+sum of its terms' sizes.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The quantizers of every backend: what is to be the reference's bits is, and gradients are held to the reference by the budget of budget.py."""
+"""The quantizers of every backend: what is to be the reference's bits is, gradients are held to it by budget.py."""
 
 import math
 

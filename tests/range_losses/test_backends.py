@@ -1,4 +1,5 @@
-"""What is the range losses' own: rows of several columns, alpha of any size and without a gradient, tensors past 2^31 numbers."""
+"""What is the range losses' own: rows of several columns, alpha of any size and without a gradient, more than 2^31
+numbers."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The specification of the range losses: values worked out by hand, identities that the equations imply, and derivatives."""
+"""The specification of the range losses: values worked out by hand, identities that the equations imply."""
 
 import math
 
@@ -22,7 +22,8 @@ LITERALS = [
     ("margin", {"M": 1, "k": 2}, [1, -3, 2], 1 + (2 + 1) / 2, [0, -1 / 2, 1 / 2], 1 - 2 / 2),
     ("margin", {"M": 1, "k": 0.5}, [1, -3, 2], 1 + (2 + 1) / 1.5, [0, -1 / 1.5, 1 / 1.5], 1 - 2 / 1.5),
     ("margin", {"M": 5}, [1, -3, 2], 5, [0, 0, 0], 1),
-    # p = (1, 2) / 3, q = (2, 1) / 3: s_max = 2/3, s_min = 1/3, both variances 2/9; dL/dw0 = (1 - 2 L / 3) / 3 - 2 (1 + L / 3) / 3
+    # p = (1, 2) / 3, q = (2, 1) / 3: s_max = 2/3, s_min = 1/3, both variances 2/9;
+    # dL/dw0 = (1 - 2 L / 3) / 3 - 2 (1 + L / 3) / 3
     (
         "soft_min_max",
         {"alpha": L},

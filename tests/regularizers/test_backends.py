@@ -1,4 +1,7 @@
-"""What is the regularizers' own on every backend: every width of bits, ranks to the bit, codes at ties, steps of no use, gradients added to others."""
+"""What is the regularizers' own on every backend.
+
+Every width of bits, ranks to the bit, codes at ties, steps of no use, gradients added to others.
+"""
 
 import budget
 import cases
@@ -93,7 +96,7 @@ def test_ranks_are_exact(kind, dtype, device, variant):
 
 
 def test_codes_at_ties_are_those_of_a_true_division(device, variant):
-    """Half to even of w / step, where a product with 1 / step would round otherwise: seen in which bin a weight is counted."""
+    """Half to even of w / step, where a product with 1 / step would round otherwise: seen in the bin of a weight."""
     g = torch.Generator().manual_seed(0)
     steps = torch.rand(64, 1, generator=g) * 0.1 + 0.01
     w = ((torch.arange(-10, 11) + 0.5) * steps).to(device)

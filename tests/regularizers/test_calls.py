@@ -1,4 +1,4 @@
-"""What the regularizers take and how they behave as a part of torch: forms of arguments, errors, opcheck, torch.compile."""
+"""What the regularizers take and how they are a part of torch: forms of arguments, errors, opcheck, torch.compile."""
 
 import re
 

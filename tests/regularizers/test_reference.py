@@ -1,4 +1,7 @@
-"""The specification of the regularizers: values worked out by hand, identities, derivatives; the reference and the public functions alike."""
+"""The specification of the regularizers: values worked out by hand, identities, derivatives.
+
+The reference and the public functions alike.
+"""
 
 import math
 
@@ -90,7 +93,10 @@ def test_weight_stats_by_hand():
 
 
 def test_kurtosis_of_the_uniform_distribution():
-    """Of n equidistant points: 9/5 (n^2 - 7/3) / (n^2 - 1), times ((n - 1) / n)^2 for the unbiased std; 1.8 for many."""
+    """Of n equidistant points: 9/5 (n^2 - 7/3) / (n^2 - 1), times ((n - 1) / n)^2 for the unbiased std.
+
+    For many points that is 1.8.
+    """
     for n in (2, 5, 1000):
         kurtosis = reference.weight_stats(torch.linspace(-3, 1, n, dtype=torch.float64)).kurtosis
         assert_close(kurtosis.item(), 9 / 5 * (n * n - 7 / 3) / (n * n - 1) * ((n - 1) / n) ** 2)

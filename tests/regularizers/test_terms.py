@@ -1,4 +1,7 @@
-"""Several terms from one read: every backend, held to the reference by the budget of budget.py; the natural scale of a sum is the sum of all."""
+"""Several terms from one read: every backend, held to the reference by budget.py.
+
+The natural scale of a sum is the sum of all.
+"""
 
 import itertools
 from typing import NamedTuple

@@ -51,7 +51,7 @@ def test_opcheck(op, geometry, device):
         if name == "mixed list":
             one = one._replace(
                 weights=one.weights[:2],
-                grad=one.grad[..., :2],
+                grad=one.grad[:, :2] if op.function == "soft_extrema" else one.grad[:2],
                 parameter=None if one.parameter is None else one.parameter[:2],
             )
         taken, of_saved = budget.for_ops(one)

@@ -1,43 +1,110 @@
-"""The one table of ops and inputs that tests and benchmarks read."""
+"""The one table of ops and inputs that tests and benchmarks read: whatever runs over all ops runs over these rows."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 
+from r2kernels.reference.parameters import levels
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SCALE = 0.05  # the standard deviation of the inputs below
+
+# what a parameter is measured in, of numbers with this standard deviation
+UNITS = {
+    "1": lambda std, bits, signed: 1.0,
+    "std": lambda std, bits, signed: std,
+    "std^2": lambda std, bits, signed: std**2,
+    "1/std": lambda std, bits, signed: 1 / std,
+    "std/codes": lambda std, bits, signed: std / 2**bits,
+    "std/largest code": lambda std, bits, signed: std / (levels(bits, signed)[1] + 0.5),
+}
+
+
+class Parameter(NamedTuple):
+    name: str
+    value: float
+    unit: str = "std"
+    learned: bool = True
 
 
 class Op(NamedTuple):
-    """A public function with its arguments; `parameter` is the differentiable one, given in units of 1/std (alpha) or std (M) of the weights."""
+    """A public function, what it takes beside the weights and, where that has a gradient, in which place."""
 
     label: str
     function: str
-    parameter: str | None = None
-    value: float | None = None
+    family: str
+    parameters: tuple[Parameter, ...] = ()
     options: dict[str, Any] = {}
-    columns: bool = True  # takes cluster_dim
+    columns: bool = False  # takes cluster_dim
+
+    @property
+    def parameter(self):
+        """The name of the differentiable one of a loss."""
+        return next((p.name for p in self.parameters if p.learned), None)
+
+    @property
+    def value(self):
+        """Of the first, in its unit."""
+        return self.parameters[0].value
+
+    def natural(self, scale, bits=0, signed=True):
+        """name -> its size for numbers of standard deviation `scale`."""
+        return {p.name: p.value * UNITS[p.unit](scale, bits, signed) for p in self.parameters}
 
     def arguments(self, scale):
         """The keyword arguments for weights of standard deviation `scale`."""
-        if self.parameter is None:
-            return dict(self.options)
-        return {self.parameter: self.value / scale if self.parameter == "alpha" else self.value * scale, **self.options}
+        return {**self.natural(scale, self.options.get("bits", 0)), **self.options}
 
 
+CODES = {"bits": 4}
+# of the rows of a function the first is the one that most tests take
 OPS = (
-    Op("l_inf", "l_inf"),
-    Op("margin", "margin", "M", 1.5),
-    Op("margin-fraction", "margin", "M", -2.0, {"k": 0.01}),
-    Op("soft_min_max", "soft_min_max", "alpha", 2.0),
-    Op("soft_min_max-sharp", "soft_min_max", "alpha", 20.0),
-    Op("soft_min_max-flat", "soft_min_max", "alpha", 0.0),
-    Op("soft_min_max-negative", "soft_min_max", "alpha", -1.0),
-    Op("soft_extrema", "soft_extrema", "alpha", 4.0),
-    Op("soft_extrema-negative", "soft_extrema", "alpha", -4.0),
-    Op("kure", "kure", columns=False),
+    Op("l_inf", "l_inf", "range_losses", columns=True),
+    Op("margin-fraction", "margin", "range_losses", (Parameter("M", -2.0),), {"k": 0.01}, columns=True),
+    Op("margin", "margin", "range_losses", (Parameter("M", 1.5),), columns=True),
+    Op("soft_min_max", "soft_min_max", "range_losses", (Parameter("alpha", 2.0, "1/std"),), columns=True),
+    Op("soft_min_max-sharp", "soft_min_max", "range_losses", (Parameter("alpha", 20.0, "1/std"),), columns=True),
+    Op("soft_min_max-flat", "soft_min_max", "range_losses", (Parameter("alpha", 0.0, "1/std"),), columns=True),
+    Op("soft_min_max-negative", "soft_min_max", "range_losses", (Parameter("alpha", -1.0, "1/std"),), columns=True),
+    Op("soft_extrema-negative", "soft_extrema", "range_losses", (Parameter("alpha", -4.0, "1/std"),), columns=True),
+    Op("soft_extrema", "soft_extrema", "range_losses", (Parameter("alpha", 4.0, "1/std"),), columns=True),
+    Op("kure", "kure", "regularizers"),
+    Op("bin_reg", "bin_reg", "regularizers", (Parameter("step", 3.0, "std/codes", learned=False),), CODES),
+    Op("msqe", "msqe", "regularizers", (Parameter("step", 3.0, "std/codes"),), CODES),
+    Op("partial_l2", "partial_l2", "regularizers", (Parameter("fraction", 0.8, "1", learned=False),)),
+    Op("lsq", "lsq", "quantizers", (Parameter("step", 2.5, "std/largest code"),), CODES),
+    Op(
+        "ewgs",
+        "ewgs",
+        "quantizers",
+        (Parameter("lower", -1.5), Parameter("upper", 1.8), Parameter("delta", 0.1, "1", learned=False)),
+        CODES,
+    ),
+    Op("pact", "pact", "quantizers", (Parameter("alpha", 1.5),), CODES),
+    Op("dorefa", "dorefa", "quantizers", (), CODES),
+    Op("dkm", "dkm", "dkm", (Parameter("tau", 0.3, learned=False),), {"metric": "euclidean"}),
+    Op("dkm-squares", "dkm", "dkm", (Parameter("tau", 0.3, "std^2", learned=False),), {"metric": "sqeuclidean"}),
+    Op("assign", "assign", "dkm"),
 )
 BY_LABEL = {op.label: op for op in OPS}
-SCALE = 0.05  # of the inputs below
+
+SPECIALS = {
+    "nan": [math.nan],
+    "inf": [math.inf],
+    "-inf": [-math.inf],
+    "both": [math.inf, -math.inf],
+    "nan and inf": [math.nan, math.inf],
+}
+
+
+def of(*families):
+    """Their rows."""
+    return [op for op in OPS if op.family in families]
+
+
+LOSSES = of("range_losses", "regularizers")  # one number, or two, for each tensor
+ONE_EACH = [next(op for op in LOSSES if op.function == name) for name in dict.fromkeys(op.function for op in LOSSES)]
 
 
 def _normal(*shape):

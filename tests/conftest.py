@@ -1,11 +1,14 @@
-"""Options and fixtures. `cases` and `budget` beside this file are importable because pytest puts its folder on the path.
+"""Options and fixtures.
 
-    pytest                              the CPU: the extension with every instruction set, the reference, Triton in its interpreter
+This folder is on the path (pyproject.toml): `cases` and `budget` can be imported, and `dkm.problems` in its folder.
+
+    pytest                              the CPU: the extension with every instruction set, the reference, Triton in its
+                                        interpreter
     pytest --device cuda                the same tests on CUDA tensors: Triton, the extension, the reference
     pytest --backend NAME               these backends alone (may be repeated); an error where one is not usable
 
-The interpreter must be on before triton is imported, for the whole process: `test_triton_interpreter.py` starts a pytest with
-TRITON_INTERPRET=1 and `--backend triton`.
+The interpreter must be on before triton is imported, for the whole process: `test_triton_interpreter.py` starts a
+pytest with TRITON_INTERPRET=1 and `--backend triton`.
 """
 
 import contextlib
@@ -74,7 +77,7 @@ def _variants(config):
 
 
 def _round_to_nearest():
-    """Triton's interpreter cuts float32 off to bfloat16; a GPU rounds to nearest, ties to even (the conversion's default)."""
+    """Triton's interpreter cuts float32 off to bfloat16; a GPU rounds to nearest, ties to even, as is the default."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -140,7 +143,7 @@ def plain():
 
 @pytest.fixture
 def one_thread():
-    """For many small calls. Results do not depend on it, which test_backends.py checks."""
+    """For many small calls. Results do not depend on it, which test_losses.py checks."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,7 @@
-"""Bad input: every call says which argument is wrong, what it was and what is allowed, before any work; the public functions and the reference alike."""
+"""Bad input: every call says which argument is wrong, what it was and what is allowed, before any work.
+
+The public functions and the reference alike.
+"""
 
 import importlib
 import re

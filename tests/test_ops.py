@@ -9,16 +9,12 @@ import budget
 import cases
 import pytest
 import torch
+from parametrize import one_each
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import r2kernels as r2
-from r2kernels import ops
-
-ONE_EACH = [
-    cases.BY_LABEL[label] for label in ("l_inf", "margin-fraction", "soft_min_max", "soft_extrema-negative", "kure")
-]
-one_each = pytest.mark.parametrize("op", ONE_EACH, ids=lambda op: op.function)
+from r2kernels import contract, ops
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +32,12 @@ def total(loss):
     return sum((i + 1) * x.sum() for i, x in enumerate(loss if isinstance(loss, tuple) else (loss,)))
 
 
+def test_every_op_has_a_row():
+    """A new op is covered by being in the tables of the contract and of the cases."""
+    elsewhere = {"weight_stats", "terms"}  # no gradient; several of the others
+    assert {op.function for op in cases.OPS} == {op.name for op in contract.OPS} - elsewhere
+
+
 @pytest.mark.parametrize("geometry", [(1, "output"), (2, "output"), (3, "contiguous")], ids=str)
 @one_each
 def test_opcheck(op, geometry, device):
@@ -47,26 +49,22 @@ def test_opcheck(op, geometry, device):
     ):
         one = budget.draw(op, name, dtype, device, geometry=geometry)
         if name == "mixed list":
-            grad = one.grad[:, :2] if op.function == "soft_extrema" else one.grad[:2]
             one = one._replace(
                 weights=one.weights[:2],
-                grad=grad,
-                parameter=one.parameter if one.parameter is None else one.parameter[:2],
+                grad=one.grad[:, :2] if op.function == "soft_extrema" else one.grad[:2],
+                parameter=None if one.parameter is None else one.parameter[:2],
             )
-        grad, parameters = budget.contract(one)
-        extra = (True,) if op.function in ("soft_min_max", "soft_extrema") else ()
-        tail = one.geometry if op.columns else ()
+        taken, of_saved = budget.for_ops(one)
         forward, backward = ops.op[op.function + "_fwd"], ops.op[op.function + "_bwd"]
-        torch.library.opcheck(forward, (one.weights, *parameters, *extra, *tail))
-        saved = forward(one.weights, *parameters, *extra, *tail)[1]
-        torch.library.opcheck(backward, (grad, one.weights, *parameters, saved, *tail))
+        torch.library.opcheck(forward, taken)
+        torch.library.opcheck(backward, of_saved(forward(*taken)[1]))
 
 
 def test_opcheck_weight_stats(device):
     torch.library.opcheck(ops.op["weight_stats_fwd"], (cases.make("mixed list", torch.bfloat16, device),))
 
 
-KINDS = [(op, kind) for op in ONE_EACH for kind in ("number", "learned") if op.parameter or kind == "number"] + [
+KINDS = [(op, kind) for op in cases.ONE_EACH for kind in ("number", "learned") if op.parameter or kind == "number"] + [
     (cases.BY_LABEL["soft_min_max"], "tensor")
 ]
 
@@ -75,7 +73,8 @@ KINDS = [(op, kind) for op in ONE_EACH for kind in ("number", "learned") if op.p
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("single", [True, False], ids=["single", "list"])
 def test_compiled_equals_eager(op, single, dynamic, kind, device):
-    """The parameter is a number, a tensor, or a tensor that is learned; other shapes are compiled anew, or with dynamic=True not."""
+    """The parameter is a number, a tensor, or a tensor that is learned; for other shapes there is another compilation,
+    with dynamic=True there is none."""
     given = op.arguments(cases.SCALE)
     if kind != "number":
         given[op.parameter] = torch.tensor(given[op.parameter], device=device, requires_grad=kind == "learned")
@@ -110,7 +109,7 @@ def test_no_recompilation_for_another_alpha(device):
 @pytest.mark.parametrize("count", [1, 2, 3])
 @one_each
 def test_compiled_without_gradients(op, count, device):
-    """Nothing requires grad, or under no_grad: torch.compile then traces the forward of an autograd.Function in another way."""
+    """Without grad, or under no_grad: torch.compile traces the forward of an autograd.Function in another way then."""
     given, ws = op.arguments(cases.SCALE), weights(device)[:count]
     compiled = torch.compile(
         lambda ws: total(getattr(r2, op.function)(ws, **given)), fullgraph=True, backend="aot_eager"

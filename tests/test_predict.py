@@ -33,7 +33,8 @@ LOOP = [
 
 
 def test_a_loop(predict):
-    """Eight float32 weights: two loads and stores of 128 bits, 12 instructions, one of them special, 4 + 1 + 2 wavefronts for a warp."""
+    """Eight float32 weights: two loads and stores of 128 bits, 12 instructions, one of them special; for a warp
+    4 + 1 + 2 wavefronts."""
     kernel = sass.Kernel("k", 64, 0, 0, [("", opcode, "") for opcode in LOOP], {len(LOOP) - 1: 0})
     found = predict.row("cuda", "op", "float", kernel, kernel.main_loop(), 1)
     assert found == {

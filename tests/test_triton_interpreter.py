@@ -1,7 +1,8 @@
 """The Triton kernels on the CPU: the tests of the backends once more, with Triton's interpreter.
 
-The interpreter is on or off for a whole process, from before triton is imported. So this is a pytest of its own; it starts as soon as the tests are
-collected (conftest.py) and runs beside the others on a second core. `-m "not exhaustive"`: it takes 10 ms for what a GPU does in 10 us.
+The interpreter is on or off for a whole process, from before triton is imported. So this is a pytest of its own; it
+starts as soon as the tests are collected (conftest.py) and runs beside the others on a second core. `-m "not
+exhaustive"`: it takes 10 ms for what a GPU does in 10 us.
 """
 
 import importlib.util
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-FILES = ("test_backends.py", "test_properties.py")
+FILES = ("test_losses.py", "test_properties.py", "range_losses/test_backends.py", "regularizers/test_weight_stats.py")
 TRITON = importlib.util.find_spec("triton") is not None
 
 

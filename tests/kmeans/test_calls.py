@@ -1,4 +1,4 @@
-"""What kmeans takes: every form of its arguments, every edge, every error; the public function and the reference alike."""
+"""What kmeans takes: every form of its arguments, every edge and error; the public function and the reference alike."""
 
 import importlib
 import math

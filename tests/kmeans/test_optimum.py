@@ -1,4 +1,7 @@
-"""What kmeans finds: the exact optimum where it is known, and the same bits always. Its arguments and edges are in test_kmeans_calls.py."""
+"""What kmeans finds: the exact optimum where it is known, and the same bits always.
+
+Its arguments and edges are in test_calls.py.
+"""
 
 import importlib
 import itertools

@@ -1,4 +1,7 @@
-"""DKM: the mathematics of the reference, and the public functions on whatever backend serves the device."""
+"""DKM: the mathematics of the reference, and the public functions on whatever backend serves the device.
+
+What they take is in test_calls.py.
+"""
 
 import math
 import warnings
@@ -6,6 +9,7 @@ import warnings
 import cases
 import pytest
 import torch
+from dkm.problems import UNITS, numbers, start
 from torch.testing import assert_close
 
 import r2kernels as r2
@@ -13,24 +17,9 @@ from r2kernels import ops, reference
 from r2kernels.algorithms import fixed_point
 from r2kernels.reference.dkm import iterate
 
-METRICS = pytest.mark.parametrize("metric", ["euclidean", "sqeuclidean"])
+METRICS = pytest.mark.parametrize("metric", UNITS)
 GRADIENTS = pytest.mark.parametrize("gradient", ["unrolled", "last", "implicit"])
 LAYERS = pytest.mark.parametrize("layer", [r2, reference], ids=["r2kernels", "reference"])
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-
-
-def start(k, d=1, seed=0, device="cpu"):
-    """Centroids in no order."""
-    c = torch.randn(k, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device)
-    return c[:, 0] if d == 1 else c
-
-
-def draw(*shape, seed=1, device="cpu"):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device)
 
 
 def passes(w, k, tau, metric, d=1):
@@ -64,7 +53,7 @@ def test_literal_rows(layer, device):
 @pytest.mark.parametrize("d", [1, 3])
 def test_jacobian_and_recurrence(metric, d):
     """The backward of one iteration, and for scalars its Jacobian, are autograd's."""
-    w, c, tau = draw(30, 7), start(5, d).reshape(5, d), 0.7
+    w, c, tau = numbers(30, 7), start(5, d).reshape(5, d), 0.7
     c = c.sort(0).values if d == 1 else c
     job = passes(w, 5, tau, metric, d)
     new, moments = job.update(c[None])
@@ -73,7 +62,7 @@ def test_jacobian_and_recurrence(metric, d):
         return iterate(reference.columns(w, d).t(), c, torch.tensor(tau, dtype=w.dtype), metric)[2]
 
     J = torch.autograd.functional.jacobian(F, c)
-    u = draw(1, 5, d, seed=3)
+    u = numbers(1, 5, d, seed=3)
     assert_close(job.recur(c[None], new, u, moments)[0], torch.einsum("kd,kdle->le", u[0], J), rtol=1e-11, atol=1e-12)
     if d == 1:
         assert_close(job.jacobian(c[None], new, moments)[0], J[:, 0, :, 0], rtol=1e-11, atol=1e-12)
@@ -85,7 +74,7 @@ def test_jacobian_and_recurrence(metric, d):
 @pytest.mark.parametrize("sharpness", [1.0, 10.0])
 def test_newton_needs_few_passes(k, most, sharpness, device, variant):
     """From `kmeans` to 1e-7 of the range in at most 20 passes, where plain iterations need hundreds."""
-    w = draw(200, 100, device=device)
+    w = numbers(200, 100, device=device)
     c = r2.kmeans(w, k)[None, :, None]
     tau, tol = torch.tensor([1 / k / sharpness], dtype=w.dtype, device=device), 1e-7 * (w.max() - w.min())[None]
     problem = tau, (k,), "euclidean", 1, "output"
@@ -99,7 +88,7 @@ def test_newton_needs_few_passes(k, most, sharpness, device, variant):
 @METRICS
 @pytest.mark.parametrize("d", [1, 2])
 def test_implicit_equals_many_unrolled_iterations(metric, d, device, variant):
-    w, g, tau = draw(40, 9, device=device), draw(40, 9, seed=2, device=device), 0.5
+    w, g, tau = numbers(40, 9, device=device), numbers(40, 9, seed=2, device=device), 0.5
     c = start(3, d, device=device)
     leaf = w.clone().requires_grad_()
     _, settled = r2.dkm(w, c, tau, iterations=400, metric=metric, cluster_dim=d)
@@ -119,9 +108,9 @@ def test_implicit_equals_many_unrolled_iterations(metric, d, device, variant):
 @METRICS
 @pytest.mark.parametrize("d", [1, 2])
 def test_equals_the_reference_under_autograd(d, metric, gradient, device, variant):
-    """Outputs, centroids, dL/dW and dL/dC_0 of the whole function, for a list with different numbers of clusters, in float64."""
-    ws = [draw(9, 7, seed=s, device=device).requires_grad_() for s in range(2)] + [
-        draw(11, seed=5, device=device).requires_grad_()
+    """Outputs, centroids, dL/dW and dL/dC_0 of the whole function, in float64; K differs from tensor to tensor."""
+    ws = [numbers(9, 7, seed=s, device=device).requires_grad_() for s in range(2)] + [
+        numbers(11, seed=5, device=device).requires_grad_()
     ]
     cs = [start(k, d, seed=k, device=device).requires_grad_() for k in (4, 3, 6)]
     results = []
@@ -138,7 +127,7 @@ def test_equals_the_reference_under_autograd(d, metric, gradient, device, varian
 @METRICS
 @pytest.mark.parametrize(("d", "layout"), [(1, "output"), (2, "output"), (3, "contiguous")])
 def test_gradcheck(d, layout, metric, device, variant):
-    ws = [draw(4, 3, seed=s, device=device).requires_grad_() for s in range(2)]
+    ws = [numbers(4, 3, seed=s, device=device).requires_grad_() for s in range(2)]
     cs = [start(k, d, seed=k, device=device).requires_grad_() for k in (3, 2)]
 
     def f(*inputs):
@@ -151,7 +140,7 @@ def test_gradcheck(d, layout, metric, device, variant):
 @METRICS
 def test_gradcheck_implicit(metric, device, variant):
     """The fixed point moves with W as the implicit gradient says."""
-    w = draw(6, 5, device=device).requires_grad_()
+    w = numbers(6, 5, device=device).requires_grad_()
 
     def f(w):
         return r2.dkm(
@@ -170,7 +159,7 @@ def test_gradcheck_implicit(metric, device, variant):
 
 @METRICS
 def test_centroids_keep_the_order_of_the_caller(metric, device, variant):
-    w, c = draw(50, 9, device=device), start(7, device=device)
+    w, c = numbers(50, 9, device=device), start(7, device=device)
     order = torch.randperm(7, generator=torch.Generator().manual_seed(4)).to(device)
     w_hat, centroids = r2.dkm(w, c, 0.3, metric=metric)
     w_hat_2, centroids_2 = r2.dkm(w, c[order], 0.3, metric=metric)
@@ -179,42 +168,13 @@ def test_centroids_keep_the_order_of_the_caller(metric, device, variant):
         assert (centroids[c.argsort()].diff() >= 0).all()
 
 
-def test_nothing_is_mutated_and_bits_are_the_same_every_run(device, variant):
-    w, c = draw(300, 211, device=device).float(), start(16, device=device).float()
-    kept = w.clone(), c.clone()
-    leaf = w.requires_grad_()
-    found = []
-    threads = torch.get_num_threads()
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            w_hat, centroids = r2.dkm(leaf, c, 0.05)
-            found.append((w_hat, centroids, torch.autograd.grad(w_hat.square().sum(), leaf)[0]))
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(w, kept[0]) and torch.equal(c, kept[1])
-    for other in found[1:] if variant.backend != "reference" else ():
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
-
-
-@GRADIENTS
-@pytest.mark.parametrize("metric", ["euclidean", "sqeuclidean"])
-def test_saved_for_backward_is_w_and_little_else(metric, gradient, device, variant):
-    w, k, iterations = draw(100, 100, device=device).float().requires_grad_(), 16, 7
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        r2.dkm(w, start(k, device=device).float(), 0.05, iterations=iterations, metric=metric, gradient=gradient)
-    sizes = sorted(t.numel() for t in saved)
-    assert sizes[-1] == w.numel() and sum(sizes[:-1]) <= (4 * iterations + 2) * k + 1
-
-
 def test_leftovers_and_strides(device, variant):
     """Ŵ lies as W does; the numel mod d numbers that are left over pass through, and so does their gradient."""
     for w, d, layout in (
-        (draw(7, 3, device=device), 2, "contiguous"),
-        (draw(7, 3, device=device), 2, "output"),
-        (draw(7, 4, device=device).t(), 1, "output"),
-        (draw(8, 6, 3, 3, device=device).contiguous(memory_format=torch.channels_last), 4, "output"),
+        (numbers(7, 3, device=device), 2, "contiguous"),
+        (numbers(7, 3, device=device), 2, "output"),
+        (numbers(7, 4, device=device).t(), 1, "output"),
+        (numbers(8, 6, 3, 3, device=device).contiguous(memory_format=torch.channels_last), 4, "output"),
     ):
         leaf = w.clone(memory_format=torch.preserve_format).requires_grad_()
         w_hat, _ = r2.dkm(leaf, start(3, d, device=device), 0.4, cluster_dim=d, layout=layout)
@@ -268,7 +228,7 @@ def test_edges(name, metric, device, variant):
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
 def test_nan_and_inf(special, d, metric, device, variant):
     for dtype in (torch.float32, torch.bfloat16):
-        w = draw(40, 9, device=device).to(dtype)
+        w = numbers(40, 9, device=device).to(dtype)
         w[3, 2] = special
         leaf = w.requires_grad_()
         w_hat, c = r2.dkm(leaf, start(4, d, device=device).float(), 0.2, metric=metric, cluster_dim=d)
@@ -282,7 +242,7 @@ def test_nan_and_inf(special, d, metric, device, variant):
 
 @METRICS
 def test_invalid_tau_in_a_tensor_gives_nan(metric, device, variant):
-    w, c = draw(40, 9, device=device), start(4, device=device)
+    w, c = numbers(40, 9, device=device), start(4, device=device)
     tau = torch.tensor([0.1, 0.0, -1.0, float("nan")], dtype=torch.float64, device=device)
     w_hat, centroids = r2.dkm([w] * 4, [c] * 4, tau, metric=metric)
     assert [x.isnan().all().item() for x in centroids] == [False, True, True, True]
@@ -293,7 +253,7 @@ def test_invalid_tau_in_a_tensor_gives_nan(metric, device, variant):
 @pytest.mark.parametrize("k", [1, 5, 256, 300])
 def test_assign(d, k, device, variant):
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        ws = [draw(60, 11, device=device).to(dtype), draw(301, seed=2, device=device).to(dtype)]
+        ws = [numbers(60, 11, device=device).to(dtype), numbers(301, seed=2, device=device).to(dtype)]
         c = start(k, d, device=device).to(torch.promote_types(dtype, torch.float32))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="centroids")
@@ -316,180 +276,9 @@ def test_assign_literals(layer, device):
     ).tolist() == [0, 1]
 
 
-CENTROIDS = torch.tensor([0.1, 0.2])
-BAD = [
-    (lambda f: f(0.1, CENTROIDS, 1.0), TypeError, "W must be a floating-point tensor or a sequence of them, got float"),
-    (lambda f: f(torch.ones(4), [0.1, 0.2], 1.0), TypeError, "centroids must be a tensor, got list"),
-    (
-        lambda f: f([torch.ones(4)], CENTROIDS, 1.0),
-        TypeError,
-        "centroids must be a sequence of 1 tensors, one for each tensor of W, got Tensor",
-    ),
-    (lambda f: f([torch.ones(4)], [CENTROIDS] * 2, 1.0), ValueError, "centroids has 2 tensors; W has 1"),
-    (lambda f: f([torch.ones(4)], [0.3], 1.0), TypeError, r"centroids\[0\] must be a tensor, got float"),
-    (
-        lambda f: f(torch.ones(4), CENTROIDS[:0], 1.0),
-        ValueError,
-        r"centroids has shape \(0,\); allowed is \(K,\) with K >= 1 for cluster_dim=1",
-    ),
-    (lambda f: f(torch.ones(4), CENTROIDS[None], 1.0), ValueError, r"centroids has shape \(1, 2\); allowed is \(K,\)"),
-    (
-        lambda f: f(torch.ones(4), CENTROIDS, 1.0, cluster_dim=2),
-        ValueError,
-        r"centroids has shape \(2,\); allowed is \(K, 2\) with K >= 1 for cluster_dim=2",
-    ),
-    (
-        lambda f: f(torch.ones(4), CENTROIDS.double(), 1.0),
-        TypeError,
-        "centroids has dtype torch.float64; allowed is torch.float32 for W of torch.float32",
-    ),
-    (
-        lambda f: f(torch.ones(4).double(), CENTROIDS, 1.0),
-        TypeError,
-        "centroids has dtype torch.float32; allowed is torch.float64",
-    ),
-    (lambda f: f(torch.ones(4), CENTROIDS.to("meta"), 1.0), ValueError, "centroids is on meta but W is on cpu"),
-    (lambda f: f(torch.ones(4), CENTROIDS, 0.0), ValueError, "tau must be a finite number > 0, got 0"),
-    (lambda f: f(torch.ones(4), CENTROIDS, -1), ValueError, "tau must be a finite number > 0, got -1"),
-    (lambda f: f(torch.ones(4), CENTROIDS, float("nan")), ValueError, "tau must be a finite number > 0, got nan"),
-    (lambda f: f(torch.ones(4), CENTROIDS, "1"), TypeError, "tau must be a number or a tensor, got str"),
-    (lambda f: f(torch.ones(4), CENTROIDS, torch.tensor(1.0, requires_grad=True)), ValueError, "tau requires grad"),
-    (
-        lambda f: f(torch.ones(4), CENTROIDS, 1.0, iterations=0),
-        ValueError,
-        'iterations must be an int >= 1 or "converge", got 0',
-    ),
-    (
-        lambda f: f(torch.ones(4), CENTROIDS, 1.0, iterations=2.0),
-        TypeError,
-        'iterations must be an int >= 1 or "converge", got 2.0',
-    ),
-    (
-        lambda f: f(torch.ones(4), CENTROIDS, 1.0, iterations="forever"),
-        TypeError,
-        "iterations must be an int >= 1 or \"converge\", got 'forever'",
-    ),
-    (lambda f: f(torch.ones(4), CENTROIDS, 1.0, max_passes=0), ValueError, "max_passes must be an int >= 1, got 0"),
-    (
-        lambda f: f(torch.ones(4), CENTROIDS, 1.0, metric="cosine"),
-        ValueError,
-        r"metric must be one of \('euclidean', 'sqeuclidean'\), got 'cosine'",
-    ),
-    (
-        lambda f: f(torch.ones(4), CENTROIDS, 1.0, gradient="none"),
-        ValueError,
-        r"gradient must be one of \('unrolled', 'last', 'implicit'\), got 'none'",
-    ),
-    (
-        lambda f: f(torch.ones(4), CENTROIDS, 1.0, tol=1e-3),
-        ValueError,
-        'tol=0.001 is only used with iterations="converge", got iterations=5',
-    ),
-    (
-        lambda f: f(torch.ones(4), CENTROIDS, 1.0, tol=-1.0, iterations="converge"),
-        ValueError,
-        "tol must be a finite number > 0, got -1",
-    ),
-    (lambda f: f(torch.ones(4), CENTROIDS, 1.0, cluster_dim=0), ValueError, "cluster_dim must be an int >= 1, got 0"),
-]
-
-
-@LAYERS
-@pytest.mark.parametrize(("call", "error", "message"), BAD, ids=[message for _, _, message in BAD])
-def test_bad_input(call, error, message, layer):
-    with pytest.raises(error, match=message):
-        call(layer.dkm)
-
-
-@LAYERS
-def test_more_clusters_than_rows_warns(layer, device):
-    with pytest.warns(UserWarning, match="centroids has 3 clusters for 2 rows of W"):
-        layer.dkm(torch.tensor([0.1, 0.2], device=device), torch.tensor([0.1, 0.2, 0.3], device=device), 0.1)
-
-
-def test_not_converged_warns(device):
-    with pytest.warns(
-        UserWarning,
-        match=r"1 of 2 tensors did not converge in max_passes=2 \(index: largest \|F\(C\) - C\|: 1: .* > .*\)",
-    ):
-        r2.dkm(
-            [torch.ones(3, device=device), draw(50, 9, device=device).float()],
-            [torch.ones(1, device=device), start(5, device=device).float()],
-            0.3,
-            iterations="converge",
-            max_passes=2,
-        )
-
-
-def test_second_derivatives_raise(device, variant):
-    w = draw(5, 3, device=device).requires_grad_()
-    (g,) = torch.autograd.grad(r2.dkm(w, start(2, device=device), 0.5)[0].sum(), w, create_graph=False)
-    assert g.isfinite().all()
-    with pytest.raises(RuntimeError, match="second derivatives"):
-        torch.autograd.grad(r2.dkm(w, start(2, device=device), 0.5)[0].sum(), w, create_graph=True)
-
-
-@METRICS
-@pytest.mark.parametrize("d", [1, 2])
-def test_opcheck(d, metric, device):
-    ws = [draw(9, 4, device=device).float(), draw(13, seed=2, device=device).float()]
-    c = torch.stack([start(4, d, seed=s, device=device).reshape(4, d) for s in range(2)]).float().sort(1).values
-    c[1, 3] = 0
-    problem = torch.tensor([0.5, 0.4], device=device), (4, 3), metric, d, "output"
-    torch.library.opcheck(ops.op["dkm_fwd"], (ws, c, 3, *problem))
-    buffers, history, moments = ops.op["dkm_fwd"](ws, c, 3, *problem)
-    for gradient in ("unrolled", "last", "implicit"):
-        torch.library.opcheck(
-            ops.op["dkm_bwd"], (c, ws, [torch.ones_like(w) for w in ws], history, moments, gradient, True, *problem)
-        )
-    torch.library.opcheck(
-        ops.op["dkm_solve"], (ws, c, torch.tensor([1e-3, 1e-3], dtype=torch.float64, device=device), 50, True, *problem)
-    )
-    torch.library.opcheck(ops.op["assign_fwd"], (ws, c, (4, 3), d, "output"))
-    assert len(buffers) in (1, 2)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"metric": "sqeuclidean", "gradient": "last"}, {"gradient": "implicit", "iterations": "converge"}],
-    ids=str,
-)
-@pytest.mark.parametrize("d", [1, 2])
-def test_compiled_equals_eager(d, options, device):
-    ws = [draw(9, 4, seed=s, device=device).requires_grad_() for s in range(2)]
-    cs = [start(3, d, device=device).requires_grad_() for _ in range(2)]
-
-    def step(ws, cs):
-        w_hat, c = r2.dkm(ws, cs, 0.5, cluster_dim=d, **options)
-        return sum(x.square().sum() for x in [*w_hat, *c]) + sum(x.sum() for x in r2.assign(ws, cs, cluster_dim=d))
-
-    results = []
-    for f in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        loss = f(ws, cs)
-        results.append([loss, *torch.autograd.grad(loss, [*ws, *cs], allow_unused=True)])
-    for eager, compiled in zip(*results, strict=True):
-        assert (eager is None or eager.count_nonzero() == 0) if compiled is None else torch.equal(eager, compiled)
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_float32_model_trains_under_compile(backend, device):
-    """A step as a user writes it: fresh W_hat from the weights, a loss on it, centroids carried on."""
-    layer, tau = torch.nn.Linear(16, 16, device=device), 0.05
-    c = r2.kmeans(layer.weight, 4)
-
-    @torch.compile(fullgraph=True, backend=backend)
-    def loss(weight, c, x):
-        w_hat, c = r2.dkm(weight, c, tau)
-        return torch.nn.functional.linear(x, w_hat).square().mean(), c
-
-    value, c = loss(layer.weight, c, torch.randn(4, 16, device=device))
-    value.backward()
-    assert layer.weight.grad.count_nonzero() > 0 and c.shape == (4,)
-
-
 def test_scale_of_the_cases():
     """The draws above have spread 1, those of the table `cases.SCALE`; a temperature is meant relative to it."""
-    w, c = draw(50, 9), start(5)
+    w, c = numbers(50, 9), start(5)
     for scale in (cases.SCALE, 40.0):
         a, b = r2.dkm(w, c, 0.3)[0], r2.dkm(w * scale, c * scale, 0.3 * scale)[0]
         assert_close(a * scale, b, rtol=1e-10, atol=1e-12)

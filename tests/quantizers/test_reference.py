@@ -1,4 +1,7 @@
-"""LSQ, EWGS, PACT, DoReFa as a user calls them: values by hand, gradients by finite differences, peers, parameters, errors, torch.compile."""
+"""LSQ, EWGS, PACT, DoReFa as a user calls them.
+
+Values by hand, gradients by finite differences, peers, parameters, errors, torch.compile.
+"""
 
 import math
 import warnings
@@ -374,7 +377,7 @@ numbers = st.floats(-50, 50, width=32)
 @settings(max_examples=60, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(numbers, min_size=1, max_size=40), st.floats(2**-6, 4, width=32), st.integers(1, 8), st.booleans())
 def test_lsq_properties(values, step, bits, signed):
-    """Within the range no further than half a step away; on its levels nothing moves; the reference agrees to the bit."""
+    """Within the range at most half a step away; on its levels nothing moves; the reference agrees to the bit."""
     x, s = torch.tensor(values), torch.tensor(step)
     y = r2.lsq(x, s, bits, signed=signed)
     assert torch.equal(y, reference.lsq(x, s, bits, signed=signed))

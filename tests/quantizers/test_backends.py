@@ -1,177 +1,31 @@
-"""The quantizers of every backend: what is to be the reference's bits is, and gradients are held to the reference by the budget of budget.py."""
+"""The quantizers of every backend: what is to be the reference's bits is, gradients are held to it by budget.py."""
 
 import math
-from typing import NamedTuple
 
 import budget
 import cases
 import pytest
 import torch
+from parametrize import first, first_dtypes
+from quantizers.calls import call, channels_last, dorefa_scale, expected, gradients, many_axes, mixed, numbers, truth
 
 import r2kernels as r2
-from r2kernels import ops
-from r2kernels.lists import carve_gradients
 from r2kernels.reference import quantizers as formulas
 from r2kernels.reference.columns import accumulator
-from r2kernels.reference.parameters import levels
 
 pytestmark = pytest.mark.usefixtures("nan_filled", "one_thread")
 
-EXACT = ("lsq", "ewgs", "pact")  # forward the bits of the reference; lsq and pact backward too
-OPS = (*EXACT, "dorefa")
+OPS = [op.function for op in cases.of("quantizers")]
+EXACT = [op for op in OPS if op != "dorefa"]  # forward the bits of the reference; lsq and pact backward too
 BITS = range(1, 9)
-
-
-def first(name, chosen, values, ids=None):
-    return pytest.mark.parametrize(
-        name, [v if v in chosen else pytest.param(v, marks=pytest.mark.exhaustive) for v in values], ids=ids
-    )
-
-
-def dtypes(*chosen):
-    return first("dtype", chosen, cases.DTYPES, lambda dtype: str(dtype)[6:])
-
 
 every_op = pytest.mark.parametrize("op", OPS)
 every_flag = pytest.mark.parametrize("flag", [True, False], ids=["flag", "plain"])
 
 
-class Call(NamedTuple):
-    """One forward and backward: `flag` is signed, plus or detach_max."""
-
-    op: str
-    gs: list
-    xs: list
-    parameters: list
-    bits: int
-    flag: bool
-    axis: int | None = None
-
-    @property
-    def arguments(self):
-        return [*self.parameters, self.bits, self.flag, *([self.axis] if self.op == "lsq" else [])]
-
-    def to(self, dtype):
-        wide = accumulator(dtype)
-        return self._replace(
-            gs=[g.to(dtype) for g in self.gs],
-            xs=[x.to(dtype) for x in self.xs],
-            parameters=[p.to(wide) for p in self.parameters],
-        )
-
-    def forward(self):
-        return carve_gradients(ops.call[self.op + "_fwd"](self.xs, *self.arguments), self.xs)
-
-    def backward(self):
-        """(gradients of xs, gradients of parameters)"""
-        buffers, of_parameters = self.buffers()
-        return carve_gradients(buffers, self.xs), of_parameters
-
-    def buffers(self):
-        result = ops.call[self.op + "_bwd"](self.gs, self.xs, *self.arguments)
-        buffers, *of_parameters = result if isinstance(result, tuple) else (result,)
-        return buffers, of_parameters
-
-
-def call(op, xs, bits, flag, axis=None, seed=0, spread=1.0):
-    """Parameters that fit numbers of standard deviation `spread`, different ones for each tensor or channel."""
-    g, wide, device = torch.Generator().manual_seed(seed + 77), accumulator(xs[0].dtype), xs[0].device
-    count = len(xs) if axis is None else sum(x.shape[axis] for x in xs)
-
-    def around(value):
-        return (value * (0.7 + 0.6 * torch.rand(count, generator=g, dtype=torch.float64))).to(device, wide)
-
-    if op == "lsq":
-        parameters = [around(2.5 * spread / (levels(bits, flag)[1] + 0.5))]
-    elif op == "ewgs":
-        parameters = [around(-1.5 * spread), around(1.8 * spread), around(0.1)]
-    elif op == "pact":
-        parameters = [around(1.5 * spread)]
-    else:
-        parameters = [dorefa_scale(xs, bits)]
-    gs = [torch.randn(x.shape, generator=g, dtype=torch.float64).to(device, x.dtype) for x in xs]
-    return Call(op, gs, xs, parameters, bits, flag, axis)
-
-
-def dorefa_scale(xs, bits):
-    rows = []
-    for x in xs:
-        a = x.to(accumulator(x.dtype)).abs()
-        rows.append(
-            torch.stack([a.mean(), torch.ones_like(a.mean())])
-            if bits == 1
-            else torch.stack([a.amax(), (a == a.amax()).sum().to(a.dtype)])
-        )
-    return torch.stack(rows)
-
-
-def numbers(shape, dtype, device, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device, dtype)
-
-
-def mixed(dtype, device, seed=0):
-    """All forms and sizes around those of chunks and vectors, ties at the maximum among them."""
-    xs = [
-        numbers(shape, dtype, device, seed + i)
-        for i, shape in enumerate(
-            [
-                (),
-                (1,),
-                (2,),
-                (7,),
-                (15, 1),
-                (33,),
-                (4095,),
-                (4096,),
-                (4097,),
-                (37, 311),
-                (12289,),
-                (3, 1, 5),
-                (16, 8, 5, 5),
-                (31, 66),
-                (64, 50),
-                (64, 1),
-                (5001,),
-            ]
-        )
-    ]
-    xs[8] = xs[8].clamp(-1, 1)
-    return [
-        *xs[:12],
-        xs[12].contiguous(memory_format=torch.channels_last),
-        xs[13].t(),
-        xs[14][:, ::2],
-        xs[15].expand(64, 9),
-        xs[16][1:],
-    ]
-
-
-def many_axes(dtype, device):
-    return [
-        numbers(shape, dtype, device, i)
-        for i, shape in enumerate([(37, 61), (4, 70, 5, 5), (2, 9, 7, 7), (1, 1), (3, 1000), (5000, 3), (1, 12, 40)])
-    ]
-
-
-def channels_last(xs):
-    return [
-        x.contiguous(memory_format=torch.channels_last)
-        if x.dim() == 4
-        else x.t().contiguous().t()
-        if x.dim() == 2
-        else x
-        for x in xs
-    ]
-
-
 def same(a, b):
     """Equal numbers, NaN where NaN is."""
     return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | (a.isnan() & b.isnan())).all())
-
-
-def expected(one):
-    with r2.use_backend("reference"):
-        return one.forward(), *one.backward()
 
 
 def at_half_steps(one, dtype):
@@ -187,7 +41,7 @@ def at_half_steps(one, dtype):
     return one._replace(xs=[*one.xs[:8], x, *one.xs[9:]], gs=[*one.gs[:8], torch.ones_like(x), *one.gs[9:]])
 
 
-@dtypes(torch.float32, torch.bfloat16)
+@first_dtypes(torch.float32, torch.bfloat16)
 @first("bits", (1, 2, 4, 8), BITS)
 @every_flag
 @pytest.mark.parametrize("op", EXACT)
@@ -206,7 +60,7 @@ def test_the_bits_of_the_reference(op, flag, bits, dtype, device, variants):
             )
 
 
-@dtypes(torch.float32, torch.bfloat16)
+@first_dtypes(torch.float32, torch.bfloat16)
 @first("bits", (1, 3), BITS)
 @pytest.mark.parametrize("form", [lambda xs: xs, channels_last], ids=["contiguous", "channels last"])
 @pytest.mark.parametrize("axis", [0, 1, -1])
@@ -222,7 +76,7 @@ def test_channels(axis, form, bits, dtype, device, variants):
         assert ((step - g_step).abs() <= 64 * torch.finfo(step.dtype).eps * (1 + g_step.abs())).all(), v
 
 
-@dtypes(torch.float32)
+@first_dtypes(torch.float32)
 @pytest.mark.parametrize("value", [1e-40, 1e-30, 1e-19, 3e17, 1e19, 1e30, 3e38])
 def test_steps_of_any_size(value, dtype, device, variants):
     """Quotients that are subnormal, infinite or rounded twice elsewhere."""
@@ -251,7 +105,7 @@ def scaled(x, bits):
     return (2**bits - 1) * (t / (2 * formulas.dorefa_scale(x.double().abs().amax(), bits)) + 0.5)
 
 
-@dtypes(torch.float32, torch.float16)
+@first_dtypes(torch.float32, torch.float16)
 @first("bits", (1, 2, 8), BITS)
 @pytest.mark.parametrize("spread", [1e-4, 0.1, 1.0, 30.0])
 def test_dorefa(spread, bits, dtype, device, variants):
@@ -272,57 +126,13 @@ def test_dorefa(spread, bits, dtype, device, variants):
                 assert not differs.any(), v
 
 
-def truth(one):
-    """The reference in float64 on the same numbers, and the natural scales: of dx its RMS, of a parameter's gradient the sum of its terms' sizes."""
-    wide = one.to(torch.float64)
-    _, exact, of_parameters = expected(wide)
-    scales = []
-    for i, (g, x, dx) in enumerate(zip(wide.gs, wide.xs, exact, strict=True)):
-        if one.op == "lsq":
-            step, (low, high) = wide.parameters[0][i], levels(one.bits, one.flag)
-            v = x / step
-            slope = torch.where(v < -low, low, torch.where(v > high, high, formulas.code(v, one.bits, one.flag) - v))
-            scales.append([(g * slope).abs().sum() / math.sqrt(x.numel() * high)])
-        elif one.op == "ewgs":
-            scales.append([dx.abs().sum()] * 2)
-        elif one.op == "pact":
-            scales.append(
-                [g[x >= wide.parameters[0][i]].abs().sum() + (g.abs().sum() / 2**one.bits if one.flag else 0)]
-            )
-    return exact, of_parameters, torch.tensor(scales, dtype=torch.float64, device=one.xs[0].device)
-
-
-def errors(one, exact, of_parameters, scales):
-    gradients, found = one.backward()
-    worth = [g.double().square().mean().sqrt() / x.numel() for g, x in zip(one.gs, one.xs, strict=True)]
-    dx = [
-        (a.double() - e).square().mean().sqrt() / (e.square().mean().sqrt() + w)
-        for a, e, w in zip(gradients, exact, worth, strict=True)
-    ]
-    pools = {"dW": torch.stack(dx)}
-    for i, (a, e) in enumerate(zip(found, of_parameters, strict=True)):
-        pools[f"dparameter {i}"] = budget.relative((a.double() - e).abs(), scales[:, i])
-    return pools
-
-
-@dtypes(torch.float32, torch.bfloat16)
+@first_dtypes(torch.float32, torch.bfloat16)
 @first("bits", (3,), (1, 2, 3, 8))
 @every_flag
 @every_op
 def test_budget(op, flag, bits, dtype, device, variants):
-    narrow = dtype == torch.float64
-    own, pools = budget.Pool(), {v: budget.Pool() for v in variants}
-    for seed in range(4):
-        one = call(op, mixed(dtype, device, 100 * seed), bits, flag, seed=seed)
-        of_reference = one.to(torch.float32) if narrow else one
-        with r2.use_backend("reference"):
-            own.add(errors(of_reference, *truth(of_reference)))
-        exact = truth(one)
-        for v, pool in pools.items():
-            with v.chosen():
-                pool.add(errors(one, *exact))
-    failures = budget.exceeded(own, pools, dtype, narrow)
-    assert not failures, "\n" + failures
+    draws = [call(op, mixed(dtype, device, 100 * seed), bits, flag, seed=seed) for seed in range(4)]
+    budget.hold(draws, variants, gradients, truth)
 
 
 @pytest.mark.parametrize("op", EXACT)
@@ -331,15 +141,16 @@ def test_sums_of_many(op, device, variant):
     x = numbers((300_001,), torch.float32, device)
     one = call(op, [x], 4, op != "lsq")
     one = one._replace(gs=[torch.full_like(x, 0.1)])
-    _, exact, scales = truth(one)
-    for i, (a, e) in enumerate(zip(one.backward()[1], exact, strict=True)):
-        assert (a.double() - e).abs() <= 8 * torch.finfo(torch.float32).eps * scales[0, i]
+    exact, scales = truth(one)
+    for i, a in enumerate(one.backward()[1]):
+        name = f"dparameter {i}"
+        assert (a.double() - exact[name]).abs() <= 8 * torch.finfo(torch.float32).eps * scales[name]
 
 
 SPECIALS = [math.nan, math.inf, -math.inf]
 
 
-@dtypes(torch.float32, torch.float16)
+@first_dtypes(torch.float32, torch.float16)
 @pytest.mark.parametrize("place", ["x", "g"])
 @every_op
 def test_nan_and_inf(op, place, dtype, device, variant):
@@ -392,7 +203,7 @@ def test_a_channel_of_no_use_gives_nan(axis, device, variant):
         same_specials(one._replace(parameters=[step]), "lsq")
 
 
-@dtypes(torch.float32)
+@first_dtypes(torch.float32)
 @every_op
 def test_the_same_bits_each_time(op, dtype, device, variant):
     """And for any number of threads."""

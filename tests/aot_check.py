@@ -39,9 +39,9 @@ def load_kernels():
     package = types.ModuleType("kernels")
     package.__path__ = [str(SOURCES)]
     sys.modules["kernels"] = package
-    return importlib.import_module("kernels.common"), {
-        **vars(importlib.import_module("kernels.range")),
-        **vars(importlib.import_module("kernels.moments")),
+    return importlib.import_module("kernels.skeletons"), {
+        **vars(importlib.import_module("kernels.range_losses_kernels")),
+        **vars(importlib.import_module("kernels.moments_kernels")),
     }
 
 

@@ -16,7 +16,7 @@ import aot_check
 import triton
 from aot_check import DTYPES, accumulator, common
 
-scalar, rows, sums = (importlib.import_module(f"kernels.dkm_{name}") for name in ("scalar", "rows", "sums"))
+scalar, rows, sums = (importlib.import_module(f"kernels.dkm_{name}_kernels") for name in ("scalar", "rows", "sums"))
 TABLES = {
     "p_weights": "*i64",
     "p_grads": "*i64",

@@ -16,7 +16,7 @@ import triton
 from aot_check import DTYPES, accumulator, common
 from triton.compiler import ASTSource
 
-quantizers, regularizers = (importlib.import_module(f"kernels.{name}") for name in ("quantizers", "regularizers"))
+quantizers, regularizers = (importlib.import_module(f"kernels.{name}_kernels") for name in ("quantizers", "regularizers"))
 FORMULAS = {  # of the passes: SETUP, parameters, sums, FLAG
     "lsq_fwd": ("lsq", 1, 0, False),
     "lsq_bwd": ("lsq", 1, 1, False),

@@ -255,12 +255,11 @@ def test_chunks_groups_and_bits(triton, monkeypatch):
 @pytest.mark.parametrize("d", [1, 3])
 def test_flat_target(d, triton, monkeypatch):
     """As on a GPU: in one tensor, leftovers passed on and the gaps zeroed."""
-    from r2kernels.backends.triton import dkm as clustering
-    from r2kernels.backends.triton import skeletons as common
+    from r2kernels.backends.triton import chunks
 
     ws = [draw(50, 2).float(), draw(64).float(), draw(7).float()]
     flat = torch.full((weights.gradient_offsets(ws)[-1],), math.nan)
-    monkeypatch.setattr(clustering.DKM, "_targets", lambda job: ([flat], flat, common.FLAT))
+    monkeypatch.setattr(triton, "_targets", lambda *_: ([flat], flat, chunks.FLAT))
     c = torch.stack([start(3, d, seed=s).reshape(3, d).sort(0).values for s in range(3)]).float()
     problem = ws, torch.tensor([0.3] * 3), (3,) * 3, "euclidean", d, "contiguous"
     exact = reference.DKM(*problem)

@@ -14,6 +14,7 @@ import r2kernels as r2
 from r2kernels import lists as weights
 from r2kernels import reference
 from r2kernels.backends import select
+from r2kernels.backends.triton import chunks
 from r2kernels.reference.columns import accumulator
 
 BITS = [(torch.float32, bits) for bits in (1, 2, 5, 8)] + [
@@ -289,13 +290,7 @@ def test_flat_target_and_added_gradients(triton, monkeypatch):
     triton.msqe_bwd(grad, ws, step, saved, 3, out=sums)
     close(sums, [e + 1 for e in exact])
     exact_y = triton.lsq_fwd(ws, step[:, 0], 3, True, None)
-    monkeypatch.setattr(triton.skeletons, "TABLE", triton.skeletons.FLAT)
-    monkeypatch.setattr(weights, "empty_gradients", lambda *_: [flat])
-    monkeypatch.setattr(
-        weights,
-        "device_table",
-        lambda tensors, device, plain=weights.device_table: flat if tensors[0] is flat else plain(tensors, device),
-    )
+    monkeypatch.setattr(triton, "_targets", lambda *_, **__: ([flat], flat, chunks.FLAT))
     for run, wanted in (
         (lambda: triton.lsq_fwd(ws, step[:, 0], 3, True, None), exact_y),
         (lambda: triton.msqe_bwd(grad, ws, step, saved, 3), exact),

@@ -1,7 +1,9 @@
-"""What the compiler makes of the Triton kernels, without a GPU: no spills, 128-bit accesses, and as few instructions per weight as the memory allows.
+"""What the compiler makes of the Triton kernels, without a GPU: no spills, 128-bit accesses, and as few instructions
+per weight as the memory allows.
 
-An H200 reads 4.3 fp32 or 8.6 16-bit weights per clock and multiprocessor, which issues 128 instructions: 30 or 15 a weight in a forward pass, twice that
-in a backward pass. Registers and instructions differ between versions of Triton, so the one that GPUs run today is asked where it is installed.
+An H200 reads 4.3 fp32 or 8.6 16-bit weights per clock and multiprocessor, which issues 128 instructions: 30 or 15 a
+weight in a forward pass, twice that in a backward pass. Registers and instructions differ between versions of Triton,
+so the one that GPUs run today is asked where it is installed.
 """
 
 import json

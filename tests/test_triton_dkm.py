@@ -1,4 +1,5 @@
-"""DKM in Triton: what the compiler makes of the kernels, and beside that, in a process of its own, interpreted_dkm.py."""
+"""DKM in Triton: what the compiler makes of the kernels, and beside that, in a process of its own,
+interpreted_dkm.py."""
 
 import json
 import os

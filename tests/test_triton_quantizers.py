@@ -1,4 +1,5 @@
-"""Quantizers and regularizers in Triton: what the compiler makes of the kernels, and beside that, in a process of its own, interpreted_quantizers.py."""
+"""Quantizers and regularizers in Triton: what the compiler makes of the kernels, and beside that, in a process of its
+own, interpreted_quantizers.py."""
 
 import json
 import os

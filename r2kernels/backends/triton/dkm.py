@@ -14,7 +14,7 @@ MERGED = 8  # centroids that a program merges
 
 
 class DKM:
-    """The passes of `reference.DKM` over a list. W_hat and dL/dW of scalars in the Euclidean metric are O(1) per weight;
+    """The passes of `reference.DKM` over a list. W_hat and dL/dW of scalars in the Euclidean metric cost O(1) a weight;
     all else is O(K)."""
 
     def __init__(self, launcher, weights, tau, clusters, metric, d, layout):

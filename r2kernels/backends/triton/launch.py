@@ -14,7 +14,7 @@ OPTIONS = {"num_warps": chunks.WARPS, "enable_fp_fusion": True}
 
 
 class Launcher:
-    """On CUDA tensors; under the interpreter on CPU tensors, since that reads the addresses in a table as the host's."""
+    """On CUDA tensors; in the interpreter on CPU tensors, since that reads the addresses in a table as the host's."""
 
     def __init__(self, interpreted):
         self.interpreted = interpreted

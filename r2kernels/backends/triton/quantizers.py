@@ -10,12 +10,12 @@ from .launch import OPTIONS, Launcher, current, types
 from .quantizers_kernels import QUANTIZERS, correct_maxima
 from .skeletons import MERGE_LANES
 
-COLUMNS, LANES = 32, 16  # channels that a program merges, and chunks of each at a time; of one alone MERGE_LANES chunks
+COLUMNS, LANES = 32, 16  # channels that a program merges, and chunks of each at a time; of one channel MERGE_LANES
 
 
 class Quantizers(Launcher, launchers.Quantizers):
-    """Codes of LSQ run from -LOW to HIGH, those of the others from 0 to HIGH. FLAG says of EWGS that its codes are signed,
-    and of the gradient of PACT that it is PACT+'s."""
+    """Codes of LSQ run from -LOW to HIGH, those of the others from 0 to HIGH. FLAG: codes of EWGS are signed; the
+    gradient of PACT is that of PACT+."""
 
     def _quantize(self, op, xs, parameters, bits, flag, axis):
         low, high = levels(bits, op is LSQ and flag)

@@ -24,7 +24,7 @@ from .skeletons import (
     zero_block,
 )
 
-LANES_OF = {  # term -> blocks in its state; frozen is soft_min_max where alpha learns nothing
+BLOCKS = {  # term -> blocks in its state; frozen is soft_min_max where alpha learns nothing
     "l_inf": 2,
     "margin": 2,
     "soft_min_max": 6,
@@ -34,27 +34,43 @@ LANES_OF = {  # term -> blocks in its state; frozen is soft_min_max where alpha 
     "msqe": 2,
     "partial_l2": 1,
 }
-KEYS = tuple(LANES_OF)
+KEYS = tuple(BLOCKS)
 L_INF, MARGIN, SOFT_MIN_MAX, FROZEN, KURE, BIN_REG, MSQE, PARTIAL_L2 = [tl.constexpr(i) for i in range(len(KEYS))]
 
 
 def encode(names, bits):
-    """The terms of a set as numbers: which it is + 16 its bits + 256 where its blocks begin in the state of all."""
+    """The terms of a set as numbers: which it is + 16 its bits + 256 where its state begins in that of all."""
     codes, first = [], 0
     for name, width in zip(names, bits, strict=True):
         codes.append(KEYS.index(name) + 16 * width + 256 * first)
-        first += LANES_OF[name]
+        first += BLOCKS[name]
     return tuple(codes)
 
 
 @triton.constexpr_function
-def lanes_of(term):
-    return LANES_OF[KEYS[term]]
+def term_of(code):
+    return code % 16
+
+
+@triton.constexpr_function
+def bits_of(code):
+    return code // 16 % 16
+
+
+@triton.constexpr_function
+def start_of_state(code):
+    return code // 256
+
+
+@triton.constexpr_function
+def length_of_state(code):
+    return BLOCKS[KEYS[code % 16]]
 
 
 @triton.jit
-def begin_term(rows, p_first, p_saved, column, TERM: tl.constexpr, BITS: tl.constexpr):
+def begin_term(rows, p_first, p_saved, column, CODE: tl.constexpr):
     """(constants, the state before any weight)"""
+    TERM: tl.constexpr = term_of(CODE)
     zero = zero_block(rows)
     if TERM == L_INF:
         none = tl.zeros([rows.BLOCK], tl.int64 if rows.ACC.is_fp64() else tl.int32)
@@ -69,7 +85,7 @@ def begin_term(rows, p_first, p_saved, column, TERM: tl.constexpr, BITS: tl.cons
         inf = zero + float("inf")
         return (moments.centre_of_block(rows),), (zero, zero, zero, zero, inf, -inf)
     elif TERM == BIN_REG:
-        return regularizers.bin_reg_constants(p_first, p_saved, column, BITS), (zero,)
+        return regularizers.bin_reg_constants(p_first, p_saved, column, bits_of(CODE)), (zero,)
     elif TERM == MSQE:
         return regularizers.msqe_constants(p_first, column), (zero, zero)
     else:
@@ -77,7 +93,8 @@ def begin_term(rows, p_first, p_saved, column, TERM: tl.constexpr, BITS: tl.cons
 
 
 @triton.jit
-def step_term(b_w, constants, state, TERM: tl.constexpr, BITS: tl.constexpr):
+def step_term(b_w, constants, state, CODE: tl.constexpr):
+    TERM: tl.constexpr = term_of(CODE)
     if TERM == L_INF:
         return range_losses.l_inf_step(b_w, constants, state)
     elif TERM == MARGIN:
@@ -89,9 +106,9 @@ def step_term(b_w, constants, state, TERM: tl.constexpr, BITS: tl.constexpr):
     elif TERM == KURE:
         return moments.power_sums_step(b_w, constants, state)
     elif TERM == BIN_REG:
-        return regularizers.bin_reg_step(b_w, constants, state, BITS)
+        return regularizers.bin_reg_step(b_w, constants, state, bits_of(CODE))
     elif TERM == MSQE:
-        return regularizers.msqe_step(b_w, constants, state, BITS)
+        return regularizers.msqe_step(b_w, constants, state, bits_of(CODE))
     else:
         return regularizers.partial_l2_step(b_w, constants, state)
 
@@ -100,32 +117,31 @@ def step_term(b_w, constants, state, TERM: tl.constexpr, BITS: tl.constexpr):
 def state_of_term(state, CODE: tl.constexpr):
     """The blocks that belong to one term."""
     chosen = ()
-    for s in tl.static_range(lanes_of(CODE % 16)):
-        chosen += (state[CODE // 256 + s],)
+    for s in tl.static_range(length_of_state(CODE)):
+        chosen += (state[start_of_state(CODE) + s],)
     return chosen
 
 
 @triton.jit
 def terms_step(b_w, constants, state, TERMS: tl.constexpr):
+    """The step of every term, on the same weights."""
     kept = ()
     for k in tl.static_range(len(TERMS)):
-        kept += step_term(b_w, constants[k], state_of_term(state, TERMS[k]), TERMS[k] % 16, TERMS[k] // 16 % 16)
+        kept += step_term(b_w, constants[k], state_of_term(state, TERMS[k]), TERMS[k])
     return kept
 
 
 @triton.jit
-def finish_term(rows, p_first, column, constants, state, TERM: tl.constexpr):
+def finish_term(rows, p_first, column, constants, state, CODE: tl.constexpr):
     """The numbers that are kept of a chunk, as <op>_reduce of the term alone has them."""
+    TERM: tl.constexpr = term_of(CODE)
     if TERM == L_INF:
         return range_losses.top_and_ties(state[0].to(rows.ACC, bitcast=True), state[1])
     elif TERM == SOFT_MIN_MAX:
         _, top, bottom = constants
         s0, s1, s2, t0, t1, t2 = sum_blocks(state)
-        if (
-            (tl.maximum(s0, t0) > range_losses.MOST)
-            | range_losses.variance_is_lost(s0, s1, s2)
-            | range_losses.variance_is_lost(t0, t1, t2)
-        ):
+        lost = range_losses.variance_is_lost(s0, s1, s2) | range_losses.variance_is_lost(t0, t1, t2)
+        if lost | (tl.maximum(s0, t0) > range_losses.MOST):
             top, s0, s1, s2, bottom, t0, t1, t2 = range_losses.soft_sums(rows, p_first, column, True)
         return top, s0, s1, s2, bottom, t0, t1, t2
     elif TERM == FROZEN:
@@ -190,20 +206,22 @@ def reduce_terms(
 
 @triton.jit
 def reduce_rows_to_terms(rows, p_first, p_saved, p_state, t, TERMS: tl.constexpr):
+    """A function of its own because `Rows` must be an argument."""
     constants, state = (), ()
     for k in tl.static_range(len(TERMS)):
-        its_constants, its_state = begin_term(rows, p_first[k], p_saved[k], t, TERMS[k] % 16, TERMS[k] // 16 % 16)
+        its_constants, its_state = begin_term(rows, p_first[k], p_saved[k], t, TERMS[k])
         constants, state = constants + (its_constants,), state + its_state
     state = fold_rows(rows, constants, state, terms_step, TERMS)
     for k in tl.static_range(len(TERMS)):
-        kept = finish_term(rows, p_first[k], t, constants[k], state_of_term(state, TERMS[k]), TERMS[k] % 16)
+        kept = finish_term(rows, p_first[k], t, constants[k], state_of_term(state, TERMS[k]), TERMS[k])
         for s in tl.static_range(len(kept)):
             tl.store(p_state + k * tl.num_programs(0).to(tl.int64) * STATE + s, kept[s])
 
 
 @triton.jit
-def merge_term(states, p_first, p_second, p_saved, column, TERM: tl.constexpr):
+def merge_term(states, p_first, p_second, p_saved, column, CODE: tl.constexpr):
     """(loss, what is saved) of a term"""
+    TERM: tl.constexpr = term_of(CODE)
     if TERM == L_INF:
         return range_losses.l_inf_merge(states, p_first, p_second, column)
     elif TERM == MARGIN:
@@ -245,7 +263,7 @@ def merge_terms(
                 p_second[k],
                 p_saved[k],
                 t,
-                TERMS[k] % 16,
+                TERMS[k],
             )
             tl.store(p_losses[k] + t, losses[0])
             for s in tl.static_range(len(saved)):
@@ -253,8 +271,9 @@ def merge_terms(
 
 
 @triton.jit
-def setup_term(column, TERM: tl.constexpr, BITS: tl.constexpr):
+def setup_term(column, CODE: tl.constexpr):
     """(gradient of the parameter, constants of the gradient)"""
+    TERM: tl.constexpr = term_of(CODE)
     if TERM == L_INF:
         return range_losses.l_inf_setup(column)
     elif TERM == MARGIN:
@@ -264,7 +283,7 @@ def setup_term(column, TERM: tl.constexpr, BITS: tl.constexpr):
     elif TERM == KURE:
         return moments.kure_setup(column)
     elif TERM == BIN_REG:
-        return regularizers.bin_reg_setup(column, BITS)
+        return regularizers.bin_reg_setup(column, bits_of(CODE))
     elif TERM == MSQE:
         return regularizers.msqe_setup(column)
     else:
@@ -272,7 +291,8 @@ def setup_term(column, TERM: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def gradient_of_term(w, constants, TERM: tl.constexpr, BITS: tl.constexpr):
+def gradient_of_term(w, constants, CODE: tl.constexpr):
+    TERM: tl.constexpr = term_of(CODE)
     if TERM == L_INF:
         return range_losses.l_inf_gradient(w, constants)
     elif TERM == MARGIN:
@@ -282,18 +302,19 @@ def gradient_of_term(w, constants, TERM: tl.constexpr, BITS: tl.constexpr):
     elif TERM == KURE:
         return moments.kure_gradient(w, constants)
     elif TERM == BIN_REG:
-        return regularizers.bin_reg_gradient(w, constants, BITS)
+        return regularizers.bin_reg_gradient(w, constants, bits_of(CODE))
     elif TERM == MSQE:
-        return regularizers.msqe_gradient(w, constants, BITS)
+        return regularizers.msqe_gradient(w, constants, bits_of(CODE))
     else:
         return regularizers.partial_l2_gradient(w, constants)
 
 
 @triton.jit
 def terms_gradient(w, constants, TERMS: tl.constexpr):
-    total = gradient_of_term(w, constants[0], TERMS[0] % 16, TERMS[0] // 16 % 16)
+    """The sum of the gradients of all terms."""
+    total = gradient_of_term(w, constants[0], TERMS[0])
     for k in tl.static_range(1, len(TERMS)):
-        total += gradient_of_term(w, constants[k], TERMS[k] % 16, TERMS[k] // 16 % 16)
+        total += gradient_of_term(w, constants[k], TERMS[k])
     return total
 
 
@@ -323,9 +344,7 @@ def map_terms(
     constants = ()
     for k in tl.static_range(len(TERMS)):
         parameter_gradient, its_constants = setup_term(
-            Column(p_grads[k], 1, p_first[k], p_second[k], p_saved[k], t, t, n.to(ACC)),
-            TERMS[k] % 16,
-            TERMS[k] // 16 % 16,
+            Column(p_grads[k], 1, p_first[k], p_second[k], p_saved[k], t, t, n.to(ACC)), TERMS[k]
         )
         constants += (its_constants,)
         if p_parameter_gradients[k] is not None:

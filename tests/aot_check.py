@@ -1,13 +1,14 @@
-"""Compiles every Triton kernel ahead of time, without a GPU and without torch, and prints what ptxas made of it as one JSON list.
+"""Compiles the Triton kernels of the losses ahead of time, without GPU or torch; prints what ptxas made of them, as JSON.
 
-    python tests/aot_check.py [architecture ...]          default: 90 with every variant, 80 and 100 with the common ones
+    python tests/aot_check.py [architecture ...]        default: 90 with every variant, 80 and 100 with the common ones
 
-The cache lies where TRITON_CACHE_DIR says. Of each kernel: registers, stack and spills of all of it; of its hot loop the 128-bit loads
-and stores, other accesses, and instructions per weight.
+The cache lies where TRITON_CACHE_DIR says. Of each kernel: registers, stack and spills of all of it; of its hot loop
+the 128-bit loads and stores, other accesses, and instructions per weight.
 
-The hot loop is the innermost loop (a backward branch whose span holds no other) that loads without predicates, so not the masked tail, and
-the longest of those, so the sums rather than the search for extremes. Every instruction in its span counts, whatever it does. A 128-bit load
-brings 16 / itemsize weights to a thread (half of the loads bring old gradients where they are added to).
+The hot loop is the innermost loop (a backward branch whose span holds no other) that loads without predicates, so not
+the masked tail, and the longest of those, so the sums rather than the search for extremes. Every instruction in its
+span counts, whatever it does. A 128-bit load brings 16 / itemsize weights to a thread (half of the loads bring old
+gradients where they are added to).
 """
 
 import importlib

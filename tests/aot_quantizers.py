@@ -1,8 +1,9 @@
-"""Compiles the Triton kernels of the quantizers and regularizers ahead of time, like aot_check.py, and prints what ptxas made of them as one JSON list.
+"""Compiles the Triton kernels of the quantizers and of sets of terms ahead of time, like aot_check.py.
 
-    python tests/aot_quantizers.py [architecture ...]          default: 90 with every variant, 80 and 100 with the common ones
+    python tests/aot_quantizers.py [architecture ...]      default: 90 with every variant, 80 and 100 with the common
 
-`per_element`: instructions of the shortest way once round the loop over full tiles, for each element of x that it reads.
+`per_element`: instructions of the shortest way once round the loop over full tiles, for each element of x that it
+reads.
 """
 
 import json

@@ -1,5 +1,4 @@
-"""Quantizers and regularizers in Triton's interpreter. test_triton_quantizers.py runs this file, in a process of its
-own:
+"""Quantizers and regularizers in Triton's interpreter. test_triton_quantizers.py runs this file, in its own process:
 
 TRITON_INTERPRET=1 pytest tests/interpreted_quantizers.py
 """
@@ -81,8 +80,7 @@ def both(triton, op, xs, *rest, bits_of_gradients=True, seed=40):
 
 
 def test_the_kernels_have_the_ops_of_the_contract():
-    """Their files import Triton alone, so what they share with the contract and with lists.py stands there once
-    more."""
+    """Their files import Triton alone, so what they share with the contract and lists.py stands there once more."""
     assert (chunks.FIELDS.value, chunks.SEGMENT.value) == (weights.FIELDS, weights.SEGMENT)
     assert {*regularizers_terms_kernels.BLOCKS} - {"frozen"} == {*contract.TERMS}
     alone = ("l_inf", "margin", "soft_min_max", "soft_extrema", "kure", "weight_stats")

@@ -342,15 +342,20 @@ def map_scalars(
     while i + BLOCK <= count:
         w = tl.load(p + i + o).to(ACC)
         g = tl.load(p_g + i + o).to(ACC) if GRADIENT else w
-        result = map_scalar_block(w, g, p_record, p_cell, p_header, n_steps, n_tensors, GRADIENT, BUCKET, CELLS)
-        tl.store(p_out + i + o, result.to(DT))
+        tl.store(
+            p_out + i + o,
+            map_scalar_block(w, g, p_record, p_cell, p_header, n_steps, n_tensors, GRADIENT, BUCKET, CELLS).to(DT),
+        )
         i += BLOCK
     while i < count:
         m = i + o < count
         w = tl.load(p + i + o, mask=m, other=0).to(ACC)
         g = tl.load(p_g + i + o, mask=m, other=0).to(ACC) if GRADIENT else w
-        result = map_scalar_block(w, g, p_record, p_cell, p_header, n_steps, n_tensors, GRADIENT, BUCKET, CELLS)
-        tl.store(p_out + i + o, result.to(DT), mask=m)
+        tl.store(
+            p_out + i + o,
+            map_scalar_block(w, g, p_record, p_cell, p_header, n_steps, n_tensors, GRADIENT, BUCKET, CELLS).to(DT),
+            mask=m,
+        )
         i += BLOCK
     if start + n_chunk >= n:
         zero_gap(p_target, n, end)

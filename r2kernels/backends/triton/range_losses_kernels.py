@@ -20,6 +20,7 @@ from .skeletons import (
     gradient_of_loss,
     max_or_nan,
     sum_blocks,
+    sums_of_column,
     zero_block,
 )
 
@@ -312,12 +313,6 @@ def margin_reduce(rows, p_M, column):
 
 
 @triton.jit
-def add_two_step(state, rows, constants, sums):
-    """The sums of the first two numbers of a state."""
-    return sums[0] + state[0].to(tl.float64), sums[1] + state[1].to(tl.float64)
-
-
-@triton.jit
 def margin_divisor(p_k, n):
     """The divisor of the sum over n rows."""
     k = tl.load(p_k).to(n.dtype)
@@ -326,8 +321,7 @@ def margin_divisor(p_k, n):
 
 @triton.jit
 def margin_merge(states, p_M, p_k, column):
-    zero = tl.zeros([states.LANES], tl.float64)
-    excess, outside = sum_blocks(fold_states(states, (), (zero, zero), add_two_step))
+    excess, outside = sums_of_column(states)
     divisor = margin_divisor(p_k + column, states.rows.to(tl.float64))
     return (tl.abs(tl.load(p_M + column)).to(tl.float64) + excess / divisor,), (outside,)
 

@@ -8,9 +8,8 @@ nor atomics of floating-point numbers.
 import triton
 import triton.language as tl
 
-from .range_losses_kernels import add_two_step
 from .rounding import divide, lsq_code, positive_or_nan
-from .skeletons import fold_states, gradient_of_loss, sum_blocks
+from .skeletons import gradient_of_loss, sums_of_column
 
 
 @triton.jit
@@ -43,13 +42,6 @@ def bin_reg_step(b_w, constants, state, BITS: tl.constexpr):
         error, c = error_and_code(b_w[u], step, BITS)
         total += error * error / tl.load(p_counts + bin_of(c, BITS))
     return (total,)
-
-
-@triton.jit
-def sums_of_column(states):
-    """The first two numbers of the states, summed over the chunks."""
-    zero = tl.zeros([states.LANES], tl.float64)
-    return sum_blocks(fold_states(states, (), (zero, zero), add_two_step))
 
 
 @triton.jit

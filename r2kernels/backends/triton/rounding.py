@@ -45,11 +45,13 @@ def nearest_integer(v):
 
 @triton.jit
 def clip(v, low, high):
+    """NaN stays NaN."""
     return tl.minimum(tl.maximum(v, low, PROPAGATE), high, PROPAGATE)
 
 
 @triton.jit
 def positive_or_nan(p):
+    """A step, a range or a threshold of clipping that is not above 0 makes the results NaN."""
     return tl.where(p > 0, p, float("nan"))
 
 

@@ -231,6 +231,18 @@ def fold_states(states, constants, sums, STEP: tl.constexpr):
 
 
 @triton.jit
+def add_two_step(state, rows, constants, sums):
+    return sums[0] + state[0].to(tl.float64), sums[1] + state[1].to(tl.float64)
+
+
+@triton.jit
+def sums_of_column(states):
+    """The first two numbers of the states, summed over the chunks."""
+    zero = tl.zeros([states.LANES], tl.float64)
+    return sum_blocks(fold_states(states, (), (zero, zero), add_two_step))
+
+
+@triton.jit
 def merge_chunks(
     p_states,
     p_tensors,

@@ -5,7 +5,7 @@ import torch
 from ... import lists
 from ...contract import DOREFA, EWGS, LSQ, PACT, accumulator, levels
 from .. import launchers
-from . import channel_skeletons as skeletons
+from . import channel_skeletons
 from .launch import OPTIONS, Launcher, current, types
 from .quantizers_kernels import QUANTIZERS, correct_maxima
 from .skeletons import MERGE_LANES
@@ -57,7 +57,7 @@ class Quantizers(Launcher, launchers.Quantizers):
         }
         gradients = ()
         with current(device):
-            skeletons.quantize_chunks[(plan.chunks,)](
+            channel_skeletons.quantize_chunks[(plan.chunks,)](
                 *problem,
                 SETUP=quantizer.setup,
                 FORMULA=quantizer.fwd if gs is None else quantizer.bwd,
@@ -73,7 +73,7 @@ class Quantizers(Launcher, launchers.Quantizers):
                 gradients = tuple([torch.empty_like(p) for p in parameters[: op.learned]])
                 columns, lanes = (1, MERGE_LANES) if axis is None else (COLUMNS, LANES)
                 most = 1 if axis is None else max([t.shape[axis] for t in tensors])
-                skeletons.merge_columns[(plan.count, -(-most // columns))](
+                channel_skeletons.merge_columns[(plan.count, -(-most // columns))](
                     partial,
                     plan.tensors,
                     parameters,
@@ -106,10 +106,10 @@ def _table(tensors, device):
 def _place(tensors, axis):
     """How the rows of a channel lie."""
     if axis is None:
-        return skeletons.WHOLE
+        return channel_skeletons.WHOLE
     if all([t.shape[axis] == 1 or t.stride(axis) * t.shape[axis] == t.numel() for t in tensors]):
-        return skeletons.RUNS
-    return skeletons.SPREAD if max([t.numel() for t in tensors]) < 2**31 else skeletons.HUGE
+        return channel_skeletons.RUNS
+    return channel_skeletons.SPREAD if max([t.numel() for t in tensors]) < 2**31 else channel_skeletons.HUGE
 
 
 def _is_aligned(everything, tensors, axis):

@@ -152,6 +152,7 @@ def load_blocks(rows, i, o, m, PAIRED: tl.constexpr):
 
 @triton.jit
 def apply_step(b_w, constants, state, STEP: tl.constexpr, WITH: tl.constexpr):
+    """A set of terms is one formula for all; WITH tells it which they are."""
     if WITH is None:
         return STEP(b_w, constants, state)
     else:

@@ -293,6 +293,7 @@ def load_with_old(rows, targets, i, o, m, TARGET: tl.constexpr):
 def store_gradient(
     targets, i, o, m, w, old, constants, GRADIENT: tl.constexpr, TARGET: tl.constexpr, WITH: tl.constexpr
 ):
+    """The gradients of weights w, added to the old ones where TARGET says so."""
     g = GRADIENT(w.to(targets.ACC), constants) if WITH is None else GRADIENT(w.to(targets.ACC), constants, WITH)
     if TARGET == ADD:
         g += old.to(targets.ACC)

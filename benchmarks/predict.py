@@ -177,7 +177,7 @@ def triton_here():
             for gradient in (False, True):
                 kernel, pointers, constants = aot_dkm.map_scalars(dtype, gradient=gradient)
                 compiled = aot_check.compile_kernel(
-                    kernel, pointers, constants, dtype, 90, maxnreg=aot_dkm.scalar.registers(gradient, False)
+                    kernel, pointers, constants, dtype, 90, maxnreg=aot_dkm.scalar.most_registers(gradient, False)
                 )
                 kernel = aot_check.disassemble(compiled)
                 yield row(

@@ -1,13 +1,14 @@
-"""Compiles every Triton kernel ahead of time, without a GPU and without torch, and prints what ptxas made of it as one JSON list.
+"""Compiles the Triton kernels of the losses ahead of time, without GPU or torch, and prints what ptxas made of them.
 
-    python tests/aot_check.py [architecture ...]          default: 90 with every variant, 80 and 100 with the common ones
+    python tests/aot_check.py [architecture ...]          default: 90 with every variant, 80 and 100 with a few
 
-The cache lies where TRITON_CACHE_DIR says. Of each kernel: registers, stack and spills of all of it; of its hot loop the 128-bit loads
-and stores, other accesses, and instructions per weight.
+The cache lies where TRITON_CACHE_DIR says. Of each kernel: registers, stack and spills of all of it; of its hot loop
+the 128-bit loads and stores, other accesses, and instructions per weight.
 
-The hot loop is the innermost loop (a backward branch whose span holds no other) that loads without predicates, so not the masked tail, and
-the longest of those, so the sums rather than the search for extremes. Every instruction in its span counts, whatever it does. A 128-bit load
-brings 16 / itemsize weights to a thread (half of the loads bring old gradients where they are added to).
+The hot loop is the innermost loop (a backward branch whose span holds no other) that loads without predicates, so not
+the masked tail, and the longest of those, so the sums rather than the search for extremes. Every instruction in its
+span counts, whatever it does. A 128-bit load brings 16 / itemsize weights to a thread (half of the loads bring old
+gradients where they are added to).
 """
 
 import importlib
@@ -30,22 +31,19 @@ DTYPES = {"fp32": (tl.float32, 4), "bf16": (tl.bfloat16, 2), "fp16": (tl.float16
 REDUCE = ("soft_min_max", "frozen_soft_min_max", "l_inf", "margin", "kure")
 MERGE = ("soft_min_max", "soft_extrema", "l_inf", "margin", "kure", "weight_stats")
 MAP = ("soft_min_max", "soft_extrema", "l_inf", "margin", "kure")
-LOSSES = {"soft_extrema": 2, "weight_stats": 0}
 PARAMETERS = {"l_inf": 0, "weight_stats": 0, "margin": 2}  # else one
 
 
-def load_kernels():
-    """The modules under a package of their own, since importing r2kernels needs torch."""
-    package = types.ModuleType("kernels")
-    package.__path__ = [str(SOURCES)]
-    sys.modules["kernels"] = package
-    return importlib.import_module("kernels.common"), {
-        **vars(importlib.import_module("kernels.range")),
-        **vars(importlib.import_module("kernels.moments")),
-    }
+def kernels(name):
+    """A module of the Triton backend in a package of its own, since importing r2kernels needs torch."""
+    if "kernels" not in sys.modules:
+        sys.modules["kernels"] = types.ModuleType("kernels")
+        sys.modules["kernels"].__path__ = [str(SOURCES)]
+    return importlib.import_module(f"kernels.{name}")
 
 
-common, formulas = load_kernels()
+chunks, skeletons = kernels("chunks"), kernels("skeletons")
+FORMULAS = {**kernels("range_losses_kernels").FORMULAS, **kernels("regularizers_moments_kernels").FORMULAS}
 
 
 def accumulator(dtype):
@@ -58,7 +56,7 @@ def absent(op):
 
 
 def geometry(dtype, d, aligned):
-    block, unroll = common.tile(DTYPES[dtype][1], d)
+    block, unroll = chunks.tile_of_rows(DTYPES[dtype][1], d)
     return {
         "DT": DTYPES[dtype][0],
         "ACC": DTYPES[accumulator(dtype)][0],
@@ -70,21 +68,22 @@ def geometry(dtype, d, aligned):
 
 
 def reduce_chunks(op, dtype, d=1, aligned=True):
+    """`op` with "frozen_" before it: where its parameter learns nothing."""
     pointers = {"p_weights": "*i64", "p_tensors": "*i64", "p_owner": "*i32"}
-    return (
-        common.reduce_chunks,
-        pointers,
-        {"REDUCE": formulas[op + "_reduce"], **absent(op), **geometry(dtype, d, aligned)},
-    )
+    frozen, formula = op.startswith("frozen_"), FORMULAS[op.removeprefix("frozen_")]
+    constants = {"REDUCE": formula.reduce_frozen if frozen else formula.reduce, **absent(op)}
+    return skeletons.reduce_chunks, pointers, {**constants, **geometry(dtype, d, aligned)}
 
 
 def merge_chunks(op, dtype, d=1):
-    constants = {"MERGE": formulas[op + "_merge"], "LOSSES": LOSSES.get(op, 1), **absent(op)}
-    return (
-        common.merge_chunks,
-        {"p_tensors": "*i64"},
-        {**constants, "ACC": DTYPES[accumulator(dtype)][0], "D": d, "LANES": common.MERGE_LANES},
-    )
+    constants = {
+        "MERGE": FORMULAS[op].merge,
+        "LOSSES": FORMULAS[op].losses,
+        "ACC": DTYPES[accumulator(dtype)][0],
+        "D": d,
+        "LANES": skeletons.MERGE_LANES,
+    }
+    return skeletons.merge_chunks, {"p_tensors": "*i64"}, {**constants, **absent(op)}
 
 
 def map_chunks(op, dtype, target="FLAT", d=1, aligned=True):
@@ -95,14 +94,14 @@ def map_chunks(op, dtype, target="FLAT", d=1, aligned=True):
         "p_targets": "*" + dtype if target == "FLAT" else "*i64",
     }
     constants = {
-        "SETUP": formulas[op + "_setup"],
-        "GRADIENT": formulas[op + "_gradient"],
-        "TARGET": getattr(common, target),
+        "SETUP": FORMULAS[op].setup,
+        "GRADIENT": FORMULAS[op].gradient,
+        "TARGET": getattr(chunks, target),
         **absent(op),
     }
     if op in ("l_inf", "kure"):
         constants["p_parameter_gradient"] = None
-    return common.map_chunks, pointers, {**constants, **geometry(dtype, d, aligned)}
+    return skeletons.map_chunks, pointers, {**constants, **geometry(dtype, d, aligned)}
 
 
 def variants(everything):
@@ -140,7 +139,7 @@ def compile_kernel(kernel, pointers, constants, dtype, architecture, **options):
         if kind.startswith("*") or name == "n_chunk"
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
-    options = {"num_warps": common.WARPS, "enable_fp_fusion": True, **options}
+    options = {"num_warps": chunks.WARPS, "enable_fp_fusion": True, **options}
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options).asm["cubin"]
 
 

@@ -1,12 +1,12 @@
-"""Compiles the Triton kernels of DKM ahead of time, like aot_check.py, and prints what ptxas made of them as one JSON list.
+"""Compiles the Triton kernels of DKM ahead of time, like aot_check.py, and prints what ptxas made of them, as JSON.
 
-    python tests/aot_dkm.py [architecture ...]          default: 90 with every variant, 80 and 100 with the common ones
+    python tests/aot_dkm.py [architecture ...]          default: 90 with every variant, 80 and 100 with a few
 
-`per_weight`: instructions of the way once round the main loop for each weight that it reads, the rare branches aside; of the gradient of scalars with one
-iteration, and `per_step` for each one more. `per_pair`: of the sums and maps over rows, instructions of the innermost loop for a row and a centroid.
+`per_weight`: instructions of the way once round the main loop for each weight that it reads, the rare branches aside;
+of the gradient of scalars with one iteration, and `per_step` for each one more. `per_pair`: of the sums and maps over
+rows, instructions of the innermost loop for a row and a centroid.
 """
 
-import importlib
 import json
 import os
 import sys
@@ -14,9 +14,9 @@ import tempfile
 
 import aot_check
 import triton
-from aot_check import DTYPES, accumulator, common
+from aot_check import DTYPES, accumulator, chunks, kernels
 
-scalar, rows, sums = (importlib.import_module(f"kernels.dkm_{name}") for name in ("scalar", "rows", "sums"))
+scalar, rows, sums = kernels("dkm_scalar_kernels"), kernels("dkm_rows_kernels"), kernels("dkm_sums_kernels")
 TABLES = {
     "p_weights": "*i64",
     "p_grads": "*i64",
@@ -36,25 +36,25 @@ def types(dtype, aligned=True):
 
 
 def tables(dtype, K=16, gradient=True):
-    bucket = scalar.bucket(K)
+    bucket = scalar.bucket_of(K)
     constants = {
         "GRADIENT": gradient,
         "BUCKET": bucket,
-        "CELLS": scalar.cells(bucket),
+        "CELLS": scalar.cells_of(bucket),
         "INTERVALS": scalar.INTERVALS,
         "LANES": scalar.LANES,
     }
-    return scalar.tables, {**TABLES, "p_cells": cells_of(K)}, {**constants, **types(dtype)}
+    return scalar.interval_tables, {**TABLES, "p_cells": cells_of(K)}, {**constants, **types(dtype)}
 
 
 def map_scalars(dtype, K=16, gradient=False, aligned=True, target="FLAT"):
-    bucket = scalar.bucket(K)
+    bucket = scalar.bucket_of(K)
     constants = {
         "GRADIENT": gradient,
         "BUCKET": bucket,
-        "CELLS": scalar.cells(bucket),
+        "CELLS": scalar.cells_of(bucket),
         "BLOCK": scalar.BLOCK,
-        "TARGET": getattr(common, target),
+        "TARGET": getattr(chunks, target),
     }
     pointers = {**TABLES, "p_cells": cells_of(K), "p_targets": "*" + dtype if target == "FLAT" else "*i64"}
     return (
@@ -65,7 +65,7 @@ def map_scalars(dtype, K=16, gradient=False, aligned=True, target="FLAT"):
 
 
 def tile(dtype, d, K, summed):
-    J, R = rows.tile(K, d, summed)
+    J, R = rows.tile_of_centroids(K, d, summed)
     return {"D": d, "J": J, "R": R, **types(dtype)}
 
 
@@ -80,7 +80,7 @@ def cluster_sums(dtype, mode, d=1, K=16, euclidean=True, last=False):
         "PLANES": planes,
         "WITH_G": last,
         "EUCLIDEAN": euclidean,
-        "SUMS": sums.fields(mode.value, d, euclidean and d == 1),
+        "SUMS": sums.sums_of_mode(mode.value, d, euclidean and d == 1),
     }
     return sums.cluster_sums, TABLES, {**constants, **more, **absent}
 
@@ -97,7 +97,7 @@ def row_states(dtype, d=1, K=64, mean=True, last=False):
 
 
 def merge_sums(dtype, mode, d=1, K=16):
-    fields = sums.fields(getattr(sums, mode).value, d, d == 1)
+    fields = sums.sums_of_mode(getattr(sums, mode).value, d, d == 1)
     constants = {
         "MODE": getattr(sums, mode),
         "SIGNED": d == 1,
@@ -116,7 +116,7 @@ def map_rows(dtype, d=1, K=16, gradient=False, euclidean=True, target="FLAT"):
     constants = {
         "GRADIENT": gradient,
         "EUCLIDEAN": euclidean,
-        "TARGET": getattr(common, target),
+        "TARGET": getattr(chunks, target),
         **({} if gradient else {"p_grads": None}),
     }
     return (
@@ -127,7 +127,7 @@ def map_rows(dtype, d=1, K=16, gradient=False, euclidean=True, target="FLAT"):
 
 
 def nearest(dtype, d=1, K=16):
-    return rows.nearest, TABLES, tile(dtype, d, K, False)
+    return rows.nearest_centroids, TABLES, tile(dtype, d, K, False)
 
 
 def variants(everything):
@@ -189,7 +189,7 @@ def step_loop(kernel):
 
 def check(make, dtype, change, architecture):
     kernel, pointers, constants = make(dtype, **change)
-    options = {"maxnreg": scalar.registers(constants["GRADIENT"], dtype == "fp64")} if make is map_scalars else {}
+    options = {"maxnreg": scalar.most_registers(constants["GRADIENT"], dtype == "fp64")} if make is map_scalars else {}
     found = aot_check.disassemble(aot_check.compile_kernel(kernel, pointers, constants, dtype, architecture, **options))
     row = {
         "kernel": make.__name__,
@@ -212,7 +212,7 @@ def check(make, dtype, change, architecture):
         )
     elif make in (cluster_sums, map_rows, row_states, nearest):
         loop = max(spans(found), key=len, default=())
-        row["per_pair"] = round(len(loop) / (constants["J"] * constants["R"] // (32 * common.WARPS)), 2)
+        row["per_pair"] = round(len(loop) / (constants["J"] * constants["R"] // (32 * chunks.WARPS)), 2)
     return row
 
 

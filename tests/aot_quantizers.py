@@ -1,11 +1,11 @@
-"""Compiles the Triton kernels of the quantizers and regularizers ahead of time, like aot_check.py, and prints what ptxas made of them as one JSON list.
+"""Compiles the Triton kernels of the quantizers and of sets of terms ahead of time, like aot_check.py.
 
-    python tests/aot_quantizers.py [architecture ...]          default: 90 with every variant, 80 and 100 with the common ones
+    python tests/aot_quantizers.py [architecture ...]          default: 90 with every variant, 80 and 100 with a few
 
-`per_element`: instructions of the shortest way once round the loop over full tiles, for each element of x that it reads.
+`per_element`: instructions of the shortest way once round the loop over full tiles, for each element of x that it
+reads.
 """
 
-import importlib
 import json
 import os
 import sys
@@ -13,23 +13,25 @@ import tempfile
 
 import aot_check
 import triton
-from aot_check import DTYPES, accumulator, common
+from aot_check import DTYPES, accumulator, chunks, kernels, skeletons
 from triton.compiler import ASTSource
 
-quantizers, regularizers = (importlib.import_module(f"kernels.{name}") for name in ("quantizers", "regularizers"))
-FORMULAS = {  # of the passes: SETUP, parameters, sums, FLAG
-    "lsq_fwd": ("lsq", 1, 0, False),
-    "lsq_bwd": ("lsq", 1, 1, False),
-    "ewgs_fwd": ("ewgs", 3, 0, True),
-    "ewgs_bwd": ("ewgs", 3, 2, True),
-    "pact_fwd": ("pact", 1, 0, False),
-    "pact_bwd": ("pact", 1, 1, True),
-    "dorefa_fwd": ("dorefa", 1, 0, False),
-    "dorefa_bwd": ("dorefa", 1, 2, False),
-    "dorefa_detached": ("dorefa", 1, 0, False),
-    "sign_fwd": ("mean", 1, 0, False),
-    "sign_bwd": ("mean", 1, 0, False),
+channels, quantizers = kernels("channel_skeletons"), kernels("quantizers_kernels")
+terms_kernels, counts = kernels("regularizers_terms_kernels"), kernels("regularizers_counts_kernels")
+FORMULAS = {  # of the passes: quantizer, backward, FLAG
+    "lsq_fwd": ("lsq", False, False),
+    "lsq_bwd": ("lsq", True, False),
+    "ewgs_fwd": ("ewgs", False, True),
+    "ewgs_bwd": ("ewgs", True, True),
+    "pact_fwd": ("pact", False, False),
+    "pact_bwd": ("pact", True, True),
+    "dorefa_fwd": ("dorefa", False, False),
+    "dorefa_bwd": ("dorefa", True, False),
+    "dorefa_detached": ("dorefa_detached", True, False),
+    "sign_fwd": ("dorefa_sign", False, False),
+    "sign_bwd": ("dorefa_sign", True, False),
 }
+PARAMETERS = {"ewgs": 3}  # else one
 LEARNED = {"lsq": 1, "ewgs": 2, "pact": 1}
 
 
@@ -52,7 +54,7 @@ def compile_kernel(kernel, arguments, dtype, architecture, **options):
             }
         )
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
-    options = {"num_warps": common.WARPS, "enable_fp_fusion": True, **options}
+    options = {"num_warps": chunks.WARPS, "enable_fp_fusion": True, **options}
     return aot_check.disassemble(
         triton.compile(source, target=aot_check.GPUTarget("cuda", architecture, 32), options=options).asm["cubin"]
     )
@@ -67,28 +69,28 @@ def types(dtype, aligned=True):
 
 
 def quantize_chunks(formula, dtype, place="WHOLE", aligned=True, target="FLAT", alone=False, high=7):
-    setup, parameters, sums, flag = FORMULAS[formula]
-    wide, backward = accumulator(dtype), formula[-3:] != "fwd"
-    block, unroll = quantizers.tile(DTYPES[dtype][1], 1 + backward)
-    weights = "*" + dtype if alone else "*i64"
-    return quantizers.quantize_chunks, {
+    name, backward, flag = FORMULAS[formula]
+    quantizer, wide = quantizers.QUANTIZERS[name], accumulator(dtype)
+    block, unroll = chunks.tile_of_rows(DTYPES[dtype][1], reads=1 + backward)
+    weights, sums = "*" + dtype if alone else "*i64", quantizer.sums if backward else 0
+    return channels.quantize_chunks, {
         "p_xs": weights,
         "p_gs": weights if backward else ("=", None),
         "p_ys": "*" + dtype if target == "FLAT" else "*i64",
         "p_tensors": "*i64",
         "p_owner": "*i32",
-        "p_parameters": ("*" + wide,) * parameters,
+        "p_parameters": ("*" + wide,) * PARAMETERS.get(name, 1),
         "p_sums": "*" + wide if sums else ("=", None),
         **constant(
-            SETUP=getattr(quantizers, setup + "_setup"),
-            FORMULA=getattr(quantizers, formula),
+            SETUP=quantizer.setup,
+            FORMULA=quantizer.bwd if backward else quantizer.fwd,
             SUMS=sums,
             FLAG=flag,
-            TARGET=getattr(common, target),
-            LOW=8.0 if setup == "lsq" else 0.0,
+            TARGET=getattr(chunks, target),
+            LOW=8.0 if name == "lsq" else 0.0,
             HIGH=float(high),
             ALONE=alone,
-            PLACE=getattr(quantizers, place),
+            PLACE=getattr(channels, place),
             BLOCK=block,
             UNROLL=unroll,
         ),
@@ -96,19 +98,20 @@ def quantize_chunks(formula, dtype, place="WHOLE", aligned=True, target="FLAT", 
     }
 
 
-def merge_columns(op, dtype, columns=1, lanes=common.MERGE_LANES):
-    sums, parameters = FORMULAS[op + "_bwd"][2], FORMULAS[op + "_bwd"][1]
-    return quantizers.merge_columns, {
+def merge_columns(op, dtype, columns=1, lanes=skeletons.MERGE_LANES):
+    quantizer = quantizers.QUANTIZERS[op]
+    return channels.merge_columns, {
         "p_sums": "*" + dtype,
         "p_tensors": "*i64",
-        "p_parameters": ("*" + dtype,) * parameters,
+        "p_parameters": ("*" + dtype,) * PARAMETERS.get(op, 1),
         "p_gradients": ("*" + dtype,) * LEARNED[op],
-        **constant(FINISH=getattr(quantizers, op + "_finish"), SUMS=sums, HIGH=7.0, COLUMNS=columns, LANES=lanes),
+        **constant(FINISH=quantizer.finish, SUMS=quantizer.sums, HIGH=7.0, COLUMNS=columns, LANES=lanes),
     }
 
 
 def correct_maxima(op, dtype):
-    return quantizers.correct_maxima, {**quantize_chunks("dorefa_bwd", dtype)[1], **constant(LANES=common.MERGE_LANES)}
+    arguments = quantize_chunks("dorefa_bwd", dtype)[1]
+    return quantizers.correct_maxima, {**arguments, **constant(LANES=skeletons.MERGE_LANES)}
 
 
 TERMS = {  # name -> its parameters
@@ -136,10 +139,8 @@ SETS = (
 
 def terms(names, dtype, bits=4):
     """Arguments that have to do with the set of terms; `names` are joined by +."""
-    codes, lanes, names, keys, wide = [], 0, names.split("+"), list(TERMS), "*" + accumulator(dtype)
-    for name in names:
-        codes.append(regularizers.encode(keys.index(name), bits if name in ("bin_reg", "msqe") else 0, lanes))
-        lanes += regularizers.LANES_OF[keys.index(name)]
+    names, wide = names.split("+"), "*" + accumulator(dtype)
+    codes = terms_kernels.encode(names, [bits if name in ("bin_reg", "msqe") else 0 for name in names])
 
     def each(kind):
         return tuple(kind(name) for name in names)
@@ -155,37 +156,37 @@ def terms(names, dtype, bits=4):
         "p_tensors": "*i64",
         "p_owner": "*i32",
         "p_states": wide,
-        **constant(TERMS=tuple(codes)),
+        **constant(TERMS=codes),
         **types(dtype),
     }
 
 
 def tiles(dtype):
-    block, unroll = common.tile(DTYPES[dtype][1])
+    block, unroll = chunks.tile_of_rows(DTYPES[dtype][1])
     return constant(BLOCK=block, UNROLL=unroll)
 
 
 def reduce_terms(names, dtype, bits=4):
-    return regularizers.reduce_terms, {**terms(names, dtype, bits), **tiles(dtype)}
+    return terms_kernels.reduce_terms, {**terms(names, dtype, bits), **tiles(dtype)}
 
 
 def merge_terms(names, dtype):
-    return regularizers.merge_terms, {**terms(names, dtype), **constant(LANES=common.MERGE_LANES)}
+    return terms_kernels.merge_terms, {**terms(names, dtype), **constant(LANES=skeletons.MERGE_LANES)}
 
 
 def map_terms(names, dtype, target="FLAT", bits=4):
     targets = "*" + dtype if target == "FLAT" else "*i64"
-    return regularizers.map_terms, {
+    return terms_kernels.map_terms, {
         **terms(names, dtype, bits),
         "p_targets": targets,
         **tiles(dtype),
-        **constant(TARGET=getattr(common, target)),
+        **constant(TARGET=getattr(chunks, target)),
     }
 
 
 def count_chunks(op, dtype, bits=0, digit=None):
     first = "*i64" if op == "partial_l2" else "*" + accumulator(dtype)
-    return regularizers.count_chunks, {
+    return counts.count_chunks, {
         "p_weights": "*i64",
         "p_tensors": "*i64",
         "p_owner": "*i32",
@@ -197,7 +198,7 @@ def count_chunks(op, dtype, bits=0, digit=None):
 
 
 def store_threshold(op, dtype):
-    return regularizers.store_threshold, {
+    return counts.store_threshold, {
         "p_rank": "*i64",
         "p_counts": "*i32",
         "p_saved": "*" + accumulator(dtype),

@@ -88,7 +88,8 @@ BUDGET = [  # cluster_dim, metric, K, tau of weights with deviation 0.05, their 
 
 @pytest.mark.parametrize("case", BUDGET, ids=str)
 def test_error_budget(case, triton):
-    """Pooled RMS error at most twice the reference's in the same dtype plus one unit in the last place: W_hat, centroids, dL/dW, dL/dC_0."""
+    """Pooled RMS error at most twice the reference's in the same dtype plus one unit in the last place: W_hat,
+    centroids, dL/dW, dL/dC_0."""
     d, metric, k, tau, centre = case
     for dtype, draws in ((torch.float32, 4), (torch.bfloat16, 2)):
         ulps = [torch.finfo(t).eps for t in (dtype, accumulator(dtype), dtype, accumulator(dtype))]
@@ -230,7 +231,8 @@ def test_assign(k, d, triton):
 
 
 def test_chunks_groups_and_bits(triton, monkeypatch):
-    """Several chunks of each plan; few partial sums at a time; a padding longer than the largest number of clusters; the same bits again."""
+    """Several chunks of each plan; few partial sums at a time; a padding longer than the largest number of clusters;
+    the same bits again."""
     from r2kernels.backends.triton import dkm as clustering
 
     ws, tau = [draw(20000).float(), draw(17).float()], torch.tensor([0.2, 0.1])
@@ -255,12 +257,11 @@ def test_chunks_groups_and_bits(triton, monkeypatch):
 @pytest.mark.parametrize("d", [1, 3])
 def test_flat_target(d, triton, monkeypatch):
     """As on a GPU: in one tensor, leftovers passed on and the gaps zeroed."""
-    from r2kernels.backends.triton import dkm as clustering
-    from r2kernels.backends.triton import skeletons as common
+    from r2kernels.backends.triton import chunks
 
     ws = [draw(50, 2).float(), draw(64).float(), draw(7).float()]
     flat = torch.full((weights.gradient_offsets(ws)[-1],), math.nan)
-    monkeypatch.setattr(clustering.DKM, "_targets", lambda job: ([flat], flat, common.FLAT))
+    monkeypatch.setattr(triton, "_targets", lambda *_: ([flat], flat, chunks.FLAT))
     c = torch.stack([start(3, d, seed=s).reshape(3, d).sort(0).values for s in range(3)]).float()
     problem = ws, torch.tensor([0.3] * 3), (3,) * 3, "euclidean", d, "contiguous"
     exact = reference.DKM(*problem)

@@ -1,4 +1,4 @@
-"""Quantizers and regularizers in Triton's interpreter. test_triton_quantizers.py runs this file, in a process of its own:
+"""Quantizers and regularizers in Triton's interpreter. test_triton_quantizers.py runs this file, in its own process:
 
 TRITON_INTERPRET=1 pytest tests/interpreted_quantizers.py
 """
@@ -11,9 +11,10 @@ from cases import DTYPES
 from torch.testing import assert_close
 
 import r2kernels as r2
+from r2kernels import contract, reference
 from r2kernels import lists as weights
-from r2kernels import reference
 from r2kernels.backends import select
+from r2kernels.backends.triton import chunks, quantizers_kernels, range_losses, regularizers_terms_kernels
 from r2kernels.reference.columns import accumulator
 
 BITS = [(torch.float32, bits) for bits in (1, 2, 5, 8)] + [
@@ -33,7 +34,8 @@ def draw(*shape, seed=1, dtype=torch.float64):
 
 
 def tensors(dtype, seed=0):
-    """Contiguous, unaligned and longer than a chunk, transposed, channels_last, one element; every one with ties of codes."""
+    """Contiguous, unaligned and longer than a chunk, transposed, channels_last, one element; every one with ties of
+    codes."""
     found = [
         draw(2, 3, 4, seed=seed),
         draw(2, 2200, seed=seed + 1).reshape(-1)[1:].reshape(1, -1),
@@ -75,6 +77,16 @@ def both(triton, op, xs, *rest, bits_of_gradients=True, seed=40):
     (same if bits_of_gradients else close)(ours[0], exact[0])
     assert all(y.stride() == x.stride() for x, y in zip(xs, ours[0], strict=True))
     close(ours[1:], exact[1:], digits=50)
+
+
+def test_the_kernels_have_the_ops_of_the_contract():
+    """Their files import Triton alone, so what they share with the contract and lists.py stands there once more."""
+    assert (chunks.FIELDS.value, chunks.SEGMENT.value) == (weights.FIELDS, weights.SEGMENT)
+    assert {*regularizers_terms_kernels.BLOCKS} - {"frozen"} == {*contract.TERMS}
+    alone = ("l_inf", "margin", "soft_min_max", "soft_extrema", "kure", "weight_stats")
+    assert [name for name in contract.BY_NAME if name in range_losses.FORMULAS] == [*alone]
+    for op in (contract.LSQ, contract.EWGS, contract.PACT, contract.DOREFA):
+        assert (quantizers_kernels.QUANTIZERS[op.name].finish is not None) == (op.learned > 0)
 
 
 def tops(xs, bits):
@@ -289,13 +301,7 @@ def test_flat_target_and_added_gradients(triton, monkeypatch):
     triton.msqe_bwd(grad, ws, step, saved, 3, out=sums)
     close(sums, [e + 1 for e in exact])
     exact_y = triton.lsq_fwd(ws, step[:, 0], 3, True, None)
-    monkeypatch.setattr(triton.skeletons, "TABLE", triton.skeletons.FLAT)
-    monkeypatch.setattr(weights, "empty_gradients", lambda *_: [flat])
-    monkeypatch.setattr(
-        weights,
-        "device_table",
-        lambda tensors, device, plain=weights.device_table: flat if tensors[0] is flat else plain(tensors, device),
-    )
+    monkeypatch.setattr(triton, "_targets", lambda *_, **__: ([flat], flat, chunks.FLAT))
     for run, wanted in (
         (lambda: triton.lsq_fwd(ws, step[:, 0], 3, True, None), exact_y),
         (lambda: triton.msqe_bwd(grad, ws, step, saved, 3), exact),

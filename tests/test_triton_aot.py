@@ -1,7 +1,8 @@
-"""What the compiler makes of the Triton kernels, without a GPU: no spills, 128-bit accesses, and as few instructions per weight as the memory allows.
+"""What the compiler makes of the Triton kernels, without a GPU: no spills, 128-bit accesses, few instructions.
 
-An H200 reads 4.3 fp32 or 8.6 16-bit weights per clock and multiprocessor, which issues 128 instructions: 30 or 15 a weight in a forward pass, twice that
-in a backward pass. Registers and instructions differ between versions of Triton, so the one that GPUs run today is asked where it is installed.
+An H200 reads 4.3 fp32 or 8.6 16-bit weights per clock and multiprocessor, which issues 128 instructions: 30 or 15 a
+weight in a forward pass, twice that in a backward pass. Registers and instructions differ between versions of Triton,
+so the one that GPUs run today is asked where it is installed.
 """
 
 import json
@@ -73,7 +74,7 @@ def test_every_kernel_compiles_for_every_architecture(rows):
 
 def test_no_kernel_spills(rows):
     assert not offenders(filter(fast, rows), lambda row: row["stack"] or row["spills"])
-    # gathers and unaligned lists: a few numbers, of which ptxas thinks more programs worth it; no speed is promised for them
+    # gathers and unaligned lists, for which no speed is promised: a few numbers, which ptxas finds more programs worth
     assert not offenders(rows, lambda row: row["stack"] > 32)
 
 

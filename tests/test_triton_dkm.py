@@ -1,4 +1,4 @@
-"""DKM in Triton: what the compiler makes of the kernels, and beside that, in a process of its own, interpreted_dkm.py."""
+"""DKM in Triton: what the compiler makes of the kernels, and in a process of its own interpreted_dkm.py."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import tempfile
 import pytest
 from test_triton_aot import PINNED, ROOT
 
-# instructions on sm_90 of W_hat per fp32 and per 16-bit weight, whatever K; of dL/dW of one iteration; of every one more
+# instructions on sm_90 of W_hat per fp32 and 16-bit weight, whatever K; of dL/dW of one iteration; of every one more
 OUTPUT, GRADIENT, STEP = (33.5, 35.5), (51.5, 55), 48
 PAIR = {  # instructions for a row and a centroid
     "cluster_sums mode=UPDATE": 19,

@@ -1,4 +1,4 @@
-"""Quantizers and regularizers in Triton: what the compiler makes of the kernels, and beside that, in a process of its own, interpreted_quantizers.py."""
+"""Quantizers and regularizers in Triton: what the compiler makes of the kernels, and interpreted_quantizers.py."""
 
 import json
 import os
@@ -134,7 +134,7 @@ def rounded(x, digits):
 
 @pytest.mark.parametrize("digits", [24, 53])
 def test_a_share_by_corrected_product_is_the_quotient(digits):
-    """quantizers.share, whose tl.fma the interpreter does not fuse"""
+    """rounding.divide_by_levels, whose tl.fma the interpreter does not fuse"""
     for bits in range(1, 9):
         n = 2**bits - 1
         inverse = rounded(rounded(Fraction(1, n), 53), digits)

@@ -1,31 +1,30 @@
-"""Launchers of DKM's passes and of hard assignment onto the Triton kernels. The number of launches does not depend on that of tensors."""
+"""DKM's passes, and hard assignment: the number of launches does not depend on that of the tensors."""
 
 import torch
 
 from ... import lists
-from ...contract import accumulator
 from . import dkm_rows_kernels as dkm_rows
 from . import dkm_scalar_kernels as dkm_scalar
 from . import dkm_sums_kernels as dkm_sums
-from . import skeletons as common
 from .dkm_sums_kernels import JACOBIAN, RECUR, UPDATE, UPSTREAM
+from .launch import OPTIONS, current, types
 
 PARTIAL = 2**24  # partial sums at once; where there are more, one group of centroids follows the other
 MERGED = 8  # centroids that a program merges
 
 
 class DKM:
-    """The passes of `reference.DKM` over a list. O(1) per weight are W_hat and dL/dW of scalars in the Euclidean metric; all else is O(K)."""
+    """The passes of `reference.DKM` over a list. W_hat and dL/dW of scalars in the Euclidean metric cost O(1) a weight;
+    all else is O(K)."""
 
-    def __init__(self, backend, weights, tau, clusters, metric, d, layout):
-        self.backend, self.weights, self.clusters, self.geometry = backend, weights, clusters, (d, layout)
+    def __init__(self, launcher, weights, tau, clusters, metric, d, layout):
+        self.launcher, self.weights, self.clusters, self.geometry = launcher, weights, clusters, (d, layout)
         self.euclidean, self.signed = metric == "euclidean", metric == "euclidean" and d == 1
-        self.device, dtype = weights[0].device, weights[0].dtype
+        self.device, self.types = weights[0].device, types(weights[0].dtype)
         self.tensors, self.runs = lists.dense(weights, d, layout)
         self.table = lists.device_table(self.tensors, self.device)
         self.count, self.sizes = len(clusters), lists.sizes(tuple(clusters), self.device)
         self.tau = None if tau is None else tau.contiguous()
-        self.types = {"DT": backend.dtypes[dtype], "ACC": backend.dtypes[accumulator(dtype)]}
 
     def update(self, c):
         new, moments = torch.empty_like(c), c.new_empty(*c.shape[:2], 3 if self.signed else 1)
@@ -53,11 +52,8 @@ class DKM:
     def jacobian(self, c, new, moments):
         sums = torch.empty(self.count, c.shape[1], c.shape[1], dtype=torch.float64, device=self.device)
         self._sum(JACOBIAN, c, new, out=sums)
-        S, diagonal, tau = (
-            moments[..., :1].double(),
-            torch.diag_embed(moments[..., 2].double()),
-            torch.where(self.tau > 0, self.tau, torch.nan).double(),
-        )
+        S, diagonal = moments[..., :1].double(), torch.diag_embed(moments[..., 2].double())
+        tau = torch.where(self.tau > 0, self.tau, torch.nan).double()
         return torch.where(S == 0, 0, (diagonal - sums) / torch.where(S == 0, 1, S) / tau[:, None, None])
 
     def assign(self, centroids):
@@ -67,8 +63,8 @@ class DKM:
             for w, k in zip(self.weights, self.clusters, strict=True)
         ]
         table, plan = lists.device_table(codes, self.device), self._rows()
-        with self.backend.current(self.device):
-            dkm_rows.nearest[(plan.chunks,)](
+        with current(self.device):
+            dkm_rows.nearest_centroids[(plan.chunks,)](
                 self.table,
                 table,
                 plan.tensors,
@@ -87,8 +83,8 @@ class DKM:
 
     def _tile(self, most, sums):
         """The constants of a kernel over tiles of centroids by rows"""
-        J, R = dkm_rows.tile(most, self.geometry[0], sums, self.backend.interpreted)
-        return {**self.types, "D": self.geometry[0], "J": J, "R": R, **self.backend.options}
+        J, R = dkm_rows.tile_of_centroids(most, self.geometry[0], sums, self.launcher.interpreted)
+        return {**self.types, "D": self.geometry[0], "J": J, "R": R, **OPTIONS}
 
     def _incoming(self, grads):
         """(table of addresses, gradients laid out as the weights); (None, ()) of None."""
@@ -97,21 +93,12 @@ class DKM:
         grads = lists.like_weights(grads, self.tensors)
         return lists.device_table(grads, self.device), grads
 
-    def _targets(self):
-        """(memory for what is written like the weights, the flat tensor or the table of addresses, which of both)"""
-        made = lists.empty_gradients(self.weights, *self.geometry)
-        return (
-            (made, made[0], common.FLAT)
-            if made[0].is_cuda
-            else (made, lists.device_table(made, self.device), common.TABLE)
-        )
-
     def _sum(self, mode, c, new=None, u=None, moments=None, grads=None, out=None, out_moments=None):
         most, n_moments = c.shape[-2], 1 if moments is None else moments.shape[-1]
         c, new, u, moments = _given(c, new, u, moments)
         table, grads = self._incoming(grads)
         plan, sums, maps = self._rows(), self._tile(most, True), self._tile(most, False)
-        fields, J = dkm_sums.fields(mode.value, self.geometry[0], self.signed), sums["J"]
+        fields, J = dkm_sums.sums_of_mode(mode.value, self.geometry[0], self.signed), sums["J"]
         tiles, beside = -(-most // J), -(-most // fields) if mode is JACOBIAN else 1
         group = min(max(PARTIAL // (plan.chunks * beside * fields * J), 1), tiles)
         partial = torch.empty(plan.chunks * beside * fields * group * J, dtype=c.dtype, device=self.device)
@@ -122,7 +109,7 @@ class DKM:
         }
         problem = self.table, table, plan.tensors, plan.owner, self.tau, self.sizes, c, new, u, moments
         planes, states = 0, None
-        with self.backend.current(self.device):
+        with current(self.device):
             if tiles > 1:
                 planes = 2 if mode is not RECUR else 3 if table is None else 3 + self.geometry[0]
                 states = torch.empty(plan.chunks * planes * plan.chunk, dtype=c.dtype, device=self.device)
@@ -166,7 +153,7 @@ class DKM:
                     J=J,
                     COLUMNS=MERGED,
                     LANES=128 if fields <= 5 else 32,
-                    **self.backend.options,
+                    **OPTIONS,
                 )
 
     def _map(self, steps, c, new, u=None, moments=None, grads=None):
@@ -174,21 +161,21 @@ class DKM:
         most, n_moments = c.shape[-2], 1 if moments is None else moments.shape[-1]
         c, new, u, moments = _given(c, new, u, moments)
         table, grads = self._incoming(grads)
-        made, target, kind = self._targets()
+        made, targets, target = self.launcher._targets(self.weights, *self.geometry)
         about = {
             "GRADIENT": table is not None,
-            "TARGET": kind,
+            "TARGET": target,
             "ALIGNED": lists.is_aligned([*self.tensors, *grads, *made]),
         }
-        with self.backend.current(self.device):
+        with current(self.device):
             if self.signed:
-                self._map_scalars(table, target, steps, (c, new, u, moments), n_moments, about)
+                self._map_scalars(table, targets, steps, (c, new, u, moments), n_moments, about)
             else:
                 plan = self._rows()
                 dkm_rows.map_rows[(plan.chunks,)](
                     self.table,
                     table,
-                    target,
+                    targets,
                     plan.tensors,
                     plan.owner,
                     self.tau,
@@ -208,24 +195,21 @@ class DKM:
                 )
         return made
 
-    def _map_scalars(self, table, target, steps, arrays, n_moments, about):
+    def _map_scalars(self, table, targets, steps, arrays, n_moments, about):
         c, jobs, most = arrays[0], steps * self.count, arrays[0].shape[-2]
-        bucket = dkm_scalar.bucket(most)
-        size, cells = dkm_scalar.RECORD[about["GRADIENT"]] * bucket, dkm_scalar.cells(bucket)
+        bucket = dkm_scalar.bucket_of(most)
+        size, cells = dkm_scalar.numbers_of_record(about["GRADIENT"], bucket), dkm_scalar.cells_of(bucket)
         records, headers = c.new_empty(jobs * size), c.new_empty(jobs, dkm_scalar.HEADER.value)
-        before = torch.empty(
-            jobs * cells,
-            dtype=torch.uint8 if most <= 256 else torch.int16 if most < 2**15 else torch.int32,
-            device=self.device,
-        )
+        counts = torch.uint8 if most <= 256 else torch.int16 if most < 2**15 else torch.int32
+        before = torch.empty(jobs * cells, dtype=counts, device=self.device)
         constants = {
             "GRADIENT": about["GRADIENT"],
             "BUCKET": bucket,
             "CELLS": cells,
             "ACC": self.types["ACC"],
-            **self.backend.options,
+            **OPTIONS,
         }
-        dkm_scalar.tables[(jobs, bucket // dkm_scalar.INTERVALS)](
+        dkm_scalar.interval_tables[(jobs, bucket // dkm_scalar.INTERVALS)](
             *arrays,
             self.tau,
             self.sizes,
@@ -243,7 +227,7 @@ class DKM:
         dkm_scalar.map_scalars[(plan.chunks,)](
             self.table,
             table,
-            target,
+            targets,
             plan.tensors,
             plan.owner,
             records,
@@ -256,7 +240,7 @@ class DKM:
             DT=self.types["DT"],
             TARGET=about["TARGET"],
             ALIGNED=about["ALIGNED"],
-            maxnreg=dkm_scalar.registers(about["GRADIENT"], c.dtype == torch.float64),
+            maxnreg=dkm_scalar.most_registers(about["GRADIENT"], c.dtype == torch.float64),
             **constants,
         )
 
@@ -267,7 +251,7 @@ def _given(c, *others):
     return c, *[c if t is None else t.contiguous() for t in others]
 
 
-def assign_fwd(backend, weights, centroids, clusters, d, layout):
+def assign_fwd(launcher, weights, centroids, clusters, d, layout):
     """Codes come in the order of the rows, not in that of the memory."""
     rows = [(w.transpose(0, -1) if d > 1 and layout == "output" and w.dim() > 1 else w).reshape(-1) for w in weights]
-    return DKM(backend, rows, None, clusters, None, d, "contiguous").assign(centroids)
+    return DKM(launcher, rows, None, clusters, None, d, "contiguous").assign(centroids)

@@ -1,11 +1,13 @@
-"""DKM of rows of D numbers: W_hat, dL/dW and nearest centroids by attention to all K, recomputed in tiles of J centroids by R rows and never stored.
+"""DKM of rows of D numbers: W_hat, dL/dW and nearest centroids, by attention that is recomputed and never stored.
 
-A program has the rows along its threads and the centroids of a tile within each, so that nothing crosses threads. The smallest distance is the shift of the
-softmax: a = 2^((low - distance) log2(e) / tau) / Z. With v = u / S, of the backward of an iteration (g only of the last one):
+A program works on tiles of J centroids by R rows: the rows along its threads and the centroids within each, so that
+nothing crosses threads. The smallest distance is the shift of the softmax: a = 2^((low - distance) log2(e) / tau) / Z.
+With v = u / S, of the backward of an iteration (g only of the last one):
 
     P = (w - c') v + g (c' - near)       Q = a (P - mean of P)       dL/dW = sum a v - sum Q slope / tau
 
-Any `near` will do that is the same for all centroids of a row. The new one of the nearest keeps P small whether attention is sharp or flat.
+Any `near` will do that is the same for all centroids of a row. The new one of the nearest keeps P small whether
+attention is sharp or flat.
 """
 
 from typing import NamedTuple
@@ -13,9 +15,19 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .chunks import (
+    FIELDS,
+    N_ELEMENTS,
+    PROPAGATE,
+    SEGMENT,
+    WARPS,
+    chunk_of_program,
+    target_of_tensor,
+    tensor_pointer,
+    zero_gap,
+)
 from .dkm_scalar_kernels import reciprocal
 from .range_losses_kernels import LOG2E
-from .skeletons import FIELDS, FLAT, PROPAGATE, SEGMENT, WARPS, clear, find, pointer
 
 
 class Centroids(NamedTuple):
@@ -33,8 +45,9 @@ class Centroids(NamedTuple):
     J: tl.constexpr  # of a tile
 
 
-def tile(clusters, d, sums, interpreted=False):
-    """(J, R): as many centroids and rows as registers allow: where sums are kept for every centroid, row and column, or else numbers of rows."""
+def tile_of_centroids(clusters, d, sums, interpreted=False):
+    """(J, R): as many centroids and rows as registers allow, which hold sums for every centroid, row and column, or
+    else numbers of rows."""
     most = 16 if d <= 2 else 8 if d <= 4 else max(32 // triton.next_power_of_2(d), 1)
     J = min(triton.next_power_of_2(clusters), most if sums else max(most // 2, 1))
     return J, 1024 if interpreted else 32 * WARPS * (1 if sums else 2)
@@ -44,20 +57,19 @@ def tile(clusters, d, sums, interpreted=False):
 def inverse_temperature(p_tau, ACC: tl.constexpr):
     """log2(e) / tau, NaN unless tau > 0; never 0, so that an infinite distance is never multiplied by that."""
     tau = tl.load(p_tau).to(tl.float64)
-    return tl.maximum(tl.minimum(LOG2E / tl.where(tau > 0, tau, float("nan")), 1e38, PROPAGATE), 1e-30, PROPAGATE).to(
-        ACC
-    )
+    scale = LOG2E / tl.where(tau > 0, tau, float("nan"))
+    return tl.maximum(tl.minimum(scale, 1e38, PROPAGATE), 1e-30, PROPAGATE).to(ACC)
 
 
 @triton.jit
-def offsets(k, run, D: tl.constexpr):
+def row_offsets(k, run, D: tl.constexpr):
     """Where row k begins in a tensor."""
     return k if D == 1 else k // run * (D * run) + k % run
 
 
 @triton.jit
 def load_rows(p, o, m, run, ACC: tl.constexpr, D: tl.constexpr):
-    """D columns"""
+    """The D columns of rows that begin at p + o."""
     b_w = ()
     for c in tl.static_range(D):
         b_w += (tl.load(p + o + c * run, mask=m, other=0).to(ACC),)
@@ -65,8 +77,8 @@ def load_rows(p, o, m, run, ACC: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def load_tile(p, j, m_j, other, D: tl.constexpr):
-    """D columns of centroids j"""
+def load_centroids(p, j, m_j, other, D: tl.constexpr):
+    """The D columns of centroids j."""
     b_c = ()
     for c in tl.static_range(D):
         b_c += (tl.load(p + j * D + c, mask=m_j, other=other),)
@@ -74,7 +86,8 @@ def load_tile(p, j, m_j, other, D: tl.constexpr):
 
 
 @triton.jit
-def repeat(x, D: tl.constexpr):
+def repeat_columns(x, D: tl.constexpr):
+    """x, D times over."""
     result = ()
     for _ in tl.static_range(D):
         result += (x,)
@@ -83,6 +96,7 @@ def repeat(x, D: tl.constexpr):
 
 @triton.jit
 def load_v(centroids, j, m_j):
+    """The D columns of u / S of centroids j, 0 where no weight belongs to them."""
     S = tl.load(centroids.p_moments + j * centroids.n_moments, mask=m_j, other=0)
     b_v = ()
     for c in tl.static_range(centroids.D):
@@ -92,8 +106,8 @@ def load_v(centroids, j, m_j):
 
 
 @triton.jit
-def distance(b_w, b_c, EUCLIDEAN: tl.constexpr):
-    """(J, R)"""
+def distances(b_w, b_c, EUCLIDEAN: tl.constexpr):
+    """(J, R), of every centroid of a tile to every row"""
     x = b_w[0][None, :] - b_c[0][:, None]
     if EUCLIDEAN and len(b_w) == 1:
         return tl.abs(x)
@@ -106,7 +120,8 @@ def distance(b_w, b_c, EUCLIDEAN: tl.constexpr):
 
 
 @triton.jit
-def sum_P(b_w, b_g, b_near, b_new, b_v, WITH_G: tl.constexpr):
+def pull_P(b_w, b_g, b_near, b_new, b_v, WITH_G: tl.constexpr):
+    """P (J, R); the last iteration's, WITH_G, has the incoming gradients too."""
     P = (b_w[0][None, :] - b_new[0][:, None]) * b_v[0][:, None]
     for c in tl.static_range(1, len(b_w)):
         P = tl.fma(b_w[c][None, :] - b_new[c][:, None], b_v[c][:, None], P)
@@ -117,7 +132,7 @@ def sum_P(b_w, b_g, b_near, b_new, b_v, WITH_G: tl.constexpr):
 
 
 @triton.jit
-def chosen(far, low, b_new, b_near):
+def new_of_nearest(far, low, b_new, b_near):
     """D columns of the new centroid of the nearest one; `b_near` where none of the tile is `low`, that is nearest."""
     result = ()
     for c in tl.static_range(len(b_new)):
@@ -127,7 +142,8 @@ def chosen(far, low, b_new, b_near):
 
 
 @triton.jit
-def signed(x, a):
+def with_sign_of(x, a):
+    """sign(x) a, and 0 where x is 0 or NaN."""
     return tl.where(x > 0, a, tl.where(x < 0, -a, 0))
 
 
@@ -140,30 +156,30 @@ def times_slope(b_w, b_c, Q, far, EUCLIDEAN: tl.constexpr):
     result = ()
     for c in tl.static_range(D):
         x = b_w[c][None, :] - b_c[c][:, None]
-        result += (signed(x, Q) if EUCLIDEAN and D == 1 else Q * x if EUCLIDEAN else 2 * Q * x,)
+        result += (with_sign_of(x, Q) if EUCLIDEAN and D == 1 else Q * x if EUCLIDEAN else 2 * Q * x,)
     return result
 
 
 @triton.jit
-def row_state(b_w, b_g, centroids, MEAN: tl.constexpr, WITH_G: tl.constexpr):
+def softmax_of_rows(b_w, b_g, centroids, MEAN: tl.constexpr, WITH_G: tl.constexpr):
     """(low, 1 / Z, mean of P if MEAN, what P is relative to if WITH_G) of rows"""
     zero = tl.zeros_like(b_w[0])
-    low, Z, mean, b_near = zero + float("inf"), zero, zero, repeat(zero, centroids.D)
+    low, Z, mean, b_near = zero + float("inf"), zero, zero, repeat_columns(zero, centroids.D)
     j0 = 0
     while j0 < centroids.K:
         j = j0 + tl.arange(0, centroids.J)
         m_j = j < centroids.K
-        far = distance(b_w, load_tile(centroids.p, j, m_j, float("inf"), centroids.D), centroids.EUCLIDEAN)
+        far = distances(b_w, load_centroids(centroids.p, j, m_j, float("inf"), centroids.D), centroids.EUCLIDEAN)
         below = tl.minimum(low, tl.min(far, 0))
         f, e = tl.exp2((below - low) * centroids.scale), tl.exp2((below[None, :] - far) * centroids.scale)
         if MEAN:
-            b_new = load_tile(centroids.p_new, j, m_j, 0, centroids.D)
+            b_new = load_centroids(centroids.p_new, j, m_j, 0, centroids.D)
             if WITH_G:
-                b_next = chosen(far, below, b_new, b_near)
+                b_next = new_of_nearest(far, below, b_new, b_near)
                 for c in tl.static_range(centroids.D):
                     mean = tl.fma(Z * b_g[c], b_near[c] - b_next[c], mean)
                 b_near = b_next
-            mean = tl.fma(mean, f, tl.sum(e * sum_P(b_w, b_g, b_near, b_new, load_v(centroids, j, m_j), WITH_G), 0))
+            mean = tl.fma(mean, f, tl.sum(e * pull_P(b_w, b_g, b_near, b_new, load_v(centroids, j, m_j), WITH_G), 0))
         Z = tl.fma(Z, f, tl.sum(e, 0))
         low = below
         j0 += centroids.J
@@ -171,23 +187,23 @@ def row_state(b_w, b_g, centroids, MEAN: tl.constexpr, WITH_G: tl.constexpr):
 
 
 @triton.jit
-def attended(b_w, centroids):
+def attend_rows(b_w, centroids):
     """D columns of W_hat"""
     zero = tl.zeros_like(b_w[0])
     low, Z = zero + float("inf"), zero
-    total = repeat(zero, centroids.D)
+    total = repeat_columns(zero, centroids.D)
     j0 = 0
     while j0 < centroids.K:
         j = j0 + tl.arange(0, centroids.J)
         m_j = j < centroids.K
-        far = distance(b_w, load_tile(centroids.p, j, m_j, float("inf"), centroids.D), centroids.EUCLIDEAN)
+        far = distances(b_w, load_centroids(centroids.p, j, m_j, float("inf"), centroids.D), centroids.EUCLIDEAN)
         below = tl.minimum(low, tl.min(far, 0))
         f, e = tl.exp2((below - low) * centroids.scale), tl.exp2((below[None, :] - far) * centroids.scale)
         Z = tl.fma(Z, f, tl.sum(e, 0))
-        b_new, moved = load_tile(centroids.p_new, j, m_j, 0, centroids.D), ()
+        b_new, more = load_centroids(centroids.p_new, j, m_j, 0, centroids.D), ()
         for c in tl.static_range(centroids.D):
-            moved += (tl.fma(total[c], f, tl.sum(e * b_new[c][:, None], 0)),)
-        total, low = moved, below
+            more += (tl.fma(total[c], f, tl.sum(e * b_new[c][:, None], 0)),)
+        total, low = more, below
         j0 += centroids.J
     result = ()
     for c in tl.static_range(centroids.D):
@@ -196,29 +212,29 @@ def attended(b_w, centroids):
 
 
 @triton.jit
-def pull_rows(b_w, b_g, total, centroids, scale_of_Q, WITH_G: tl.constexpr):
+def add_row_gradient(b_w, b_g, total, centroids, scale_of_Q, WITH_G: tl.constexpr):
     """`total` and D columns of dL/dW of one iteration"""
-    low, rest, mean, b_near = row_state(b_w, b_g, centroids, True, WITH_G)
+    low, rest, mean, b_near = softmax_of_rows(b_w, b_g, centroids, True, WITH_G)
     j0 = 0
     while j0 < centroids.K:
         j = j0 + tl.arange(0, centroids.J)
         m_j = j < centroids.K
         b_v = load_v(centroids, j, m_j)
-        far = distance(b_w, load_tile(centroids.p, j, m_j, float("inf"), centroids.D), centroids.EUCLIDEAN)
+        far = distances(b_w, load_centroids(centroids.p, j, m_j, float("inf"), centroids.D), centroids.EUCLIDEAN)
         a = tl.exp2((low[None, :] - far) * centroids.scale) * rest[None, :]
-        P = sum_P(b_w, b_g, b_near, load_tile(centroids.p_new, j, m_j, 0, centroids.D), b_v, WITH_G)
-        b_c = load_tile(centroids.p, j, m_j, 0, centroids.D)
+        P = pull_P(b_w, b_g, b_near, load_centroids(centroids.p_new, j, m_j, 0, centroids.D), b_v, WITH_G)
+        b_c = load_centroids(centroids.p, j, m_j, 0, centroids.D)
         terms = times_slope(b_w, b_c, a * (mean[None, :] - P) * scale_of_Q, far, centroids.EUCLIDEAN)
-        moved = ()
+        more = ()
         for c in tl.static_range(centroids.D):
-            moved += (total[c] + tl.sum(tl.fma(a, b_v[c][:, None], terms[c]), 0),)
-        total = moved
+            more += (total[c] + tl.sum(tl.fma(a, b_v[c][:, None], terms[c]), 0),)
+        total = more
         j0 += centroids.J
     return total
 
 
 @triton.jit
-def pass_on(p_from, p_to, start, end, D: tl.constexpr, DT: tl.constexpr):
+def copy_leftovers(p_from, p_to, start, end, D: tl.constexpr, DT: tl.constexpr):
     """The numbers that are left over: fewer than D, behind the rows."""
     while start < end:
         o = start + tl.arange(0, SEGMENT)
@@ -255,31 +271,26 @@ def map_rows(
     R: tl.constexpr,
 ):
     """One program per chunk: W_hat, or dL/dW summed over the iterations, the last one first."""
-    t, _, start, n, run = find(tl.program_id(0), p_tensors, p_owner, n_chunk, 1)
-    p = pointer(p_weights, t, DT, ALIGNED)
-    p_g = pointer(p_grads, t, DT, ALIGNED) if GRADIENT else p
-    elements = tl.load(p_tensors + t * FIELDS + 1)
-    if TARGET == FLAT:
-        p_target = p_targets + tl.multiple_of(tl.load(p_tensors + t * FIELDS + 4), SEGMENT)
-        end = (elements + SEGMENT - 1) // SEGMENT * SEGMENT
-    else:
-        p_target = pointer(p_targets, t, DT, ALIGNED)
-        end = elements
+    t, _, start, n, run = chunk_of_program(tl.program_id(0), p_tensors, p_owner, n_chunk, 1)
+    p = tensor_pointer(p_weights, t, DT, ALIGNED)
+    p_g = tensor_pointer(p_grads, t, DT, ALIGNED) if GRADIENT else p
+    elements = tl.load(p_tensors + t * FIELDS + N_ELEMENTS)
+    p_target, end = target_of_tensor(p_targets, p_tensors + t * FIELDS, t, elements, TARGET, DT, ALIGNED)
     scale, K = inverse_temperature(p_tau + t, ACC), tl.load(p_clusters + t)
     over_tau = scale * 0.6931471805599453
     count = tl.minimum(n - start, n_chunk).to(tl.int32)
     r = 0
     while r < count:
         k = r + tl.arange(0, R)
-        m, o = k < count, offsets(start + k, run, D)
+        m, o = k < count, row_offsets(start + k, run, D)
         b_w = load_rows(p, o, m, run, ACC, D)
         first = t.to(tl.int64) * n_most
         if GRADIENT:
             b_g = load_rows(p_g, o, m, run, ACC, D)
-            result = pull_rows(
+            result = add_row_gradient(
                 b_w,
                 b_g,
-                repeat(tl.zeros_like(b_w[0]), D),
+                repeat_columns(tl.zeros_like(b_w[0]), D),
                 Centroids(
                     p_c + first * D,
                     p_new + first * D,
@@ -298,7 +309,7 @@ def map_rows(
             step = 1
             while step < n_steps:
                 first += n_tensors.to(tl.int64) * n_most
-                result = pull_rows(
+                result = add_row_gradient(
                     b_w,
                     b_g,
                     result,
@@ -319,19 +330,19 @@ def map_rows(
                 )
                 step += 1
         else:
-            result = attended(
+            result = attend_rows(
                 b_w, Centroids(p_c + first * D, p_new + first * D, p_c, p_c, K, n_moments, scale, EUCLIDEAN, D, J)
             )
         for c in tl.static_range(D):
             tl.store(p_target + o + c * run, result[c].to(DT), mask=m)
         r += R
     if start + n_chunk >= n:
-        pass_on(p_g if GRADIENT else p, p_target, n * D, elements, D, DT)
-        clear(p_target, elements, end)
+        copy_leftovers(p_g if GRADIENT else p, p_target, n * D, elements, D, DT)
+        zero_gap(p_target, elements, end)
 
 
 @triton.jit(do_not_specialize=["n_most"])
-def nearest(
+def nearest_centroids(
     p_weights,
     p_codes,
     p_tensors,
@@ -347,30 +358,31 @@ def nearest(
     J: tl.constexpr,
     R: tl.constexpr,
 ):
-    """One program per chunk: the index of the nearest centroid, the lower of two as near, 0 of a row with NaN; in a byte for up to 256 centroids, else four."""
-    t, _, start, n, run = find(tl.program_id(0), p_tensors, p_owner, n_chunk, 1)
-    p, K = pointer(p_weights, t, DT, ALIGNED), tl.load(p_clusters + t)
+    """One program per chunk: the index of the nearest centroid, the lower of two as near, 0 of a row with NaN; in a
+    byte for up to 256 centroids, else in four."""
+    t, _, start, n, run = chunk_of_program(tl.program_id(0), p_tensors, p_owner, n_chunk, 1)
+    p, K = tensor_pointer(p_weights, t, DT, ALIGNED), tl.load(p_clusters + t)
     p_c += t.to(tl.int64) * n_most * D
-    address = tl.load(p_codes + t)
+    code_address = tl.load(p_codes + t)
     count = tl.minimum(n - start, n_chunk).to(tl.int32)
     r = 0
     while r < count:
         k = r + tl.arange(0, R)
         m = k < count
-        b_w = load_rows(p, offsets(start + k, run, D), m, run, ACC, D)
+        b_w = load_rows(p, row_offsets(start + k, run, D), m, run, ACC, D)
         low, code = tl.full([R], float("inf"), ACC), tl.zeros([R], tl.int32)
         j0 = 0
         while j0 < K:
             j = j0 + tl.arange(0, J)
             m_j = j < K
-            far = distance(b_w, load_tile(p_c, j, m_j, float("inf"), D), D == 1)
+            far = distances(b_w, load_centroids(p_c, j, m_j, float("inf"), D), D == 1)
             best = tl.min(far, 0)
-            at = tl.min(tl.where(far == best[None, :], j[:, None], 2147483647), 0)
-            code = tl.where(best < low, at, code)
+            first = tl.min(tl.where(far == best[None, :], j[:, None], 2147483647), 0)
+            code = tl.where(best < low, first, code)
             low = tl.minimum(low, best)
             j0 += J
         if K <= 256:
-            tl.store(address.to(tl.pointer_type(tl.uint8)) + start + k, code.to(tl.uint8), mask=m)
+            tl.store(code_address.to(tl.pointer_type(tl.uint8)) + start + k, code.to(tl.uint8), mask=m)
         else:
-            tl.store(address.to(tl.pointer_type(tl.int32)) + start + k, code, mask=m)
+            tl.store(code_address.to(tl.pointer_type(tl.int32)) + start + k, code, mask=m)
         r += R

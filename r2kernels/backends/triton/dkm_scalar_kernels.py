@@ -1,48 +1,57 @@
 """DKM of scalars in the Euclidean metric: W_hat and dL/dW in O(1) per weight, whatever K.
 
-exp(-|w - c_j| / tau) is a factor of w times a factor of c_j on either side of w. So between two neighbouring centroids the attention to any numbers h_j is
-(1 - s) l + s r: l and r are averages of h over the centroids on the left and on the right, which the interval alone determines, and s = 1 / (1 + 2^-t), with
-t linear in w, is the weight of the right side. By w this grows with 2 / tau s (1 - s) (r - l); so dL/dW of an iteration is
+exp(-|w - c_j| / tau) is a factor of w times a factor of c_j on either side of w. So between two neighbouring centroids
+the attention to any numbers h_j is (1 - s) l + s r: l and r are averages of h over the centroids on the left and on the
+right, which the interval alone determines, and s = 1 / (1 + 2^-t), with t linear in w, is the weight of the right side.
+By w this grows with 2 / tau s (1 - s) (r - l); so dL/dW of an iteration is
 
-    (1 - s) l[v] + s r[v] + 2 / tau s (1 - s) (x (r - l)[v] - (r - l)[e] + g (r - l)[o])        x = w - reference, o = c' - reference, e = v o.
+    (1 - s) l[v] + s r[v] + 2 / tau s (1 - s) (x (r - l)[v] - (r - l)[e] + g (r - l)[o])
 
-`tables` makes all that depends on the interval, in float64. Interval k of 0..K begins at c_k, its reference (c_1 where k = 0), and is found on a uniform grid
-over [c_1, c_K], whose cells hold how many centroids lie in the cells before. A weight that equals a centroid has no slope to it: an interval of its own.
+with x = w - reference, o = c' - reference and e = v o.
+
+`interval_tables` makes all that depends on the interval, in float64. Interval k of 0..K begins at c_k, its reference
+(c_1 where k = 0), and is found on a uniform grid over [c_1, c_K], whose cells hold how many centroids lie in the cells
+before. A weight that equals a centroid has no slope to it: an interval of its own.
 """
 
 import triton
 import triton.language as tl
 
+from .chunks import FIELDS, PROPAGATE, chunk_of_program, target_of_tensor, tensor_pointer, zero_gap
 from .range_losses_kernels import LOG2E
-from .skeletons import FIELDS, FLAT, PROPAGATE, SEGMENT, clear, find, pointer
 
 BLOCK = 1024  # weights at once
-RECORD = {False: 4, True: 11}  # arrays of BUCKET numbers, of W_hat and of the gradient
-INTERVALS, LANES = 16, 32  # of a program of `tables`; centroids that it reads at once
-HEADER = tl.constexpr(
-    8
-)  # of a tensor and iteration: inverse width of a cell, its base, -dt/dw, 2 / tau, stride of the search
-ASM = tl.constexpr(not triton.knobs.runtime.interpret)
+OUTPUT_RECORD, GRADIENT_RECORD = tl.constexpr(4), tl.constexpr(11)  # arrays of BUCKET numbers, for W_hat and for dL/dW
+INTERVALS, LANES = 16, 32  # of a program of `interval_tables`; centroids that it reads at once
+# Of a tensor and iteration: inverse width of a cell, its base, -dt/dw, 2 / tau, stride of the search.
+HEADER = tl.constexpr(8)
+ASM = tl.constexpr(not triton.knobs.runtime.interpret)  # which the interpreter cannot run
+RECIPROCAL = tl.constexpr("rcp.approx.ftz.f32 $0, $1;")
 
 
-def registers(gradient, wide):
-    """At most. Left to itself, ptxas takes fewer than a block of weights needs, and spills."""
+def most_registers(gradient, wide):
+    """Of a thread of `map_scalars`. Left to itself, ptxas takes fewer than a block of weights needs, and spills."""
     return 168 if wide else 72 if gradient else 64
 
 
-def bucket(clusters):
+def numbers_of_record(gradient, bucket):
+    return (GRADIENT_RECORD if gradient else OUTPUT_RECORD).value * bucket
+
+
+def bucket_of(clusters):
     """Places for the K + 1 intervals and one behind them."""
     return max(triton.next_power_of_2(clusters + 2), 32)
 
 
-def cells(bucket):
+def cells_of(bucket):
     """Of the grid: in bytes a few lines of the cache, and mostly at most one centroid in each."""
     return max(min(8 * bucket, 1024), 2 * bucket)
 
 
 @triton.jit
-def cell(x, inverse, base, CELLS: tl.constexpr):
-    """The cell of x. It rises with x however this rounds: one formula for centroids and weights leaves no doubt about which lies before which.
+def cell_of(x, inverse, base, CELLS: tl.constexpr):
+    """The cell of x. It rises with x however this rounds: one formula for centroids and weights leaves no doubt about
+    which lies before which.
 
     `base` holds a power of two so large that the last bits of the sum are an integer.
     """
@@ -53,39 +62,38 @@ def cell(x, inverse, base, CELLS: tl.constexpr):
 
 
 @triton.jit
-def crowded(p, K, inverse, base, distance, CELLS: tl.constexpr, LANES: tl.constexpr):
+def is_crowded(p, K, inverse, base, distance, CELLS: tl.constexpr, LANES: tl.constexpr):
     """Whether any cell has more than `distance` of the centroids at p."""
     found = tl.full([], 0, tl.int32)
     j = 0
     while j + distance < K:
         i = j + tl.arange(0, LANES)
         m = i + distance < K
-        same = cell(tl.load(p + i, mask=m), inverse, base, CELLS) == cell(
-            tl.load(p + i + distance, mask=m), inverse, base, CELLS
-        )
-        found = tl.maximum(found, tl.max((same & m).to(tl.int32), 0))
+        one = cell_of(tl.load(p + i, mask=m), inverse, base, CELLS)
+        other = cell_of(tl.load(p + i + distance, mask=m), inverse, base, CELLS)
+        found = tl.maximum(found, tl.max(((one == other) & m).to(tl.int32), 0))
         j += LANES
     return found > 0
 
 
 @triton.jit
 def fill_cells(p, p_cell, K, tile, inverse, base, CELLS: tl.constexpr, EACH: tl.constexpr, LANES: tl.constexpr):
-    """How many of the centroids at p lie before each of the cells of this program; K - 1 at most, so that a byte holds 256 centroids' counts."""
+    """How many of the centroids at p lie before each of the cells of this program; K - 1 at most, so that a byte holds
+    the counts of 256 centroids."""
     own = (tile * EACH + tl.arange(0, EACH)).to(tl.uint32)
     before = tl.zeros([EACH], tl.int32)
     j = 0
     while j < K:
         i = j + tl.arange(0, LANES)
         m = i < K
-        before += tl.sum(
-            ((cell(tl.load(p + i, mask=m), inverse, base, CELLS)[None, :] < own[:, None]) & m[None, :]).to(tl.int32), 1
-        )
+        cells = cell_of(tl.load(p + i, mask=m), inverse, base, CELLS)
+        before += tl.sum(((cells[None, :] < own[:, None]) & m[None, :]).to(tl.int32), 1)
         j += LANES
     tl.store(p_cell + own, tl.minimum(before, K - 1).to(p_cell.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["n_tensors", "n_most", "n_moments"])
-def tables(
+def interval_tables(
     p_c,
     p_new,
     p_u,
@@ -107,10 +115,11 @@ def tables(
 ):
     """Program (i, j): the j-th few intervals, and cells, of iteration i // n_tensors of tensor i % n_tensors.
 
-    A record is of arrays of BUCKET numbers: references; base of -t, l, r of the output. Or behind the references, of twice BUCKET numbers: base of -t,
-    l[v], r[v], (l - r)[e], (r - l)[o], for weights between centroids and for those that equal one.
+    A record is of arrays of BUCKET numbers: references; base of -t, l, r of the output. Or behind the references, of
+    twice BUCKET numbers: base of -t, l[v], r[v], (l - r)[e], (r - l)[o], for weights between centroids and for those
+    that equal one.
     """
-    RECORD: tl.constexpr = (11 if GRADIENT else 4) * BUCKET
+    RECORD: tl.constexpr = (GRADIENT_RECORD if GRADIENT else OUTPUT_RECORD) * BUCKET
     job, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     K, tau = tl.load(p_clusters + job % n_tensors), tl.load(p_tau + job % n_tensors).to(tl.float64)
     p_c, p_new = p_c + job * n_most, p_new + job * n_most
@@ -126,10 +135,10 @@ def tables(
     fill_cells(p_c, p_cells + job * CELLS, K, tile, inverse, base, CELLS, CELLS * INTERVALS // BUCKET, LANES)
     if tile == 0:
         stride = tl.full([], 1, tl.int32)
-        more = crowded(p_c, K, inverse, base, 1, CELLS, LANES)
+        more = is_crowded(p_c, K, inverse, base, 1, CELLS, LANES)
         while more:
             stride *= 2
-            more = crowded(p_c, K, inverse, base, 2 * stride - 1, CELLS, LANES)
+            more = is_crowded(p_c, K, inverse, base, 2 * stride - 1, CELLS, LANES)
         p_header = p_headers + job * HEADER
         tl.store(p_header, inverse)
         tl.store(p_header + 1, base)
@@ -138,24 +147,12 @@ def tables(
         tl.store(p_header + 4, stride.to(ACC))
 
     k = tile * INTERVALS + tl.arange(0, INTERVALS)
-    begin, end = (
-        tl.load(p_c + tl.minimum(tl.maximum(k - 1, 0), K - 1)).to(tl.float64),
-        tl.load(p_c + tl.minimum(k, K - 1)).to(tl.float64),
-    )
+    begin = tl.load(p_c + tl.minimum(tl.maximum(k - 1, 0), K - 1)).to(tl.float64)
+    end = tl.load(p_c + tl.minimum(k, K - 1)).to(tl.float64)
     zero = tl.zeros([INTERVALS], tl.float64)
-    l_1, l_o, l_v, l_e, r_1, r_o, r_v, r_e, equal_1, equal_o, equal_e = (
-        zero,
-        zero,
-        zero,
-        zero,
-        zero,
-        zero,
-        zero,
-        zero,
-        zero,
-        zero,
-        zero,
-    )
+    l_1, l_o, l_v, l_e = zero, zero, zero, zero
+    r_1, r_o, r_v, r_e = zero, zero, zero, zero
+    equal_1, equal_o, equal_e = zero, zero, zero
     j = 0
     while j < K:
         i = j + tl.arange(0, LANES)
@@ -166,23 +163,15 @@ def tables(
         new = tl.load(p_new + i, mask=m, other=0).to(tl.float64)[None, :]
         o = new - begin[:, None]
         a_l, a_r = tl.where(left, a, 0), tl.where(left, 0, a)
-        l_1, l_o, r_1, r_o = (
-            l_1 + tl.sum(a_l, 1),
-            l_o + tl.sum(a_l * o, 1),
-            r_1 + tl.sum(a_r, 1),
-            r_o + tl.sum(a_r * (new - end[:, None]), 1),
-        )
+        l_1, l_o = l_1 + tl.sum(a_l, 1), l_o + tl.sum(a_l * o, 1)
+        r_1, r_o = r_1 + tl.sum(a_r, 1), r_o + tl.sum(a_r * (new - end[:, None]), 1)
         if GRADIENT:
             S = tl.load(p_moments + (job * n_most + i) * n_moments, mask=m, other=0).to(tl.float64)
             u = tl.load(p_u + job * n_most + i, mask=m, other=0).to(tl.float64)
             v = tl.where(S == 0, 0, u / tl.where(S == 0, 1, S))[None, :]
             e = v * o
-            l_v, l_e, r_v, r_e = (
-                l_v + tl.sum(a_l * v, 1),
-                l_e + tl.sum(a_l * e, 1),
-                r_v + tl.sum(a_r * v, 1),
-                r_e + tl.sum(a_r * e, 1),
-            )
+            l_v, l_e = l_v + tl.sum(a_l * v, 1), l_e + tl.sum(a_l * e, 1)
+            r_v, r_e = r_v + tl.sum(a_r * v, 1), r_e + tl.sum(a_r * e, 1)
             same = left & m[None, :] & (c == begin[:, None])
             equal_1 += tl.sum(tl.where(same, 1.0, 0.0), 1)
             equal_o += tl.sum(tl.where(same, o, 0), 1)
@@ -204,7 +193,7 @@ def tables(
         l_v, r_v, l_e, r_e = l_v / l_1, r_v / r_1, l_e / l_1, r_e / r_1
         l_v, r_v = tl.where(first, r_v, l_v), tl.where(last, l_v, r_v)
         l_e, r_e = tl.where(first, r_e, l_e), tl.where(last, l_e, r_e)
-        put(p, start, l_v, r_v, l_e - r_e, d_o, BUCKET, ACC)
+        store_interval(p, start, l_v, r_v, l_e - r_e, d_o, BUCKET, ACC)
         # w = c_k: a constant and a multiple of g. -t = 0 gives s = 1 / 2
         s = 1 / (1 + tl.exp2(start))
         without = (1 - s) / l_1
@@ -212,7 +201,7 @@ def tables(
         b_1 = 1 - 2 * s - without * equal_1
         b_e, b_o = (1 - s) * l_e - s * r_e - without * equal_e, (1 - s) * l_o - s * (l_o + d_o) - without * equal_o
         a_v += (b_e - a_e * b_1) / tau
-        put(p + BUCKET, zero, a_v, a_v, zero, 2 * (a_o * b_1 - b_o), BUCKET, ACC)
+        store_interval(p + BUCKET, zero, a_v, a_v, zero, 2 * (a_o * b_1 - b_o), BUCKET, ACC)
     else:
         tl.store(p, start.to(ACC))
         tl.store(p + BUCKET, (begin + l_o).to(ACC))
@@ -220,7 +209,8 @@ def tables(
 
 
 @triton.jit
-def put(p, start, l_v, r_v, d_e, d_o, BUCKET: tl.constexpr, ACC: tl.constexpr):
+def store_interval(p, start, l_v, r_v, d_e, d_o, BUCKET: tl.constexpr, ACC: tl.constexpr):
+    """What a record holds behind the references, for the gradient."""
     tl.store(p, start.to(ACC))
     tl.store(p + 2 * BUCKET, l_v.to(ACC))
     tl.store(p + 4 * BUCKET, r_v.to(ACC))
@@ -229,9 +219,10 @@ def put(p, start, l_v, r_v, d_e, d_o, BUCKET: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def place(b_w, p_record, p_cell, inverse, base, stride, BUCKET: tl.constexpr, CELLS: tl.constexpr):
-    """How many centroids are <= w: those in the cells before, and by bisection those in its own, fewer than 2 * stride. NaN fills up the references."""
-    k = tl.load(p_cell + cell(b_w, inverse, base, CELLS)).to(tl.uint32)
+def count_up_to(b_w, p_record, p_cell, inverse, base, stride, BUCKET: tl.constexpr, CELLS: tl.constexpr):
+    """How many centroids are <= w: those in the cells before, and by bisection those in its own, fewer than 2 * stride.
+    NaN fills up the references."""
+    k = tl.load(p_cell + cell_of(b_w, inverse, base, CELLS)).to(tl.uint32)
     while stride > 1:
         k = tl.where(tl.load(p_record + tl.minimum(k + stride, BUCKET - 1)) <= b_w, k + stride, k)
         stride //= 2
@@ -241,44 +232,44 @@ def place(b_w, p_record, p_cell, inverse, base, stride, BUCKET: tl.constexpr, CE
 @triton.jit
 def reciprocal(x):
     if ASM and x.dtype.is_fp32():
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
+        return tl.inline_asm_elementwise(RECIPROCAL, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:
         return 1 / x
 
 
 @triton.jit
-def locate(b_w, p_record, p_cell, p_header, BUCKET: tl.constexpr, CELLS: tl.constexpr):
+def interval_of(b_w, p_record, p_cell, p_header, BUCKET: tl.constexpr, CELLS: tl.constexpr):
     """(interval, w - reference)"""
     stride = tl.load(p_header + 4).to(tl.uint32)
-    k = place(b_w, p_record, p_cell, tl.load(p_header), tl.load(p_header + 1), stride, BUCKET, CELLS)
+    k = count_up_to(b_w, p_record, p_cell, tl.load(p_header), tl.load(p_header + 1), stride, BUCKET, CELLS)
     return k, b_w - tl.load(p_record + k)
 
 
 @triton.jit
-def sides(x, p_header, p):
-    """(1 - s, s), each with all its digits near 0"""
+def weights_of_sides(x, p_header, p):
+    """(1 - s, s), the weights of the left and the right, each with all its digits near 0"""
     e = tl.exp2(tl.fma(x, tl.load(p_header + 2), tl.load(p)))
     s = reciprocal(1 + e)
     return tl.where(e > 1e30, 1, e * s), s
 
 
 @triton.jit
-def soft(b_w, p_record, p_cell, p_header, BUCKET: tl.constexpr, CELLS: tl.constexpr):
+def output_of_scalars(b_w, p_record, p_cell, p_header, BUCKET: tl.constexpr, CELLS: tl.constexpr):
     """W_hat"""
-    k, x = locate(b_w, p_record, p_cell, p_header, BUCKET, CELLS)
+    k, x = interval_of(b_w, p_record, p_cell, p_header, BUCKET, CELLS)
     p = p_record + BUCKET + k
-    a_l, a_r = sides(x, p_header, p)
+    a_l, a_r = weights_of_sides(x, p_header, p)
     return tl.fma(a_l, tl.load(p + BUCKET), a_r * tl.load(p + 2 * BUCKET))
 
 
 @triton.jit
-def pull(b_w, b_g, p_record, p_cell, p_header, LAST: tl.constexpr, BUCKET: tl.constexpr, CELLS: tl.constexpr):
+def gradient_of_scalars(
+    b_w, b_g, p_record, p_cell, p_header, LAST: tl.constexpr, BUCKET: tl.constexpr, CELLS: tl.constexpr
+):
     """dL/dW of one iteration"""
-    k, x = locate(b_w, p_record, p_cell, p_header, BUCKET, CELLS)
+    k, x = interval_of(b_w, p_record, p_cell, p_header, BUCKET, CELLS)
     p = p_record + BUCKET + tl.where(x == 0, k + BUCKET, k)
-    a_l, a_r = sides(x, p_header, p)
+    a_l, a_r = weights_of_sides(x, p_header, p)
     l_v, r_v = tl.load(p + 2 * BUCKET), tl.load(p + 4 * BUCKET)
     steep = tl.fma(x, r_v - l_v, tl.load(p + 6 * BUCKET))
     if LAST:
@@ -287,7 +278,7 @@ def pull(b_w, b_g, p_record, p_cell, p_header, LAST: tl.constexpr, BUCKET: tl.co
 
 
 @triton.jit
-def evaluate(
+def map_scalar_block(
     b_w,
     b_g,
     p_record,
@@ -299,18 +290,19 @@ def evaluate(
     BUCKET: tl.constexpr,
     CELLS: tl.constexpr,
 ):
+    """W_hat, or dL/dW summed over the iterations, of a block of weights."""
     if GRADIENT:
-        total = pull(b_w, b_g, p_record, p_cell, p_header, True, BUCKET, CELLS)
+        total = gradient_of_scalars(b_w, b_g, p_record, p_cell, p_header, True, BUCKET, CELLS)
         step = 1
         while step < n_steps:
-            p_record += n_tensors.to(tl.int64) * (11 * BUCKET)
+            p_record += n_tensors.to(tl.int64) * (GRADIENT_RECORD * BUCKET)
             p_cell += n_tensors.to(tl.int64) * CELLS
             p_header += n_tensors.to(tl.int64) * HEADER
-            total += pull(b_w, b_g, p_record, p_cell, p_header, False, BUCKET, CELLS)
+            total += gradient_of_scalars(b_w, b_g, p_record, p_cell, p_header, False, BUCKET, CELLS)
             step += 1
         return total
     else:
-        return soft(b_w, p_record, p_cell, p_header, BUCKET, CELLS)
+        return output_of_scalars(b_w, p_record, p_cell, p_header, BUCKET, CELLS)
 
 
 @triton.jit(do_not_specialize=["n_steps", "n_tensors"])
@@ -336,21 +328,13 @@ def map_scalars(
     CELLS: tl.constexpr,
 ):
     """One program per chunk: W_hat, or dL/dW summed over the iterations, the last one first."""
-    t, _, start, n, _ = find(tl.program_id(0), p_tensors, p_owner, n_chunk, 1)
-    if TARGET == FLAT:
-        p_target = p_targets + tl.multiple_of(tl.load(p_tensors + t * FIELDS + 4), SEGMENT)
-        end = (n + SEGMENT - 1) // SEGMENT * SEGMENT
-    else:
-        p_target = pointer(p_targets, t, DT, ALIGNED)
-        end = n
+    t, _, start, n, _ = chunk_of_program(tl.program_id(0), p_tensors, p_owner, n_chunk, 1)
+    p_target, end = target_of_tensor(p_targets, p_tensors + t * FIELDS, t, n, TARGET, DT, ALIGNED)
     job = t.to(tl.int64)
-    p_record, p_cell, p_header = (
-        p_records + job * ((11 if GRADIENT else 4) * BUCKET),
-        p_cells + job * CELLS,
-        p_headers + job * HEADER,
-    )
-    p = pointer(p_weights, t, DT, ALIGNED) + start
-    p_g = pointer(p_grads, t, DT, ALIGNED) + start if GRADIENT else p
+    p_record = p_records + job * ((GRADIENT_RECORD if GRADIENT else OUTPUT_RECORD) * BUCKET)
+    p_cell, p_header = p_cells + job * CELLS, p_headers + job * HEADER
+    p = tensor_pointer(p_weights, t, DT, ALIGNED) + start
+    p_g = tensor_pointer(p_grads, t, DT, ALIGNED) + start if GRADIENT else p
     p_out = p_target + start
     count = tl.minimum(n - start, n_chunk).to(tl.int32)
     o = tl.arange(0, BLOCK)
@@ -360,7 +344,7 @@ def map_scalars(
         g = tl.load(p_g + i + o).to(ACC) if GRADIENT else w
         tl.store(
             p_out + i + o,
-            evaluate(w, g, p_record, p_cell, p_header, n_steps, n_tensors, GRADIENT, BUCKET, CELLS).to(DT),
+            map_scalar_block(w, g, p_record, p_cell, p_header, n_steps, n_tensors, GRADIENT, BUCKET, CELLS).to(DT),
         )
         i += BLOCK
     while i < count:
@@ -369,9 +353,9 @@ def map_scalars(
         g = tl.load(p_g + i + o, mask=m, other=0).to(ACC) if GRADIENT else w
         tl.store(
             p_out + i + o,
-            evaluate(w, g, p_record, p_cell, p_header, n_steps, n_tensors, GRADIENT, BUCKET, CELLS).to(DT),
+            map_scalar_block(w, g, p_record, p_cell, p_header, n_steps, n_tensors, GRADIENT, BUCKET, CELLS).to(DT),
             mask=m,
         )
         i += BLOCK
     if start + n_chunk >= n:
-        clear(p_target, n, end)
+        zero_gap(p_target, n, end)

@@ -1,35 +1,36 @@
-"""DKM's sums over rows, for any metric and number of columns: of chunks, for a tile of centroids in each program; merged in float64.
+"""DKM's sums over the rows of chunks, for any metric and number of columns, and their merge in float64.
 
-Triton cannot scatter into shared memory, so every row meets every centroid, O(K) work for each, in lanes that keep sums of their own. Where K exceeds a tile,
-`row_states` leaves what a row needs of all tiles (names as in dkm_rows.py).
+Triton cannot scatter into shared memory, so every row meets every centroid, O(K) work for each, in lanes that keep sums
+of their own. A program has a tile of centroids; where K exceeds that, `row_states` leaves what a row needs of all tiles
+(names as in dkm_rows_kernels.py).
 """
 
 import triton
 import triton.language as tl
 
+from .chunks import FIELDS, FIRST_CHUNK, N_ROWS, chunk_of_program, tensor_pointer
 from .dkm_rows_kernels import (
     Centroids,
-    chosen,
-    distance,
+    distances,
     inverse_temperature,
+    load_centroids,
     load_rows,
-    load_tile,
     load_v,
-    offsets,
-    repeat,
-    row_state,
-    signed,
-    sum_P,
+    new_of_nearest,
+    pull_P,
+    repeat_columns,
+    row_offsets,
+    softmax_of_rows,
     times_slope,
+    with_sign_of,
 )
-from .skeletons import FIELDS, find, pointer
 
 BESIDE = tl.constexpr(4)  # columns of the Jacobian that a program sums beside one another
 UPDATE, UPSTREAM, RECUR, JACOBIAN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 
-def fields(mode, d, is_signed):
-    """Sums per centroid."""
+def sums_of_mode(mode, d, is_signed):
+    """How many sums a centroid has."""
     return {UPDATE.value: 1 + d + (2 if is_signed else 0), JACOBIAN.value: BESIDE.value}.get(mode, d)
 
 
@@ -60,20 +61,21 @@ def row_states(
     J: tl.constexpr,
     R: tl.constexpr,
 ):
-    """One program per chunk: low, 1 / Z, if MEAN the mean of P, and then if WITH_G `near` of its rows, each in a plane."""
+    """One program per chunk: low, 1 / Z, if MEAN the mean of P, and then if WITH_G `near` of its rows, each in a
+    plane."""
     i = tl.program_id(0).to(tl.int64)
-    t, _, start, n, run = find(i, p_tensors, p_owner, n_chunk, 1)
-    p, p_g = pointer(p_weights, t, DT, ALIGNED), pointer(p_grads, t, DT, ALIGNED) if WITH_G else p_weights
+    t, _, start, n, run = chunk_of_program(i, p_tensors, p_owner, n_chunk, 1)
+    p, p_g = tensor_pointer(p_weights, t, DT, ALIGNED), tensor_pointer(p_grads, t, DT, ALIGNED) if WITH_G else p_weights
     scale, K = inverse_temperature(p_tau + t, ACC), tl.load(p_clusters + t)
     first = t.to(tl.int64) * n_most
     count = tl.minimum(n - start, n_chunk).to(tl.int32)
     r = 0
     while r < count:
         k = r + tl.arange(0, R)
-        m, o = k < count, offsets(start + k, run, D)
+        m, o = k < count, row_offsets(start + k, run, D)
         b_w = load_rows(p, o, m, run, ACC, D)
         b_g = load_rows(p_g, o, m, run, ACC, D) if WITH_G else b_w
-        low, rest, mean, b_near = row_state(
+        low, rest, mean, b_near = softmax_of_rows(
             b_w,
             b_g,
             Centroids(
@@ -103,7 +105,8 @@ def row_states(
 
 
 @triton.jit
-def added(sums, terms):
+def add_terms(sums, terms):
+    """One term to each of the sums."""
     result = ()
     for s in tl.static_range(len(sums)):
         result += (sums[s] + terms[s],)
@@ -141,19 +144,21 @@ def cluster_sums(
     J: tl.constexpr,
     R: tl.constexpr,
 ):
-    """Program (i, j, l): the sums of chunk i for the j-th tile of centroids; of the Jacobian, for its l-th few columns. PLANES 0: the only tile.
+    """Program (i, j, l): the sums of chunk i for the j-th tile of centroids; of the Jacobian, for its l-th few columns.
+    PLANES 0: the only tile.
 
-    UPDATE: a, a x, and for scalars in the Euclidean metric sign(x) a, a |x|. UPSTREAM: a g. RECUR: Q slope. JACOBIAN: a_j (w - c'_j) a_l sign(w - c_l).
+    UPDATE: a, a x, and for scalars in the Euclidean metric sign(x) a, a |x|. UPSTREAM: a g. RECUR: Q slope. JACOBIAN:
+    a_j (w - c'_j) a_l sign(w - c_l).
     """
     i, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    t, _, start, n, run = find(i, p_tensors, p_owner, n_chunk, 1)
-    p, p_g = pointer(p_weights, t, DT, ALIGNED), pointer(p_grads, t, DT, ALIGNED) if WITH_G else p_weights
+    t, _, start, n, run = chunk_of_program(i, p_tensors, p_owner, n_chunk, 1)
+    p, p_g = tensor_pointer(p_weights, t, DT, ALIGNED), tensor_pointer(p_grads, t, DT, ALIGNED) if WITH_G else p_weights
     scale, K = inverse_temperature(p_tau + t, ACC), tl.load(p_clusters + t)
     first = t.to(tl.int64) * n_most
     j = (first_tile + tile) * J + tl.arange(0, J)
     m_j = j < K
-    b_c = load_tile(p_c + first * D, j, m_j, float("inf"), D)
-    b_new = load_tile(p_new + first * D, j, m_j, 0, D) if MODE >= RECUR else b_c
+    b_c = load_centroids(p_c + first * D, j, m_j, float("inf"), D)
+    b_new = load_centroids(p_new + first * D, j, m_j, 0, D) if MODE >= RECUR else b_c
     b_v = b_c
     if MODE == RECUR:
         b_v = load_v(
@@ -161,26 +166,24 @@ def cluster_sums(
             j,
             m_j,
         )
-    sums = repeat(tl.zeros([J, R], ACC), SUMS)
+    sums = repeat_columns(tl.zeros([J, R], ACC), SUMS)
     ALONE: tl.constexpr = PLANES == 0
     count = tl.minimum(n - start, n_chunk).to(tl.int32)
     r = 0
     while r < count:
         k = r + tl.arange(0, R)
-        m, o = k < count, offsets(start + k, run, D)
+        m, o = k < count, row_offsets(start + k, run, D)
         o_state = i * PLANES * n_chunk + k
         b_w = load_rows(p, o, m, run, ACC, D)
         b_g = load_rows(p_g, o, m, run, ACC, D) if WITH_G else b_w
-        far = distance(b_w, b_c, EUCLIDEAN)
+        far = distances(b_w, b_c, EUCLIDEAN)
         if ALONE:
             low = tl.min(far, 0)
             e = tl.exp2((low[None, :] - far) * scale)
             rest = tl.where(m, 1 / tl.sum(e, 0), 0)
         else:
-            low, rest = (
-                tl.load(p_states + o_state, mask=m, other=0),
-                tl.load(p_states + o_state + n_chunk, mask=m, other=0),
-            )
+            low = tl.load(p_states + o_state, mask=m, other=0)
+            rest = tl.load(p_states + o_state + n_chunk, mask=m, other=0)
             e = tl.exp2((low[None, :] - far) * scale)
         a = e * rest[None, :]
         if MODE == UPDATE:
@@ -188,7 +191,8 @@ def cluster_sums(
             for c in tl.static_range(D):
                 terms += (a * (b_w[c][None, :] - b_c[c][:, None]),)
             if EUCLIDEAN and D == 1:
-                terms += (signed(b_w[0][None, :] - b_c[0][:, None], a), a * tl.abs(b_w[0][None, :] - b_c[0][:, None]))
+                x = b_w[0][None, :] - b_c[0][:, None]
+                terms += (with_sign_of(x, a), a * tl.abs(x))
         elif MODE == UPSTREAM:
             terms = ()
             for c in tl.static_range(D):
@@ -196,12 +200,11 @@ def cluster_sums(
         elif MODE == RECUR:
             b_near = b_g
             if WITH_G:
-                b_near = (
-                    chosen(far, low, b_new, b_w)
-                    if ALONE
-                    else load_rows(p_states + 3 * n_chunk, o_state, m, n_chunk, ACC, D)
-                )
-            P = sum_P(b_w, b_g, b_near, b_new, b_v, WITH_G)
+                if ALONE:
+                    b_near = new_of_nearest(far, low, b_new, b_w)
+                else:
+                    b_near = load_rows(p_states + 3 * n_chunk, o_state, m, n_chunk, ACC, D)
+            P = pull_P(b_w, b_g, b_near, b_new, b_v, WITH_G)
             mean = tl.sum(a * P, 0) if ALONE else tl.load(p_states + o_state + 2 * n_chunk, mask=m, other=0)
             terms = times_slope(b_w, b_c, a * (P - mean[None, :]), far, EUCLIDEAN)
         else:
@@ -209,8 +212,8 @@ def cluster_sums(
             terms = ()
             for f in tl.static_range(BESIDE):
                 x = b_w[0] - tl.load(p_c + first + tl.minimum(tl.program_id(2) * BESIDE + f, K - 1))
-                terms += (pull * signed(x, tl.exp2((low - tl.abs(x)) * scale) * rest)[None, :],)
-        sums = added(sums, terms)
+                terms += (pull * with_sign_of(x, tl.exp2((low - tl.abs(x)) * scale) * rest)[None, :],)
+        sums = add_terms(sums, terms)
         r += R
     p_sum = p_partial + ((i * tl.num_programs(2) + tl.program_id(2)) * SUMS) * n_width + tile * J + tl.arange(0, J)
     for s in tl.static_range(SUMS):
@@ -239,14 +242,15 @@ def merge_sums(
     COLUMNS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Program (t, j, l): the sums over the chunks of tensor t, in float64 and in a fixed order, for a few centroids; and what the pass makes of them."""
+    """Program (t, j, l): the sums over the chunks of tensor t, in float64 and in a fixed order, for a few centroids;
+    and what the pass makes of them."""
     t = tl.program_id(0).to(tl.int64)
-    p_t = p_tensors + t * FIELDS
-    n, first, K = tl.load(p_t), tl.load(p_t + 3), tl.load(p_clusters + t)
+    p_tensor = p_tensors + t * FIELDS
+    n, first, K = tl.load(p_tensor + N_ROWS), tl.load(p_tensor + FIRST_CHUNK), tl.load(p_clusters + t)
     o = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     j = first_tile * J + o
     m_j = (o < n_width) & (j < K)
-    sums = repeat(tl.zeros([LANES, COLUMNS], tl.float64), SUMS)
+    sums = repeat_columns(tl.zeros([LANES, COLUMNS], tl.float64), SUMS)
     i = tl.arange(0, LANES).to(tl.int64)
     while tl.min(i, 0) * n_chunk < n:
         m = (i * n_chunk < n)[:, None] & m_j[None, :]
@@ -254,33 +258,33 @@ def merge_sums(
         terms = ()
         for s in tl.static_range(SUMS):
             terms += (tl.load(p + s * n_width, mask=m, other=0).to(tl.float64),)
-        sums = added(sums, terms)
+        sums = add_terms(sums, terms)
         i += LANES
     m = (o < n_width) & (j < n_most)
-    place = t * n_most + j
+    o_out = t * n_most + j
     if MODE == UPDATE:
         S = tl.sum(sums[0], 0)
         MOMENTS: tl.constexpr = 3 if SIGNED else 1
         moved = tl.zeros([COLUMNS], tl.float64)
         for c in tl.static_range(D):
-            old = tl.load(p_c + place * D + c, mask=m_j, other=0)
+            old = tl.load(p_c + o_out * D + c, mask=m_j, other=0)
             new = (old.to(tl.float64) + tl.where(S == 0, 0, tl.sum(sums[1 + c], 0) / tl.where(S == 0, 1, S))).to(ACC)
-            tl.store(p_out + place * D + c, new, mask=m)
+            tl.store(p_out + o_out * D + c, new, mask=m)
             moved = new.to(tl.float64) - old.to(tl.float64)
-        tl.store(p_moments + place * MOMENTS, S.to(ACC), mask=m)
+        tl.store(p_moments + o_out * MOMENTS, S.to(ACC), mask=m)
         if SIGNED:
             balance = tl.sum(sums[2], 0)
-            tl.store(p_moments + place * 3 + 1, balance.to(ACC), mask=m)
-            tl.store(p_moments + place * 3 + 2, (tl.sum(sums[3], 0) - moved * balance).to(ACC), mask=m)
+            tl.store(p_moments + o_out * 3 + 1, balance.to(ACC), mask=m)
+            tl.store(p_moments + o_out * 3 + 2, (tl.sum(sums[3], 0) - moved * balance).to(ACC), mask=m)
     elif MODE == JACOBIAN:
         for s in tl.static_range(SUMS):
             column = tl.program_id(2) * BESIDE + s
             tl.store(
-                p_out + place * n_most + column,
+                p_out + o_out * n_most + column,
                 tl.where(column < K, tl.sum(sums[s], 0), 0),
                 mask=m & (tl.zeros_like(j) + column < n_most),
             )
     else:
         factor = 1 / tl.load(p_tau + t).to(tl.float64) if MODE == RECUR else tl.full([], 1, tl.float64)
         for c in tl.static_range(D):
-            tl.store(p_out + place * D + c, (tl.sum(sums[c], 0) * factor).to(ACC), mask=m)
+            tl.store(p_out + o_out * D + c, (tl.sum(sums[c], 0) * factor).to(ACC), mask=m)

@@ -1,65 +1,46 @@
-"""Launchers of the quantizers onto the Triton kernels: one launch forward, two backward, for a list of any length."""
+"""The quantizers onto the skeletons by channel: one launch forward, two backward, for a list of any length."""
 
 import torch
 
 from ... import lists
-from ...contract import accumulator, levels
+from ...contract import DOREFA, EWGS, LSQ, PACT, accumulator, levels
+from .. import launchers
+from . import channel_skeletons
+from .launch import OPTIONS, Launcher, current, types
+from .quantizers_kernels import QUANTIZERS, correct_maxima
+from .skeletons import MERGE_LANES
 
-COLUMNS, LANES = (
-    32,
-    16,
-)  # channels that a program merges, and chunks of each at a time; without channels all lanes are chunks
+COLUMNS, LANES = 32, 16  # channels that a program merges, and chunks of each at a time; of one channel MERGE_LANES
 
 
-class Quantizers:
-    """The quantizers' ops; what they take is told in reference/quantizers.py."""
+class Quantizers(Launcher, launchers.Quantizers):
+    """Codes of LSQ run from -LOW to HIGH, those of the others from 0 to HIGH. FLAG: codes of EWGS are signed; the
+    gradient of PACT is that of PACT+."""
 
-    def lsq_fwd(self, xs, step, bits, signed, axis):
-        return self._quantize("lsq", "lsq_fwd", None, xs, (step,), *levels(bits, signed), False, axis)[0]
+    def _quantize(self, op, xs, parameters, bits, flag, axis):
+        low, high = levels(bits, op is LSQ and flag)
+        return self._run(op, None, xs, parameters, bits, flag, axis, LOW=low, HIGH=high, FLAG=op is EWGS and flag)[0]
 
-    def lsq_bwd(self, gs, xs, step, bits, signed, axis):
-        made, *gradients = self._quantize("lsq", "lsq_bwd", gs, xs, (step,), *levels(bits, signed), False, axis, 1, 1)
-        return made, *gradients
+    def _quantize_bwd(self, op, gs, xs, parameters, bits, flag, axis):
+        low, high = (0, 1) if op is DOREFA else levels(bits, op is LSQ and flag)  # one kernel of DoReFa for all bits
+        flagged = (op is EWGS or op is PACT) and flag
+        return self._run(op, gs, xs, parameters, bits, flag, axis, LOW=low, HIGH=high, FLAG=flagged)
 
-    def ewgs_fwd(self, xs, lower, upper, delta, bits, signed):
-        return self._quantize("ewgs", "ewgs_fwd", None, xs, (lower, upper, delta), 0, 2**bits - 1, bool(signed))[0]
-
-    def ewgs_bwd(self, gs, xs, lower, upper, delta, bits, signed):
-        return self._quantize(
-            "ewgs", "ewgs_bwd", gs, xs, (lower, upper, delta), 0, 2**bits - 1, bool(signed), None, 2, 2
-        )
-
-    def pact_fwd(self, xs, alpha, bits, plus):
-        return self._quantize("pact", "pact_fwd", None, xs, (alpha,), 0, 2**bits - 1, False)[0]
-
-    def pact_bwd(self, gs, xs, alpha, bits, plus):
-        return self._quantize("pact", "pact_bwd", gs, xs, (alpha,), 0, 2**bits - 1, bool(plus), None, 1, 1)
-
-    def dorefa_fwd(self, xs, scale, bits, detach_max):
-        setup, formula = ("mean", "sign_fwd") if bits == 1 else ("dorefa", "dorefa_fwd")
-        return self._quantize(setup, formula, None, xs, (scale,), 0, 2**bits - 1, False)[0]
-
-    def dorefa_bwd(self, gs, xs, scale, bits, detach_max):
-        if bits == 1 or detach_max:
-            setup, formula = ("mean", "sign_bwd") if bits == 1 else ("dorefa", "dorefa_detached")
-            return self._quantize(setup, formula, gs, xs, (scale,), 0, 1, False)[0]
-        return self._quantize("dorefa", "dorefa_bwd", gs, xs, (scale,), 0, 1, False, None, 2, 0)[0]
-
-    def _quantize(self, op, formula, gs, xs, parameters, low, high, flag, axis=None, sums=0, learned=0):
-        """(the results, the gradients of the first `learned` parameters)"""
-        kernels, device, dtype = self.quantizers, xs[0].device, xs[0].dtype
+    def _run(self, op, gs, xs, parameters, bits, flag, axis, LOW, HIGH, FLAG):
+        """(the results, the gradients of the learned parameters); `gs` None: forward."""
+        quantizer, device, dtype = _quantizer(op, bits, flag), xs[0].device, xs[0].dtype
         tensors, _ = lists.dense(xs)
         plan = lists.channel_plan(tensors, axis, device)
         grads = () if gs is None else lists.like_weights(gs, tensors)
-        made, kind = lists.empty_gradients(xs), self.skeletons.FLAT if xs[0].is_cuda else self.skeletons.TABLE
+        made, targets, target = self._targets(xs)
         parameters = tuple([p.contiguous() for p in parameters])
+        sums = 0 if gs is None else quantizer.sums
         partial = torch.empty(plan.chunks * sums, dtype=accumulator(dtype), device=device) if sums else None
-        where = _where(tensors, axis, kernels)
-        block, unroll = kernels.tile(dtype.itemsize, 1 if gs is None else 2, self.interpreted)
+        tile = self._tile(dtype, reads=1 if gs is None else 2)
         problem = (
             _table(tensors, device),
             _table(grads, device) if grads else None,
-            made[0] if xs[0].is_cuda else lists.device_table(made, device),
+            targets,
             plan.tensors,
             plan.owner,
             parameters,
@@ -67,67 +48,68 @@ class Quantizers:
             plan.chunk,
         )
         constants = {
-            "TARGET": kind,
+            **types(dtype),
+            "TARGET": target,
             "ALONE": len(xs) == 1,
-            "DT": self.dtypes[dtype],
-            "ACC": self.dtypes[accumulator(dtype)],
             "ALIGNED": _is_aligned([*tensors, *grads, *made], tensors, axis),
-            "BLOCK": block,
-            **self.options,
+            **OPTIONS,
             "enable_fp_fusion": False,
         }
-        with self.current(device):
-            kernels.quantize_chunks[(plan.chunks,)](
+        gradients = ()
+        with current(device):
+            channel_skeletons.quantize_chunks[(plan.chunks,)](
                 *problem,
-                SETUP=getattr(kernels, op + "_setup"),
-                FORMULA=getattr(kernels, formula),
+                SETUP=quantizer.setup,
+                FORMULA=quantizer.fwd if gs is None else quantizer.bwd,
                 SUMS=sums,
-                LOW=float(low),
-                HIGH=float(high),
-                FLAG=flag,
-                PLACE=where,
-                UNROLL=unroll,
+                LOW=float(LOW),
+                HIGH=float(HIGH),
+                FLAG=bool(FLAG),
+                PLACE=_place(tensors, axis),
                 **constants,
+                **tile,
             )
-            gradients = (
-                self._merge(op, plan, tensors, axis, parameters, partial, sums, learned, float(high)) if learned else ()
-            )
-            if op == "dorefa" and sums:
-                kernels.correct_maxima[(plan.chunks,)](*problem, LANES=self.skeletons.MERGE_LANES, **constants)
-        return made, *gradients
+            if sums and quantizer.finish:
+                gradients = tuple([torch.empty_like(p) for p in parameters[: op.learned]])
+                columns, lanes = (1, MERGE_LANES) if axis is None else (COLUMNS, LANES)
+                most = 1 if axis is None else max([t.shape[axis] for t in tensors])
+                channel_skeletons.merge_columns[(plan.count, -(-most // columns))](
+                    partial,
+                    plan.tensors,
+                    parameters,
+                    gradients,
+                    plan.chunk,
+                    FINISH=quantizer.finish,
+                    SUMS=sums,
+                    HIGH=float(HIGH),
+                    COLUMNS=columns,
+                    LANES=lanes,
+                    **OPTIONS,
+                )
+            elif sums:
+                correct_maxima[(plan.chunks,)](*problem, LANES=MERGE_LANES, BLOCK=tile["BLOCK"], **constants)
+        return made, gradients
 
-    def _merge(self, op, plan, tensors, axis, parameters, partial, sums, learned, high):
-        gradients = tuple([torch.empty_like(p) for p in parameters[:learned]])
-        columns, lanes = (1, self.skeletons.MERGE_LANES) if axis is None else (COLUMNS, LANES)
-        most = 1 if axis is None else max([t.shape[axis] for t in tensors])
-        self.quantizers.merge_columns[(plan.count, -(-most // columns))](
-            partial,
-            plan.tensors,
-            parameters,
-            gradients,
-            plan.chunk,
-            FINISH=getattr(self.quantizers, op + "_finish"),
-            SUMS=sums,
-            HIGH=high,
-            COLUMNS=columns,
-            LANES=lanes,
-            **self.options,
-        )
-        return gradients
+
+def _quantizer(op, bits, flag):
+    if op is DOREFA and bits == 1:
+        return QUANTIZERS["dorefa_sign"]
+    return QUANTIZERS["dorefa_detached" if op is DOREFA and flag else op.name]
 
 
 def _table(tensors, device):
-    """A list of one is its own address: no table is copied to the device for activations, which lie elsewhere at every call."""
+    """A list of one is its own address: no table is copied to the device for activations, which lie elsewhere at every
+    call."""
     return tensors[0] if len(tensors) == 1 else lists.device_table(tensors, device)
 
 
-def _where(tensors, axis, kernels):
+def _place(tensors, axis):
     """How the rows of a channel lie."""
     if axis is None:
-        return kernels.WHOLE
+        return channel_skeletons.WHOLE
     if all([t.shape[axis] == 1 or t.stride(axis) * t.shape[axis] == t.numel() for t in tensors]):
-        return kernels.RUNS
-    return kernels.SPREAD if max([t.numel() for t in tensors]) < 2**31 else kernels.HUGE
+        return channel_skeletons.RUNS
+    return channel_skeletons.SPREAD if max([t.numel() for t in tensors]) < 2**31 else channel_skeletons.HUGE
 
 
 def _is_aligned(everything, tensors, axis):

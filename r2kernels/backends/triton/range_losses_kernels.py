@@ -1,15 +1,28 @@
-"""The formulas of the range losses: `<op>_reduce` and `<op>_merge` are the forward, `<op>_setup` and `<op>_gradient` the backward.
+"""The formulas of the range losses, in the table at the end: `<op>_reduce` and `<op>_merge` are the forward,
+`<op>_setup` and `<op>_gradient` the backward.
 
-soft_min_max runs on exponents of 2: k (w - top) with k = |alpha| log2(e) on side P, k (bottom - w) on side Q. The difference comes first: folded into one
-fma(k, w, -k top) it costs an instruction less on each side, but rounds k top, which an alpha of 1e9, or a constant tensor, does not forgive.
-A shift need not be the maximum, only near the soft one: the first block of a chunk gives it. Only where an exponential passed 2^60, or the
-variance cancelled, the chunk is read again with a better one. So the loop has no comparison and no work across lanes.
+soft_min_max runs on exponents of 2: k (w - top) with k = |alpha| log2(e) on side P, k (bottom - w) on side Q. The
+difference comes first: folded into one fma(k, w, -k top) it costs an instruction less on each side, but rounds k top,
+which an alpha of 1e9, or a constant tensor, does not forgive. A shift need not be the maximum, only near the soft one:
+the first block of a chunk gives it. Only where an exponential passed 2^60, or the variance cancelled, the chunk is read
+again with a better one. So the loop has no comparison and no work across lanes.
 """
 
 import triton
 import triton.language as tl
 
-from .skeletons import PROPAGATE, first_block, fold, fold_states, gradient_of_loss, max_or_nan, sum_each, zeros
+from .chunks import PROPAGATE
+from .skeletons import (
+    Formula,
+    first_block,
+    fold_rows,
+    fold_states,
+    gradient_of_loss,
+    max_or_nan,
+    sum_blocks,
+    sums_of_column,
+    zero_block,
+)
 
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 MOST = tl.constexpr(2.0**60)
@@ -17,6 +30,7 @@ MOST = tl.constexpr(2.0**60)
 
 @triton.jit
 def extremes_step(b_w, constants, state):
+    """Largest and smallest weight of every lane."""
     high, low = state
     for u in tl.static_range(len(b_w)):
         high, low = tl.maximum(high, b_w[u], PROPAGATE), tl.minimum(low, b_w[u], PROPAGATE)
@@ -24,7 +38,7 @@ def extremes_step(b_w, constants, state):
 
 
 @triton.jit
-def scale(alpha):
+def nonzero_scale(alpha):
     """k, but never 0: then alpha = 0 needs no case of its own."""
     a = tl.abs(alpha)
     tiny = 1e-100 if alpha.dtype.is_fp64() else 1e-15
@@ -33,6 +47,7 @@ def scale(alpha):
 
 @triton.jit
 def soft_step(b_w, constants, state):
+    """Of each side the sums of e, delta e and delta^2 e."""
     k, top, bottom = constants
     s0, s1, s2, t0, t1, t2 = state
     for u in tl.static_range(len(b_w)):
@@ -48,7 +63,7 @@ def soft_step(b_w, constants, state):
 
 
 @triton.jit
-def frozen_step(b_w, constants, state):
+def soft_frozen_step(b_w, constants, state):
     """Without the second moments, which only the gradient of alpha needs."""
     k, top, bottom = constants
     s0, s1, t0, t1 = state
@@ -63,14 +78,22 @@ def frozen_step(b_w, constants, state):
 
 
 @triton.jit
-def soft_extreme(b_w, k, extreme):
+def soft_extreme_of_block(b_w, k, extreme):
+    """The shift of a side: the soft extreme of the weights of one block."""
     delta = (b_w - extreme) * k
     e = tl.exp2(delta)
     return extreme + tl.sum(delta * e, 0) / tl.sum(e, 0) / k
 
 
 @triton.jit
-def is_off(s0, s1, s2):
+def soft_shifts(rows, p_alpha, column):
+    """(k, shift of side P, shift of side Q), from the first block of a chunk"""
+    k, b_w = nonzero_scale(tl.load(p_alpha + column)), first_block(rows)
+    return k, soft_extreme_of_block(b_w, k, tl.max(b_w, 0)), soft_extreme_of_block(b_w, -k, tl.min(b_w, 0))
+
+
+@triton.jit
+def variance_is_lost(s0, s1, s2):
     """Whether a side's variance is lost to cancellation: the mean is more than two deviations from the shift."""
     mean = s1 / s0
     return mean * mean > 4 * (s2 / s0 - mean * mean)
@@ -78,25 +101,24 @@ def is_off(s0, s1, s2):
 
 @triton.jit
 def soft_sums(rows, p_alpha, column, VARIANCE: tl.constexpr):
-    k = scale(tl.load(p_alpha + column))
-    b_w = first_block(rows)
-    top, bottom = soft_extreme(b_w, k, tl.max(b_w, 0)), soft_extreme(b_w, -k, tl.min(b_w, 0))
-    zero, none = zeros(rows), tl.full([], 0, rows.ACC)
+    """The state of a chunk: of each side its shift and three sums, the last of them only with VARIANCE."""
+    k, top, bottom = soft_shifts(rows, p_alpha, column)
+    zero, none = zero_block(rows), tl.full([], 0, rows.ACC)
     s0, s1, s2, t0, t1, t2 = none, none, none, none, none, none
     attempts = 3
     while attempts > 0:
         if VARIANCE:
-            s0, s1, s2, t0, t1, t2 = sum_each(
-                fold(rows, (k, top, bottom), (zero, zero, zero, zero, zero, zero), soft_step)
+            s0, s1, s2, t0, t1, t2 = sum_blocks(
+                fold_rows(rows, (k, top, bottom), (zero, zero, zero, zero, zero, zero), soft_step)
             )
         else:
-            s0, s1, t0, t1 = sum_each(fold(rows, (k, top, bottom), (zero, zero, zero, zero), frozen_step))
+            s0, s1, t0, t1 = sum_blocks(fold_rows(rows, (k, top, bottom), (zero, zero, zero, zero), soft_frozen_step))
         attempts -= 1
         if attempts > 0:
             if tl.maximum(s0, t0) > MOST:
-                b_high, b_low = fold(rows, (), (zero + top, zero + bottom), extremes_step)
+                b_high, b_low = fold_rows(rows, (), (zero + top, zero + bottom), extremes_step)
                 top, bottom = tl.max(b_high, 0), tl.min(b_low, 0)
-            elif VARIANCE and (is_off(s0, s1, s2) | is_off(t0, t1, t2)):
+            elif VARIANCE and (variance_is_lost(s0, s1, s2) | variance_is_lost(t0, t1, t2)):
                 top, bottom = top + s1 / s0 / k, bottom - t1 / t0 / k
             else:
                 attempts = 0
@@ -109,17 +131,18 @@ def soft_min_max_reduce(rows, p_alpha, column):
 
 
 @triton.jit
-def frozen_soft_min_max_reduce(rows, p_alpha, column):
+def soft_min_max_reduce_frozen(rows, p_alpha, column):
     return soft_sums(rows, p_alpha, column, False)
 
 
 @triton.jit
 def shifts_step(state, rows, constants, sums):
+    """The outermost shifts of all chunks."""
     return tl.maximum(sums[0], state[0]), tl.minimum(sums[1], state[4])
 
 
 @triton.jit
-def moved(k, shift, s0, s1, s2, new):
+def move_sums(k, shift, s0, s1, s2, new):
     """Sums relative to one shift, made relative to another."""
     d = k * (shift.to(tl.float64) - new)
     r = tl.exp2(d)
@@ -131,31 +154,31 @@ def moved(k, shift, s0, s1, s2, new):
 def soft_merge_step(state, rows, constants, sums):
     k, new_top, new_bottom = constants
     top, s0, s1, s2, bottom, t0, t1, t2 = state
-    s0, s1, s2 = moved(k, top, s0, s1, s2, new_top)
-    t0, t1, t2 = moved(-k, bottom, t0, t1, t2, new_bottom)
+    s0, s1, s2 = move_sums(k, top, s0, s1, s2, new_top)
+    t0, t1, t2 = move_sums(-k, bottom, t0, t1, t2, new_bottom)
     return sums[0] + s0, sums[1] + s1, sums[2] + s2, sums[3] + t0, sums[4] + t1, sums[5] + t2
 
 
 @triton.jit
-def finished(shift, k, s0, s1, s2):
+def saved_of_side(shift, k, s0, s1, s2):
     """What is saved of a side: shift, 1 / sum, soft extreme minus shift, variance."""
     mean = s1 / s0
     return shift, 1 / s0, mean / k, (s2 / s0 - mean * mean) / (k * k)
 
 
 @triton.jit
-def soft_saved(states, p_alpha, column):
+def soft_sides(states, p_alpha, column):
     """(alpha, side p, side q): p is side P, or side Q where alpha is negative."""
     alpha = tl.load(p_alpha + column)
-    k = scale(alpha).to(tl.float64)
+    k = nonzero_scale(alpha).to(tl.float64)
     inf = tl.full([states.LANES], float("inf"), states.ACC)
     b_top, b_bottom = fold_states(states, (), (-inf, inf), shifts_step)
     top, bottom = tl.max(b_top, 0).to(tl.float64), tl.min(b_bottom, 0).to(tl.float64)
     zero = tl.zeros([states.LANES], tl.float64)
-    s0, s1, s2, t0, t1, t2 = sum_each(
+    s0, s1, s2, t0, t1, t2 = sum_blocks(
         fold_states(states, (k, top, bottom), (zero, zero, zero, zero, zero, zero), soft_merge_step)
     )
-    high, low = finished(top, k, s0, s1, s2), finished(bottom, -k, t0, t1, t2)
+    high, low = saved_of_side(top, k, s0, s1, s2), saved_of_side(bottom, -k, t0, t1, t2)
     p, q = (), ()
     for s in tl.static_range(4):
         p += (tl.where(alpha < 0, low[s], high[s]),)
@@ -165,18 +188,18 @@ def soft_saved(states, p_alpha, column):
 
 @triton.jit
 def soft_min_max_merge(states, p_alpha, p_second, column):
-    alpha, p, q = soft_saved(states, p_alpha, column)
+    alpha, p, q = soft_sides(states, p_alpha, column)
     return ((p[0] - q[0]) + (p[2] - q[2]) + tl.exp(-alpha),), p + q
 
 
 @triton.jit
 def soft_extrema_merge(states, p_alpha, p_second, column):
-    _, p, q = soft_saved(states, p_alpha, column)
+    _, p, q = soft_sides(states, p_alpha, column)
     return (q[0] + q[2], p[0] + p[2]), p + q
 
 
 @triton.jit
-def soft_side(g, k, p_saved):
+def constants_of_side(g, k, p_saved):
     """(shift, a, b) for the gradient 2^delta (a + b delta) with delta = k (w - shift)."""
     shift, scale, mean = tl.load(p_saved), tl.load(p_saved + 1), tl.load(p_saved + 2)
     return shift, g * scale * (1 - LN2 * k * mean), g * scale * LN2
@@ -186,7 +209,8 @@ def soft_side(g, k, p_saved):
 def soft_constants(g_max, g_min, alpha, p):
     """(gradient of alpha, constants of the two sides)"""
     k = alpha * LOG2E
-    return g_max * tl.load(p + 3) - g_min * tl.load(p + 7), (k,) + soft_side(g_max, k, p) + soft_side(g_min, -k, p + 4)
+    g_alpha = g_max * tl.load(p + 3) - g_min * tl.load(p + 7)
+    return g_alpha, (k,) + constants_of_side(g_max, k, p) + constants_of_side(g_min, -k, p + 4)
 
 
 @triton.jit
@@ -214,22 +238,17 @@ def soft_min_max_gradient(w, constants):
     return tl.fma(tl.exp2(delta), tl.fma(delta, b, a), tl.exp2(epsilon) * tl.fma(epsilon, d, c))
 
 
-soft_extrema_reduce, frozen_soft_extrema_reduce, soft_extrema_gradient = (
-    soft_min_max_reduce,
-    frozen_soft_min_max_reduce,
-    soft_min_max_gradient,
-)
-
-
 @triton.jit
-def tied(b_top, b_ties):
+def top_and_ties(b_top, b_ties):
+    """The maximum over the lanes, and how often it occurs."""
     top = max_or_nan(b_top)
     return top, tl.sum(tl.where(b_top == top, b_ties, 0), 0)
 
 
 @triton.jit
 def l_inf_step(b_w, constants, state):
-    """On the bits of |w|, which order as the numbers do, with NaN above all: 4.2 instructions a weight; on floats 4.9."""
+    """On the bits of |w|, which order as the numbers do, with NaN above all: 4.2 instructions a weight; on floats
+    4.9."""
     before, ties = state
     b_a, top = (), before
     for u in tl.static_range(len(b_w)):
@@ -244,8 +263,8 @@ def l_inf_step(b_w, constants, state):
 @triton.jit
 def l_inf_reduce(rows, p_first, column):
     zero = tl.zeros([rows.BLOCK], tl.int64 if rows.ACC.is_fp64() else tl.int32)
-    top, ties = fold(rows, (), (zero, zero), l_inf_step)
-    return tied(top.to(rows.ACC, bitcast=True), ties)
+    top, ties = fold_rows(rows, (), (zero, zero), l_inf_step)
+    return top_and_ties(top.to(rows.ACC, bitcast=True), ties)
 
 
 @triton.jit
@@ -258,7 +277,7 @@ def l_inf_merge_step(state, rows, constants, sums):
 def l_inf_merge(states, p_first, p_second, column):
     zero = tl.zeros([states.LANES], states.ACC)
     top, ties = fold_states(states, (), (zero, zero), l_inf_merge_step)
-    top, ties = tied(top, ties)
+    top, ties = top_and_ties(top, ties)
     return (top.to(tl.float64),), (top, ties)
 
 
@@ -277,6 +296,7 @@ def l_inf_gradient(w, constants):
 
 @triton.jit
 def margin_step(b_w, constants, state):
+    """How far the weights lie outside of +-m, and how many do."""
     (m,) = constants
     excess, outside = state
     for u in tl.static_range(len(b_w)):
@@ -288,17 +308,12 @@ def margin_step(b_w, constants, state):
 
 @triton.jit
 def margin_reduce(rows, p_M, column):
-    zero = zeros(rows)
-    return sum_each(fold(rows, (tl.abs(tl.load(p_M + column)),), (zero, zero), margin_step))
+    zero = zero_block(rows)
+    return sum_blocks(fold_rows(rows, (tl.abs(tl.load(p_M + column)),), (zero, zero), margin_step))
 
 
 @triton.jit
-def margin_merge_step(state, rows, constants, sums):
-    return sums[0] + state[0].to(tl.float64), sums[1] + state[1].to(tl.float64)
-
-
-@triton.jit
-def ratio(p_k, n):
+def margin_divisor(p_k, n):
     """The divisor of the sum over n rows."""
     k = tl.load(p_k).to(n.dtype)
     return tl.where(k > 0, tl.where(k < 1, k * n, k), float("nan"))
@@ -306,20 +321,15 @@ def ratio(p_k, n):
 
 @triton.jit
 def margin_merge(states, p_M, p_k, column):
-    zero = tl.zeros([states.LANES], tl.float64)
-    excess, outside = sum_each(fold_states(states, (), (zero, zero), margin_merge_step))
-    return (tl.abs(tl.load(p_M + column)).to(tl.float64) + excess / ratio(p_k + column, states.rows.to(tl.float64)),), (
-        outside,
-    )
+    excess, outside = sums_of_column(states)
+    divisor = margin_divisor(p_k + column, states.rows.to(tl.float64))
+    return (tl.abs(tl.load(p_M + column)).to(tl.float64) + excess / divisor,), (outside,)
 
 
 @triton.jit
 def margin_setup(column):
-    g, m, divisor = (
-        gradient_of_loss(column),
-        tl.load(column.p_first + column.i),
-        ratio(column.p_second + column.i, column.rows),
-    )
+    g, m = gradient_of_loss(column), tl.load(column.p_first + column.i)
+    divisor = margin_divisor(column.p_second + column.i, column.rows)
     sign = tl.where(m > 0, 1.0, tl.where(m < 0, -1.0, m))
     return g * sign * (1 - tl.load(column.p_saved + column.i) / divisor), (tl.abs(m), g / divisor, g / divisor * 0)
 
@@ -328,3 +338,24 @@ def margin_setup(column):
 def margin_gradient(w, constants):
     m, g, zero = constants
     return tl.where(w > m, g, tl.where(w < -m, -g, zero))
+
+
+FORMULAS = {
+    "l_inf": Formula(reduce=l_inf_reduce, merge=l_inf_merge, setup=l_inf_setup, gradient=l_inf_gradient),
+    "margin": Formula(reduce=margin_reduce, merge=margin_merge, setup=margin_setup, gradient=margin_gradient),
+    "soft_min_max": Formula(
+        reduce=soft_min_max_reduce,
+        reduce_frozen=soft_min_max_reduce_frozen,
+        merge=soft_min_max_merge,
+        setup=soft_min_max_setup,
+        gradient=soft_min_max_gradient,
+    ),
+    "soft_extrema": Formula(
+        reduce=soft_min_max_reduce,
+        reduce_frozen=soft_min_max_reduce_frozen,
+        merge=soft_extrema_merge,
+        setup=soft_extrema_setup,
+        gradient=soft_min_max_gradient,
+        losses=2,
+    ),
+}

@@ -1,32 +1,45 @@
-"""The skeletons: reduce a list of tensors to a state per chunk, merge the states of each tensor, map the list elementwise.
+"""The skeletons: reduce a list of tensors to a state per chunk, merge the states of each tensor, map the list.
 
-An op is its formulas, passed in as `tl.constexpr` functions; how a list is cut into chunks is told in `weights.py`. Nothing here imports
-torch. Loops over runtime values are `while`: the interpreter of Triton 3.6 cannot run them as `range`.
+A loss is its `Formula`, functions that the kernels take as `tl.constexpr`. Nothing here imports torch. Loops over
+runtime values are `while`: the interpreter of Triton 3.6 cannot run them as `range`.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-WARPS = 4
+from .chunks import (
+    ADD,
+    ALIGN,
+    FIELDS,
+    FIRST_CHUNK,
+    N_ELEMENTS,
+    N_ROWS,
+    chunk_of_program,
+    target_of_tensor,
+    tensor_pointer,
+    zero_gap,
+)
+
 MERGE_LANES = 512  # states per step of a merge
 STATE = tl.constexpr(8)  # numbers in the state of a chunk
-FIELDS = tl.constexpr(
-    7
-)  # of a tensor: rows, elements, run, first chunk, gradient offset, columns, the first of them among all
-SEGMENT = tl.constexpr(64)  # elements: gradients in a flat tensor start at its multiples
-ALIGN = tl.constexpr(16)  # elements: a mask that changes only at its multiples leaves 128-bit accesses whole
-PROPAGATE = tl.constexpr(tl.PropagateNan.ALL)
-FLAT, TABLE, ADD = (
-    tl.constexpr(0),
-    tl.constexpr(1),
-    tl.constexpr(2),
-)  # gradients: in one flat tensor; in the tensors of a table; added to those
+
+
+class Formula(NamedTuple):
+    """A loss as the skeletons take it."""
+
+    reduce: Callable  # (rows, p_first, column) -> state of a chunk
+    merge: Callable  # (states, p_first, p_second, column) -> (losses, saved)
+    setup: Callable | None = None  # (Column) -> (gradient of the parameter, constants)
+    gradient: Callable | None = None  # (weights, constants) -> gradients
+    reduce_frozen: Callable | None = None  # instead of `reduce`, where the parameter learns nothing
+    losses: int = 1  # of a column: 1 is summed over the columns of a tensor
 
 
 class Rows(NamedTuple):
-    """The rows of a chunk. Only ever built as an argument of a call: assigned to a name, its constants would become tensors."""
+    """The rows of a chunk. Only ever built as an argument: assigned to a name, its constants would become tensors."""
 
     p: tl.tensor  # of the first row where D is 1, else of the first row of the column
     start: tl.tensor  # first row
@@ -63,37 +76,14 @@ class Column(NamedTuple):
     rows: tl.tensor  # as a number of the accumulator's dtype
 
 
-def tile(itemsize, d=1, interpreted=False):
-    """(BLOCK, UNROLL): one 128-bit access a thread and block, four or more in flight, in all 4096 weights or less; fewer for gathers, whose
-    addresses take registers. The interpreter's cost is per operation, so there a block is large."""
-    if interpreted:
-        return 2048, 2
-    return 32 * WARPS * 16 // itemsize, 2 if d > 1 else 8 if itemsize == 4 else 4
-
-
 @triton.jit
-def find(i, p_tensors, p_owner, n_chunk, D: tl.constexpr):
-    """(tensor, column, first row, rows of the column, run) of chunk i."""
-    t = tl.load(p_owner + i)
-    p = p_tensors + t * FIELDS
-    j = i - tl.load(p + 3)
-    return t, (j % D).to(tl.int32), j // D * n_chunk, tl.load(p), tl.load(p + 2)
-
-
-@triton.jit
-def pointer(p_table, t, DT: tl.constexpr, ALIGNED: tl.constexpr):
-    p = tl.load(p_table + t).to(tl.pointer_type(DT))
-    return tl.multiple_of(p, 16) if ALIGNED else p
-
-
-@triton.jit
-def at(p, c, start, run, D: tl.constexpr):
-    """Rows.p in the tensor at p."""
+def column_pointer(p, c, start, run, D: tl.constexpr):
+    """`Rows.p` of column c, in the tensor at p."""
     return p + (start if D == 1 else c * run)
 
 
 @triton.jit
-def address(rows, i, o):
+def row_addresses(rows, i, o):
     """Of the rows i + o of a chunk; i apart, so that the o of unrolled blocks become immediate offsets."""
     if rows.D == 1:
         return rows.p + i + o
@@ -103,7 +93,8 @@ def address(rows, i, o):
 
 
 @triton.jit
-def select(m, new, old):
+def keep_where(m, new, old):
+    """The numbers of a state, `new` in the lanes of m."""
     kept = ()
     for s in tl.static_range(len(old)):
         kept += (tl.where(m, new[s], old[s]),)
@@ -111,7 +102,8 @@ def select(m, new, old):
 
 
 @triton.jit
-def sum_each(blocks):
+def sum_blocks(blocks):
+    """The sum over the lanes of every block."""
     sums = ()
     for s in tl.static_range(len(blocks)):
         sums += (tl.sum(blocks[s], 0),)
@@ -124,7 +116,7 @@ def max_or_nan(b):
 
 
 @triton.jit
-def zeros(rows):
+def zero_block(rows):
     return tl.zeros([rows.BLOCK], rows.ACC)
 
 
@@ -132,33 +124,35 @@ def zeros(rows):
 def first_block(rows):
     """The first weights of a chunk; a short chunk is filled up with its first weight."""
     o = tl.arange(0, rows.BLOCK)
-    return tl.load(address(rows, 0, o), mask=o < rows.count // ALIGN * ALIGN, other=tl.load(address(rows, 0, 0))).to(
-        rows.ACC
+    b_w = tl.load(
+        row_addresses(rows, 0, o), mask=o < rows.count // ALIGN * ALIGN, other=tl.load(row_addresses(rows, 0, 0))
     )
+    return b_w.to(rows.ACC)
 
 
 @triton.jit
-def halves(x, DT: tl.constexpr):
-    """The two 16-bit weights in an int32. Half the lanes, so half the registers of a state, and for bfloat16 one instruction a weight, not 1.5."""
+def unpack_halves(x, DT: tl.constexpr):
+    """The two 16-bit weights in an int32: half the lanes, so half the registers of a state; and one instruction for a
+    weight of bfloat16, not 1.5."""
     if DT.is_bf16():
         return (x << 16).to(tl.float32, bitcast=True), (x & -65536).to(tl.float32, bitcast=True)
     else:
-        return x.to(tl.int16).to(DT, bitcast=True).to(tl.float32), (x >> 16).to(tl.int16).to(DT, bitcast=True).to(
-            tl.float32
-        )
+        low, high = x.to(tl.int16).to(DT, bitcast=True), (x >> 16).to(tl.int16).to(DT, bitcast=True)
+        return low.to(tl.float32), high.to(tl.float32)
 
 
 @triton.jit
 def load_blocks(rows, i, o, m, PAIRED: tl.constexpr):
     """The weights of rows i + o, or of 2 (i + o) and the next, as a tuple of blocks."""
     if PAIRED:
-        return halves(tl.load(rows.p.to(tl.pointer_type(tl.int32)) + i + o, mask=m), rows.p.dtype.element_ty)
+        return unpack_halves(tl.load(rows.p.to(tl.pointer_type(tl.int32)) + i + o, mask=m), rows.p.dtype.element_ty)
     else:
-        return (tl.load(address(rows, i, o), mask=m).to(rows.ACC),)
+        return (tl.load(row_addresses(rows, i, o), mask=m).to(rows.ACC),)
 
 
 @triton.jit
-def advance(b_w, constants, state, STEP: tl.constexpr, WITH: tl.constexpr):
+def apply_step(b_w, constants, state, STEP: tl.constexpr, WITH: tl.constexpr):
+    """A set of terms is one formula for all; WITH tells it which they are."""
     if WITH is None:
         return STEP(b_w, constants, state)
     else:
@@ -166,8 +160,9 @@ def advance(b_w, constants, state, STEP: tl.constexpr, WITH: tl.constexpr):
 
 
 @triton.jit
-def fold(rows, constants, state, STEP: tl.constexpr, WITH: tl.constexpr = None):
-    """state = STEP(blocks of weights, constants, state) over the rows of a chunk; every number of the state is a block of lanes. WITH, if any, goes last."""
+def fold_rows(rows, constants, state, STEP: tl.constexpr, WITH: tl.constexpr = None):
+    """state = STEP(blocks of weights, constants, state) over the rows of a chunk; every number of the state is a block
+    of lanes. WITH, if any, goes last."""
     PACK: tl.constexpr = 2 if rows.PAIRED else 1
     TILE: tl.constexpr = rows.BLOCK * rows.UNROLL
     o = tl.arange(0, rows.BLOCK)
@@ -176,16 +171,16 @@ def fold(rows, constants, state, STEP: tl.constexpr, WITH: tl.constexpr = None):
         b_w = ()
         for u in tl.static_range(rows.UNROLL):
             b_w += load_blocks(rows, i, u * rows.BLOCK + o, None, rows.PAIRED)
-        state = advance(b_w, constants, state, STEP, WITH)
+        state = apply_step(b_w, constants, state, STEP, WITH)
         i += TILE
     while i < n_wide:
         m = i + o < n_wide
-        state = select(m, advance(load_blocks(rows, i, o, m, rows.PAIRED), constants, state, STEP, WITH), state)
+        state = keep_where(m, apply_step(load_blocks(rows, i, o, m, rows.PAIRED), constants, state, STEP, WITH), state)
         i += rows.BLOCK
     n_wide *= PACK
     if n_wide < rows.count:
         m = n_wide + o < rows.count
-        state = select(m, advance(load_blocks(rows, n_wide, o, m, False), constants, state, STEP, WITH), state)
+        state = keep_where(m, apply_step(load_blocks(rows, n_wide, o, m, False), constants, state, STEP, WITH), state)
     return state
 
 
@@ -207,8 +202,8 @@ def reduce_chunks(
 ):
     """One program per chunk: REDUCE(rows, parameters, column) gives its state."""
     i = tl.program_id(0)
-    t, c, start, n, run = find(i, p_tensors, p_owner, n_chunk, D)
-    p = at(pointer(p_weights, t, DT, ALIGNED), c, start, run, D)
+    t, c, start, n, run = chunk_of_program(i, p_tensors, p_owner, n_chunk, D)
+    p = column_pointer(tensor_pointer(p_weights, t, DT, ALIGNED), c, start, run, D)
     count = tl.minimum(n - start, n_chunk).to(tl.int32)
     HALF: tl.constexpr = DT.primitive_bitwidth == 16
     state = REDUCE(
@@ -231,9 +226,21 @@ def fold_states(states, constants, sums, STEP: tl.constexpr):
         for s in tl.static_range(STATE):
             state += (tl.load(states.p + j * (states.D * STATE) + s, mask=m, other=0),)
         n = tl.minimum(states.rows - j * states.chunk, states.chunk).to(tl.float64)
-        sums = select(m, STEP(state, n, constants, sums), sums)
+        sums = keep_where(m, STEP(state, n, constants, sums), sums)
         j += states.LANES
     return sums
+
+
+@triton.jit
+def add_two_step(state, rows, constants, sums):
+    return sums[0] + state[0].to(tl.float64), sums[1] + state[1].to(tl.float64)
+
+
+@triton.jit
+def sums_of_column(states):
+    """The first two numbers of the states, summed over the chunks."""
+    zero = tl.zeros([states.LANES], tl.float64)
+    return sum_blocks(fold_states(states, (), (zero, zero), add_two_step))
 
 
 @triton.jit
@@ -256,15 +263,13 @@ def merge_chunks(
     One loss is summed over the columns, two are stored for every column, in a plane each.
     """
     t = tl.program_id(0)
-    p = p_tensors + t * FIELDS
-    n, first = tl.load(p), tl.load(p + 3)
+    n, first = tl.load(p_tensors + t * FIELDS + N_ROWS), tl.load(p_tensors + t * FIELDS + FIRST_CHUNK)
     total = tl.full([], 0, tl.float64)
     c = 0
     while c < D:
         column = t * D + c
-        losses, saved = MERGE(
-            States(p_states + (first + c) * STATE, n, n_chunk, ACC, D, LANES), p_first, p_second, column
-        )
+        p = p_states + (first + c) * STATE
+        losses, saved = MERGE(States(p, n, n_chunk, ACC, D, LANES), p_first, p_second, column)
         if LOSSES == 1:
             total += losses[0]
         else:
@@ -278,22 +283,27 @@ def merge_chunks(
 
 
 @triton.jit
-def read(rows, targets, i, o, m, TARGET: tl.constexpr):
+def load_with_old(rows, targets, i, o, m, TARGET: tl.constexpr):
     """The weights of rows i + o, and the gradients there if they are added to."""
-    w = tl.load(address(rows, i, o), mask=m)
-    return w, tl.load(address(targets, i, o), mask=m) if TARGET == ADD else w
+    w = tl.load(row_addresses(rows, i, o), mask=m)
+    return w, tl.load(row_addresses(targets, i, o), mask=m) if TARGET == ADD else w
 
 
 @triton.jit
-def write(targets, i, o, m, w, old, constants, GRADIENT: tl.constexpr, TARGET: tl.constexpr, WITH: tl.constexpr):
+def store_gradient(
+    targets, i, o, m, w, old, constants, GRADIENT: tl.constexpr, TARGET: tl.constexpr, WITH: tl.constexpr
+):
+    """The gradients of weights w, added to the old ones where TARGET says so."""
     g = GRADIENT(w.to(targets.ACC), constants) if WITH is None else GRADIENT(w.to(targets.ACC), constants, WITH)
     if TARGET == ADD:
         g += old.to(targets.ACC)
-    tl.store(address(targets, i, o), g.to(w.dtype), mask=m)
+    tl.store(row_addresses(targets, i, o), g.to(w.dtype), mask=m)
 
 
 @triton.jit
-def each(rows, targets, constants, GRADIENT: tl.constexpr, TARGET: tl.constexpr, WITH: tl.constexpr = None):
+def map_rows_of_chunk(
+    rows, targets, constants, GRADIENT: tl.constexpr, TARGET: tl.constexpr, WITH: tl.constexpr = None
+):
     """GRADIENT(weights, constants) of all rows of a chunk, to the same rows of `targets`. WITH, if any, goes last."""
     TILE: tl.constexpr = rows.BLOCK * rows.UNROLL
     o = tl.arange(0, rows.BLOCK)
@@ -301,33 +311,26 @@ def each(rows, targets, constants, GRADIENT: tl.constexpr, TARGET: tl.constexpr,
     while i + TILE <= rows.count:
         b_w, b_old = (), ()
         for u in tl.static_range(rows.UNROLL):
-            w, old = read(rows, targets, i, u * rows.BLOCK + o, None, TARGET)
+            w, old = load_with_old(rows, targets, i, u * rows.BLOCK + o, None, TARGET)
             b_w, b_old = b_w + (w,), b_old + (old,)
         for u in tl.static_range(rows.UNROLL):
-            write(targets, i, u * rows.BLOCK + o, None, b_w[u], b_old[u], constants, GRADIENT, TARGET, WITH)
+            store_gradient(targets, i, u * rows.BLOCK + o, None, b_w[u], b_old[u], constants, GRADIENT, TARGET, WITH)
         i += TILE
     while i < n_wide:
         m = i + o < n_wide
-        w, old = read(rows, targets, i, o, m, TARGET)
-        write(targets, i, o, m, w, old, constants, GRADIENT, TARGET, WITH)
+        w, old = load_with_old(rows, targets, i, o, m, TARGET)
+        store_gradient(targets, i, o, m, w, old, constants, GRADIENT, TARGET, WITH)
         i += rows.BLOCK
     if n_wide < rows.count:
         o_rest = tl.arange(0, ALIGN)
         m_rest = n_wide + o_rest < rows.count
-        w_rest, old_rest = read(rows, targets, n_wide, o_rest, m_rest, TARGET)
-        write(targets, n_wide, o_rest, m_rest, w_rest, old_rest, constants, GRADIENT, TARGET, WITH)
-
-
-@triton.jit
-def clear(p, start, end):
-    while start < end:
-        o = start + tl.arange(0, SEGMENT)
-        tl.store(p + o, tl.zeros([SEGMENT], p.dtype.element_ty), mask=o < end)
-        start += SEGMENT
+        w_rest, old_rest = load_with_old(rows, targets, n_wide, o_rest, m_rest, TARGET)
+        store_gradient(targets, n_wide, o_rest, m_rest, w_rest, old_rest, constants, GRADIENT, TARGET, WITH)
 
 
 @triton.jit
 def gradient_of_loss(column):
+    """Of the loss that all columns of a tensor share."""
     return tl.load(column.p_grad + column.tensor * column.grad_stride)
 
 
@@ -354,29 +357,25 @@ def map_chunks(
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """One program per chunk: SETUP(column) gives the gradient of its parameter, and the constants of GRADIENT(weights, constants).
+    """One program per chunk: SETUP(column) gives the gradient of its parameter and the constants of GRADIENT.
 
     The gradient of what belongs to no column, and of the gap behind a tensor in a flat one, is 0.
     """
-    t, c, start, n, run = find(tl.program_id(0), p_tensors, p_owner, n_chunk, D)
+    t, c, start, n, run = chunk_of_program(tl.program_id(0), p_tensors, p_owner, n_chunk, D)
     column = t * D + c
     parameter_gradient, constants = SETUP(Column(p_grad, grad_stride, p_first, p_second, p_saved, t, column, n.to(ACC)))
     if p_parameter_gradient is not None:
         tl.store(p_parameter_gradient + column, parameter_gradient, mask=start == 0)
-    if TARGET == FLAT:
-        p_target = p_targets + tl.multiple_of(tl.load(p_tensors + t * FIELDS + 4), SEGMENT)
-        end = (tl.load(p_tensors + t * FIELDS + 1) + SEGMENT - 1) // SEGMENT * SEGMENT
-    else:
-        p_target = pointer(p_targets, t, DT, ALIGNED)
-        end = tl.load(p_tensors + t * FIELDS + 1)
-    p = at(pointer(p_weights, t, DT, ALIGNED), c, start, run, D)
+    p_tensor = p_tensors + t * FIELDS
+    p_target, end = target_of_tensor(p_targets, p_tensor, t, tl.load(p_tensor + N_ELEMENTS), TARGET, DT, ALIGNED)
+    p = column_pointer(tensor_pointer(p_weights, t, DT, ALIGNED), c, start, run, D)
     count = tl.minimum(n - start, n_chunk).to(tl.int32)
-    each(
+    map_rows_of_chunk(
         Rows(p, start, count, run, ACC, D, False, BLOCK, UNROLL),
-        Rows(at(p_target, c, start, run, D), start, count, run, ACC, D, False, BLOCK, UNROLL),
+        Rows(column_pointer(p_target, c, start, run, D), start, count, run, ACC, D, False, BLOCK, UNROLL),
         constants,
         GRADIENT,
         TARGET,
     )
     if TARGET != ADD and (c == D - 1) & (start + n_chunk >= n):
-        clear(p_target, n * D, end)
+        zero_gap(p_target, n * D, end)

@@ -1,13 +1,24 @@
-"""The formulas of what the first four moments give: kure and weight_stats."""
+"""The formulas of what the first four moments give, kure and weight_stats, in the table at the end."""
 
 import triton
 import triton.language as tl
 
-from .skeletons import PROPAGATE, first_block, fold, fold_states, gradient_of_loss, max_or_nan, sum_each, zeros
+from .chunks import PROPAGATE
+from .skeletons import (
+    Formula,
+    first_block,
+    fold_rows,
+    fold_states,
+    gradient_of_loss,
+    max_or_nan,
+    sum_blocks,
+    zero_block,
+)
 
 
 @triton.jit
 def power_sums_step(b_w, constants, state):
+    """Sums of the first four powers about the centre, smallest and largest weight."""
     (centre,) = constants
     s1, s2, s3, s4, low, high = state
     for u in tl.static_range(len(b_w)):
@@ -19,18 +30,27 @@ def power_sums_step(b_w, constants, state):
 
 
 @triton.jit
-def kure_reduce(rows, p_first, column):
-    """Power sums about a centre guessed from the first block; once more about the mean where that lies over a quarter of the spread away."""
+def centre_of_block(rows):
+    """The mean of the first weights of a chunk; 0 where that is no number."""
     centre = tl.sum(first_block(rows), 0) / rows.BLOCK
-    centre = tl.where(tl.abs(centre) < float("inf"), centre, 0)
-    zero = zeros(rows)
+    return tl.where(tl.abs(centre) < float("inf"), centre, 0)
+
+
+@triton.jit
+def kure_reduce(rows, p_first, column):
+    """Power sums about a centre guessed from the first block; once more about the mean where that lies over a quarter
+    of the spread away."""
+    centre = centre_of_block(rows)
+    zero = zero_block(rows)
     inf = zero + float("inf")
     none = tl.full([], 0, rows.ACC)
     s1, s2, s3, s4, b_low, b_high = none, none, none, none, inf, -inf
     attempts = 2
     while attempts > 0:
-        b_1, b_2, b_3, b_4, b_low, b_high = fold(rows, (centre,), (zero, zero, zero, zero, inf, -inf), power_sums_step)
-        s1, s2, s3, s4 = sum_each((b_1, b_2, b_3, b_4))
+        b_1, b_2, b_3, b_4, b_low, b_high = fold_rows(
+            rows, (centre,), (zero, zero, zero, zero, inf, -inf), power_sums_step
+        )
+        s1, s2, s3, s4 = sum_blocks((b_1, b_2, b_3, b_4))
         attempts -= 1
         if (attempts > 0) & (16 * s1 * s1 > rows.count * s2):
             centre += s1 / rows.count
@@ -41,6 +61,7 @@ def kure_reduce(rows, p_first, column):
 
 @triton.jit
 def totals_step(state, rows, constants, sums):
+    """Sum, smallest and largest weight of all chunks."""
     total, low, high = sums
     return (
         total + (rows * state[0].to(tl.float64) + state[1].to(tl.float64)),
@@ -68,7 +89,7 @@ def moments(states):
     zero, inf = tl.zeros([states.LANES], tl.float64), tl.full([states.LANES], float("inf"), states.ACC)
     b_total, b_low, b_high = fold_states(states, (), (zero, inf, -inf), totals_step)
     mean, low, high = tl.sum(b_total, 0) / n, -max_or_nan(-b_low), max_or_nan(b_high)
-    m2, m3, m4 = sum_each(fold_states(states, (mean,), (zero, zero, zero), moments_step))
+    m2, m3, m4 = sum_blocks(fold_states(states, (mean,), (zero, zero, zero), moments_step))
     constant = low == high
     std = tl.where(constant, 0, tl.sqrt(m2 / tl.maximum(n - 1, 1)))
     r = tl.where(std == 0, 0, 1 / std)
@@ -105,10 +126,13 @@ def kure_gradient(w, constants):
     return g * tl.fma(z, tl.fma(z, z, -c), -skew)
 
 
-weight_stats_reduce = kure_reduce
-
-
 @triton.jit
 def weight_stats_merge(states, p_first, p_second, column):
     low, high, mean, std, _, _, kurtosis = moments(states)
     return (), (low, high, mean, std, kurtosis, tl.maximum(-low, high, PROPAGATE))
+
+
+FORMULAS = {
+    "kure": Formula(reduce=kure_reduce, merge=kure_merge, setup=kure_setup, gradient=kure_gradient),
+    "weight_stats": Formula(reduce=kure_reduce, merge=weight_stats_merge, losses=0),
+}

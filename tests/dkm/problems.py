@@ -62,7 +62,7 @@ class Problem(NamedTuple):
 
     def job(self):
         backend = select(self.ws[0].device, True)
-        make = ops._DKM if backend is None else backend.DKM
+        make = ops.PackedReference if backend is None else backend.DKM
         return make(*self.arguments)
 
 

@@ -174,47 +174,103 @@ def test_first_call_of_a_process_inside_compile(grad):
     assert "True" in found
 
 
-# module -> the modules of the package that it may import
+SPECIFIED = {"reference.checks", "reference.columns", "reference.parameters"}  # what a call may be given
+# module -> the modules of the package that it may import; `x.*` are those of a folder. All else is forbidden.
 LAW = {
+    "": {"backends", "files.*", "functional", "functional.*", "nn", "nn.*", "reference", "version"},
+    "__main__": {"cli"},
     "version": set(),
-    "arguments": set(),
+    # the specification: torch and itself
     "reference": {"reference.*"},
-    "reference.*": {"arguments", "fixed_point", "reference.*"},
-    "fixed_point": set(),
-    "iterations": {"fixed_point"},
-    "weights": {"arguments"},
+    "reference.columns": set(),
+    "reference.checks": {"reference.columns"},
+    "reference.parameters": {"reference.checks", "reference.columns"},
+    "reference.range_losses": SPECIFIED,
+    "reference.regularizers": SPECIFIED | {"reference.quantizers", "reference.range_losses"},
+    "reference.quantizers": SPECIFIED,
+    "reference.dkm": SPECIFIED,
+    "reference.kmeans": SPECIFIED,
+    # the contract, and how a list becomes one launch
+    "contract": SPECIFIED,
+    "lists": {"contract"},
+    # backends know neither each other nor the reference
     "backends": set(),
-    "backends.native": {"weights", "arguments", "backends.native_quantizers", "backends.native_regularizers"},
-    "backends.native_quantizers": {"weights"},
-    "backends.native_regularizers": {"weights", "arguments"},
-    "backends.triton": {"weights", "arguments", "backends.triton.common", "backends.triton.*"},
-    "backends.triton.clustering": {"weights", "arguments", "backends.triton.*"},
-    "backends.triton.quantizing": {"weights", "arguments"},
-    "backends.triton.regularizing": {"weights", "arguments"},
-    "backends.triton.*": {"backends.triton.common", "backends.triton.*"},
-    "ops": {"reference", "iterations", "fixed_point", "backends", "weights"},
-    "clustering": {"arguments", "ops", "backends", "weights"},
-    "kmeans": {"arguments", "ops", "backends", "backends.native", "reference.*"},
-    "functional": {"arguments", "ops", "backends", "weights"},
-    "packing": {"backends", "backends.native"},
-    "huffman": {"packing"},
-    "codes": {"arguments", "clustering", "packing"},
-    "checkpoint": {"arguments"},
-    "container": {"checkpoint"},
-    "uniform": {"arguments", "codes", "packing"},
-    "clipping": {"arguments", "uniform"},
-    "quantizers": {"arguments", "ops", "backends", "weights"},
+    "backends.launchers": {"contract", "lists"},
+    "backends.native": {"backends.launchers", "backends.native.*", "contract", "lists"},
+    "backends.native.*": {"backends.launchers", "backends.native.*", "contract", "lists"},
+    "backends.triton": {"backends.triton.*"},
+    "backends.triton.launch": {"backends.triton.chunks", "contract", "lists"},
+    **{
+        f"backends.triton.{family}": {"backends.launchers", "backends.triton.*", "contract", "lists"}
+        for family in ("range_losses", "regularizers", "quantizers", "dkm")
+    },
+    "backends.triton.*": {"backends.triton.*"},  # kernels: Triton alone
+    "algorithms": set(),
+    "algorithms.fixed_point": set(),
+    "algorithms.iterations": {"algorithms.fixed_point"},
+    "algorithms.kmeans": set(),
+    "ops": {"algorithms.fixed_point", "algorithms.iterations", "backends", "contract", "lists", "reference"},
+    # what a user calls
+    "functional": {"functional.*"},
+    "functional.loss": {"contract", "lists", "ops", "reference.checks", "reference.parameters"},
+    "functional.range_losses": {"functional.loss", "ops", "reference.checks", "reference.parameters"},
+    "functional.regularizers": {
+        "contract",
+        "functional.loss",
+        "lists",
+        "ops",
+        "reference.checks",
+        "reference.parameters",
+        "reference.regularizers",
+    },
+    "functional.quantizers": {"lists", "ops", "reference.checks", "reference.parameters"},
+    "functional.dkm": {"lists", "ops", "reference.checks", "reference.parameters"},
+    "functional.kmeans": SPECIFIED | {"algorithms.kmeans", "backends", "backends.native", "ops"},
+    # files
+    "files": set(),
+    "files.packing": {"backends", "backends.native"},
+    "files.huffman": {"files.packing"},
+    "files.clustered": {"files.packing", "functional.dkm", "reference.checks", "reference.columns"},
+    "files.uniform": {"files.clustered", "files.packing", "reference.columns"},
+    "files.checkpoint": {"reference.checks"},
+    "files.container": {"files.checkpoint"},
+    "files.format": {"files.clustered", "files.container", "files.huffman", "files.uniform"},
+    "files.saving": {"files.checkpoint", "files.clustered", "files.container", "files.format", "files.huffman"},
+    "files.loading": {"files.checkpoint", "files.container", "files.format", "files.huffman", "reference.checks"},
+    "files.coreml": {"files.clustered"},
+    # modules
+    "nn": {"nn.*"},
+    "nn.select": set(),
+    "nn.ranks": set(),
     "nn.attach": {"nn.select"},
-    "nn.ranges": {"arguments", "clipping", "quantizers", "uniform"},
     "nn.hessian": {"nn.attach"},
-    "nn.quantizer": {"arguments", "nn.*"},
-    "nn.calibration": {"arguments", "clipping", "nn.*"},
-    "io": {"arguments", "checkpoint", "codes", "container", "huffman", "uniform"},
-    "coreml": {"codes"},
-    "compress": {"checkpoint", "clipping", "codes", "container", "io", "kmeans", "report"},
-    "sizes": {"checkpoint", "codes", "compress", "io", "report"},
+    "nn.inputs": {"nn.attach"},
+    "nn.coefficient": {"reference.checks"},
+    "nn.clipping": {"files.uniform", "reference.columns", "reference.parameters"},
+    "nn.scales": {"files.uniform", "functional.quantizers", "nn.clipping", "reference.columns", "reference.parameters"},
+    "nn.regularizer": {
+        "functional",
+        "functional.loss",
+        "lists",
+        "nn.select",
+        "reference.checks",
+        "reference.parameters",
+    },
+    "nn.palettizer": {"files.clustered", "functional.dkm", "functional.kmeans", "nn.attach", "reference.checks"},
+    "nn.quantizer": {"nn.attach", "nn.hessian", "nn.inputs", "nn.ranks", "nn.scales", "reference.checks"},
+    "nn.calibrate": {"nn.clipping", "nn.inputs", "nn.quantizer", "nn.scales", "reference.checks", "reference.columns"},
+    # the command line
+    "cli": {"cli.arguments", "cli.commands", "cli.outputs", "files.checkpoint"},
+    "cli.arguments": {"", "reference.checks"},
+    "cli.console": set(),
+    "cli.outputs": set(),
+    "cli.commands": {"", "backends", "cli.*", "files.clustered", "files.loading", "files.uniform"},
+    "cli.report": {"cli.console", "files.checkpoint", "functional.regularizers", "reference.columns"},
+    "cli.compress": {"cli.console", "cli.report", "files.*", "functional.kmeans", "nn.clipping"},
+    "cli.sizes": {"cli.compress", "cli.console", "files.checkpoint", "files.clustered", "files.saving"},
+    "cli.demo": {"", "backends"},
+    "cli.demo_results": {"cli.console", "cli.demo", "cli.report"},
 }
-MAY_IMPORT_FUNCTIONAL = {"", "nn.regularizer", "report", "demo", "cli"}
 
 
 def module_name(path):
@@ -246,36 +302,80 @@ def imported(path):
 
 
 def allowed_by(name):
-    family = name.rpartition(".")[0] + ".*"
-    return LAW.get(name, LAW.get(family))
+    return LAW.get(name, LAW.get(name.rpartition(".")[0] + ".*"))
+
+
+def packages(path):
+    """The top names of what a file imports from outside the package and the standard library."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module.split(".")[0])
+    return found - {"r2kernels"} - sys.stdlib_module_names
 
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
+CODE = [
+    path
+    for folder in ("r2kernels", "csrc", "tests", "benchmarks")
+    for path in sorted((ROOT / folder).rglob("*"))
+    if path.suffix in (".py", ".h", ".cuh", ".cpp", ".cu")
+]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)
 def test_law_of_imports(path):
     name, found = module_name(path), imported(path)
     law = allowed_by(name)
-    if law is not None:
-        broken = {m for m in found if m not in law and m.rpartition(".")[0] + ".*" not in law}
-        assert not broken, f"{name} imports {sorted(broken)}"
-    if "functional" in found:
-        assert name in MAY_IMPORT_FUNCTIONAL, f"{name} imports functional"
+    assert law is not None, f"{name} has no entry in LAW"
+    broken = {m for m in found if m not in law and m.rpartition(".")[0] + ".*" not in law}
+    assert not broken, f"{name} imports {sorted(broken)}"
+
+
+def test_every_entry_of_the_law_is_of_a_module():
+    modules = {module_name(path) for path in SOURCES}
+    folders = {name.rpartition(".")[0] + ".*" for name in modules}
+    assert {*LAW} <= modules | folders
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_packages(path):
+    """The reference is torch and itself; kernels, which are compiled where there is no torch, are Triton alone."""
+    folder, name = path.parent.name, path.stem
+    if folder == "reference":
+        assert packages(path) <= {"torch"}
+    elif folder == "triton" and name not in ("__init__", "launch", "range_losses", "regularizers", "quantizers", "dkm"):
+        assert packages(path) <= {"triton"}
 
 
 def test_the_law_sees_imports():
     """The walk itself: these are known."""
-    assert imported(PACKAGE / "functional.py") == {"arguments", "ops", "backends", "weights"}
-    assert imported(PACKAGE / "backends" / "native.py") >= {"weights", "arguments"}
+    assert imported(PACKAGE / "functional" / "loss.py") == {
+        "contract",
+        "lists",
+        "ops",
+        "reference.checks",
+        "reference.parameters",
+    }
+    assert imported(PACKAGE / "backends" / "native" / "kmeans.py") == {"backends.native.extension"}
     assert "functional" in imported(PACKAGE / "__init__.py")
+    assert packages(PACKAGE / "algorithms" / "kmeans.py") == {"numpy", "torch"}
 
 
-@pytest.mark.parametrize(
-    "path",
-    [p for p in [*PACKAGE.rglob("*"), *(ROOT / "csrc").rglob("*")] if p.suffix in (".py", ".h", ".cuh", ".cpp", ".cu")],
-    ids=lambda p: str(p.relative_to(ROOT)),
-)
-def test_no_long_files(path):
+def test_no_two_classes_share_a_name():
+    names = [
+        node.name
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert sorted(names) == sorted({*names})
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_long_files_and_no_long_lines(path):
     lines = path.read_text().splitlines()
     assert len(lines) <= 400
+    assert max(map(len, lines), default=0) <= 120

@@ -6,10 +6,10 @@ except ImportError as error:
     raise ImportError("triton is not installed") from error
 import torch
 
-from .dkm import DKM, assign_fwd
-from .quantizers import Quantizers
-from .range_losses import RangeLosses
-from .regularizers import Regularizers
+from .dkm import TritonDKM, assign_fwd
+from .quantizers import TritonQuantizers
+from .range_losses import TritonRangeLosses
+from .regularizers import TritonRegularizers
 
 
 def load():
@@ -21,11 +21,11 @@ def load():
     return Triton(interpreted)
 
 
-class Triton(RangeLosses, Regularizers, Quantizers):
+class Triton(TritonRangeLosses, TritonRegularizers, TritonQuantizers):
     """All ops."""
 
     def DKM(self, *problem):
-        return DKM(self, *problem)
+        return TritonDKM(self, *problem)
 
     def assign_fwd(self, *problem):
         return assign_fwd(self, *problem)

@@ -13,7 +13,7 @@ PARTIAL = 2**24  # partial sums at once; where there are more, one group of cent
 MERGED = 8  # centroids that a program merges
 
 
-class DKM:
+class TritonDKM:
     """The passes of `reference.DKM` over a list. W_hat and dL/dW of scalars in the Euclidean metric cost O(1) a weight;
     all else is O(K)."""
 
@@ -254,4 +254,4 @@ def _given(c, *others):
 def assign_fwd(launcher, weights, centroids, clusters, d, layout):
     """Codes come in the order of the rows, not in that of the memory."""
     rows = [(w.transpose(0, -1) if d > 1 and layout == "output" and w.dim() > 1 else w).reshape(-1) for w in weights]
-    return DKM(launcher, rows, None, clusters, None, d, "contiguous").assign(centroids)
+    return TritonDKM(launcher, rows, None, clusters, None, d, "contiguous").assign(centroids)

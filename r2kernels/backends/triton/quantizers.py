@@ -13,7 +13,7 @@ from .skeletons import MERGE_LANES
 COLUMNS, LANES = 32, 16  # channels that a program merges, and chunks of each at a time; of one channel MERGE_LANES
 
 
-class Quantizers(Launcher, launchers.Quantizers):
+class TritonQuantizers(Launcher, launchers.Quantizers):
     """Codes of LSQ run from -LOW to HIGH, those of the others from 0 to HIGH. FLAG: codes of EWGS are signed; the
     gradient of PACT is that of PACT+."""
 

@@ -9,7 +9,7 @@ from .launch import OPTIONS, Launcher, current
 FORMULAS = {**range_losses_kernels.FORMULAS, **regularizers_moments_kernels.FORMULAS}  # op -> skeletons.Formula
 
 
-class RangeLosses(Launcher, launchers.RangeLosses):
+class TritonRangeLosses(Launcher, launchers.RangeLosses):
     def _reduce(self, op, weights, parameters, d, layout, loss, saved, alpha_grad):
         formula, (first, second) = FORMULAS[op.name], _two(parameters)
         frozen = formula.reduce_frozen is not None and not alpha_grad

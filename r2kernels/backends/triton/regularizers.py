@@ -17,7 +17,7 @@ from .launch import OPTIONS, Launcher, current, types
 COUNTED = 1024  # weights of a histogram at once
 
 
-class Regularizers(Launcher, launchers.Regularizers):
+class TritonRegularizers(Launcher, launchers.Regularizers):
     def terms_fwd(self, weights, names, parameters, bits, flags):
         tensors, table, plan = self._list(weights, 1, "output")
         device, dtype = weights[0].device, weights[0].dtype

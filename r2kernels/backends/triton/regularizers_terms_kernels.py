@@ -140,8 +140,10 @@ def finish_term(rows, p_first, column, constants, state, CODE: tl.constexpr):
     elif TERM == SOFT_MIN_MAX:
         _, top, bottom = constants
         s0, s1, s2, t0, t1, t2 = sum_blocks(state)
-        lost = range_losses.variance_is_lost(s0, s1, s2) | range_losses.variance_is_lost(t0, t1, t2)
-        if lost | (tl.maximum(s0, t0) > range_losses.MOST):
+        again = tl.maximum(s0, t0) > range_losses.MOST
+        again |= range_losses.variance_is_lost(s0, s1, s2)
+        again |= range_losses.variance_is_lost(t0, t1, t2)
+        if again:
             top, s0, s1, s2, bottom, t0, t1, t2 = range_losses.soft_sums(rows, p_first, column, True)
         return top, s0, s1, s2, bottom, t0, t1, t2
     elif TERM == FROZEN:

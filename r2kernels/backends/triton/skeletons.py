@@ -137,8 +137,8 @@ def unpack_halves(x, DT: tl.constexpr):
     if DT.is_bf16():
         return (x << 16).to(tl.float32, bitcast=True), (x & -65536).to(tl.float32, bitcast=True)
     else:
-        low, high = x.to(tl.int16).to(DT, bitcast=True), (x >> 16).to(tl.int16).to(DT, bitcast=True)
-        return low.to(tl.float32), high.to(tl.float32)
+        low = x.to(tl.int16).to(DT, bitcast=True).to(tl.float32)
+        return low, (x >> 16).to(tl.int16).to(DT, bitcast=True).to(tl.float32)
 
 
 @triton.jit

@@ -22,13 +22,11 @@ from pathlib import Path
 HERE = Path(__file__).parent
 TESTS = HERE.parent / "tests"
 PINNED = HERE.parent / ".venv-triton36" / "bin" / "python"
-sys.path.insert(0, str(TESTS))
+sys.path[:0] = [str(TESTS), str(TESTS / "static")]
 
 BANDWIDTH, SMS, CLOCK = 4.8e12, 132, 1.9e9  # bytes/s of an H200's memory
-LANES, MUFU = (
-    128,
-    16,
-)  # instructions of a thread, MUFU results, for each clock and multiprocessor; of shared memory one wavefront
+# instructions of a thread, MUFU results, for each clock and multiprocessor; of shared memory one wavefront
+LANES, MUFU = 128, 16
 WEIGHTS = {"ResNet-18": 11_678_912, "256 MB of float32": 2**26}
 SIZES = {"float": 4, "__nv_bfloat16": 2, "fp32": 4, "bf16": 2}
 NAMES = {"float": "float32", "__nv_bfloat16": "bfloat16", "fp32": "float32", "bf16": "bfloat16"}

@@ -109,7 +109,7 @@ def pytest_collection_finish(session):
     """The tests in the interpreter run beside the others from now on."""
     found = [item.module for item in session.items if item.path.name == "test_triton_interpreter.py"]
     if found and found[0].wanted(session.config) and not session.config.getoption("collectonly"):
-        session.config.interpreter = found[0].Run()
+        session.config.interpreter = found[0].run()
 
 
 def pytest_unconfigure(config):

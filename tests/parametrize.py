@@ -25,7 +25,7 @@ def first_ops(*chosen, among):
 every_dtype = pytest.mark.parametrize("dtype", cases.DTYPES, ids=short)
 every_loss = pytest.mark.parametrize("op", cases.LOSSES, ids=lambda op: op.label)
 
-ELSEWHERE = ("bin_reg", "msqe", "partial_l2")  # are in the interpreter too, by interpreted_quantizers.py
+ELSEWHERE = ("bin_reg", "msqe", "partial_l2")  # are in the interpreter too, by quantizers/interpreted.py
 
 
 def of_one_each(among):

@@ -6,50 +6,16 @@ exhaustive"`: it takes 10 ms for what a GPU does in 10 us.
 """
 
 import importlib.util
-import os
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
 import pytest
+from processes import Interpreted
 
-HERE = Path(__file__).parent
 FILES = ("test_losses.py", "test_properties.py", "range_losses/test_backends.py", "regularizers/test_weight_stats.py")
 TRITON = importlib.util.find_spec("triton") is not None
 
 
-class Run:
-    """The process, and what it has printed."""
-
-    def __init__(self):
-        self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            *[str(HERE / name) for name in FILES],
-            "--backend",
-            "triton",
-            "-m",
-            "not exhaustive",
-        ]
-        command += ["-q", "--tb=short", "-p", "no:cacheprovider", "-W", "ignore"]
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            command, env=environment, cwd=HERE.parent, stdout=self.output, stderr=subprocess.STDOUT
-        )
-
-    def wait(self):
-        code = self.process.wait()
-        self.output.seek(0)
-        return code, self.output.read()
-
-    def stop(self):
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-        self.output.close()
+def run():
+    return Interpreted(*FILES, options=["--backend", "triton", "-m", "not exhaustive"])
 
 
 def wanted(config):
@@ -62,8 +28,4 @@ def test_in_the_interpreter(request):
         pytest.skip("triton is not installed on this platform")
     if not wanted(request.config):
         pytest.skip("this run is of other backends")
-    code, output = request.config.interpreter.wait()
-    summary = output.strip().splitlines()[-1]
-    print(summary)
-    assert code == 0, output[-20000:]
-    assert " passed" in summary, output
+    request.config.interpreter.check()

@@ -1,14 +1,9 @@
-"""Quantizers and regularizers in Triton: what the compiler makes of the kernels, and interpreted_quantizers.py."""
+"""Quantizers and regularizers in Triton: what the compiler makes of the kernels, and interpreted.py."""
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from fractions import Fraction
 
 import pytest
-from test_triton_aot import PINNED, ROOT, offenders
+from processes import Interpreted, compiled, offenders
 
 MOST = {  # instructions for an fp32 element, for a 16-bit one, on sm_90; of sets of terms not more than of those apart
     "lsq_fwd": (17.5, 19),
@@ -50,38 +45,14 @@ def interpreter(request, device):
     if device != "cpu" or request.config.getoption("--backend"):
         yield None
         return
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        str(ROOT / "tests" / "interpreted_quantizers.py"),
-        "-q",
-        "--tb=short",
-        "-p",
-        "no:cacheprovider",
-        "-W",
-        "ignore",
-    ]
-    with tempfile.TemporaryFile("w+") as output:
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
-        yield process, output
-        process.kill()
-        process.wait()
+    running = Interpreted("quantizers/interpreted.py")
+    yield running
+    running.stop()
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    python = str(PINNED) if PINNED.exists() else sys.executable
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    if subprocess.run([python, "-c", "import triton"], env=environment, capture_output=True).returncode:
-        pytest.skip(f"{python} has no usable Triton")
-    run = subprocess.run(
-        [python, str(ROOT / "tests" / "aot_quantizers.py"), "90"], env=environment, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
-    return json.loads(run.stdout)
+    return compiled("aot_quantizers.py", tmp_path_factory.mktemp("triton"), ("90",))
 
 
 def fast(row):
@@ -146,9 +117,4 @@ def test_a_share_by_corrected_product_is_the_quotient(digits):
 def test_in_the_interpreter(interpreter):
     if interpreter is None:
         pytest.skip("this run is of other backends, or of a GPU")
-    process, output = interpreter
-    code = process.wait()
-    output.seek(0)
-    text = output.read()
-    print(text.strip().splitlines()[-1])
-    assert code == 0 and " passed" in text, text[-20000:]
+    interpreter.check()

@@ -5,16 +5,9 @@ weight in a forward pass, twice that in a backward pass. Registers and instructi
 so the one that GPUs run today is asked where it is installed.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from processes import compiled, offenders
 
-ROOT = Path(__file__).parents[1]
-PINNED = ROOT / ".venv-triton36" / "bin" / "python"
 MOST = {  # instructions per fp32 weight, per 16-bit weight, on sm_90
     ("reduce_chunks", "soft_min_max"): (15, 16.5),
     ("reduce_chunks", "frozen_soft_min_max"): (11, 12.5),
@@ -32,34 +25,7 @@ ADDED = (1.5, 3)  # more, where the old gradient is read and added to
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    python = str(PINNED) if PINNED.exists() else sys.executable
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    found = subprocess.run(
-        [python, "-c", "import triton; print(triton.__version__)"], env=environment, capture_output=True, text=True
-    )
-    if found.returncode:
-        pytest.skip(f"{python} has no usable Triton: {found.stderr.strip().splitlines()[-1]}")
-    print(
-        f"Triton {found.stdout.strip()}"
-        + ("" if python == str(PINNED) else f" ({PINNED.relative_to(ROOT)} with Triton 3.6.0 is absent)")
-    )
-    command = [python, str(ROOT / "tests" / "aot_check.py")]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    runs = [
-        subprocess.Popen([*command, *architectures], env=environment, **pipes)
-        for architectures in (("90",), ("80", "100"))
-    ]
-    rows = []
-    for run in runs:
-        output, errors = run.communicate()
-        assert run.returncode == 0, output[-4000:] + errors[-4000:]
-        rows += json.loads(output)
-    return rows
-
-
-def offenders(rows, wrong):
-    return [" ".join(map(str, row.values())) for row in rows if wrong(row)]
+    return compiled("aot_check.py", tmp_path_factory.mktemp("triton"), ("90",), ("80", "100"))
 
 
 def fast(row):

@@ -1,13 +1,7 @@
-"""DKM in Triton: what the compiler makes of the kernels, and in a process of its own interpreted_dkm.py."""
-
-import json
-import os
-import subprocess
-import sys
-import tempfile
+"""DKM in Triton: what the compiler makes of the kernels, and in a process of its own interpreted.py."""
 
 import pytest
-from test_triton_aot import PINNED, ROOT
+from processes import PINNED, Interpreted, compiled, offenders
 
 # instructions on sm_90 of W_hat per fp32 and 16-bit weight, whatever K; of dL/dW of one iteration; of every one more
 OUTPUT, GRADIENT, STEP = (33.5, 35.5), (51.5, 55), 48
@@ -29,40 +23,14 @@ def interpreter(request, device):
     if device != "cpu" or request.config.getoption("--backend"):
         yield None
         return
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        str(ROOT / "tests" / "interpreted_dkm.py"),
-        "-q",
-        "--tb=short",
-        "-p",
-        "no:cacheprovider",
-        "-W",
-        "ignore",
-    ]
-    with tempfile.TemporaryFile("w+") as output:
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
-        yield process, output
-        process.kill()
-        process.wait()
+    running = Interpreted("dkm/interpreted.py")
+    yield running
+    running.stop()
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    python = str(PINNED) if PINNED.exists() else sys.executable
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    if subprocess.run([python, "-c", "import triton"], env=environment, capture_output=True).returncode:
-        pytest.skip(f"{python} has no usable Triton")
-    run = subprocess.run([python, str(ROOT / "tests" / "aot_dkm.py")], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
-    return json.loads(run.stdout)
-
-
-def offenders(rows, wrong):
-    return [" ".join(map(str, row.values())) for row in rows if wrong(row)]
+    return compiled("aot_dkm.py", tmp_path_factory.mktemp("triton"))
 
 
 def scalars(rows):
@@ -102,9 +70,4 @@ def test_instructions_per_weight(rows):
 def test_in_the_interpreter(interpreter):
     if interpreter is None:
         pytest.skip("this run is of other backends, or of a GPU")
-    process, output = interpreter
-    code = process.wait()
-    output.seek(0)
-    text = output.read()
-    print(text.strip().splitlines()[-1])
-    assert code == 0 and " passed" in text, text[-20000:]
+    interpreter.check()

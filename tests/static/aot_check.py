@@ -1,6 +1,6 @@
 """Compiles the Triton kernels of the losses ahead of time, without GPU or torch, and prints what ptxas made of them.
 
-    python tests/aot_check.py [architecture ...]          default: 90 with every variant, 80 and 100 with a few
+    python tests/static/aot_check.py [architecture ...]          default: 90 with every variant, 80 and 100 with a few
 
 The cache lies where TRITON_CACHE_DIR says. Of each kernel: registers, stack and spills of all of it; of its hot loop
 the 128-bit loads and stores, other accesses, and instructions per weight.
@@ -25,7 +25,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-SOURCES = pathlib.Path(__file__).parents[1] / "r2kernels" / "backends" / "triton"
+SOURCES = pathlib.Path(__file__).parents[2] / "r2kernels" / "backends" / "triton"
 CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 DTYPES = {"fp32": (tl.float32, 4), "bf16": (tl.bfloat16, 2), "fp16": (tl.float16, 2), "fp64": (tl.float64, 8)}
 REDUCE = ("soft_min_max", "frozen_soft_min_max", "l_inf", "margin", "kure")

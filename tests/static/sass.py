@@ -11,7 +11,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-SOURCES = Path(__file__).parent.parent / "csrc/cuda"
+SOURCES = Path(__file__).parents[2] / "csrc/cuda"
 TYPES = {"float32": ("f", 4), "bfloat16": ("13__nv_bfloat16", 2), "float16": ("6__half", 2)}  # mangled, bytes
 
 _FUNCTION = re.compile(r"^\s*Function : (\S+)", re.M)

@@ -1,6 +1,6 @@
-"""Quantizers and regularizers in Triton's interpreter. test_triton_quantizers.py runs this file, in its own process:
+"""Quantizers and regularizers in Triton's interpreter. test_triton_static.py runs this file, in its own process:
 
-TRITON_INTERPRET=1 pytest tests/interpreted_quantizers.py
+TRITON_INTERPRET=1 pytest tests/quantizers/interpreted.py
 """
 
 import math

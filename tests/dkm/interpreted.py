@@ -1,6 +1,6 @@
-"""DKM in Triton's interpreter. test_triton_dkm.py runs this file, in a process of its own:
+"""DKM in Triton's interpreter. test_triton_static.py runs this file, in a process of its own:
 
-TRITON_INTERPRET=1 pytest tests/interpreted_dkm.py
+TRITON_INTERPRET=1 pytest tests/dkm/interpreted.py
 """
 
 import math

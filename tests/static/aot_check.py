@@ -1,6 +1,6 @@
 """Compiles the Triton kernels of the losses ahead of time, without GPU or torch, and prints what ptxas made of them.
 
-    python tests/static/aot_check.py [architecture ...]          default: 90 with every variant, 80 and 100 with a few
+    python tests/static/aot_check.py [architecture ...]         default: 90 in every variant, 80 and 100 in a few
 
 The cache lies where TRITON_CACHE_DIR says. Of each kernel: registers, stack and spills of all of it; of its hot loop
 the 128-bit loads and stores, other accesses, and instructions per weight.

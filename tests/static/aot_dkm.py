@@ -1,6 +1,6 @@
 """Compiles the Triton kernels of DKM ahead of time, like aot_check.py, and prints what ptxas made of them, as JSON.
 
-    python tests/static/aot_dkm.py [architecture ...]        default: 90 with every variant, 80 and 100 with a few
+    python tests/static/aot_dkm.py [architecture ...]       default: 90 in every variant, 80 and 100 in a few
 
 `per_weight`: instructions of the way once round the main loop for each weight that it reads, the rare branches aside;
 of the gradient of scalars with one iteration, and `per_step` for each one more. `per_pair`: of the sums and maps over

@@ -1,6 +1,6 @@
 """Compiles the Triton kernels of the quantizers and of sets of terms ahead of time, like aot_check.py.
 
-    python tests/static/aot_quantizers.py [architecture ...]        default: 90 with every variant, 80 and 100 with a few
+    python tests/static/aot_quantizers.py [architecture ...]       default: 90 in every variant, 80 and 100 in a few
 
 `per_element`: instructions of the shortest way once round the loop over full tiles, for each element of x that it
 reads.

@@ -1,6 +1,8 @@
-"""One extension, one ninja build: C++ for the CPU, and CUDA where nvcc is found. Without a C++ compiler nothing is built and the package runs on eager PyTorch.
+"""One extension, one ninja build: C++ for the CPU, and CUDA where nvcc is found. Without a C++ compiler nothing is
+built and the package runs on eager PyTorch.
 
-R2KERNELS_CUDA = auto (default), 0, 1 (fail without nvcc); R2KERNELS_CUDA_ARCH = all-major (default), or numbers such as "90" or "80;90".
+R2KERNELS_CUDA = auto (default), 0, 1 (fail without nvcc); R2KERNELS_CUDA_ARCH = all-major (default), or numbers such as
+"90" or "80;90".
 """
 
 import os
@@ -20,13 +22,17 @@ INSTRUCTION_SETS = {"portable": ""} | (
     {
         "avx2": "-mavx2 -mfma -mf16c",
         # -Wno-maybe-uninitialized: GCC 12 warns of its own header
-        "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512 -Wno-maybe-uninitialized",
+        "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512 "
+        "-Wno-maybe-uninitialized",
     }
     if X86
     else {}
 )
 # Fused multiply-adds are part of the formulas' accuracy; no other liberty is taken with floating point.
-CXXFLAGS = "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math -fopenmp -Wall -Wextra"
+CXXFLAGS = (
+    "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math -fopenmp "
+    "-Wall -Wextra"
+)
 
 
 def find_nvcc():
@@ -45,7 +51,8 @@ def find_nvcc():
             return nvcc
     if choice == "1":
         raise SystemExit(
-            "R2KERNELS_CUDA=1, but no nvcc with a static cudart was found in CUDA_HOME, CUDA_PATH, /usr/local/cuda or PATH"
+            "R2KERNELS_CUDA=1, but no nvcc with a static cudart was found in CUDA_HOME, CUDA_PATH, "
+            "/usr/local/cuda or PATH"
         )
     return None
 
@@ -138,7 +145,10 @@ class NinjaBuild(build_ext):
                 "  depfile = $out.d",
                 "  deps = gcc",
             ]
-            extra = f"-std=c++17 -O3 {architecture_flags()} -cudart static -Xfatbin=-compress-all -Xcompiler -fPIC,-fvisibility=hidden,-Wall"
+            extra = (
+                f"-std=c++17 -O3 {architecture_flags()} -cudart static -Xfatbin=-compress-all "
+                "-Xcompiler -fPIC,-fvisibility=hidden,-Wall"
+            )
             for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
                 compile_one("nvcc", source, f"cuda_{source.stem}", extra)
         for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):

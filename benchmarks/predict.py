@@ -89,7 +89,7 @@ def cuda_rows():
             ["c++filt"], input="\n".join(kernels), capture_output=True, text=True, check=True
         ).stdout.splitlines()
         for kernel, name in zip(kernels.values(), names, strict=True):
-            signature = re.sub(r"Plain<r2::device::(\w+)>", r"\1", re.sub(r"r2::cuda::", "", name)).replace(
+            signature = re.sub(r"LossOp<r2::device::(\w+)>", r"\1", re.sub(r"r2::cuda::", "", name)).replace(
                 "r2::device::", ""
             )
             dtype = next((d for d in ("__nv_bfloat16", "float") if re.search(rf"[<, ]{d}[,>]", signature)), None)

@@ -1,5 +1,5 @@
-// Huffman codes in blocks that are coded on their own, each from a byte on; the first bit is the lowest of the first byte. The code words and the
-// table for decoding are made in r2kernels/huffman.py.
+// Huffman codes in blocks that are coded on their own, each from a byte on; the first bit is the lowest of the first
+// byte. The code words and the table for decoding are made in r2kernels/files/huffman.py.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -20,7 +20,8 @@ struct Words {
   const uint8_t* lengths;  // (256,)
 };
 
-// A stream of codes cut into blocks of `block` (the last may have fewer). offsets: (blocks + 1,), the byte at which each block starts and ends.
+// A stream of codes cut into blocks of `block` (the last may have fewer). offsets: (blocks + 1,), the byte at which
+// each block starts and ends.
 struct Blocks {
   int64_t rows, block;
   int64_t count() const { return (rows + block - 1) / block; }
@@ -40,7 +41,8 @@ struct Blocks {
 };
 
 // lengths: (256,); bytes: (blocks,), what each will take
-inline int coded_sizes(const uint8_t* codes, const Blocks& blocks, const uint8_t* lengths, int32_t* bytes, int threads) {
+inline int coded_sizes(const uint8_t* codes, const Blocks& blocks, const uint8_t* lengths, int32_t* bytes,
+                       int threads) {
   return blocks.all(threads, [&](int64_t b) -> int {
     const uint8_t* from = codes + blocks.first(b);
     int64_t bits = 0, n = blocks.size(b);
@@ -51,7 +53,8 @@ inline int coded_sizes(const uint8_t* codes, const Blocks& blocks, const uint8_t
   });
 }
 
-inline int encode(const uint8_t* codes, const Blocks& blocks, const Words& words, const int64_t* offsets, uint8_t* out, int threads) {
+inline int encode(const uint8_t* codes, const Blocks& blocks, const Words& words, const int64_t* offsets, uint8_t* out,
+                  int threads) {
   return blocks.all(threads, [&](int64_t b) -> int {
     const uint8_t *from = codes + blocks.first(b), *last = from + blocks.size(b);
     uint8_t *to = out + offsets[b], *end = out + offsets[b + 1];
@@ -75,9 +78,10 @@ inline int encode(const uint8_t* codes, const Blocks& blocks, const Words& words
   });
 }
 
-// table: (2**kLongest,), by the next bits of the stream, from the lowest byte: up to kAtOnce symbols, the length of the first one's word, the length
-// of all of them, their count; 0 where no word begins so. The stream has `bytes` bytes.
-inline int decode(const uint8_t* stream, int64_t bytes, const int64_t* offsets, const Blocks& blocks, const uint64_t* table, uint8_t* out, int threads) {
+// table: (2**kLongest,), by the next bits of the stream, from the lowest byte: up to kAtOnce symbols, the length of the
+// first one's word, the length of all of them, their count; 0 where no word begins so. The stream has `bytes` bytes.
+inline int decode(const uint8_t* stream, int64_t bytes, const int64_t* offsets, const Blocks& blocks,
+                  const uint64_t* table, uint8_t* out, int threads) {
   constexpr uint64_t mask = (uint64_t(1) << kLongest) - 1;
   return blocks.all(threads, [&](int64_t b) -> int {
     if (offsets[b] < 0 || offsets[b + 1] < offsets[b] || offsets[b + 1] > bytes) return kBadOffset;

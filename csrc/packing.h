@@ -16,14 +16,15 @@ struct Groups {
   int64_t rows, each;
   int bits;
 
-  int64_t chunks() const { return (each + kChunk - 1) / kChunk; }     // of a group
+  int64_t chunks() const { return (each + kChunk - 1) / kChunk; }  // of a group
   int64_t tasks() const { return (rows + each - 1) / each * chunks(); }
   int64_t bytes(int64_t n) const { return (n * bits + 7) / 8; }
 
   // run(first code, count, first byte) of task i
   template <class Run>
   void task(int64_t i, Run run) const {
-    int64_t group = i / chunks(), within = i % chunks() * kChunk, first = group * each + within, end = std::min((group + 1) * each, rows);
+    int64_t group = i / chunks(), within = i % chunks() * kChunk, first = group * each + within,
+            end = std::min((group + 1) * each, rows);
     if (first < end) run(first, std::min(end - first, kChunk), group * bytes(each) + within / 8 * bits);
   }
 
@@ -73,14 +74,16 @@ void pack_run(const uint8_t* codes, int64_t n, uint8_t* out) {
   std::memcpy(out, &x, ((n - i) * Bits + 7) / 8);
 }
 
-// Calls run(eight codes of Bits, how many of them count) along n packed codes. A load of eight bytes is much faster than one of three, where it
-// stays within the codes.
+// Calls run(eight codes of Bits, how many of them count) along n packed codes. A load of eight bytes is much faster
+// than one of three, where it stays within the codes.
 template <int Bits, class Run>
 void along(const uint8_t* packed, int64_t n, Run run) {
   const uint8_t* end = packed + (n * Bits + 7) / 8;
   uint64_t x;
-  for (; n >= 8 && end - packed >= 8; n -= 8, packed += Bits) std::memcpy(&x, packed, 8), run(x, std::integral_constant<int, 8>());
-  for (; n > 0; n -= 8, packed += Bits) x = 0, std::memcpy(&x, packed, std::min<int64_t>(end - packed, 8)), run(x, int(std::min<int64_t>(n, 8)));
+  for (; n >= 8 && end - packed >= 8; n -= 8, packed += Bits)
+    std::memcpy(&x, packed, 8), run(x, std::integral_constant<int, 8>());
+  for (; n > 0; n -= 8, packed += Bits)
+    x = 0, std::memcpy(&x, packed, std::min<int64_t>(end - packed, 8)), run(x, int(std::min<int64_t>(n, 8)));
 }
 
 template <int Bits>
@@ -92,7 +95,8 @@ void unpack_run(const uint8_t* packed, int64_t n, uint8_t* out) {
   });
 }
 
-// Rows of a table, of Size bytes each (0: of `size`), in the order of the codes. Bits of a code that `mask` lacks do not count.
+// Rows of a table, of Size bytes each (0: of `size`), in the order of the codes. Bits of a code that `mask` lacks do
+// not count.
 template <int Bits, int Size>
 void look_up_run(const uint8_t* packed, int64_t n, const char* table, uint64_t mask, int64_t size, char* out) {
   const int64_t row = Size ? Size : size;
@@ -124,17 +128,20 @@ inline void pack(const uint8_t* codes, const Groups& groups, uint8_t* out, int t
 
 inline void unpack(const uint8_t* packed, const Groups& groups, uint8_t* out, int threads) {
   with_bits(groups.bits, [&](auto bits) {
-    groups.all(threads, [&](int64_t first, int64_t n, int64_t byte) { unpack_run<bits>(packed + byte, n, out + first); });
+    groups.all(threads,
+               [&](int64_t first, int64_t n, int64_t byte) { unpack_run<bits>(packed + byte, n, out + first); });
   });
 }
 
 // tables: for each group 2**index_bits rows of `size` bytes; index_bits <= bits
-inline void look_up(const uint8_t* packed, const Groups& groups, const char* tables, int index_bits, int64_t size, char* out, int threads) {
+inline void look_up(const uint8_t* packed, const Groups& groups, const char* tables, int index_bits, int64_t size,
+                    char* out, int threads) {
   const uint64_t mask = ((uint64_t(1) << std::min(index_bits, groups.bits)) - 1);
   with_bits(groups.bits, [&](auto bits) {
     auto run = [&](auto known) {
       groups.all(threads, [&](int64_t first, int64_t n, int64_t byte) {
-        look_up_run<bits, known>(packed + byte, n, tables + (first / groups.each << index_bits) * size, mask, size, out + first * size);
+        look_up_run<bits, known>(packed + byte, n, tables + (first / groups.each << index_bits) * size, mask, size,
+                                 out + first * size);
       });
     };
     switch (size) {

@@ -1,21 +1,22 @@
-// The formulas of LSQ, EWGS, PACT and DoReFa (r2kernels/reference/quantizers.py), once for host and device. V is as in math.h; rint_ rounds half to even.
+// The formulas of LSQ, EWGS, PACT and DoReFa (r2kernels/reference/quantizers.py), once for host and device. V is as in
+// losses.h; rint_ rounds half to even.
 #pragma once
 #include <cstring>
 
-#include "codes.h"
+#include "levels.h"
 
 namespace r2 {
 inline namespace R2_ISA {
 
 // Rows [row, row + n) of column `column` of a tensor whose channels are columns.
-struct Part {
+struct ChannelChunk {
   int64_t tensor, row, n;
   int column;
 };
 
-R2_HD Part part_at(const List& list, int64_t i) {
+R2_HD ChannelChunk channel_chunk_at(const List& list, int64_t i) {
   const int64_t t = list.owner[i];
-  const uint32_t j = uint32_t(i - list.tensors[t].first), columns = uint32_t(list.tensors[t].columns);
+  const uint32_t j = uint32_t(i - list.tensors[t].first_chunk), columns = uint32_t(list.tensors[t].columns);
   const int64_t row = j / columns * list.chunk, left = list.tensors[t].rows - row;
   return {t, row, left < list.chunk ? left : list.chunk, int(j % columns)};
 }
@@ -31,9 +32,9 @@ struct Divisor {
 };
 
 #if defined(__CUDACC__)
-// The same for |x / by| <= kMost, in six instructions without a branch; `by` lies in [2^-60, 2^60]. 1 / by is kept to 48 bits, so the first quotient is
-// within an ulp and the last step rounds it correctly (Markstein's theorem). Quotients beyond stay beyond; one below 2^-20, where the remainder may be
-// inexact, is right to an ulp.
+// The same for |x / by| <= kMost, in six instructions without a branch; `by` lies in [2^-60, 2^60]. 1 / by is kept to
+// 48 bits, so the first quotient is within an ulp and the last step rounds it correctly (Markstein's theorem).
+// Quotients beyond stay beyond; one below 2^-20, where the remainder may be inexact, is right to an ulp.
 struct FastDivisor {
   static constexpr float kMost = 1024, kLeast = 0x1p-60f, kGreatest = 0x1p60f;
   float by, inverse, rest;
@@ -70,16 +71,16 @@ R2_HD V sign_of(V v) {
 }
 
 template <class A>
-R2_HD A number(const void* flat, int64_t i) {
+R2_HD A parameter_at(const void* flat, int64_t i) {
   return static_cast<const A*>(flat)[i];
 }
 template <class A>
-R2_HD void give(void* flat, int64_t i, double x) {
+R2_HD void set_gradient(void* flat, int64_t i, double x) {
   static_cast<A*>(flat)[i] = A(x);
 }
 
-// An op has for each column `divisor`, what its formula divides by; the formula At<V, D>, with `forward` and `backward`, which adds to kSums sums; and
-// `finish`, which makes parameters' gradients of the sums of `rows` numbers.
+// An op has for each column `divisor`, what its formula divides by; the formula At<V, D>, with `forward` and
+// `backward`, which adds to kSums sums; and `finish`, which makes parameters' gradients of the sums of `rows` numbers.
 
 template <bool kSign>
 struct Lsq {
@@ -87,7 +88,7 @@ struct Lsq {
 
   template <class A>
   R2_HD static A divisor(const Quantizer& q, int64_t column) {
-    return positive(number<A>(q.first, column));
+    return positive(parameter_at<A>(q.first, column));
   }
 
   template <class V, class D>
@@ -100,8 +101,10 @@ struct Lsq {
     R2_HD At(const Quantizer& q, int64_t column) : At(q, splat<V>(divisor<A>(q, column))) {}
 
     R2_HD V code(V v) const {
-      if constexpr (kSign) return sign_of(v);
-      else return rint_(clamp_(v, low, high));
+      if constexpr (kSign)
+        return sign_of(v);
+      else
+        return rint_(clamp_(v, low, high));
     }
     R2_HD V forward(V x) const { return step.by * code(step(x)); }
     R2_HD V backward(V x, V g, V* sums) const {
@@ -114,7 +117,7 @@ struct Lsq {
 
   template <class A>
   R2_HD static void finish(const Quantizer& q, int64_t column, const double* sums, double rows) {
-    give<A>(q.first_gradient, column, sums[0] / sqrt(rows * Levels(q.bits, q.flag).high));
+    set_gradient<A>(q.first_gradient, column, sums[0] / sqrt(rows * Levels(q.bits, q.flag).high));
   }
 };
 
@@ -129,7 +132,7 @@ struct Ewgs {
 
   template <class A>
   R2_HD static A divisor(const Quantizer& q, int64_t column) {
-    return positive(number<A>(q.second, column) - number<A>(q.first, column));
+    return positive(parameter_at<A>(q.second, column) - parameter_at<A>(q.first, column));
   }
 
   template <class V, class D>
@@ -138,8 +141,9 @@ struct Ewgs {
     V lower, delta, n, factor, shift;
     D span, steps;
     R2_HD At(const Quantizer& q, int64_t column)
-        : lower(splat<V>(number<A>(q.first, column))), delta(splat<V>(number<A>(q.third, column))), n(splat<V>(A((1 << q.bits) - 1))),
-          factor(splat<V>(A(q.flag ? 2 : 1))), shift(q.flag ? n : splat<V>(0)), span(splat<V>(divisor<A>(q, column))), steps(n) {}
+        : lower(splat<V>(parameter_at<A>(q.first, column))), delta(splat<V>(parameter_at<A>(q.third, column))),
+          n(splat<V>(A((1 << q.bits) - 1))), factor(splat<V>(A(q.flag ? 2 : 1))), shift(q.flag ? n : splat<V>(0)),
+          span(splat<V>(divisor<A>(q, column))), steps(n) {}
 
     R2_HD V forward(V x) const {
       V c = rint_(n * clamp_(span(x - lower), splat<V>(0), splat<V>(1)));
@@ -158,7 +162,8 @@ struct Ewgs {
   template <class A>
   R2_HD static void finish(const Quantizer& q, int64_t column, const double* sums, double) {
     const double span = double(divisor<A>(q, column));
-    give<A>(q.first_gradient, column, sums[0] / span), give<A>(q.second_gradient, column, -sums[1] / span);
+    set_gradient<A>(q.first_gradient, column, sums[0] / span),
+        set_gradient<A>(q.second_gradient, column, -sums[1] / span);
   }
 };
 
@@ -168,7 +173,7 @@ struct Pact {
 
   template <class A>
   R2_HD static A divisor(const Quantizer& q, int64_t column) {
-    return positive(number<A>(q.first, column)) / A((1 << q.bits) - 1);
+    return positive(parameter_at<A>(q.first, column)) / A((1 << q.bits) - 1);
   }
 
   template <class V, class D>
@@ -177,7 +182,8 @@ struct Pact {
     V alpha;
     D step, steps;
     R2_HD At(const Quantizer& q, int64_t column)
-        : alpha(splat<V>(positive(number<A>(q.first, column)))), step(splat<V>(divisor<A>(q, column))), steps(splat<V>(A((1 << q.bits) - 1))) {}
+        : alpha(splat<V>(positive(parameter_at<A>(q.first, column)))), step(splat<V>(divisor<A>(q, column))),
+          steps(splat<V>(A((1 << q.bits) - 1))) {}
 
     R2_HD V forward(V x) const { return step.by * rint_(step(x >= alpha ? alpha : x < splat<V>(0) ? splat<V>(0) : x)); }
     R2_HD V backward(V x, V g, V* sums) const {
@@ -194,7 +200,7 @@ struct Pact {
 
   template <class A>
   R2_HD static void finish(const Quantizer& q, int64_t column, const double* sums, double) {
-    give<A>(q.first_gradient, column, sums[0]);
+    set_gradient<A>(q.first_gradient, column, sums[0]);
   }
 };
 
@@ -207,9 +213,10 @@ R2_HD V rise(V f) {
     for (int i = 1; i < 6; ++i) p = p * f + c[i];
     return p;
   } else {
-    constexpr double c[11] = {4.445537228154442733e-10, 7.072561701930320513e-9,  1.017812129916570442e-7, 1.321544272423112757e-6,
-                              1.525273370121465649e-5,  1.540353044148067992e-4,  1.333355814653163286e-3, 9.618129107607065669e-3,
-                              5.550410866482123653e-2,  2.402265069591009789e-1,  6.931471805599453113e-1};
+    constexpr double c[11] = {4.445537228154442733e-10, 7.072561701930320513e-9, 1.017812129916570442e-7,
+                              1.321544272423112757e-6,  1.525273370121465649e-5, 1.540353044148067992e-4,
+                              1.333355814653163286e-3,  9.618129107607065669e-3, 5.550410866482123653e-2,
+                              2.402265069591009789e-1,  6.931471805599453113e-1};
     V p = splat<V>(c[0]);
     for (int i = 1; i < 11; ++i) p = p * f + c[i];
     return p;
@@ -257,7 +264,8 @@ R2_HD V ratio(V a, V b) {
 template <class V>
 R2_HD V tanh_(V x) {
   using A = typename Scalar<V>::type;
-  constexpr A most = sizeof(A) == 4 ? 10 : 20, round = sizeof(A) == 4 ? 12582912.0 : 6755399441055744.0, unit = 2.8853900817779268;
+  constexpr A most = sizeof(A) == 4 ? 10 : 20, round = sizeof(A) == 4 ? 12582912.0 : 6755399441055744.0,
+              unit = 2.8853900817779268;
   V a = abs_(x);
   V y = (a > splat<V>(most) ? splat<V>(most) : a) * unit, shifted = y + round, f = y - (shifted - round);
   V power = power_of_two(shifted), e = power * (f * rise(f)) + (power - splat<V>(1));
@@ -265,13 +273,14 @@ R2_HD V tanh_(V x) {
   return x < splat<V>(0) ? -t : t;
 }
 
-// first: (count, 2), max|w| and how many attain it; for one bit the mean of |w|. first_gradient: sum g t, for the correction at the maxima.
+// first: (count, 2), max|w| and how many attain it; for one bit the mean of |w|. first_gradient: sum g t, for the
+// correction at the maxima.
 struct Dorefa {
   static constexpr int kSums = 2;
 
   template <class A>
   R2_HD static A divisor(const Quantizer& q, int64_t column) {
-    A m = tanh_(number<A>(q.first, 2 * column));
+    A m = tanh_(parameter_at<A>(q.first, 2 * column));
     return m == 0 ? A(1) : m;
   }
 
@@ -281,7 +290,8 @@ struct Dorefa {
     V top, n, share;
     D m, steps;
     R2_HD At(const Quantizer& q, int64_t column)
-        : top(splat<V>(number<A>(q.first, 2 * column))), n(splat<V>(A((1 << q.bits) - 1))), share(splat<V>(0)), m(splat<V>(divisor<A>(q, column))), steps(n) {}
+        : top(splat<V>(parameter_at<A>(q.first, 2 * column))), n(splat<V>(A((1 << q.bits) - 1))), share(splat<V>(0)),
+          m(splat<V>(divisor<A>(q, column))), steps(n) {}
 
     R2_HD V forward(V x) const {
       V c = rint_(n * (m.near(tanh_(x)) * A(0.5) + A(0.5)));
@@ -295,7 +305,7 @@ struct Dorefa {
     }
     R2_HD void share_out(const Quantizer& q, int64_t column) {
       A scale = m.by;
-      share = number<A>(q.first_gradient, column) / (scale * scale * number<A>(q.first, 2 * column + 1));
+      share = parameter_at<A>(q.first_gradient, column) / (scale * scale * parameter_at<A>(q.first, 2 * column + 1));
     }
     // of one of the maxima
     R2_HD V corrected(V x, V g) const {
@@ -306,7 +316,7 @@ struct Dorefa {
 
   template <class A>
   R2_HD static void finish(const Quantizer& q, int64_t column, const double* sums, double) {
-    give<A>(q.first_gradient, column, sums[0]);
+    set_gradient<A>(q.first_gradient, column, sums[0]);
   }
 };
 
@@ -318,7 +328,8 @@ struct DorefaSign {
   template <class V, class D>
   struct At {
     V size;
-    R2_HD At(const Quantizer& q, int64_t column) : size(splat<V>(number<typename Scalar<V>::type>(q.first, 2 * column))) {}
+    R2_HD At(const Quantizer& q, int64_t column)
+        : size(splat<V>(parameter_at<typename Scalar<V>::type>(q.first, 2 * column))) {}
     R2_HD V forward(V x) const { return sign_of(x) * size; }
   };
 };

@@ -1,4 +1,5 @@
-// DKM for any metric over rows of d numbers: a few vectors of rows side by side, and their attention to one centroid after the other.
+// DKM for any metric over rows of d numbers: a few vectors of rows side by side, and their attention to one centroid
+// after the other.
 #pragma once
 #include "dkm_passes.h"
 
@@ -19,21 +20,25 @@ struct Centroids {
 
 // What a group works in. Number m of its rows lies kRows further on than number m - 1.
 template <class A>
-struct Group {
+struct RowGroup {
   using V = Vec<A>;
-  const A *x, *g, *count;        // count: how many weights there are of each row, 0 of those that fill up
-  V *distance, *e, *pull;        // (size, kVectors)
-  V inverse[kVectors];           // e times this is attention, times Scale::up
+  const A *x, *g, *count;  // count: how many weights there are of each row, 0 of those that fill up
+  V *distance, *e, *pull;  // (size, kVectors)
+  V inverse[kVectors];     // e times this is attention, times AttentionScale::up
   static constexpr int lanes_ = lanes<V>, rows = kVectors * lanes_;
 
   R2_HD static V at(const A* numbers, int m, int u) { return load<V>(numbers + m * kRows + u * lanes_); }
 };
 
 #if defined(__AVX512F__)
-R2_HD Vec<float> lower(Vec<float> a, Vec<float> b) { return bit_cast<Vec<float>>(_mm512_min_ps(bit_cast<__m512>(a), bit_cast<__m512>(b))); }
+R2_HD Vec<float> lower(Vec<float> a, Vec<float> b) {
+  return bit_cast<Vec<float>>(_mm512_min_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
+}
 R2_HD Vec<float> root(Vec<float> x) { return bit_cast<Vec<float>>(_mm512_sqrt_ps(bit_cast<__m512>(x))); }
 #elif defined(__AVX2__)
-R2_HD Vec<float> lower(Vec<float> a, Vec<float> b) { return bit_cast<Vec<float>>(_mm256_min_ps(bit_cast<__m256>(a), bit_cast<__m256>(b))); }
+R2_HD Vec<float> lower(Vec<float> a, Vec<float> b) {
+  return bit_cast<Vec<float>>(_mm256_min_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
+}
 R2_HD Vec<float> root(Vec<float> x) { return bit_cast<Vec<float>>(_mm256_sqrt_ps(bit_cast<__m256>(x))); }
 #else
 R2_HD Vec<float> lower(Vec<float> a, Vec<float> b) { return a < b ? a : b; }
@@ -50,7 +55,7 @@ R2_HD Vec<double> root(Vec<double> x) {
 
 // The distances, and e with `inverse`.
 template <int kD, class A>
-R2_HD void attend(Group<A>& p, const Centroids<A>& c, int d) {
+R2_HD void attend(RowGroup<A>& p, const Centroids<A>& c, int d) {
   using V = Vec<A>;
   d = kD ? kD : d;
   V x[kD ? kD : 1][kVectors], near[kVectors], total[kVectors] = {};
@@ -78,12 +83,13 @@ R2_HD void attend(Group<A>& p, const Centroids<A>& c, int d) {
       total[u] += e;
       p.e[j * kVectors + u] = e;
     }
-  for (int u = 0; u < kVectors; ++u) p.inverse[u] = Scale<A>::up / (total[u] + near[u] * (0 * c.rate));
+  for (int u = 0; u < kVectors; ++u) p.inverse[u] = AttentionScale<A>::up / (total[u] + near[u] * (0 * c.rate));
 }
 
-// pull: a_ij (P_ij - sum_k a_ik P_ik) / tau times what of the slope does not depend on the direction, times Scale::up
+// pull: a_ij (P_ij - sum_k a_ik P_ik) / tau times what of the slope does not depend on the direction, times
+// AttentionScale::up
 template <int kD, class A>
-R2_HD void find_pull(Group<A>& p, const Centroids<A>& c, int d) {
+R2_HD void find_pull(RowGroup<A>& p, const Centroids<A>& c, int d) {
   using V = Vec<A>;
   d = kD ? kD : d;
   V total[kVectors] = {};
@@ -102,7 +108,8 @@ R2_HD void find_pull(Group<A>& p, const Centroids<A>& c, int d) {
     }
   }
   V mean[kVectors], scale[kVectors];
-  for (int u = 0; u < kVectors; ++u) mean[u] = total[u] * (p.inverse[u] * Scale<A>::down), scale[u] = p.inverse[u] * c.rate;
+  for (int u = 0; u < kVectors; ++u)
+    mean[u] = total[u] * (p.inverse[u] * AttentionScale<A>::down), scale[u] = p.inverse[u] * c.rate;
   for (int64_t j = 0; j < c.size; ++j)
     for (int u = 0; u < kVectors; ++u) {
       V q = p.e[j * kVectors + u] * scale[u] * (p.pull[j * kVectors + u] - mean[u]);
@@ -116,32 +123,35 @@ R2_HD void find_pull(Group<A>& p, const Centroids<A>& c, int d) {
     }
 }
 
-enum class Kind { update, upstream, recur };
+enum class RowSum { update, upstream, recur };
 
-// Adds the group's share to the sums (width, size) of a pass, a lane for each row: attention {1, x - c}, attention g, or pull (x - c), times Scale::up.
-template <Kind kKind, int kD, class A>
-R2_HD void add_to_sums(const Group<A>& p, const Centroids<A>& c, int d, Vec<A>* sums) {
+// Adds the group's share to the sums (width, size) of a pass, a lane for each row: attention {1, x - c}, attention g,
+// or pull (x - c), times AttentionScale::up.
+template <RowSum kSum, int kD, class A>
+R2_HD void add_to_sums(const RowGroup<A>& p, const Centroids<A>& c, int d, Vec<A>* sums) {
   using V = Vec<A>;
   d = kD ? kD : d;
-  constexpr bool alone = kKind == Kind::update;
+  constexpr bool alone = kSum == RowSum::update;
   V scale[kVectors];
   for (int u = 0; u < kVectors; ++u) scale[u] = alone ? p.inverse[u] * p.at(p.count, 0, u) : p.inverse[u];
   for (int64_t j = 0; j < c.size; ++j) {
     V a[kVectors];
-    for (int u = 0; u < kVectors; ++u) a[u] = kKind == Kind::recur ? p.pull[j * kVectors + u] : p.e[j * kVectors + u] * scale[u];
+    for (int u = 0; u < kVectors; ++u)
+      a[u] = kSum == RowSum::recur ? p.pull[j * kVectors + u] : p.e[j * kVectors + u] * scale[u];
     if (alone)
       for (int u = 0; u < kVectors; ++u) sums[j] += a[u];
     for (int m = 0; m < d; ++m) {
       V& total = sums[(m + alone) * c.size + j];
       const V centroid = splat<V>(c.old[j * d + m]);
-      for (int u = 0; u < kVectors; ++u) total += a[u] * (kKind == Kind::upstream ? p.at(p.g, m, u) : p.at(p.x, m, u) - centroid);
+      for (int u = 0; u < kVectors; ++u)
+        total += a[u] * (kSum == RowSum::upstream ? p.at(p.g, m, u) : p.at(p.x, m, u) - centroid);
     }
   }
 }
 
 // out += sum over the centroids of attention h (size, d), less pull (x - c)
 template <bool kPull, int kD, class A>
-R2_HD void add_means(const Group<A>& p, const Centroids<A>& c, const A* h, int d, A* out) {
+R2_HD void add_means(const RowGroup<A>& p, const Centroids<A>& c, const A* h, int d, A* out) {
   using V = Vec<A>;
   d = kD ? kD : d;
   for (int m = 0; m < d; ++m) {
@@ -153,7 +163,8 @@ R2_HD void add_means(const Group<A>& p, const Centroids<A>& c, const A* h, int d
         if (kPull) total[u] -= p.pull[j * kVectors + u] * (p.at(p.x, m, u) - centroid);
       }
     }
-    for (int u = 0; u < kVectors; ++u) store(out + m * kRows + u * p.lanes_, p.at(out, m, u) + total[u] * Scale<A>::down);
+    for (int u = 0; u < kVectors; ++u)
+      store(out + m * kRows + u * p.lanes_, p.at(out, m, u) + total[u] * AttentionScale<A>::down);
   }
 }
 

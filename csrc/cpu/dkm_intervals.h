@@ -1,4 +1,5 @@
-// Scalars in the Euclidean metric (csrc/dkm.h): the interval of each weight, the numbers of its row of the table, and the shares of its two groups, in vectors.
+// Scalars in the Euclidean metric (csrc/dkm.h): the interval of each weight, the numbers of its row of the table, and
+// the shares of its two groups, in vectors.
 #pragma once
 #include "dkm_passes.h"
 
@@ -11,13 +12,18 @@ constexpr int kBlock = 512;  // weights whose intervals and records lie in the f
 
 // Picks from 2^level numbers at once, from registers while they fit in.
 #if defined(__AVX512F__)
-R2_HD Vec<float> pick_any(const float* from, Indices<float> i) { return bit_cast<Vec<float>>(_mm512_i32gather_ps(bit_cast<__m512i>(i), from, 4)); }
-R2_HD Vec<double> pick_any(const double* from, Indices<double> i) { return bit_cast<Vec<double>>(_mm512_i64gather_pd(bit_cast<__m512i>(i), from, 8)); }
+R2_HD Vec<float> pick_any(const float* from, Indices<float> i) {
+  return bit_cast<Vec<float>>(_mm512_i32gather_ps(bit_cast<__m512i>(i), from, 4));
+}
+R2_HD Vec<double> pick_any(const double* from, Indices<double> i) {
+  return bit_cast<Vec<double>>(_mm512_i64gather_pd(bit_cast<__m512i>(i), from, 8));
+}
 template <int kLevel>
 R2_HD Vec<float> pick(const float* from, Indices<float> i) {
   const __m512i at = bit_cast<__m512i>(i);
   if constexpr (kLevel <= 4) return bit_cast<Vec<float>>(_mm512_permutexvar_ps(at, _mm512_loadu_ps(from)));
-  if constexpr (kLevel == 5) return bit_cast<Vec<float>>(_mm512_permutex2var_ps(_mm512_loadu_ps(from), at, _mm512_loadu_ps(from + 16)));
+  if constexpr (kLevel == 5)
+    return bit_cast<Vec<float>>(_mm512_permutex2var_ps(_mm512_loadu_ps(from), at, _mm512_loadu_ps(from + 16)));
   if constexpr (kLevel == 6 || kLevel == 7) {
     constexpr int half = 1 << (kLevel - 1);
     return (i & half) != 0 ? pick<kLevel - 1>(from + half, i) : pick<kLevel - 1>(from, i);
@@ -28,15 +34,21 @@ template <int kLevel>
 R2_HD Vec<double> pick(const double* from, Indices<double> i) {
   const __m512i at = bit_cast<__m512i>(i);
   if constexpr (kLevel <= 3) return bit_cast<Vec<double>>(_mm512_permutexvar_pd(at, _mm512_loadu_pd(from)));
-  if constexpr (kLevel == 4) return bit_cast<Vec<double>>(_mm512_permutex2var_pd(_mm512_loadu_pd(from), at, _mm512_loadu_pd(from + 8)));
+  if constexpr (kLevel == 4)
+    return bit_cast<Vec<double>>(_mm512_permutex2var_pd(_mm512_loadu_pd(from), at, _mm512_loadu_pd(from + 8)));
   if constexpr (kLevel > 4) return pick_any(from, i);
 }
 #elif defined(__AVX2__)
-R2_HD Vec<float> pick_any(const float* from, Indices<float> i) { return bit_cast<Vec<float>>(_mm256_i32gather_ps(from, bit_cast<__m256i>(i), 4)); }
-R2_HD Vec<double> pick_any(const double* from, Indices<double> i) { return bit_cast<Vec<double>>(_mm256_i64gather_pd(from, bit_cast<__m256i>(i), 8)); }
+R2_HD Vec<float> pick_any(const float* from, Indices<float> i) {
+  return bit_cast<Vec<float>>(_mm256_i32gather_ps(from, bit_cast<__m256i>(i), 4));
+}
+R2_HD Vec<double> pick_any(const double* from, Indices<double> i) {
+  return bit_cast<Vec<double>>(_mm256_i64gather_pd(from, bit_cast<__m256i>(i), 8));
+}
 template <int kLevel>
 R2_HD Vec<float> pick(const float* from, Indices<float> i) {
-  if constexpr (kLevel <= 3) return bit_cast<Vec<float>>(_mm256_permutevar8x32_ps(_mm256_loadu_ps(from), bit_cast<__m256i>(i)));
+  if constexpr (kLevel <= 3)
+    return bit_cast<Vec<float>>(_mm256_permutevar8x32_ps(_mm256_loadu_ps(from), bit_cast<__m256i>(i)));
   if constexpr (kLevel == 4 || kLevel == 5) {
     constexpr int half = 1 << (kLevel - 1);
     return (i & half) != 0 ? pick<kLevel - 1>(from + half, i) : pick<kLevel - 1>(from, i);
@@ -64,10 +76,12 @@ R2_HD Vec<A> pick(const A* from, Indices<A> i) {
 template <class A>
 R2_HD int rank(const A* row, A w) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(A) == 4) return __builtin_popcount(_mm512_cmp_ps_mask(_mm512_loadu_ps(row), _mm512_set1_ps(w), _CMP_LE_OQ));
+  if constexpr (sizeof(A) == 4)
+    return __builtin_popcount(_mm512_cmp_ps_mask(_mm512_loadu_ps(row), _mm512_set1_ps(w), _CMP_LE_OQ));
 #elif defined(__AVX2__)
   if constexpr (sizeof(A) == 4) {
-    const __m256 x = _mm256_set1_ps(w), low = _mm256_cmp_ps(_mm256_loadu_ps(row), x, _CMP_LE_OQ), high = _mm256_cmp_ps(_mm256_loadu_ps(row + 8), x, _CMP_LE_OQ);
+    const __m256 x = _mm256_set1_ps(w), low = _mm256_cmp_ps(_mm256_loadu_ps(row), x, _CMP_LE_OQ),
+                 high = _mm256_cmp_ps(_mm256_loadu_ps(row + 8), x, _CMP_LE_OQ);
     return __builtin_popcount(_mm256_movemask_ps(low) | _mm256_movemask_ps(high) << 8);
   }
 #endif
@@ -90,7 +104,7 @@ R2_HD void pick_four(const A* from, const Index<A>* i, Vec<A>* v) {
       v[r] = bit_cast<Vec<float>>(_mm256_insertf128_ps(_mm256_castps128_ps256(one(0)), one(1), 1));
 #endif
     }
-    return turn(v);
+    return transpose_4x4(v);
   }
 #endif
   for (int m = 0; m < 4; ++m) {
@@ -102,18 +116,19 @@ R2_HD void pick_four(const A* from, const Index<A>* i, Vec<A>* v) {
 
 // What the passes look up for one iteration of one tensor.
 template <class A>
-struct Table {
+struct IntervalTable {
   using V = Vec<A>;
   // levels of tables whose numbers registers hold, so that they are not loaded one by one: a few, and most
 #if defined(__AVX512F__)
-  static constexpr int kFew = sizeof(A) == 4 ? 5 : 4, kMost = sizeof(A) == 4 ? 7 : 4, kDescended = sizeof(A) == 4 ? 8 : 4;
+  static constexpr int kFew = sizeof(A) == 4 ? 5 : 4, kMost = sizeof(A) == 4 ? 7 : 4,
+                       kDescended = sizeof(A) == 4 ? 8 : 4;
 #else
   static constexpr int kFew = 0, kMost = 0, kDescended = 3;
 #endif
 
   A *keys, *numbers;
   int size, levels, depth;  // 2^levels > size, 2^depth >= size
-  A slope, zero;     // NaN where tau is of no use
+  A slope, zero;            // NaN where tau is of no use
 
   static int levels_of(int K) {
     int n = 1;
@@ -128,22 +143,27 @@ struct Table {
   // The numbers of an interval lie in two rows of four, or each number of all intervals in an array of its own.
   int64_t at(int interval, int number) const {
     const int padded = padded_levels(levels);
-    return levels > kMost ? ((int64_t(number / 4) << padded) + interval) * 4 + number % 4 : (int64_t(number) << padded) + interval;
+    return levels > kMost ? ((int64_t(number / 4) << padded) + interval) * 4 + number % 4
+                          : (int64_t(number) << padded) + interval;
   }
 
   void fill(const Iteration<A>& it, const Spread& s, int how_many) {
     size = it.size, levels = levels_of(size), depth = levels - (size == 1 << (levels - 1));
     slope = A(it.slope()), zero = A(0 * (1 / it.tau));
-    // level by level the centroids that a binary search compares with, then the last, or instead of four levels all in rows; NaN, which no weight reaches, where
-    // there is none
+    // level by level the centroids that a binary search compares with, then the last, or instead of four levels all in
+    // rows; NaN, which no weight reaches, where there is none
     const auto centroid = [&](int64_t j) { return j < size ? it.old[j] : A(NAN); };
     const int upper = ranked() ? depth - 4 : depth;
     for (int level = 0; level < upper; ++level)
-      for (int64_t i = 0; i < int64_t(1) << level; ++i) keys[key(level) + i] = centroid(((2 * i + 1) << (depth - 1 - level)) - 1);
-    for (int64_t i = ranked() ? 0 : (1 << depth) - 1, j = 0; i < int64_t(1) << depth; ++i, ++j) keys[key(upper) + j] = centroid(i);
+      for (int64_t i = 0; i < int64_t(1) << level; ++i)
+        keys[key(level) + i] = centroid(((2 * i + 1) << (depth - 1 - level)) - 1);
+    for (int64_t i = ranked() ? 0 : (1 << depth) - 1, j = 0; i < int64_t(1) << depth; ++i, ++j)
+      keys[key(upper) + j] = centroid(i);
     // the output needs the means as they are
     const bool absolute = how_many == 4;
-    tables(it, s, how_many, [&](int k, int number, double x) { numbers[at(k, number)] = A(absolute && number > kBend ? x + double(it.old[k ? k - 1 : 0]) : x); });
+    tables(it, s, how_many, [&](int k, int number, double x) {
+      numbers[at(k, number)] = A(absolute && number > kBend ? x + double(it.old[k ? k - 1 : 0]) : x);
+    });
   }
 
   template <int kFrom, int kTo>
@@ -154,7 +174,8 @@ struct Table {
     }
     return k;
   }
-  // The intervals of n weights, a multiple of a vector: kLevels levels by descent and, with kRank, the last four by comparing with a row of keys.
+  // The intervals of n weights, a multiple of a vector: kLevels levels by descent and, with kRank, the last four by
+  // comparing with a row of keys.
   template <int kLevels, bool kRank>
   void locate_with(const A* __restrict w, int64_t n, Index<A>* __restrict k) const {
     const A* const __restrict keys = this->keys;
@@ -207,13 +228,16 @@ struct Table {
   }
 };
 
-// The shares of the groups for x = w - reference, times Scale::up, as is their product `both`; NaN where x is not finite.
+// The shares of the groups for x = w - reference, times AttentionScale::up, as is their product `both`; NaN where x is
+// not finite.
 template <class V>
 struct Shares {
   V left, right, both;
   template <class A>
-  R2_HD Shares(const Table<A>& t, V x, V bend) {
-    const V s = x * t.slope - bend, e = power(-abs_(s)), most = splat<V>(1) / (e * Scale<A>::down + (splat<V>(1) + x * t.zero)), least = e * most, rest = most * Scale<A>::up;
+  R2_HD Shares(const IntervalTable<A>& t, V x, V bend) {
+    const V s = x * t.slope - bend, e = power(-abs_(s)),
+            most = splat<V>(1) / (e * AttentionScale<A>::down + (splat<V>(1) + x * t.zero)), least = e * most,
+            rest = most * AttentionScale<A>::up;
     right = s > splat<V>(0) ? rest : least, left = s > splat<V>(0) ? least : rest, both = least * most;
   }
 };

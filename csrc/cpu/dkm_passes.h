@@ -9,11 +9,11 @@ namespace r2 {
 inline namespace R2_ISA {
 
 // Uninitialised memory, aligned for vectors.
-struct Memory {
+struct AlignedMemory {
   void* at;
-  explicit Memory(int64_t bytes) : at(std::aligned_alloc(64, (bytes + 127) / 64 * 64)) {}
-  Memory(const Memory&) = delete;
-  ~Memory() { std::free(at); }
+  explicit AlignedMemory(int64_t bytes) : at(std::aligned_alloc(64, (bytes + 127) / 64 * 64)) {}
+  AlignedMemory(const AlignedMemory&) = delete;
+  ~AlignedMemory() { std::free(at); }
   template <class T>
   T* as() const {
     return static_cast<T*>(at);
@@ -27,13 +27,13 @@ using Indices = typename Lane<Vec<A>>::bits;
 
 // Attention is kept times this, for it may be subnormal, and arithmetic with such numbers takes ten times as long.
 template <class A>
-struct Scale;
+struct AttentionScale;
 template <>
-struct Scale<float> {
+struct AttentionScale<float> {
   static constexpr float shift = 60, up = 0x1p60f, down = 0x1p-60f, least = -150.5f;
 };
 template <>
-struct Scale<double> {
+struct AttentionScale<double> {
   static constexpr double shift = 512, up = 0x1p512, down = 0x1p-512, least = -1075.5;
 };
 
@@ -43,8 +43,9 @@ R2_HD V power(V s) {
   using A = typename Lane<V>::A;
   using bits = typename Lane<V>::bits;
   using E = Exp2<A>;
-  using S = Scale<A>;
-  const V x = at_least(s, splat<V>(S::least)), shifted = x + (E::round + S::shift), f = x - (shifted - (E::round + S::shift));
+  using S = AttentionScale<A>;
+  const V x = at_least(s, splat<V>(S::least)), shifted = x + (E::round + S::shift),
+          f = x - (shifted - (E::round + S::shift));
   const V y = bit_cast<V>(bit_cast<bits>(horner<0, 1>(f)) + (bit_cast<bits>(shifted) << E::mantissa));
   return x <= splat<V>(S::least) ? V{} : y;
 }
@@ -57,10 +58,14 @@ using Floats = __m256;
 #define R2_SHUFFLE(name) bit_cast<Vec<float>>(_mm256_##name)
 #endif
 #if defined(__AVX2__)
-R2_HD Vec<float> low(Vec<float> a, Vec<float> b) { return R2_SHUFFLE(unpacklo_ps(bit_cast<Floats>(a), bit_cast<Floats>(b))); }
-R2_HD Vec<float> high(Vec<float> a, Vec<float> b) { return R2_SHUFFLE(unpackhi_ps(bit_cast<Floats>(a), bit_cast<Floats>(b))); }
+R2_HD Vec<float> interleave_low(Vec<float> a, Vec<float> b) {
+  return R2_SHUFFLE(unpacklo_ps(bit_cast<Floats>(a), bit_cast<Floats>(b)));
+}
+R2_HD Vec<float> interleave_high(Vec<float> a, Vec<float> b) {
+  return R2_SHUFFLE(unpackhi_ps(bit_cast<Floats>(a), bit_cast<Floats>(b)));
+}
 // In every four lanes: rows to columns, and back.
-R2_HD void turn(Vec<float>* v) {
+R2_HD void transpose_4x4(Vec<float>* v) {
   typedef decltype(bit_cast<Vec<double>>(v[0])) D;
   const auto pair = [](bool upper, Vec<float> a, Vec<float> b) {
     const D x = bit_cast<D>(a), y = bit_cast<D>(b);
@@ -72,7 +77,8 @@ R2_HD void turn(Vec<float>* v) {
     return bit_cast<Vec<float>>(upper ? _mm256_unpackhi_pd(p, q) : _mm256_unpacklo_pd(p, q));
 #endif
   };
-  const Vec<float> a = low(v[0], v[1]), b = high(v[0], v[1]), c = low(v[2], v[3]), d = high(v[2], v[3]);
+  const Vec<float> a = interleave_low(v[0], v[1]), b = interleave_high(v[0], v[1]), c = interleave_low(v[2], v[3]),
+                   d = interleave_high(v[2], v[3]);
   v[0] = pair(false, a, c), v[1] = pair(true, a, c), v[2] = pair(false, b, d), v[3] = pair(true, b, d);
 }
 #endif
@@ -99,9 +105,11 @@ R2_HD void narrowed(const A* from, int n, T* to) {
 }
 
 // Rows [row, row + n) of a tensor, a chunk of a plan of whole rows.
-struct Rows {
+struct RowChunk {
   int64_t tensor, row, n;
-  Rows(const List& list, int64_t i) : tensor(list.owner[i]), row((i - list.tensors[tensor].first) * list.chunk), n(list.tensors[tensor].rows - row) {
+  RowChunk(const List& list, int64_t i)
+      : tensor(list.owner[i]), row((i - list.tensors[tensor].first_chunk) * list.chunk),
+        n(list.tensors[tensor].rows - row) {
     if (n > list.chunk) n = list.chunk;
   }
 };
@@ -110,15 +118,6 @@ template <class T>
 R2_HD T* address(const int64_t* table, int64_t tensor) {
   return table ? reinterpret_cast<T*>(table[tensor]) : nullptr;
 }
-
-// f<T>(list, clusters, pass, threads) for the dtype of the list
-#define R2_FOR_DTYPE(f)                                                                         \
-  switch (list.dtype) {                                                                         \
-    case Dtype::f64: return f<double>(list, clusters, pass, threads);                           \
-    case Dtype::f32: return f<float>(list, clusters, pass, threads);                            \
-    case Dtype::bf16: return f<bf16>(list, clusters, pass, threads);                            \
-    case Dtype::f16: return f<f16>(list, clusters, pass, threads);                              \
-  }
 
 // The passes over scalars in the Euclidean metric, and over anything else.
 struct ScalarPasses {
@@ -140,9 +139,9 @@ struct RowPasses {
   static int64_t scratch(int most, int d);
 };
 struct ValuePasses {
-  static void collect(const List&, const cpu::Values&, int threads);
-  static void sum(const List&, const cpu::Values&, int threads);
-  static void look_up(const List&, const cpu::Values&, int threads);
+  static void collect(const List&, const Values&, int threads);
+  static void sum(const List&, const Values&, int threads);
+  static void look_up(const List&, const Values&, int threads);
 };
 
 }  // namespace R2_ISA

@@ -1,4 +1,5 @@
-// What a weight adds to the sums of its interval: a record of a few numbers, added by scalar code that vectors have laid out for it.
+// What a weight adds to the sums of its interval: a record of a few numbers, added by scalar code that vectors have
+// laid out for it.
 #pragma once
 #include "dkm_intervals.h"
 
@@ -48,10 +49,10 @@ R2_HD void put_records(Vec<A>* v, int i, Room<A>& room) {
     for (int first = 0; first < R; first += 4) {
       A* to = room.records + first * kBlock + i * part_width(R, first);
       if (R - first >= 4) {
-        turn(v + first);
+        transpose_4x4(v + first);
         for (int m = 0; m < 4; ++m) store(to + m * n, v[first + m]);
       } else if (R == 2) {
-        store(to, low(v[0], v[1])), store(to + n, high(v[0], v[1]));
+        store(to, interleave_low(v[0], v[1])), store(to + n, interleave_high(v[0], v[1]));
       } else {
         store(to, permuted(v[first], from));
       }
@@ -81,15 +82,17 @@ R2_HD void add_part(const A* from, double* to) {
   }
 }
 
-// Adds the records to the sums of their intervals, (room, kTurns, width) for each part. Neighbours take turns with kTurns copies, so that an addition need not
-// wait for the last one.
+// Adds the records to the sums of their intervals, (room, kTurns, width) for each part. Neighbours take turns with
+// kTurns copies, so that an addition need not wait for the last one.
 template <int R, int kTurns, class A>
 void add_records(const Room<A>& room, int n, double* sums, int64_t intervals) {
   for (int i = 0; i < n; i += kTurns)
     for (int turn = 0; turn < kTurns; ++turn) {
       const int64_t at = int64_t(room.order[i + turn]) * kTurns + turn;
       add_part<part_width(R, 0)>(room.records + (i + turn) * part_width(R, 0), sums + at * part_width(R, 0));
-      if constexpr (R > 4) add_part<part_width(R, 4)>(room.records + 4 * kBlock + (i + turn) * part_width(R, 4), sums + 4 * intervals * kTurns + at * part_width(R, 4));
+      if constexpr (R > 4)
+        add_part<part_width(R, 4)>(room.records + 4 * kBlock + (i + turn) * part_width(R, 4),
+                                   sums + 4 * intervals * kTurns + at * part_width(R, 4));
     }
 }
 

@@ -5,14 +5,15 @@
 namespace r2 {
 inline namespace R2_ISA {
 
-constexpr int64_t kFold = 1024;  // rows, whose sums are kept in lanes of the accumulator's type before they go to float64
+constexpr int64_t kFold = 1024;  // rows whose sums stay in lanes of the accumulator's type before they go to float64
 
 // The centroids of all tensors and iterations of a pass, as groups read them.
 template <class A>
 class AllCentroids {
  public:
   AllCentroids(const List& list, const Clusters& clusters, const Pass& pass)
-      : count_(list.count), each_(int64_t(clusters.most) * list.d), memory_(pass.steps * list.count * each_ * int64_t(sizeof(A))),
+      : count_(list.count), each_(int64_t(clusters.most) * list.d),
+        memory_(pass.steps * list.count * each_ * int64_t(sizeof(A))),
         centroids_(pass.steps * list.count * int64_t(sizeof(Centroids<A>))) {
     const int d = list.d;
     for (int64_t i = 0; i < pass.steps * list.count; ++i) {
@@ -22,35 +23,46 @@ class AllCentroids {
       if (pass.upstream)
         for (int64_t j = 0; j < size; ++j) {
           const A S = static_cast<const A*>(pass.moments)[i * clusters.most + j];
-          for (int m = 0; m < d; ++m) v[j * d + m] = S == A(0) ? A(0) : static_cast<const A*>(pass.upstream)[i * each_ + j * d + m] / S;
+          for (int m = 0; m < d; ++m)
+            v[j * d + m] = S == A(0) ? A(0) : static_cast<const A*>(pass.upstream)[i * each_ + j * d + m] / S;
         }
       const auto numbers = [&](const void* all) { return all ? static_cast<const A*>(all) + i * each_ : nullptr; };
-      centroids_.template as<Centroids<A>>()[i] = {
-          numbers(pass.old), numbers(pass.fresh), v, size, A(1.4426950408889634074 / double(tau)), A(1 / double(tau)), clusters.metric == 1};
+      centroids_.template as<Centroids<A>>()[i] = {numbers(pass.old),
+                                                   numbers(pass.fresh),
+                                                   v,
+                                                   size,
+                                                   A(kLog2e / double(tau)),
+                                                   A(1 / double(tau)),
+                                                   clusters.metric == Metric::sqeuclidean};
     }
   }
-  const Centroids<A>& of(int64_t tensor, int step = 0) const { return centroids_.template as<Centroids<A>>()[step * count_ + tensor]; }
+  const Centroids<A>& of(int64_t tensor, int step = 0) const {
+    return centroids_.template as<Centroids<A>>()[step * count_ + tensor];
+  }
 
  private:
   int64_t count_, each_;
-  Memory memory_, centroids_;
+  AlignedMemory memory_, centroids_;
 };
 
 // What one thread works in: blocks (d, kRows), and vectors for every centroid.
 template <class A>
 struct Room {
-  Memory blocks, vectors;
+  AlignedMemory blocks, vectors;
   A *x, *g, *out, *count;
   Vec<A>* sums;
-  Group<A> group;
-  Room(int d, int64_t most, int width) : blocks((3 * d + 1) * kRows * int64_t(sizeof(A))), vectors((3 * kVectors + width) * most * int64_t(sizeof(Vec<A>))) {
+  RowGroup<A> group;
+  Room(int d, int64_t most, int width)
+      : blocks((3 * d + 1) * kRows * int64_t(sizeof(A))),
+        vectors((3 * kVectors + width) * most * int64_t(sizeof(Vec<A>))) {
     x = blocks.template as<A>(), g = x + d * kRows, out = g + d * kRows, count = out + d * kRows;
     group.distance = vectors.template as<Vec<A>>(), group.e = group.distance + kVectors * most;
     group.pull = group.e + kVectors * most, sums = group.pull + kVectors * most;
   }
 };
 
-// visit(column, row of the block, first element in memory, length) for n rows from `row` on, in runs of consecutive memory
+// visit(column, row of the block, first element in memory, length) for n rows from `row` on, in runs of consecutive
+// memory
 template <class Visit>
 R2_HD void each_run_of(const Tensor& tensor, int d, int64_t row, int n, Visit visit) {
   const int64_t run = tensor.run;
@@ -106,36 +118,36 @@ R2_HD void with_width(int d, F f) {
 
 // The group of row i of a block; `g` where the pass has gradients.
 template <class A>
-R2_HD Group<A>& group_at(Room<A>& room, int i, bool g) {
-  Group<A>& p = room.group;
+R2_HD RowGroup<A>& group_at(Room<A>& room, int i, bool g) {
+  RowGroup<A>& p = room.group;
   p.x = room.x + i, p.g = g ? room.g + i : nullptr, p.count = room.count + i;
   return p;
 }
 
-template <Kind kKind, int kD, class A>
+template <RowSum kSum, int kD, class A>
 void sum_block(Room<A>& room, const Centroids<A>& c, int d, int n, bool g) {
-  for (int i = 0; i < n; i += Group<A>::rows) {
-    Group<A>& p = group_at(room, i, g);
+  for (int i = 0; i < n; i += RowGroup<A>::rows) {
+    RowGroup<A>& p = group_at(room, i, g);
     attend<kD>(p, c, d);
-    if (kKind == Kind::recur) find_pull<kD>(p, c, d);
-    add_to_sums<kKind, kD>(p, c, d, room.sums);
+    if (kSum == RowSum::recur) find_pull<kD>(p, c, d);
+    add_to_sums<kSum, kD>(p, c, d, room.sums);
   }
 }
 
 template <bool kGradient, int kD, class A>
 void map_block(Room<A>& room, const Centroids<A>& c, int d, int n, bool g) {
-  for (int i = 0; i < n; i += Group<A>::rows) {
-    Group<A>& p = group_at(room, i, g);
+  for (int i = 0; i < n; i += RowGroup<A>::rows) {
+    RowGroup<A>& p = group_at(room, i, g);
     attend<kD>(p, c, d);
     if (kGradient) find_pull<kD>(p, c, d);
     add_means<kGradient, kD>(p, c, kGradient ? c.v : c.fresh, d, room.out + i);
   }
 }
 
-template <class T, Kind kKind>
+template <class T, RowSum kSum>
 void sum_rows(const List& list, const Clusters& clusters, const Pass& pass, int threads) {
   using A = Acc<T>;
-  constexpr bool alone = kKind == Kind::update;
+  constexpr bool alone = kSum == RowSum::update;
   const int d = list.d, width = d + alone;
   threads = threads_for(list, threads);
   const AllCentroids<A> all(list, clusters, pass);
@@ -146,11 +158,12 @@ void sum_rows(const List& list, const Clusters& clusters, const Pass& pass, int 
     Room<A> room(d, clusters.most, width);
 #pragma omp for schedule(dynamic)
     for (int64_t chunk = 0; chunk < list.chunks; ++chunk) {
-      const Rows c(list, chunk);
+      const RowChunk c(list, chunk);
       const Tensor& tensor = list.tensors[c.tensor];
       const Centroids<A>& centroids = all.of(c.tensor);
       const int64_t size = centroids.size;
-      const T *w = address<const T>(list.pointers, c.tensor), *g = kKind == Kind::update ? nullptr : address<const T>(pass.grads, c.tensor);
+      const T *w = address<const T>(list.pointers, c.tensor),
+              *g = kSum == RowSum::update ? nullptr : address<const T>(pass.grads, c.tensor);
       const float* counts = address<const float>(pass.counts, c.tensor);
       double* sums = partial + chunk * each;
       for (int64_t i = 0; i < each; ++i) sums[i] = 0;
@@ -165,19 +178,20 @@ void sum_rows(const List& list, const Clusters& clusters, const Pass& pass, int 
         with_width<A>(d, [&](auto kD) {
           take_rows<kD>(tensor, w, d, row, n, room.x);
           if (g) take_rows<kD>(tensor, g, d, row, n, room.g);
-          sum_block<kKind, kD>(room, centroids, d, n, g != nullptr);
+          sum_block<kSum, kD>(room, centroids, d, n, g != nullptr);
         });
         if ((row - c.row + kRows) % kFold != 0 && row + kRows < c.row + c.n) continue;
         for (int m = 0; m < width; ++m)
           for (int64_t j = 0; j < size; ++j) {
             Vec<A>& lane = room.sums[m * size + j];
-            sums[j * width + m] += double(Scale<A>::down) * sum(lane), lane = Vec<A>{};
+            sums[j * width + m] += double(AttentionScale<A>::down) * sum(lane), lane = Vec<A>{};
           }
       }
     }
 #pragma omp for schedule(dynamic)
     for (int64_t t = 0; t < list.count; ++t) {
-      const int64_t first = list.tensors[t].first, parts = (list.tensors[t].rows + list.chunk - 1) / list.chunk, at = t * clusters.most;
+      const int64_t first = list.tensors[t].first_chunk, parts = (list.tensors[t].rows + list.chunk - 1) / list.chunk,
+                    at = t * clusters.most;
       double* total = partial + first * each;
       for (int64_t part = 1; part < parts; ++part)
         for (int64_t j = 0; j < each; ++j) total[j] += partial[(first + part) * each + j];
@@ -188,7 +202,10 @@ void sum_rows(const List& list, const Clusters& clusters, const Pass& pass, int 
         const bool real = j < clusters.size[t], empty = alone && A(S) == 0;
         if (alone) static_cast<A*>(pass.out_moments)[at + j] = real ? A(S) : A(0);
         for (int m = 0; m < d; ++m)
-          out[j * d + m] = !real ? A(0) : empty ? old[j * d + m] : alone ? A(double(old[j * d + m]) + sums[1 + m] / S) : A(sums[m]);
+          out[j * d + m] = !real   ? A(0)
+                           : empty ? old[j * d + m]
+                           : alone ? A(double(old[j * d + m]) + sums[1 + m] / S)
+                                   : A(sums[m]);
       }
     }
   }
@@ -201,14 +218,15 @@ void map_rows(const List& list, const Clusters& clusters, const Pass& pass, int 
   threads = threads_for(list, threads);
   const AllCentroids<A> all(list, clusters, pass);
   const int64_t* targets = static_cast<const int64_t*>(pass.target);
-  for (int64_t t = 0; t < list.count; ++t) ask_for_huge_pages(reinterpret_cast<void*>(targets[t]), list.tensors[t].numel * sizeof(T));
+  for (int64_t t = 0; t < list.count; ++t)
+    ask_for_huge_pages(reinterpret_cast<void*>(targets[t]), list.tensors[t].numel * sizeof(T));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Room<A> room(d, clusters.most, 0);
     for (int i = 0; i < kRows; ++i) room.count[i] = 1;
 #pragma omp for schedule(dynamic)
     for (int64_t chunk = 0; chunk < list.chunks; ++chunk) {
-      const Rows c(list, chunk);
+      const RowChunk c(list, chunk);
       const Tensor& tensor = list.tensors[c.tensor];
       const T *w = address<const T>(list.pointers, c.tensor), *g = address<const T>(pass.grads, c.tensor);
       T* out = address<T>(targets, c.tensor);
@@ -218,7 +236,8 @@ void map_rows(const List& list, const Clusters& clusters, const Pass& pass, int 
         with_width<A>(d, [&](auto kD) {
           take_rows<kD>(tensor, w, d, row, n, room.x);
           if (g) take_rows<kD>(tensor, g, d, row, n, room.g);
-          for (int step = 0; step < pass.steps; ++step) map_block<kGradient, kD>(room, all.of(c.tensor, step), d, n, g && step == 0);
+          for (int step = 0; step < pass.steps; ++step)
+            map_block<kGradient, kD>(room, all.of(c.tensor, step), d, n, g && step == 0);
           put_rows<kD>(tensor, room.out, d, row, n, out);
         });
       }
@@ -249,11 +268,11 @@ void assign_rows(const List& list, const Clusters& clusters, const Pass& pass, i
   threads = threads_for(list, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    const Memory memory(d * kRows * int64_t(sizeof(A)));
+    const AlignedMemory memory(d * kRows * int64_t(sizeof(A)));
     A* x = memory.template as<A>();
 #pragma omp for schedule(dynamic)
     for (int64_t chunk = 0; chunk < list.chunks; ++chunk) {
-      const Rows c(list, chunk);
+      const RowChunk c(list, chunk);
       const T* w = address<const T>(list.pointers, c.tensor);
       const A* centroids = static_cast<const A*>(pass.old) + c.tensor * clusters.most * d;
       const int K = clusters.size[c.tensor];
@@ -270,8 +289,10 @@ void assign_rows(const List& list, const Clusters& clusters, const Pass& pass, i
             best = nearer ? D : best, code = nearer ? Indices<A>{} + Index<A>(j) : code;
           }
           for (int l = 0; l < lanes<V> && i + l < n; ++l) {
-            if (K <= 256) static_cast<uint8_t*>(codes)[row + i + l] = uint8_t(code[l]);
-            else static_cast<int32_t*>(codes)[row + i + l] = int32_t(code[l]);
+            if (K <= 256)
+              static_cast<uint8_t*>(codes)[row + i + l] = uint8_t(code[l]);
+            else
+              static_cast<int32_t*>(codes)[row + i + l] = int32_t(code[l]);
           }
         }
       }
@@ -279,23 +300,24 @@ void assign_rows(const List& list, const Clusters& clusters, const Pass& pass, i
   }
 }
 
-template <class T>
-void update_rows(const List& list, const Clusters& clusters, const Pass& pass, int threads) { sum_rows<T, Kind::update>(list, clusters, pass, threads); }
-template <class T>
-void upstream_rows(const List& list, const Clusters& clusters, const Pass& pass, int threads) { sum_rows<T, Kind::upstream>(list, clusters, pass, threads); }
-template <class T>
-void recur_rows(const List& list, const Clusters& clusters, const Pass& pass, int threads) { sum_rows<T, Kind::recur>(list, clusters, pass, threads); }
-template <class T>
-void output_rows(const List& list, const Clusters& clusters, const Pass& pass, int threads) { map_rows<T, false>(list, clusters, pass, threads); }
-template <class T>
-void gradient_rows(const List& list, const Clusters& clusters, const Pass& pass, int threads) { map_rows<T, true>(list, clusters, pass, threads); }
-
-void RowPasses::update(const List& list, const Clusters& clusters, const Pass& pass, int threads) { R2_FOR_DTYPE(update_rows) }
-void RowPasses::output(const List& list, const Clusters& clusters, const Pass& pass, int threads) { R2_FOR_DTYPE(output_rows) }
-void RowPasses::upstream(const List& list, const Clusters& clusters, const Pass& pass, int threads) { R2_FOR_DTYPE(upstream_rows) }
-void RowPasses::recur(const List& list, const Clusters& clusters, const Pass& pass, int threads) { R2_FOR_DTYPE(recur_rows) }
-void RowPasses::gradient(const List& list, const Clusters& clusters, const Pass& pass, int threads) { R2_FOR_DTYPE(gradient_rows) }
-void RowPasses::assign(const List& list, const Clusters& clusters, const Pass& pass, int threads) { R2_FOR_DTYPE(assign_rows) }
+void RowPasses::update(const List& list, const Clusters& clusters, const Pass& pass, int threads) {
+  with_type(list.dtype, [&](auto like) { sum_rows<decltype(like), RowSum::update>(list, clusters, pass, threads); });
+}
+void RowPasses::output(const List& list, const Clusters& clusters, const Pass& pass, int threads) {
+  with_type(list.dtype, [&](auto like) { map_rows<decltype(like), false>(list, clusters, pass, threads); });
+}
+void RowPasses::upstream(const List& list, const Clusters& clusters, const Pass& pass, int threads) {
+  with_type(list.dtype, [&](auto like) { sum_rows<decltype(like), RowSum::upstream>(list, clusters, pass, threads); });
+}
+void RowPasses::recur(const List& list, const Clusters& clusters, const Pass& pass, int threads) {
+  with_type(list.dtype, [&](auto like) { sum_rows<decltype(like), RowSum::recur>(list, clusters, pass, threads); });
+}
+void RowPasses::gradient(const List& list, const Clusters& clusters, const Pass& pass, int threads) {
+  with_type(list.dtype, [&](auto like) { map_rows<decltype(like), true>(list, clusters, pass, threads); });
+}
+void RowPasses::assign(const List& list, const Clusters& clusters, const Pass& pass, int threads) {
+  with_type(list.dtype, [&](auto like) { assign_rows<decltype(like)>(list, clusters, pass, threads); });
+}
 int64_t RowPasses::scratch(int most, int d) { return int64_t(most) * (d + 1) * int64_t(sizeof(double)); }
 
 }  // namespace R2_ISA

@@ -1,151 +1,54 @@
-// DKM's passes over scalars in the Euclidean metric: a constant time for each weight. Sums are kept by interval, in float64.
-#include "dkm_records.h"
+// DKM's passes over scalars in the Euclidean metric: a constant time for each weight. Sums are kept by interval, in
+// float64.
+#include "dkm_sums.h"
 #include "skeletons.h"
 
 namespace r2 {
 inline namespace R2_ISA {
-
-// What the merges of one tensor work in.
-struct Spreads {
-  Memory memory;
-  Spread spread;
-  double *sums, *more;  // (K + 1, kSums), (K + 1, kJacobianSums)
-  explicit Spreads(int most) : memory((most + 1) * (3 + kSums + kJacobianSums) * int64_t(sizeof(double))) {
-    const int64_t n = most + 1;
-    double* at = memory.as<double>();
-    spread = {at, at + n, at + 2 * n}, sums = at + 3 * n, more = sums + n * kSums;
-  }
-};
 
 // The tables of all tensors and iterations of a pass.
 template <class A>
 class Tables {
  public:
   Tables(const List& list, const Clusters& clusters, const Pass& pass, int how_many, int threads)
-      : keys_(Table<A>::keys_size(clusters.most)), each_(keys_ + Table<A>::numbers_size(clusters.most)), count_(list.count),
-        tables_(pass.steps * list.count * int64_t(sizeof(Table<A>))), memory_(pass.steps * list.count * each_ * int64_t(sizeof(A))) {
+      : keys_(IntervalTable<A>::keys_size(clusters.most)), each_(keys_ + IntervalTable<A>::numbers_size(clusters.most)),
+        count_(list.count), tables_(pass.steps * list.count * int64_t(sizeof(IntervalTable<A>))),
+        memory_(pass.steps * list.count * each_ * int64_t(sizeof(A))) {
     const int64_t total = pass.steps * list.count;
 #pragma omp parallel num_threads(threads) if (threads > 1 && total * clusters.most > 1024)
     {
-      const Spreads s(clusters.most);
+      const MergeRoom s(clusters.most);
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < total; ++i) {
         const Iteration<A> it(clusters, pass, list.count, i % list.count, int(i / list.count));
         s.spread.fill(it);
-        Table<A>& table = tables_.template as<Table<A>>()[i];
+        IntervalTable<A>& table = tables_.template as<IntervalTable<A>>()[i];
         table.keys = memory_.template as<A>() + i * each_, table.numbers = table.keys + keys_;
         table.fill(it, s.spread, how_many);
       }
     }
   }
-  const Table<A>& of(int64_t tensor, int step = 0) const { return tables_.template as<Table<A>>()[step * count_ + tensor]; }
+  const IntervalTable<A>& of(int64_t tensor, int step = 0) const {
+    return tables_.template as<IntervalTable<A>>()[step * count_ + tensor];
+  }
 
  private:
   int64_t keys_, each_, count_;
-  Memory tables_, memory_;
-};
-
-// The passes that sum: a record of kRecord numbers for each weight. n: the numbers that were looked up, of which the pass needs the first kHowMany; count: how
-// many weights have this value. finish() is given the sums of an interval, followed by those over the weights that equal its reference.
-struct UpdateSums {
-  static constexpr int kHowMany = 2, kRecord = 4;
-  static constexpr bool kGrads = false;
-  template <class V>
-  R2_HD static void record(const Shares<V>& s, V x, V, V count, const V (*)[4], V* r) {
-    r[0] = s.left * count, r[1] = r[0] * x, r[2] = s.right * count, r[3] = r[2] * x;
-  }
-  template <class A>
-  static void finish(const Iteration<A>& it, const Spreads& s, const double* r, int64_t tensor, const Clusters& clusters, const Pass& pass) {
-    for (int k = 0; k <= it.size; ++k, r += 2 * kRecord)
-      for (int m = 0; m < kSums; ++m) s.sums[k * kSums + m] = r[m];
-    A *fresh = static_cast<A*>(pass.out) + tensor * clusters.most, *moments = static_cast<A*>(pass.out_moments) + 3 * tensor * clusters.most;
-    finish_update(it, s.spread, s.sums, fresh, moments);
-    for (int j = it.size; j < clusters.most; ++j) fresh[j] = moments[3 * j] = moments[3 * j + 1] = moments[3 * j + 2] = 0;
-  }
-};
-
-R2_HD double* kept_of(const Clusters& clusters, const Pass& pass, int64_t tensor) { return static_cast<double*>(pass.kept) + 4 * tensor * (clusters.most + 1); }
-
-struct UpstreamSums {
-  static constexpr int kHowMany = 2, kRecord = 2;
-  static constexpr bool kGrads = true;
-  template <class V>
-  R2_HD static void record(const Shares<V>& s, V, V g, V, const V (*)[4], V* r) {
-    r[0] = s.left * g, r[1] = s.right * g;
-  }
-  template <class A>
-  static void finish(const Iteration<A>& it, const Spreads& s, const double* r, int64_t tensor, const Clusters& clusters, const Pass& pass) {
-    double* kept = kept_of(clusters, pass, tensor);
-    for (int k = 0; k <= it.size; ++k, r += 2 * kRecord, kept += 4) {
-      double* sum = s.sums + k * kSums;
-      for (int m = 0; m < kSums; ++m) sum[m] = 0;
-      kept[0] = sum[kLeftN] = r[0], kept[1] = sum[kRightN] = r[1], kept[2] = r[2], kept[3] = 0;
-    }
-    A* u = static_cast<A*>(pass.out) + tensor * clusters.most;
-    finish_upstream(it, s.spread, s.sums, u);
-    for (int j = it.size; j < clusters.most; ++j) u[j] = 0;
-  }
-};
-
-template <bool kLast>
-struct RecurSums {
-  static constexpr int kHowMany = 8, kRecord = 5;
-  static constexpr bool kGrads = kLast;
-  template <class V>
-  R2_HD static void record(const Shares<V>& s, V x, V g, V count, const V (*n)[4], V* r) {
-    V apart = count * (x * (n[1][0] - n[1][1]) - (n[1][2] - n[1][3]));
-    if (kLast) apart += g * (n[0][2] - n[0][3]);
-    r[0] = s.left * count, r[1] = r[0] * x, r[2] = s.right * count, r[3] = r[2] * x, r[4] = s.both * apart;
-  }
-  template <class A>
-  static void finish(const Iteration<A>& it, const Spreads& s, const double* r, int64_t tensor, const Clusters& clusters, const Pass& pass) {
-    const double none[4] = {0, 0, 0, 0}, *kept = kLast ? kept_of(clusters, pass, tensor) : none;
-    for (int k = 0; k <= it.size; ++k, r += 2 * kRecord, kept += kLast ? 4 : 0) {
-      double *sum = s.sums + k * kSums, *more = s.more + k * kSums;
-      for (int m = 0; m < 4; ++m) sum[m] = r[m];
-      sum[kEqualN] = r[kRecord], sum[kEqualX] = 0;
-      more[kLeftN] = kept[0], more[kLeftX] = r[4], more[kRightN] = kept[1], more[kEqualN] = kept[2], more[kEqualX] = r[kRecord + 4];
-    }
-    A* u = static_cast<A*>(pass.out) + tensor * clusters.most;
-    finish_recur(it, s.spread, s.sums, s.more, u);
-    for (int j = it.size; j < clusters.most; ++j) u[j] = 0;
-  }
-};
-
-struct JacobianOf {
-  static constexpr int kHowMany = 2, kRecord = 8;
-  static constexpr bool kGrads = false;
-  template <class V>
-  R2_HD static void record(const Shares<V>& s, V x, V, V count, const V (*)[4], V* r) {
-    constexpr auto down = Scale<typename Lane<V>::A>::down;
-    r[0] = s.left * down * s.left * count, r[1] = r[0] * x, r[2] = s.both * count, r[3] = r[2] * x, r[4] = s.right * down * s.right * count, r[5] = r[4] * x;
-    r[6] = r[7] = V{};
-  }
-  template <class A>
-  static void finish(const Iteration<A>& it, const Spreads& s, const double* r, int64_t tensor, const Clusters& clusters, const Pass& pass) {
-    for (int k = 0; k <= it.size; ++k, r += 2 * kRecord) {
-      double* sum = s.more + k * kJacobianSums;
-      for (int m = 0; m < 6; ++m) sum[m] = r[m];
-      sum[kEqualLeft2] = r[kRecord], sum[kEqualLeftRight] = r[kRecord + 2];
-    }
-    const int64_t most = clusters.most;
-    double* J = static_cast<double*>(pass.out) + tensor * most * most;
-    for (int64_t i = 0; i < most * most; ++i) J[i] = 0;
-    finish_jacobian(it, s.spread, s.more, s.sums, J, most);
-  }
+  AlignedMemory tables_, memory_;
 };
 
 // Calls f(mode) with the mode of the table as a constant.
 template <class A, class F>
-R2_HD auto with_mode(const Table<A>& t, F f) {
-  if (t.levels <= t.kFew) return f(std::integral_constant<int, Table<A>::kFew>());
-  if (t.levels <= t.kMost) return f(std::integral_constant<int, Table<A>::kMost>());
+R2_HD auto with_mode(const IntervalTable<A>& t, F f) {
+  if (t.levels <= t.kFew) return f(std::integral_constant<int, IntervalTable<A>::kFew>());
+  if (t.levels <= t.kMost) return f(std::integral_constant<int, IntervalTable<A>::kMost>());
   return f(std::integral_constant<int, -1>());
 }
 
-// The records of a block of n weights, filled up to a multiple of kPad. Those that fill it up go to the interval behind the last.
+// The records of a block of n weights, filled up to a multiple of kPad. Those that fill it up go to the interval behind
+// the last.
 template <class Sums, int kMode, class A>
-bool make_records(const Table<A>& t, const A* w, const A* g, const A* count, int n, Room<A>& room) {
+bool make_records(const IntervalTable<A>& t, const A* w, const A* g, const A* count, int n, Room<A>& room) {
   using V = Vec<A>;
   constexpr int L = lanes<V>;
   Indices<A> equal = {};
@@ -168,7 +71,8 @@ bool make_records(const Table<A>& t, const A* w, const A* g, const A* count, int
 
 // The sums of each interval of a chunk, and those over the weights that equal its reference.
 template <int kTurns, class T, class Sums>
-void sum_chunk(const Table<Acc<T>>& t, const T* w, const T* g, const float* count, int64_t n, Room<Acc<T>>& room, double* sums, double* out) {
+void sum_chunk(const IntervalTable<Acc<T>>& t, const T* w, const T* g, const float* count, int64_t n,
+               Room<Acc<T>>& room, double* sums, double* out) {
   using A = Acc<T>;
   constexpr int R = Sums::kRecord;
   const int64_t intervals = t.size + 2;
@@ -176,7 +80,8 @@ void sum_chunk(const Table<Acc<T>>& t, const T* w, const T* g, const float* coun
   for (int64_t i = 0; i < (t.size + 1) * 2 * R; ++i) out[i] = 0;
   for (int64_t row = 0; row < n; row += kBlock) {
     const int m = n - row < kBlock ? int(n - row) : kBlock, padded = (m + kPad - 1) / kPad * kPad;
-    const A *ws = widened(w + row, m, room.w), *gs = Sums::kGrads ? widened(g + row, m, room.g) : nullptr, *counts = nullptr;
+    const A *ws = widened(w + row, m, room.w), *gs = Sums::kGrads ? widened(g + row, m, room.g) : nullptr,
+            *counts = nullptr;
     if constexpr (sizeof(A) == 4) counts = count ? widened(count + row, m, room.count) : nullptr;
     t.locate(ws, padded, room.k);
     const bool any = with_mode(t, [&](auto mode) { return make_records<Sums, mode>(t, ws, gs, counts, m, room); });
@@ -188,20 +93,26 @@ void sum_chunk(const Table<Acc<T>>& t, const T* w, const T* g, const float* coun
         const int at = i / L * L + place<R, A>(i % L);
         for (int p = 0; p < R; ++p) {
           const int first = p / 4 * 4;
-          out[(room.k[i] * 2 + 1) * R + p] += double(Scale<A>::down) * double(room.records[first * kBlock + at * part_width(R, first) + p - first]);
+          out[(room.k[i] * 2 + 1) * R + p] +=
+              double(AttentionScale<A>::down) *
+              double(room.records[first * kBlock + at * part_width(R, first) + p - first]);
         }
       }
   }
   for (int k = 0; k <= t.size; ++k)
     for (int p = 0; p < R; ++p) {
       const int first = p / 4 * 4;
-      for (int turn = 0; turn < kTurns; ++turn) out[2 * k * R + p] += sums[(first * intervals + k * part_width(R, first)) * kTurns + turn * part_width(R, first) + p - first];
-      out[2 * k * R + p] *= double(Scale<A>::down);
+      for (int turn = 0; turn < kTurns; ++turn)
+        out[2 * k * R + p] +=
+            sums[(first * intervals + k * part_width(R, first)) * kTurns + turn * part_width(R, first) + p - first];
+      out[2 * k * R + p] *= double(AttentionScale<A>::down);
     }
 }
 
 constexpr int kMany = 8, kFewTurns = 2;
-R2_HD bool many_turns(int size, int record) { return size * record < 256; }  // while the copies fill no more than a third of the first cache
+R2_HD bool many_turns(int size, int record) {
+  return size * record < 256;
+}  // while the copies fill no more than a third of the first cache
 
 template <class T, class Sums>
 void sum_by_interval(const List& list, const Clusters& clusters, const Pass& pass, int threads) {
@@ -213,24 +124,29 @@ void sum_by_interval(const List& list, const Clusters& clusters, const Pass& pas
   const Tables<A> tables(list, clusters, pass, Sums::kHowMany, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    const Memory room(sizeof(Room<A>)), sums((clusters.most + 2 + 256 / R) * R * kMany * int64_t(sizeof(double)));
+    const AlignedMemory room(sizeof(Room<A>)),
+        sums((clusters.most + 2 + 256 / R) * R * kMany * int64_t(sizeof(double)));
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < list.chunks; ++i) {
-      const Rows c(list, i);
-      const Table<A>& table = tables.of(c.tensor);
-      const T *w = address<const T>(list.pointers, c.tensor) + c.row, *g = Sums::kGrads ? address<const T>(pass.grads, c.tensor) + c.row : nullptr;
+      const RowChunk c(list, i);
+      const IntervalTable<A>& table = tables.of(c.tensor);
+      const T *w = address<const T>(list.pointers, c.tensor) + c.row,
+              *g = Sums::kGrads ? address<const T>(pass.grads, c.tensor) + c.row : nullptr;
       const float* counts = address<const float>(pass.counts, c.tensor);
-      (many_turns(table.size, R) ? sum_chunk<kMany, T, Sums> : sum_chunk<kFewTurns, T, Sums>)(
-          table, w, g, counts ? counts + c.row : nullptr, c.n, *room.template as<Room<A>>(), sums.template as<double>(), partial + i * each);
+      (many_turns(table.size, R) ? sum_chunk<kMany, T, Sums>
+                                 : sum_chunk<kFewTurns, T, Sums>)(table, w, g, counts ? counts + c.row : nullptr, c.n,
+                                                                  *room.template as<Room<A>>(),
+                                                                  sums.template as<double>(), partial + i * each);
     }
 #pragma omp for schedule(dynamic)
     for (int64_t t = 0; t < list.count; ++t) {
       const Iteration<A> it(clusters, pass, list.count, t);
-      const int64_t first = list.tensors[t].first, parts = (list.tensors[t].rows + list.chunk - 1) / list.chunk, numbers = (it.size + 1) * 2 * R;
+      const int64_t first = list.tensors[t].first_chunk, parts = (list.tensors[t].rows + list.chunk - 1) / list.chunk,
+                    numbers = (it.size + 1) * 2 * R;
       double* total = partial + first * each;
       for (int64_t part = 1; part < parts; ++part)
         for (int64_t j = 0; j < numbers; ++j) total[j] += partial[(first + part) * each + j];
-      const Spreads s(clusters.most);
+      const MergeRoom s(clusters.most);
       s.spread.fill(it);
       Sums::finish(it, s, total, t, clusters, pass);
     }
@@ -239,7 +155,7 @@ void sum_by_interval(const List& list, const Clusters& clusters, const Pass& pas
 
 // What one weight lacks that equals centroids: its slope to them is 0, not that of a greater weight.
 template <class A>
-A equal_gradient(const Iteration<A>& it, const Spread& s, const Table<A>& t, int k, A g) {
+A equal_gradient(const Iteration<A>& it, const Spread& s, const IntervalTable<A>& t, int k, A g) {
   const double left = 1 / (1 + exp2(-double(t.numbers[t.at(k, kBend)]))), a = left / s.left[k];
   const auto number = [&](int which) { return double(t.numbers[t.at(k, which)]); };
   const double P = left * (g * number(kLeftO) - number(kLeftE)) + (1 - left) * (g * number(kRightO) - number(kRightE));
@@ -249,7 +165,7 @@ A equal_gradient(const Iteration<A>& it, const Spread& s, const Table<A>& t, int
 }
 
 template <bool kLast, int kMode, class A>
-bool add_gradient(const Table<A>& t, const A* w, const A* g, int n, A twice, const Index<A>* k, A* out) {
+bool add_gradient(const IntervalTable<A>& t, const A* w, const A* g, int n, A twice, const Index<A>* k, A* out) {
   using V = Vec<A>;
   Indices<A> equal = {};
   for (int i = 0; i < n; i += lanes<V>) {
@@ -261,7 +177,8 @@ bool add_gradient(const Table<A>& t, const A* w, const A* g, int n, A twice, con
     const Shares<V> s(t, x, o[kBend]);
     V pull = x * (v[1] - v[0]) - (v[3] - v[2]);
     if (kLast) pull += load<V>(g + i) * (o[kRightO] - o[kLeftO]);
-    store(out + i, load<V>(out + i) + Scale<A>::down * (s.left * v[0] + s.right * v[1] + twice * s.both * pull));
+    store(out + i,
+          load<V>(out + i) + AttentionScale<A>::down * (s.left * v[0] + s.right * v[1] + twice * s.both * pull));
   }
   bool any = false;
   for (int i = 0; i < lanes<V>; ++i) any |= equal[i] != 0;
@@ -269,13 +186,13 @@ bool add_gradient(const Table<A>& t, const A* w, const A* g, int n, A twice, con
 }
 
 template <int kMode, class A>
-void make_output(const Table<A>& t, const A* w, int n, const Index<A>* k, A* out) {
+void make_output(const IntervalTable<A>& t, const A* w, int n, const Index<A>* k, A* out) {
   using V = Vec<A>;
   for (int i = 0; i < n; i += lanes<V>) {
     V o[4];
     t.template look_up<kMode>(0, k + i, o);
     const Shares<V> s(t, load<V>(w + i) - o[kReference], o[kBend]);
-    store(out + i, Scale<A>::down * (s.left * o[kLeftO] + s.right * o[kRightO]));
+    store(out + i, AttentionScale<A>::down * (s.left * o[kLeftO] + s.right * o[kRightO]));
   }
 }
 
@@ -284,15 +201,17 @@ template <class T, class Make>
 void map_blocks(const List& list, const Pass& pass, int threads, Make make) {
   using A = Acc<T>;
   const int64_t* targets = static_cast<const int64_t*>(pass.target);
-  for (int64_t t = 0; t < list.count; ++t) ask_for_huge_pages(reinterpret_cast<void*>(targets[t]), list.tensors[t].numel * sizeof(T));
+  for (int64_t t = 0; t < list.count; ++t)
+    ask_for_huge_pages(reinterpret_cast<void*>(targets[t]), list.tensors[t].numel * sizeof(T));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    const Memory memory(sizeof(Room<A>));
+    const AlignedMemory memory(sizeof(Room<A>));
     Room<A>& room = *memory.template as<Room<A>>();
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < list.chunks; ++i) {
-      const Rows c(list, i);
-      const T *w = address<const T>(list.pointers, c.tensor) + c.row, *g = pass.grads ? address<const T>(pass.grads, c.tensor) + c.row : nullptr;
+      const RowChunk c(list, i);
+      const T *w = address<const T>(list.pointers, c.tensor) + c.row,
+              *g = pass.grads ? address<const T>(pass.grads, c.tensor) + c.row : nullptr;
       T* out = address<T>(targets, c.tensor) + c.row;
       for (int64_t row = 0; row < c.n; row += kBlock) {
         const int n = c.n - row < kBlock ? int(c.n - row) : kBlock, padded = (n + kPad - 1) / kPad * kPad;
@@ -309,7 +228,7 @@ void output_of(const List& list, const Clusters& clusters, const Pass& pass, int
   threads = threads_for(list, threads);
   const Tables<A> tables(list, clusters, pass, 4, threads);
   map_blocks<T>(list, pass, threads, [&](int64_t tensor, const A* w, const A*, int n, Room<A>& room) {
-    const Table<A>& t = tables.of(tensor);
+    const IntervalTable<A>& t = tables.of(tensor);
     t.locate(w, n, room.k);
     with_mode(t, [&](auto mode) { make_output<mode>(t, w, n, room.k, room.out); });
   });
@@ -323,41 +242,49 @@ void gradient_of(const List& list, const Clusters& clusters, const Pass& pass, i
   map_blocks<T>(list, pass, threads, [&](int64_t tensor, const A* w, const A* g, int n, Room<A>& room) {
     for (int i = 0; i < n; ++i) room.out[i] = 0;
     for (int step = 0; step < pass.steps; ++step) {
-      const Table<A>& t = tables.of(tensor, step);
+      const IntervalTable<A>& t = tables.of(tensor, step);
       t.locate(w, n, room.k);
       const bool any = with_mode(t, [&](auto mode) {
-        return g && step == 0 ? add_gradient<true, mode>(t, w, g, n, t.slope * A(kLn2), room.k, room.out) : add_gradient<false, mode>(t, w, g, n, t.slope * A(kLn2), room.k, room.out);
+        return g && step == 0 ? add_gradient<true, mode>(t, w, g, n, t.slope * A(kLn2), room.k, room.out)
+                              : add_gradient<false, mode>(t, w, g, n, t.slope * A(kLn2), room.k, room.out);
       });
       if (!any) continue;
       const Iteration<A> it(clusters, pass, list.count, tensor, step);
-      const Memory memory(3 * (clusters.most + 1) * int64_t(sizeof(double)));
+      const AlignedMemory memory(3 * (clusters.most + 1) * int64_t(sizeof(double)));
       double* at = memory.as<double>();
       const Spread s = {at, at + clusters.most + 1, at + 2 * (clusters.most + 1)};
       s.fill(it);
       for (int i = 0; i < n; ++i)
-        if (w[i] == t.numbers[t.at(int(room.k[i]), kReference)]) room.out[i] += equal_gradient(it, s, t, int(room.k[i]), g && step == 0 ? g[i] : A(0));
+        if (w[i] == t.numbers[t.at(int(room.k[i]), kReference)])
+          room.out[i] += equal_gradient(it, s, t, int(room.k[i]), g && step == 0 ? g[i] : A(0));
     }
   });
 }
 
-template <class Sums>
-void sums_of(const List& list, const Clusters& clusters, const Pass& pass, int threads) {
-  switch (list.dtype) {
-    case Dtype::f64: return sum_by_interval<double, Sums>(list, clusters, pass, threads);
-    case Dtype::f32: return sum_by_interval<float, Sums>(list, clusters, pass, threads);
-    case Dtype::bf16: return sum_by_interval<bf16, Sums>(list, clusters, pass, threads);
-    case Dtype::f16: return sum_by_interval<f16, Sums>(list, clusters, pass, threads);
-  }
+void ScalarPasses::update(const List& list, const Clusters& clusters, const Pass& pass, int threads) {
+  with_type(list.dtype, [&](auto like) { sum_by_interval<decltype(like), UpdateSums>(list, clusters, pass, threads); });
 }
-
-void ScalarPasses::update(const List& list, const Clusters& clusters, const Pass& pass, int threads) { sums_of<UpdateSums>(list, clusters, pass, threads); }
-void ScalarPasses::upstream(const List& list, const Clusters& clusters, const Pass& pass, int threads) { sums_of<UpstreamSums>(list, clusters, pass, threads); }
+void ScalarPasses::upstream(const List& list, const Clusters& clusters, const Pass& pass, int threads) {
+  with_type(list.dtype,
+            [&](auto like) { sum_by_interval<decltype(like), UpstreamSums>(list, clusters, pass, threads); });
+}
 void ScalarPasses::recur(const List& list, const Clusters& clusters, const Pass& pass, int threads) {
-  pass.grads ? sums_of<RecurSums<true>>(list, clusters, pass, threads) : sums_of<RecurSums<false>>(list, clusters, pass, threads);
+  with_type(list.dtype, [&](auto like) {
+    using T = decltype(like);
+    pass.grads ? sum_by_interval<T, RecurSums<true>>(list, clusters, pass, threads)
+               : sum_by_interval<T, RecurSums<false>>(list, clusters, pass, threads);
+  });
 }
-void ScalarPasses::jacobian(const List& list, const Clusters& clusters, const Pass& pass, int threads) { sums_of<JacobianOf>(list, clusters, pass, threads); }
-void ScalarPasses::output(const List& list, const Clusters& clusters, const Pass& pass, int threads) { R2_FOR_DTYPE(output_of) }
-void ScalarPasses::gradient(const List& list, const Clusters& clusters, const Pass& pass, int threads) { R2_FOR_DTYPE(gradient_of) }
+void ScalarPasses::jacobian(const List& list, const Clusters& clusters, const Pass& pass, int threads) {
+  with_type(list.dtype,
+            [&](auto like) { sum_by_interval<decltype(like), JacobianSums>(list, clusters, pass, threads); });
+}
+void ScalarPasses::output(const List& list, const Clusters& clusters, const Pass& pass, int threads) {
+  with_type(list.dtype, [&](auto like) { output_of<decltype(like)>(list, clusters, pass, threads); });
+}
+void ScalarPasses::gradient(const List& list, const Clusters& clusters, const Pass& pass, int threads) {
+  with_type(list.dtype, [&](auto like) { gradient_of<decltype(like)>(list, clusters, pass, threads); });
+}
 int64_t ScalarPasses::scratch(int most) { return (most + 1) * 2 * kMostRecord * int64_t(sizeof(double)); }
 
 }  // namespace R2_ISA

@@ -1,32 +1,31 @@
-// Tensors of 16-bit scalars as their values, of which there are at most 65,536: each with how many weights have it, the sum of their gradients, and the way back.
+// Tensors of 16-bit scalars as their values, of which there are at most 65,536: each with how many weights have it, the
+// sum of their gradients, and the way back.
 #include "dkm_passes.h"
 #include "skeletons.h"
 
 namespace r2 {
 inline namespace R2_ISA {
 
-using cpu::Values;
-
-constexpr int kCodes = 1 << 16;
-constexpr int64_t kSlice = 1 << 18;  // weights whose gradients are summed together; there are no more than kMostSlices, whatever the number of threads
+constexpr int64_t kSlice = 1 << 18;  // weights whose gradients are summed together; there are no more than kMostSlices,
+                                     // whatever the number of threads
 constexpr int kMostSlices = 16;
 
 // The code at a place in the order of values.
 inline uint16_t ordered(uint32_t at) { return uint16_t(at & 0x8000 ? at & 0x7fff : ~at); }
 
 inline void count_codes(const uint16_t* w, int64_t n, uint32_t* counts) {
-  std::memset(counts, 0, kCodes * sizeof(*counts));
+  std::memset(counts, 0, kHalfValues * sizeof(*counts));
   for (int64_t i = 0; i < n; ++i) ++counts[w[i]];
 }
 
 template <class T>
 void list_values(const uint32_t* counts, int tables, const Values& v, int64_t tensor) {
-  const int64_t at = tensor * kCodes;
+  const int64_t at = tensor * kHalfValues;
   int64_t slot = 0;
-  for (uint32_t i = 0; i < kCodes; ++i) {
+  for (uint32_t i = 0; i < kHalfValues; ++i) {
     const uint16_t code = ordered(i);
     uint32_t n = 0;
-    for (int t = 0; t < tables; ++t) n += counts[int64_t(t) * kCodes + code];
+    for (int t = 0; t < tables; ++t) n += counts[int64_t(t) * kHalfValues + code];
     if (n == 0) continue;
     v.slots[at + code] = uint16_t(slot), v.values[at + slot] = widen(T{code}), v.counts[at + slot] = float(n);
     ++slot;
@@ -38,11 +37,11 @@ template <class T>
 void collect(const List& list, const Values& v, int threads) {
   const auto weights = [&](int64_t t) { return address<const uint16_t>(list.pointers, t); };
   const bool many = list.count >= threads;
-  const Memory tables((many ? 1 : threads) * kCodes * int64_t(sizeof(uint32_t)));
+  const AlignedMemory tables((many ? 1 : threads) * kHalfValues * int64_t(sizeof(uint32_t)));
   if (many) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-      const Memory own(kCodes * int64_t(sizeof(uint32_t)));
+      const AlignedMemory own(kHalfValues * int64_t(sizeof(uint32_t)));
 #pragma omp for schedule(dynamic)
       for (int64_t t = 0; t < list.count; ++t) {
         count_codes(weights(t), list.tensors[t].rows, own.as<uint32_t>());
@@ -56,7 +55,7 @@ void collect(const List& list, const Values& v, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int part = 0; part < threads; ++part) {
       const int64_t begin = n * part / threads, end = n * (part + 1) / threads;
-      count_codes(weights(t) + begin, end - begin, tables.as<uint32_t>() + int64_t(part) * kCodes);
+      count_codes(weights(t) + begin, end - begin, tables.as<uint32_t>() + int64_t(part) * kHalfValues);
     }
     list_values<T>(tables.as<uint32_t>(), threads, v, t);
   }
@@ -68,17 +67,19 @@ void sum_gradients(const List& list, const Values& v, int threads) {
   struct Slice {
     int64_t tensor, begin, end, sums;
   };
-  const Memory slices(list.count * kMostSlices * int64_t(sizeof(Slice)));
+  const AlignedMemory slices(list.count * kMostSlices * int64_t(sizeof(Slice)));
   int64_t count = 0, room = 0;
   for (int64_t t = 0; t < list.count; ++t) {
-    const int64_t n = list.tensors[t].rows, wanted = (n + kSlice - 1) / kSlice, parts = wanted < kMostSlices ? wanted : kMostSlices;
-    for (int64_t p = 0; p < parts; ++p, room += v.sizes[t]) slices.as<Slice>()[count++] = {t, n * p / parts, n * (p + 1) / parts, room};
+    const int64_t n = list.tensors[t].rows, wanted = (n + kSlice - 1) / kSlice,
+                  parts = wanted < kMostSlices ? wanted : kMostSlices;
+    for (int64_t p = 0; p < parts; ++p, room += v.sizes[t])
+      slices.as<Slice>()[count++] = {t, n * p / parts, n * (p + 1) / parts, room};
   }
-  const Memory memory(room * int64_t(sizeof(double)));
+  const AlignedMemory memory(room * int64_t(sizeof(double)));
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < count; ++i) {
     const Slice& s = slices.as<Slice>()[i];
-    const uint16_t *w = address<const uint16_t>(list.pointers, s.tensor), *slots = v.slots + s.tensor * kCodes;
+    const uint16_t *w = address<const uint16_t>(list.pointers, s.tensor), *slots = v.slots + s.tensor * kHalfValues;
     const T* g = address<const T>(v.grads, s.tensor);
     double* sums = memory.as<double>() + s.sums;
     for (int64_t j = 0; j < v.sizes[s.tensor]; ++j) sums[j] = 0;
@@ -94,8 +95,9 @@ void sum_gradients(const List& list, const Values& v, int threads) {
     if (s.begin > 0) continue;
     for (int64_t j = 0; j < v.sizes[s.tensor]; ++j) {
       double total = 0;
-      for (int64_t p = i; p < count && slices.as<Slice>()[p].tensor == s.tensor; ++p) total += memory.as<double>()[slices.as<Slice>()[p].sums + j];
-      v.sums[s.tensor * kCodes + j] = float(total);
+      for (int64_t p = i; p < count && slices.as<Slice>()[p].tensor == s.tensor; ++p)
+        total += memory.as<double>()[slices.as<Slice>()[p].sums + j];
+      v.sums[s.tensor * kHalfValues + j] = float(total);
     }
   }
 }
@@ -103,12 +105,14 @@ void sum_gradients(const List& list, const Values& v, int threads) {
 // target = shift, or factor g + shift, of the value of each weight
 template <class T>
 void look_up(const List& list, const Values& v, int threads) {
-  for (int64_t t = 0; t < list.count; ++t) ask_for_huge_pages(reinterpret_cast<void*>(v.targets[t]), list.tensors[t].numel * sizeof(T));
+  for (int64_t t = 0; t < list.count; ++t)
+    ask_for_huge_pages(reinterpret_cast<void*>(v.targets[t]), list.tensors[t].numel * sizeof(T));
   constexpr int block = 1024;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < list.chunks; ++i) {
-    const Rows c(list, i);
-    const uint16_t *w = address<const uint16_t>(list.pointers, c.tensor) + c.row, *slots = v.slots + c.tensor * kCodes;
+    const RowChunk c(list, i);
+    const uint16_t *w = address<const uint16_t>(list.pointers, c.tensor) + c.row,
+                   *slots = v.slots + c.tensor * kHalfValues;
     const float *shift = address<const float>(v.shift, c.tensor), *factor = address<const float>(v.factor, c.tensor);
     const T* g = factor ? address<const T>(v.grads, c.tensor) + c.row : nullptr;
     T* out = address<T>(v.targets, c.tensor) + c.row;

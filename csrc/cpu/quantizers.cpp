@@ -1,4 +1,5 @@
-// LSQ, EWGS, PACT and DoReFa on the CPU: a map of a list, and a map that sums as it goes. Compiled once for each instruction set (R2_ISA).
+// LSQ, EWGS, PACT and DoReFa on the CPU: a map of a list, and a map that sums as it goes. Compiled once for each
+// instruction set (R2_ISA).
 #include <vector>
 
 #include "kernels.h"
@@ -10,11 +11,12 @@
 namespace r2 {
 inline namespace R2_ISA {
 
-constexpr int kSumRun = 12;             // vectors in a run and runs in a block, as in range.cpp
-constexpr int64_t kShortRun = 32;       // below, the columns of a tensor go abreast
-constexpr int64_t kAbreast = 65536;     // numbers for a unit of columns abreast
+constexpr int kSumRun = 12;          // vectors in a run and runs in a block, as in cpu/skeletons.h
+constexpr int64_t kShortRun = 32;    // below, the columns of a tensor go abreast
+constexpr int64_t kAbreast = 65536;  // numbers for a unit of columns abreast
 
-// What one thread does at a time: a chunk of the plan, or of a tensor whose columns go abreast some of its `outer` repetitions of columns * run numbers.
+// What one thread does at a time: a chunk of the plan, or of a tensor whose columns go abreast some of its `outer`
+// repetitions of columns * run numbers.
 struct Unit {
   int64_t tensor, chunk, begin, end;
   double* sums;
@@ -39,11 +41,13 @@ struct Units {
       const Tensor& tensor = list.tensors[t];
       first.push_back(all.size());
       if (abreast(tensor)) {
-        const int64_t outer = tensor.rows / tensor.run, period = tensor.columns * tensor.run, step = kAbreast / period > 64 ? kAbreast / period : 64;
-        for (int64_t o = 0; o < outer; o += step) add({t, -1, o, o + step < outer ? o + step : outer, nullptr}, tensor.columns);
+        const int64_t outer = tensor.rows / tensor.run, period = tensor.columns * tensor.run,
+                      step = kAbreast / period > 64 ? kAbreast / period : 64;
+        for (int64_t o = 0; o < outer; o += step)
+          add({t, -1, o, o + step < outer ? o + step : outer, nullptr}, tensor.columns);
       } else {
-        const int64_t end = t + 1 < list.count ? list.tensors[t + 1].first : list.chunks;
-        for (int64_t i = tensor.first; i < end; ++i) add({t, i, 0, 0, nullptr}, 1);
+        const int64_t end = t + 1 < list.count ? list.tensors[t + 1].first_chunk : list.chunks;
+        for (int64_t i = tensor.first_chunk; i < end; ++i) add({t, i, 0, 0, nullptr}, 1);
       }
     }
     first.push_back(all.size());
@@ -64,9 +68,10 @@ struct Units {
 
 // Calls visit(memory index, length) for each run of consecutive memory of a chunk.
 template <class Visit>
-inline void each_stretch(const Tensor& tensor, const Part& part, Visit visit) {
+inline void each_stretch(const Tensor& tensor, const ChannelChunk& part, Visit visit) {
   if (tensor.columns == 1) return visit(part.row, part.n);
-  each_run(tensor, int(tensor.columns), {part.tensor, part.row, part.n, part.column}, [&](int64_t at, int64_t, int64_t length) { visit(at, length); });
+  each_run(tensor, int(tensor.columns), {part.tensor, part.row, part.n, part.column},
+           [&](int64_t at, int64_t, int64_t length) { visit(at, length); });
 }
 
 template <class T>
@@ -87,8 +92,8 @@ struct Sums {
 };
 
 template <int kSums, class T, class Wide, class Tail>
-R2_HD void map_and_sum(const T* x, const T* g, T* out, int64_t n, const Wide& wide, const Tail& tail, Sums<Vec<Acc<T>>, kSums>& sums,
-                       Sums<Acc<T>, kSums>& rest) {
+R2_HD void map_and_sum(const T* x, const T* g, T* out, int64_t n, const Wide& wide, const Tail& tail,
+                       Sums<Vec<Acc<T>>, kSums>& sums, Sums<Acc<T>, kSums>& rest) {
   using V = Vec<Acc<T>>;
   int64_t i = 0;
   while (i + lanes<V> <= n) {
@@ -111,7 +116,7 @@ R2_HD void map_and_sum(const T* x, const T* g, T* out, int64_t n, const Wide& wi
 template <class Op, class A>
 std::vector<A> steps_of(const Tensor& tensor, const Quantizer& q) {
   std::vector<A> steps(tensor.columns * tensor.run);
-  for (size_t i = 0; i < steps.size(); ++i) steps[i] = Op::template divisor<A>(q, tensor.at + i / tensor.run);
+  for (size_t i = 0; i < steps.size(); ++i) steps[i] = Op::template divisor<A>(q, tensor.first_column + i / tensor.run);
   return steps;
 }
 
@@ -125,8 +130,10 @@ void forward_abreast(const Tensor& tensor, const Quantizer& q, const Unit& unit,
     const T* x = at.x + o * period;
     T* y = at.out + o * period;
     int64_t i = 0;
-    for (; i + lanes<V> <= period; i += lanes<V>) store(y + i, typename Op::template At<V, Divisor<V>>(q, load<V>(steps.data() + i)).forward(load<V>(x + i)));
-    for (; i < period; ++i) y[i] = narrow<T>(typename Op::template At<A, Divisor<A>>(q, steps[i]).forward(A(widen(x[i]))));
+    for (; i + lanes<V> <= period; i += lanes<V>)
+      store(y + i, typename Op::template At<V, Divisor<V>>(q, load<V>(steps.data() + i)).forward(load<V>(x + i)));
+    for (; i < period; ++i)
+      y[i] = narrow<T>(typename Op::template At<A, Divisor<A>>(q, steps[i]).forward(A(widen(x[i]))));
   }
 }
 
@@ -148,10 +155,13 @@ void backward_abreast(const Tensor& tensor, const Quantizer& q, const Unit& unit
       int64_t i = 0;
       for (; i + lanes<V> <= period; i += lanes<V>) {
         V s = load<V>(run.data() + i);
-        store(out + i, typename Op::template At<V, Divisor<V>>(q, load<V>(steps.data() + i)).backward(load<V>(x + i), load<V>(g + i), &s));
+        store(out + i, typename Op::template At<V, Divisor<V>>(q, load<V>(steps.data() + i))
+                           .backward(load<V>(x + i), load<V>(g + i), &s));
         store(run.data() + i, s);
       }
-      for (; i < period; ++i) out[i] = narrow<T>(typename Op::template At<A, Divisor<A>>(q, steps[i]).backward(A(widen(x[i])), A(widen(g[i])), &run[i]));
+      for (; i < period; ++i)
+        out[i] = narrow<T>(
+            typename Op::template At<A, Divisor<A>>(q, steps[i]).backward(A(widen(x[i])), A(widen(g[i])), &run[i]));
     }
     for (int64_t i = 0; i < period; ++i) sums[i] += double(run[i]);
   }
@@ -162,17 +172,18 @@ void backward_abreast(const Tensor& tensor, const Quantizer& q, const Unit& unit
 }
 
 template <class T>
-void prepare(const List& list, const Quantizer& q) {
+void ask_for_huge_targets(const List& list, const Quantizer& q) {
   for (int64_t t = 0; t < list.count; ++t)
-    ask_for_huge_pages(reinterpret_cast<void*>(static_cast<const int64_t*>(q.target)[t]), list.tensors[t].numel * sizeof(T));
+    ask_for_huge_pages(reinterpret_cast<void*>(static_cast<const int64_t*>(q.target)[t]),
+                       list.tensors[t].numel * sizeof(T));
 }
 
 template <class Op, class T>
-void forward(const List& list, const Quantizer& q, int threads) {
+void quantize_list(const List& list, const Quantizer& q, int threads) {
   using A = Acc<T>;
   using V = Vec<A>;
   threads = threads_for(list, threads);
-  prepare<T>(list, q);
+  ask_for_huge_targets<T>(list, q);
   const Units<0> units(list);
   const int64_t count = units.all.size();
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
@@ -185,11 +196,12 @@ void forward(const List& list, const Quantizer& q, int threads) {
         forward_abreast<Op>(tensor, q, unit, at);
         continue;
       }
-    const Part part = part_at(list, unit.chunk);
-    const typename Op::template At<V, Divisor<V>> wide(q, tensor.at + part.column);
-    const typename Op::template At<A, Divisor<A>> tail(q, tensor.at + part.column);
+    const ChannelChunk part = channel_chunk_at(list, unit.chunk);
+    const typename Op::template At<V, Divisor<V>> wide(q, tensor.first_column + part.column);
+    const typename Op::template At<A, Divisor<A>> tail(q, tensor.first_column + part.column);
     each_stretch(tensor, part, [&](int64_t j, int64_t length) {
-      map_run<false>(at.x + j, at.out + j, length, [&](V x) { return wide.forward(x); }, [&](A x) { return tail.forward(x); });
+      map_run<false>(
+          at.x + j, at.out + j, length, [&](V x) { return wide.forward(x); }, [&](A x) { return tail.forward(x); });
     });
   }
 }
@@ -203,7 +215,7 @@ void correct_maxima(const List& list, const Quantizer& q, const Units<Op::kSums>
     const Unit& unit = units.all[u];
     if (unit.sums[1] == 0) continue;
     const Arrays<T> at(list, q, unit.tensor);
-    const Part part = part_at(list, unit.chunk);
+    const ChannelChunk part = channel_chunk_at(list, unit.chunk);
     typename Op::template At<A, Divisor<A>> formula(q, unit.tensor);
     formula.share_out(q, unit.tensor);
     for (int64_t j = part.row; j < part.row + part.n; ++j)
@@ -212,12 +224,12 @@ void correct_maxima(const List& list, const Quantizer& q, const Units<Op::kSums>
 }
 
 template <class Op, class T>
-void backward(const List& list, const Quantizer& q, int threads) {
+void gradient_list(const List& list, const Quantizer& q, int threads) {
   using A = Acc<T>;
   using V = Vec<A>;
   constexpr int kSums = Op::kSums;
   threads = threads_for(list, threads);
-  prepare<T>(list, q);
+  ask_for_huge_targets<T>(list, q);
   const Units<kSums> units(list);
   const int64_t count = units.all.size();
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
@@ -230,12 +242,14 @@ void backward(const List& list, const Quantizer& q, int threads) {
         backward_abreast<Op>(tensor, q, unit, at);
         continue;
       }
-    const Part part = part_at(list, unit.chunk);
-    const typename Op::template At<V, Divisor<V>> wide(q, tensor.at + part.column);
-    const typename Op::template At<A, Divisor<A>> tail(q, tensor.at + part.column);
+    const ChannelChunk part = channel_chunk_at(list, unit.chunk);
+    const typename Op::template At<V, Divisor<V>> wide(q, tensor.first_column + part.column);
+    const typename Op::template At<A, Divisor<A>> tail(q, tensor.first_column + part.column);
     Sums<V, kSums> sums = {};
     Sums<A, kSums> rest = {};
-    each_stretch(tensor, part, [&](int64_t j, int64_t length) { map_and_sum<kSums>(at.x + j, at.g + j, at.out + j, length, wide, tail, sums, rest); });
+    each_stretch(tensor, part, [&](int64_t j, int64_t length) {
+      map_and_sum<kSums>(at.x + j, at.g + j, at.out + j, length, wide, tail, sums, rest);
+    });
     for (int s = 0; s < kSums; ++s) unit.sums[s] = sum(sums.s[s]) + double(rest.s[s]);
   }
   for (int64_t t = 0; t < list.count; ++t) {
@@ -243,53 +257,52 @@ void backward(const List& list, const Quantizer& q, int threads) {
     for (int64_t c = 0; c < tensor.columns; ++c) {
       double sums[kSums];
       units.total(tensor, t, c, sums);
-      Op::template finish<A>(q, tensor.at + c, sums, double(tensor.rows));
+      Op::template finish<A>(q, tensor.first_column + c, sums, double(tensor.rows));
     }
   }
   if constexpr (std::is_same<Op, Dorefa>::value)
     if (!q.flag) correct_maxima<Op, T>(list, q, units, threads);
 }
 
-template <class Run>
-void with_type(Dtype dtype, Run run) {
-  switch (dtype) {
-    case Dtype::f64: return run(double{});
-    case Dtype::f32: return run(float{});
-    case Dtype::bf16: return run(bf16{});
-    case Dtype::f16: return run(f16{});
-  }
-}
-
 template <class Op>
-void run_forward(const List& list, const Quantizer& q, int threads) {
-  with_type(list.dtype, [&](auto like) { forward<Op, decltype(like)>(list, q, threads); });
+void quantize(const List& list, const Quantizer& q, int threads) {
+  with_type(list.dtype, [&](auto like) { quantize_list<Op, decltype(like)>(list, q, threads); });
 }
 template <class Op>
-void run_backward(const List& list, const Quantizer& q, int threads) {
-  with_type(list.dtype, [&](auto like) { backward<Op, decltype(like)>(list, q, threads); });
+void quantize_gradient(const List& list, const Quantizer& q, int threads) {
+  with_type(list.dtype, [&](auto like) { gradient_list<Op, decltype(like)>(list, q, threads); });
 }
 
 void lsq_forward(const List& list, const Quantizer& q, int threads) {
-  q.bits == 1 && q.flag ? run_forward<Lsq<true>>(list, q, threads) : run_forward<Lsq<false>>(list, q, threads);
+  q.bits == 1 && q.flag ? quantize<Lsq<true>>(list, q, threads) : quantize<Lsq<false>>(list, q, threads);
 }
 void lsq_backward(const List& list, const Quantizer& q, int threads) {
-  q.bits == 1 && q.flag ? run_backward<Lsq<true>>(list, q, threads) : run_backward<Lsq<false>>(list, q, threads);
+  q.bits == 1 && q.flag ? quantize_gradient<Lsq<true>>(list, q, threads)
+                        : quantize_gradient<Lsq<false>>(list, q, threads);
 }
 void pact_backward(const List& list, const Quantizer& q, int threads) {
-  q.flag ? run_backward<Pact<true>>(list, q, threads) : run_backward<Pact<false>>(list, q, threads);
+  q.flag ? quantize_gradient<Pact<true>>(list, q, threads) : quantize_gradient<Pact<false>>(list, q, threads);
 }
 void dorefa_forward(const List& list, const Quantizer& q, int threads) {
-  q.bits == 1 ? run_forward<DorefaSign>(list, q, threads) : run_forward<Dorefa>(list, q, threads);
+  q.bits == 1 ? quantize<DorefaSign>(list, q, threads) : quantize<Dorefa>(list, q, threads);
 }
 void dorefa_backward(const List& list, const Quantizer& q, int threads) {
-  q.bits == 1 ? run_forward<Copy>(list, q, threads) : run_backward<Dorefa>(list, q, threads);
+  q.bits == 1 ? quantize<Copy>(list, q, threads) : quantize_gradient<Dorefa>(list, q, threads);
 }
 
 }  // namespace R2_ISA
 
 namespace cpu::R2_ISA {
-extern const QuantizerKernels quantizers;
-const QuantizerKernels quantizers = {lsq_forward,             lsq_backward,  run_forward<Ewgs>, run_backward<Ewgs>,
-                                     run_forward<Pact<false>>, pact_backward, dorefa_forward,    dorefa_backward};
+extern const Quantizers quantizers;
+const Quantizers quantizers = {
+    .lsq_fwd = lsq_forward,
+    .lsq_bwd = lsq_backward,
+    .ewgs_fwd = quantize<Ewgs>,
+    .ewgs_bwd = quantize_gradient<Ewgs>,
+    .pact_fwd = quantize<Pact<false>>,
+    .pact_bwd = pact_backward,
+    .dorefa_fwd = dorefa_forward,
+    .dorefa_bwd = dorefa_backward,
+};
 }  // namespace cpu::R2_ISA
 }  // namespace r2

@@ -1,6 +1,6 @@
-// How bin_reg, msqe and partial_l2 read one chunk on the CPU, and the gradient of bin_reg.
+// How kure, weight_stats, msqe, partial_l2 and bin_reg read one chunk on the CPU, and the gradient of bin_reg.
 #pragma once
-#include "readers.h"
+#include "skeletons.h"
 
 #include "../regularizers.h"
 
@@ -10,9 +10,39 @@ inline namespace R2_ISA {
 #if defined(__AVX512F__)
 template <>
 R2_HD Vec<float> clip_<Vec<float>>(Vec<float> v, Vec<float> low, Vec<float> high) {
-  return bit_cast<Vec<float>>(_mm512_min_ps(bit_cast<__m512>(high), _mm512_max_ps(bit_cast<__m512>(low), bit_cast<__m512>(v))));
+  return bit_cast<Vec<float>>(
+      _mm512_min_ps(bit_cast<__m512>(high), _mm512_max_ps(bit_cast<__m512>(low), bit_cast<__m512>(v))));
 }
 #endif
+
+// The chunk lies in cache: its mean first, then the powers of what is left.
+template <class T, class A>
+R2_HD void moments_chunk(const T* w, int64_t n, A* state) {
+  using V = Vec<A>;
+  struct Total {
+    V wide = {};
+    A tail = 0;
+  } total;
+  const A pivot = widen(w[0]);
+  sweep(w, n, total.wide, total.tail, [pivot](auto& t, auto x) { t += x - splat<decltype(x)>(pivot); });
+  const A mean = A(double(pivot) + (sum(total.wide) + total.tail) / n);
+  Moments::Lanes<V> lane = {};
+  Moments::Lanes<A> tail = {};
+  sweep(w, n, lane, tail, [mean](auto& l, auto x) { l.add(x - splat<decltype(x)>(mean)); });
+  auto [low, high] = extremes(w, n);
+  if (!(mean - mean == 0))
+    for (int64_t i = 0; i < n; ++i)
+      if (widen(w[i]) != widen(w[i])) low = high = A(NAN);
+  state[0] = A(n), state[1] = mean + A((sum(lane.m1) + tail.m1) / n), state[2] = A(sum(lane.m2) + tail.m2);
+  state[3] = A(sum(lane.m3) + tail.m3), state[4] = A(sum(lane.m4) + tail.m4), state[5] = low, state[6] = high;
+}
+
+struct MomentsReader {
+  template <class T, class A>
+  static void read(const T* w, int64_t n, Column, bool, A* state) {
+    moments_chunk(w, n, state);
+  }
+};
 
 struct MsqeReader {
   template <class T, class A>
@@ -55,7 +85,8 @@ struct Binner {
   V least, offset;
 
   Binner(double step, int bits)
-      : coder(step, bits, true), least(coder.sign ? splat<V>(0) : coder.low), offset(splat<V>(kRound<A> + (coder.sign ? A(0) : A(1 << (bits - 1))))) {}
+      : coder(step, bits, true), least(coder.sign ? splat<V>(0) : coder.low),
+        offset(splat<V>(kRound<A> + (coder.sign ? A(0) : A(1 << (bits - 1))))) {}
 
   struct Error {
     V code, squared;
@@ -70,9 +101,9 @@ struct Binner {
   }
 };
 
-constexpr int kMasked = 4;     // bins: so many are kept in registers
-constexpr int kStrip = 512;    // weights whose errors and bins are written down before they are summed
-constexpr int kCopies = 8;     // of each bin, so that one addition need not wait for the one before
+constexpr int kMasked = 4;   // bins: so many are kept in registers
+constexpr int kStrip = 512;  // weights whose errors and bins are written down before they are summed
+constexpr int kCopies = 8;   // of each bin, so that one addition need not wait for the one before
 
 template <int kBins, class T, class A>
 inline void masked_bins(const T* w, int64_t n, Column c, A* state) {
@@ -143,7 +174,7 @@ struct BinRegReader {
 
 // The numbers of a table at these places.
 template <class V>
-struct Table {
+struct CountTable {
   using A = typename Lane<V>::A;
   using Index = typename Lane<V>::bits;
   const A* numbers;
@@ -152,7 +183,7 @@ struct Table {
   bool short_;
 #endif
 
-  Table(const A* table, int size) : numbers(table) {
+  CountTable(const A* table, int size) : numbers(table) {
 #if defined(__AVX512F__)
     short_ = sizeof(A) == 4 && size <= 16;
     if constexpr (sizeof(A) == 4) row = _mm512_maskz_loadu_ps(__mmask16(size < 16 ? (1 << size) - 1 : 0xffff), numbers);
@@ -165,7 +196,8 @@ struct Table {
     } else {
 #if defined(__AVX512F__)
       if constexpr (sizeof(A) == 4)
-        return bit_cast<V>(short_ ? _mm512_permutexvar_ps(bit_cast<__m512i>(at), row) : _mm512_i32gather_ps(bit_cast<__m512i>(at), numbers, 4));
+        return bit_cast<V>(short_ ? _mm512_permutexvar_ps(bit_cast<__m512i>(at), row)
+                                  : _mm512_i32gather_ps(bit_cast<__m512i>(at), numbers, 4));
 #elif defined(__AVX2__)
       if constexpr (sizeof(A) == 4) return bit_cast<V>(_mm256_i32gather_ps(numbers, bit_cast<__m256i>(at), 4));
 #endif
@@ -180,10 +212,11 @@ struct Table {
 template <class V>
 struct BinRegGradient {
   Binner<V> binner;
-  Table<V> counts;
+  CountTable<V> counts;
   V twice;
   template <class A>
-  BinRegGradient(double grad, Column c, const A* saved) : binner(c.first, c.bits), counts(saved, 1 << c.bits), twice(splat<V>(A(2 * grad))) {}
+  BinRegGradient(double grad, Column c, const A* saved)
+      : binner(c.first, c.bits), counts(saved, 1 << c.bits), twice(splat<V>(A(2 * grad))) {}
   R2_HD V operator()(V w) const {
     V code = binner.coder(w);
     return twice / counts[binner(code)] * (w - binner.coder.step * code);

@@ -1,4 +1,5 @@
-// Vectors of the accumulator as GCC and Clang have them, one native register wide; 16-bit weights are widened as they are loaded.
+// Vectors of the accumulator as GCC and Clang have them, one native register wide; 16-bit weights are widened as they
+// are loaded.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -6,7 +7,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../values.h"
+#include "../arithmetic.h"
 
 namespace r2 {
 inline namespace R2_ISA {
@@ -99,8 +100,10 @@ R2_HD V abs_(V x) {
 template <class V>
 R2_HD V at_least(V x, V least) {
 #if defined(__AVX512F__)
-  if constexpr (std::is_same<V, Vec<float>>::value) return bit_cast<V>(_mm512_max_ps(bit_cast<__m512>(least), bit_cast<__m512>(x)));
-  if constexpr (std::is_same<V, Vec<double>>::value) return bit_cast<V>(_mm512_max_pd(bit_cast<__m512d>(least), bit_cast<__m512d>(x)));
+  if constexpr (std::is_same<V, Vec<float>>::value)
+    return bit_cast<V>(_mm512_max_ps(bit_cast<__m512>(least), bit_cast<__m512>(x)));
+  if constexpr (std::is_same<V, Vec<double>>::value)
+    return bit_cast<V>(_mm512_max_pd(bit_cast<__m512d>(least), bit_cast<__m512d>(x)));
 #endif
   return x < least ? least : x;
 }
@@ -111,16 +114,19 @@ struct Exp2;
 template <>
 struct Exp2<float> {
   static constexpr int degree = 6, mantissa = 23;
-  static constexpr float least = -125, round = 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer, in the lowest bits
-  static constexpr float c[degree + 1] = {1.534581216e-4f, 1.339993118e-3f, 9.618488956e-3f, 5.550328777e-2f, 2.402264689e-1f, 6.931472057e-1f, 1.0f};
+  static constexpr float least = -125,
+                         round = 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer, in the lowest bits
+  static constexpr float c[degree + 1] = {
+      1.534581216e-4f, 1.339993118e-3f, 9.618488956e-3f, 5.550328777e-2f, 2.402264689e-1f, 6.931472057e-1f, 1.0f};
 };
 template <>
 struct Exp2<double> {
   static constexpr int degree = 11, mantissa = 52;
   static constexpr double least = -1021, round = 6755399441055744.0;
-  static constexpr double c[degree + 1] = {4.43528270695727715e-10, 7.0741056135081428e-9,  1.01781980216719308e-7, 1.32154330896763992e-6,
-                                           1.52527334899885256e-5,  1.54035304625144321e-4, 1.33335581467899217e-3, 9.61812910758833524e-3,
-                                           5.55041086648199216e-2,  2.40226506959101562e-1, 6.9314718055994533e-1,  1.0};
+  static constexpr double c[degree + 1] = {4.43528270695727715e-10, 7.0741056135081428e-9,  1.01781980216719308e-7,
+                                           1.32154330896763992e-6,  1.52527334899885256e-5, 1.54035304625144321e-4,
+                                           1.33335581467899217e-3,  9.61812910758833524e-3, 5.55041086648199216e-2,
+                                           2.40226506959101562e-1,  6.9314718055994533e-1,  1.0};
 };
 
 // Powers begin, begin + 2, ... of the polynomial (or all, with stride 1), in x.
@@ -200,7 +206,9 @@ R2_HD f16 narrow<f16>(float x) {
   uint32_t u = bit_cast<uint32_t>(x), sign = u >> 16 & 0x8000;
   u &= 0x7fffffff;
   if (u >= 0x47800000) return {uint16_t(sign | (u > 0x7f800000 ? 0x7e00 : 0x7c00))};
-  if (u < 0x38800000) return {uint16_t(sign | (bit_cast<uint32_t>(bit_cast<float>(u) + 0.5f) - 0x3f000000))};  // subnormal: rounded by the addition
+  if (u < 0x38800000)
+    return {uint16_t(
+        sign | (bit_cast<uint32_t>(bit_cast<float>(u) + 0.5f) - 0x3f000000))};  // subnormal: rounded by the addition
   return {uint16_t(sign | ((u + 0xc8000fff + (u >> 13 & 1)) >> 13))};
 }
 
@@ -248,6 +256,17 @@ R2_HD void store(T* p, V v) {
 #endif
   } else {
     std::memcpy(p, &v, sizeof(v));
+  }
+}
+
+// run(a number of the dtype)
+template <class Run>
+void with_type(Dtype dtype, Run run) {
+  switch (dtype) {
+    case Dtype::f64: return run(double{});
+    case Dtype::f32: return run(float{});
+    case Dtype::bf16: return run(bf16{});
+    case Dtype::f16: return run(f16{});
   }
 }
 

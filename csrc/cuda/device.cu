@@ -28,7 +28,9 @@ std::string problem() {
   const int lowest = *std::min_element(std::begin(kCompiled), std::end(kCompiled));
   int best = 0;
   for (int device = 0; device < count; ++device) best = std::max(best, arch_of(device));
-  return best >= lowest ? "" : "no GPU of compute capability " + capability(lowest) + " or above; the best here has " + capability(best);
+  return best >= lowest ? ""
+                        : "no GPU of compute capability " + capability(lowest) + " or above; the best here has " +
+                              capability(best);
 }
 
 std::string architectures() {

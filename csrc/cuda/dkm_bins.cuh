@@ -25,14 +25,16 @@ struct Batch {
 
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-// Calls lane.take(w[n], g[n], valid) for all n rows, in every thread equally often, and lane.tile_done() after each full tile. g may be null.
+// Calls lane.take(w[n], g[n], valid) for all n rows, in every thread equally often, and lane.tile_done() after each
+// full tile. g may be null.
 template <bool kGrads, class T, class Lane>
 __device__ void sweep_chunk(const T* w, const T* g, int n, Lane& lane) {
   constexpr int packs = kPacks<T>, kAhead = 8;  // tiles on the way to the second cache
   const int threads = blockDim.x, size = threads * kBatch<T>, boundary = before_boundary(w);
   const bool aligned = !kGrads || before_boundary(g) == boundary;
   const int head = aligned ? min(boundary, n) : 0, tiles = aligned ? (n - head) / size : 0;
-  const uint4 *from_w = reinterpret_cast<const uint4*>(w + head) + threadIdx.x, *from_g = reinterpret_cast<const uint4*>(g + (kGrads ? head : 0)) + threadIdx.x;
+  const uint4 *from_w = reinterpret_cast<const uint4*>(w + head) + threadIdx.x,
+              *from_g = reinterpret_cast<const uint4*>(g + (kGrads ? head : 0)) + threadIdx.x;
   Batch<T> now_w, now_g, next_w, next_g;
   if (tiles > 0) {
     now_w.load(from_w);
@@ -69,12 +71,13 @@ __device__ void sweep_chunk(const T* w, const T* g, int n, Lane& lane) {
   }
 }
 
-// How bins lie in shared memory: [warp][bin][copy] records. With 32 copies each lane has its own; with fewer, lanes that are so many apart share one and take
-// turns where they meet. Where not all intervals have a bin, the chunk is read once for each part of them.
+// How bins lie in shared memory: [warp][bin][copy] records. With 32 copies each lane has its own; with fewer, lanes
+// that are so many apart share one and take turns where they meet. Where not all intervals have a bin, the chunk is
+// read once for each part of them.
 struct Shape {
-  int bins;       // intervals at once
-  int copies;     // as a power of two
-  int flush;      // tiles after which the bins are emptied into float64
+  int bins;    // intervals at once
+  int copies;  // as a power of two
+  int flush;   // tiles after which the bins are emptied into float64
 };
 
 template <class A, int kRecord>
@@ -83,7 +86,9 @@ struct Bins {
   int own;  // where this lane's copy of the first bin lies in shared memory
   int from, count, copies;
 
-  __device__ __forceinline__ Record& of_lane(int at) const { return *reinterpret_cast<Record*>(shared_memory() + own + at * (kRecord * 32)); }
+  __device__ __forceinline__ Record& of_lane(int at) const {
+    return *reinterpret_cast<Record*>(shared_memory() + own + at * (kRecord * 32));
+  }
 
   static __device__ __forceinline__ void add(Record& to, const Record& r) {
     Record sum = to;
@@ -109,7 +114,8 @@ struct Bins {
   __device__ __forceinline__ void add_in_turn(int at, const Record& r) const {
     const int lane = threadIdx.x % 32, bin = at / int(sizeof(A)) - from;
     int turn = unsigned(bin) < unsigned(count) ? 0 : -32;
-    for (int distance = 1 << copies; distance < 32; distance += 1 << copies) turn += __shfl_xor_sync(~0u, at, distance) == at && (lane ^ distance) < lane;
+    for (int distance = 1 << copies; distance < 32; distance += 1 << copies)
+      turn += __shfl_xor_sync(~0u, at, distance) == at && (lane ^ distance) < lane;
     Record& to = *(reinterpret_cast<Record*>(shared_memory() + own) + (bin << copies));
     for (int t = 0;; ++t) {
       if (turn == t) add(to, r);
@@ -132,8 +138,8 @@ struct Bins {
   }
 };
 
-// The passes that sum. A record of kRecord numbers for each weight; kCounts: and the number of weights that equal the reference. `row` has the numbers of the weight's
-// interval.
+// The passes that sum. A record of kRecord numbers for each weight; kCounts: and the number of weights that equal the
+// reference. `row` has the numbers of the weight's interval.
 template <bool kG, int kRecordOf, bool kCountsOf, int kGroupsOf, int kNumbersOf = 2>
 struct SumsOf {
   static constexpr bool kGrads = kG, kCounts = kCountsOf;
@@ -157,8 +163,8 @@ struct UpstreamSums : SumsOf<true, 4, false, 1> {
   }
 };
 
-// What attention makes of v_j (w - c'_j) + g (c'_j - end), with the left share relative to the left end of the interval, with the right share relative to the
-// right one: so are all means, for a weight near an end to lose nothing.
+// What attention makes of v_j (w - c'_j) + g (c'_j - end), with the left share relative to the left end of the
+// interval, with the right share relative to the right one: so are all means, for a weight near an end to lose nothing.
 template <bool kLast>
 struct RecurSums : SumsOf<kLast, 2, !kLast, 4, kLast ? 9 : 7> {
   enum : int { kRight = kBend + 1, kLeftV, kRightV, kLeftE, kRightE, kLeftO, kRightO };
@@ -167,7 +173,8 @@ struct RecurSums : SumsOf<kLast, 2, !kLast, 4, kLast ? 9 : 7> {
   static __device__ void fill(const Iteration<A>& it, const Groups<4>& groups, const Row<4>& row, int k, Put put) {
     const double by = k > 0 && k < it.size ? groups.gap[k - 1] : 0;
     put(kRight, double(it.old[k < it.size ? k : k - 1]));
-    put(kLeftV, row.left[1]), put(kRightV, row.right[1]), put(kLeftE, row.left[2]), put(kRightE, row.right[2] - by * row.right[1]);
+    put(kLeftV, row.left[1]), put(kRightV, row.right[1]), put(kLeftE, row.left[2]),
+        put(kRightE, row.right[2] - by * row.right[1]);
     if (kLast) put(kLeftO, row.left[0]), put(kRightO, row.right[0] - by);
   }
   template <class A>
@@ -180,7 +187,8 @@ struct RecurSums : SumsOf<kLast, 2, !kLast, 4, kLast ? 9 : 7> {
     }
     const A shift = g * (x - y);
     left = fma(g, row[kLeftO], left), right = fma(g, row[kRightO], right);
-    return {s.left * fma(s.left, left, s.right * (right + shift)), s.right * fma(s.left, left - shift, s.right * right)};
+    return {s.left * fma(s.left, left, s.right * (right + shift)),
+            s.right * fma(s.left, left - shift, s.right * right)};
   }
 };
 
@@ -225,7 +233,8 @@ struct SumLane {
 #pragma unroll
       for (int i = 0; i < n; ++i) {
         const int k = at[i] / int(sizeof(A));
-        if (w[i] == tables.row(at[i])[kReference] && unsigned(k - bins.from) < unsigned(bins.count)) atomicAdd(equal + k, 1);
+        if (w[i] == tables.row(at[i])[kReference] && unsigned(k - bins.from) < unsigned(bins.count))
+          atomicAdd(equal + k, 1);
       }
     }
   }
@@ -261,7 +270,8 @@ struct SumLane {
   }
 };
 
-// What a block of dkm_sums_kernel keeps besides the tables: totals and counts, and bins where the tables were worked out.
+// What a block of dkm_sums_kernel keeps besides the tables: totals and counts, and bins where the tables were worked
+// out.
 template <class Op, class A>
 struct SumsRoom {
   using Record = Numbers<A, Op::kRecord>;
@@ -271,7 +281,8 @@ struct SumsRoom {
   char* rest;
 
   R2_HD SumsRoom(Space& space, int most, int bins)
-      : tables(space, most), totals(space.take<double>(bins * Op::kRecord)), equal(space.take<int>(Op::kCounts ? most + 1 : 0)), rest(space.take<char>(0)) {}
+      : tables(space, most), totals(space.take<double>(bins * Op::kRecord)),
+        equal(space.take<int>(Op::kCounts ? most + 1 : 0)), rest(space.take<char>(0)) {}
 
   // outside: the tables are worked out in Pass.scratch
   static size_t bytes(int most, Shape shape, int warps, bool outside = false) {
@@ -284,11 +295,12 @@ struct SumsRoom {
 };
 
 template <class Op, class T>
-__global__ void __launch_bounds__(kThreads, 4) dkm_sums_kernel(List list, Clusters clusters, Pass pass, Shape shape, int64_t numbers, bool outside) {
+__global__ void __launch_bounds__(kThreads, 4)
+    dkm_sums_kernel(List list, Clusters clusters, Pass pass, Shape shape, int64_t numbers, bool outside) {
   using A = Acc<T>;
   using Lane = SumLane<Op, T>;
   using Record = typename Lane::Record;
-  const Part part(list, clusters);
+  const RowChunk part(list, clusters);
   const Iteration<A> it(clusters, pass, list.count, part.tensor);
   const int K = it.size, count = min(shape.bins, K + 1);
   Space space = {shared_memory()};
@@ -298,10 +310,19 @@ __global__ void __launch_bounds__(kThreads, 4) dkm_sums_kernel(List list, Cluste
 
   const auto* constants = room.tables.constants;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  int own = int(room.rest - shared_memory()) + (((warp * count) << shape.copies) + lane % (1 << shape.copies)) * int(sizeof(Record));
+  int own = int(room.rest - shared_memory()) +
+            (((warp * count) << shape.copies) + lane % (1 << shape.copies)) * int(sizeof(Record));
   pin(own);
-  Lane sums = {room.tables, constants->finder, constants->slope, K, {own, 0, count, shape.copies}, reinterpret_cast<Record*>(room.rest), room.totals, room.equal,
-               shape.flush, shape.flush};
+  Lane sums = {room.tables,
+               constants->finder,
+               constants->slope,
+               K,
+               {own, 0, count, shape.copies},
+               reinterpret_cast<Record*>(room.rest),
+               room.totals,
+               room.equal,
+               shape.flush,
+               shape.flush};
   each(Op::kCounts ? K + 1 : 0, [&](int k) { room.equal[k] = 0; });
 
   const T* w = reinterpret_cast<const T*>(list.pointers[part.tensor]) + part.row;

@@ -5,28 +5,30 @@
 namespace r2::cuda {
 
 // The rows of one chunk, and the clusters of its tensor.
-struct Part {
+struct RowChunk {
   int64_t tensor, first, row;  // first: the tensor's first chunk
   int rows, clusters;
 
-  __device__ Part(const List& list, const Clusters& c)
-      : tensor(list.owner[blockIdx.x]), first(list.tensors[tensor].first), row((blockIdx.x - first) * list.chunk),
+  __device__ RowChunk(const List& list, const Clusters& c)
+      : tensor(list.owner[blockIdx.x]), first(list.tensors[tensor].first_chunk), row((blockIdx.x - first) * list.chunk),
         rows(int(min(list.chunk, list.tensors[tensor].rows - row))), clusters(c.size[tensor]) {}
 };
 
-// Pass.scratch: for each chunk `numbers` float64, of which those of a tensor's first chunk become the totals, and a counter.
+// Pass.scratch: for each chunk `numbers` float64, of which those of a tensor's first chunk become the totals, and a
+// counter.
 struct Scratch {
   double* partial;
   unsigned* counters;
   int64_t numbers;
 
   R2_HD Scratch(const List& list, const Pass& pass, int64_t numbers)
-      : partial(static_cast<double*>(pass.scratch)), counters(reinterpret_cast<unsigned*>(partial + list.chunks * numbers)), numbers(numbers) {}
+      : partial(static_cast<double*>(pass.scratch)),
+        counters(reinterpret_cast<unsigned*>(partial + list.chunks * numbers)), numbers(numbers) {}
 
   static int64_t bytes(int64_t numbers) { return (numbers + 1) * int64_t(sizeof(double)); }
 
   // That of this block's chunk; the first chunk's block readies the counter for the kernel that adds up.
-  __device__ double* of(const Part& part) const {
+  __device__ double* of(const RowChunk& part) const {
     if (threadIdx.x == 0 && part.row == 0) counters[part.first] = 0;
     return partial + blockIdx.x * numbers;
   }
@@ -36,13 +38,15 @@ constexpr int kMergeThreads = 512, kMergeGroups = kMergeThreads / 32;
 
 R2_HD int slices_of(int64_t numbers) { return int((numbers + 31) / 32); }
 
-// Totals of `used` numbers over a tensor's chunks, by a block for each 32 of them. A warp adds up every kMergeGroups-th chunk, the first warp the groups. The
-// last block to end gets the totals, the others false.
-__device__ inline bool add_up(const List& list, const Scratch& scratch, int64_t tensor, int slice, int64_t used, const double** totals) {
+// Totals of `used` numbers over a tensor's chunks, by a block for each 32 of them. A warp adds up every kMergeGroups-th
+// chunk, the first warp the groups. The last block to end gets the totals, the others false.
+__device__ inline bool add_up(const List& list, const Scratch& scratch, int64_t tensor, int slice, int64_t used,
+                              const double** totals) {
   __shared__ double sums[kMergeGroups][32];
   __shared__ bool last;
   const int lane = threadIdx.x % 32, group = threadIdx.x / 32;
-  const int64_t first = list.tensors[tensor].first, chunks = (tensor + 1 < list.count ? list.tensors[tensor + 1].first : list.chunks) - first;
+  const int64_t first = list.tensors[tensor].first_chunk,
+                chunks = (tensor + 1 < list.count ? list.tensors[tensor + 1].first_chunk : list.chunks) - first;
   const int64_t number = int64_t(slice) * 32 + lane;
   double* base = scratch.partial + first * scratch.numbers;
   double sum = 0;
@@ -58,7 +62,8 @@ __device__ inline bool add_up(const List& list, const Scratch& scratch, int64_t 
     __threadfence();
   }
   __syncthreads();
-  if (threadIdx.x == 0) last = chunks == 0 ? slice == 0 : atomicAdd(scratch.counters + first, 1u) + 1 == unsigned(slices_of(used));
+  if (threadIdx.x == 0)
+    last = chunks == 0 ? slice == 0 : atomicAdd(scratch.counters + first, 1u) + 1 == unsigned(slices_of(used));
   __syncthreads();
   __threadfence();
   *totals = chunks > 0 ? base : nullptr;
@@ -74,7 +79,8 @@ __device__ __forceinline__ void each(int n, Run run) {
   for (int i = threadIdx.x; i < n; i += blockDim.x) run(i);
 }
 
-// In the flat tensor of a map: past the rows the numbers of `leftovers`, zeros in the gap before the next tensor. By the block of the first chunk.
+// In the flat tensor of a map: past the rows the numbers of `leftovers`, zeros in the gap before the next tensor. By
+// the block of the first chunk.
 template <class T>
 __device__ void finish_flat(const Tensor& tensor, int d, const T* leftovers, T* out) {
   const int64_t from = tensor.rows * d, end = (tensor.numel + kSegment - 1) / kSegment * kSegment;
@@ -89,11 +95,14 @@ inline int attribute(const Queue& queue, cudaDeviceAttr which) {
 }
 
 template <class... Arguments>
-void launch(const Queue& queue, void (*kernel)(List, Clusters, Pass, Arguments...), int64_t blocks, int threads, size_t shared, const List& list, const Clusters& clusters,
-            const Pass& pass, const Arguments&... arguments) {
+void launch(const Queue& queue, void (*kernel)(List, Clusters, Pass, Arguments...), int64_t blocks, int threads,
+            size_t shared, const List& list, const Clusters& clusters, const Pass& pass,
+            const Arguments&... arguments) {
   if (blocks == 0) return;
-  if (blocks > INT32_MAX || list.chunk > INT32_MAX) throw std::runtime_error(std::string(queue.op) + ": the plan is beyond the limits of a grid");
-  if (shared > 48 * 1024) check(queue.op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
+  if (blocks > INT32_MAX || list.chunk > INT32_MAX)
+    throw std::runtime_error(std::string(queue.op) + ": the plan is beyond the limits of a grid");
+  if (shared > 48 * 1024)
+    check(queue.op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
   kernel<<<unsigned(blocks), threads, shared, queue.stream>>>(list, clusters, pass, arguments...);
   check(queue.op, cudaGetLastError());
 }

@@ -1,5 +1,5 @@
-// Scalars in the Euclidean metric (csrc/dkm.h says what intervals, shares and bends are): what a block makes of the centroids of one iteration, in shared
-// memory, and how its threads look up the interval of a weight there.
+// Scalars in the Euclidean metric (csrc/dkm.h says what intervals, shares and bends are): what a block makes of the
+// centroids of one iteration, in shared memory, and how its threads look up the interval of a weight there.
 #pragma once
 #include "../dkm.h"
 #include "numbers.cuh"
@@ -26,7 +26,9 @@ __device__ __forceinline__ char* shared_memory() {
 
 // Numbers that lie side by side and are loaded at once.
 template <class A, int n>
-struct alignas(n * sizeof(A) % 16 == 0 ? 16 : n * sizeof(A) % 8 == 0 ? 8 : sizeof(A)) Numbers {
+struct alignas(n * sizeof(A) % 16 == 0  ? 16
+               : n * sizeof(A) % 8 == 0 ? 8
+                                        : sizeof(A)) Numbers {
   A v[n];
 };
 
@@ -44,8 +46,9 @@ __device__ __forceinline__ float reciprocal(float x) {
 }
 __device__ __forceinline__ double reciprocal(double x) { return inverse(x); }
 
-// Sums that fall by `fall` from centroid to centroid, to the right or to the left, by one warp: out[j * n + i] has own(j, s), which adds to s, of centroid j and
-// of all before it. Of each pair of sums the second is a first moment, relative to the centroid it is seen from.
+// Sums that fall by `fall` from centroid to centroid, to the right or to the left, by one warp: out[j * n + i] has
+// own(j, s), which adds to s, of centroid j and of all before it. Of each pair of sums the second is a first moment,
+// relative to the centroid it is seen from.
 template <int n, class Own>
 __device__ void spread(int K, const double* gap, const double* fall, bool leftward, Own own, double* out) {
   const int lane = threadIdx.x % 32, each = (K + 31) / 32, from = min(lane * each, K), to = min(from + each, K);
@@ -90,15 +93,15 @@ __device__ void spread(int K, const double* gap, const double* fall, bool leftwa
   go(true);
 }
 
-// Both groups of every interval: sums of e^(-|c_j - end| / tau) {1, c'_j - end, v_j, v_j (c'_j - end)}, or the first n of them. The left group of interval k
-// ends at left[k - 1], the right one at right[k].
+// Both groups of every interval: sums of e^(-|c_j - end| / tau) {1, c'_j - end, v_j, v_j (c'_j - end)}, or the first n
+// of them. The left group of interval k ends at left[k - 1], the right one at right[k].
 template <int n>
 struct Groups {
   double *gap, *fall, *offset, *v, *left, *right;
 
   R2_HD Groups(Space& space, int K)
-      : gap(space.take<double>(K)), fall(space.take<double>(K)), offset(space.take<double>(n > 1 ? K : 0)), v(space.take<double>(n > 2 ? K : 0)),
-        left(space.take<double>(K * n)), right(space.take<double>(K * n)) {}
+      : gap(space.take<double>(K)), fall(space.take<double>(K)), offset(space.take<double>(n > 1 ? K : 0)),
+        v(space.take<double>(n > 2 ? K : 0)), left(space.take<double>(K * n)), right(space.take<double>(K * n)) {}
 
   template <class A>
   __device__ void fill(const Iteration<A>& it) const {
@@ -110,11 +113,14 @@ struct Groups {
     }
     __syncthreads();
     for (int side = threadIdx.x / 32; side < 2; side += blockDim.x / 32)
-      spread<n>(it.size, gap, fall, side == 1, [&](int j, double (&s)[n]) {
-        s[0] += 1;
-        if (n > 1) s[1] += offset[j];
-        if (n > 2) s[2] += v[j], s[3] += v[j] * offset[j];
-      }, side == 1 ? right : left);
+      spread<n>(
+          it.size, gap, fall, side == 1,
+          [&](int j, double (&s)[n]) {
+            s[0] += 1;
+            if (n > 1) s[1] += offset[j];
+            if (n > 2) s[2] += v[j], s[3] += v[j] * offset[j];
+          },
+          side == 1 ? right : left);
     __syncthreads();
   }
 };
@@ -123,7 +129,8 @@ struct Groups {
 template <int n>
 struct Row {
   double bend, left_n, right_n;  // n: 1 / the sums of the exponentials, 0 for a group of none
-  double left[n], right[n];      // means of c'_j - reference, v_j, v_j (c'_j - reference); those of a group of none are the other's
+  double left[n],
+      right[n];  // means of c'_j - reference, v_j, v_j (c'_j - reference); those of a group of none are the other's
 
   __device__ Row(int K, const Groups<n>& groups, double slope, int k) {
     const double *l = groups.left + (k - 1) * n, *r = groups.right + k * n, by = k > 0 && k < K ? groups.gap[k - 1] : 0;
@@ -158,8 +165,9 @@ __device__ __forceinline__ A behind(const A* first, int bytes) {
 
 constexpr int kFewestCells = 128, kMostCells = 1024;
 
-// How a block finds the interval of a weight: a grid between the first and the last centroid, whose cells know how many centroids lie in lower cells, and then
-// comparisons: one, where no cell has two centroids. Exact for any centroids, as the cell is a monotone function; whatever these are, 0 <= interval <= K.
+// How a block finds the interval of a weight: a grid between the first and the last centroid, whose cells know how many
+// centroids lie in lower cells, and then comparisons: one, where no cell has two centroids. Exact for any centroids, as
+// the cell is a monotone function; whatever these are, 0 <= interval <= K.
 template <class A>
 struct Finder {
   A scale, bias;
@@ -223,15 +231,17 @@ struct Finder {
     int from = 0, to = K;
     while (from < to) {
       const int middle = (from + to) / 2;
-      if (cell(next[middle]) < c) from = middle + 1;
-      else to = middle;
+      if (cell(next[middle]) < c)
+        from = middle + 1;
+      else
+        to = middle;
     }
     return from;
   }
 };
 
-// All that a pass looks up of one iteration: the centroids, and kNumbers numbers of each interval, which Op::fill makes besides the first two. They lie an odd
-// number of them apart, so that different intervals are in different banks.
+// All that a pass looks up of one iteration: the centroids, and kNumbers numbers of each interval, which Op::fill makes
+// besides the first two. They lie an odd number of them apart, so that different intervals are in different banks.
 template <class Op, class A>
 struct Tables {
   static constexpr int kStride = Op::kNumbers | 1;
@@ -246,10 +256,13 @@ struct Tables {
   A *next, *numbers;  // next: the centroids and a NaN
 
   R2_HD Tables(Space& space, int most)
-      : grid(space.take<uint8_t>(kMostCells)), constants(space.take<Constants>(1)), next(space.take<A>(most + 1)), numbers(space.take<A>(kStride * (most + 1))) {}
+      : grid(space.take<uint8_t>(kMostCells)), constants(space.take<Constants>(1)), next(space.take<A>(most + 1)),
+        numbers(space.take<A>(kStride * (most + 1))) {}
 
   // the numbers of the interval that is at / sizeof(A)
-  __device__ __forceinline__ const A* row(int at) const { return reinterpret_cast<const A*>(reinterpret_cast<const char*>(numbers) + at * kStride); }
+  __device__ __forceinline__ const A* row(int at) const {
+    return reinterpret_cast<const A*>(reinterpret_cast<const char*>(numbers) + at * kStride);
+  }
 
   // By all threads of a block. work: what Groups need
   __device__ void fill(const Iteration<A>& it, char* work) const {
@@ -267,7 +280,8 @@ struct Tables {
     }
     Finder<A> finder;
     finder.fill(next, grid, K, &constants->most);
-    if (threadIdx.x == 0) constants->finder = finder, constants->slope = slope, constants->pull = A(2 * inverse(it.tau));
+    if (threadIdx.x == 0)
+      constants->finder = finder, constants->slope = slope, constants->pull = A(2 * inverse(it.tau));
     __syncthreads();
   }
 };

@@ -1,11 +1,13 @@
-// From the sums by interval of a tensor to numbers of its centroids, by the threads of one block (the formulas are those of csrc/dkm.h, where one thread does it).
+// From the sums by interval of a tensor to numbers of its centroids, by the threads of one block (the formulas are
+// those of csrc/dkm.h, where one thread does it).
 #pragma once
 #include "dkm_common.cuh"
 #include "dkm_intervals.cuh"
 
 namespace r2::cuda {
 
-// Sums of attention {n, x} to one centroid: over the weights on its right, on its left, and those that equal it (which count as right). x is relative to it.
+// Sums of attention {n, x} to one centroid: over the weights on its right, on its left, and those that equal it (which
+// count as right). x is relative to it.
 struct ToCentroid {
   double n, x, sign_n, sign_x;
 };
@@ -16,23 +18,30 @@ struct Merge {
   Groups<n> groups;
   double *plus, *minus, *spare;  // (K, 2), (K, 2), (K)
 
-  R2_HD Merge(Space& space, int K) : groups(space, K), plus(space.take<double>(2 * K)), minus(space.take<double>(2 * K)), spare(space.take<double>(K)) {}
+  R2_HD Merge(Space& space, int K)
+      : groups(space, K), plus(space.take<double>(2 * K)), minus(space.take<double>(2 * K)),
+        spare(space.take<double>(K)) {}
   static size_t bytes(int K) {
     Space space = {};
     Merge merge(space, K);
     return space.used;
   }
 
-  // left(k), right(k): the sums of shares {n, x} of interval k; x is relative to the reference, or with kEnds that of the right share to the right end
+  // left(k), right(k): the sums of shares {n, x} of interval k; x is relative to the reference, or with kEnds that of
+  // the right share to the right end
   template <bool kEnds = false, class A, class Left, class Right>
   __device__ void fill(const Iteration<A>& it, Left left, Right right) const {
     groups.fill(it);
     for (int side = threadIdx.x / 32; side < 2; side += blockDim.x / 32)
-      spread<2>(it.size, groups.gap, groups.fall, side == 0, [&](int j, double (&s)[2]) {
-        const Numbers<double, 2> sum = side == 0 ? left(j + 1) : right(j);
-        const double scale = inverse((side == 0 ? groups.left : groups.right)[j * n]), by = !kEnds && side == 1 && j > 0 ? groups.gap[j - 1] : 0;
-        s[0] += sum.v[0] * scale, s[1] += (sum.v[1] - by * sum.v[0]) * scale;
-      }, side == 0 ? plus : minus);
+      spread<2>(
+          it.size, groups.gap, groups.fall, side == 0,
+          [&](int j, double (&s)[2]) {
+            const Numbers<double, 2> sum = side == 0 ? left(j + 1) : right(j);
+            const double scale = inverse((side == 0 ? groups.left : groups.right)[j * n]),
+                         by = !kEnds && side == 1 && j > 0 ? groups.gap[j - 1] : 0;
+            s[0] += sum.v[0] * scale, s[1] += (sum.v[1] - by * sum.v[0]) * scale;
+          },
+          side == 0 ? plus : minus);
     __syncthreads();
   }
 
@@ -58,10 +67,13 @@ struct UpdateMerge {
   static constexpr int kGroups = 1;
 
   template <class A>
-  static __device__ void run(const Iteration<A>& it, const double* sums, int64_t tensor, const Clusters& clusters, const Pass& pass, char* memory) {
+  static __device__ void run(const Iteration<A>& it, const double* sums, int64_t tensor, const Clusters& clusters,
+                             const Pass& pass, char* memory) {
     Space space = {memory};
     const Merge<1> merge(space, it.size);
-    merge.fill(it, [&](int k) { return Pair{total(sums, 5 * k), total(sums, 5 * k + 1)}; }, [&](int k) { return Pair{total(sums, 5 * k + 2), total(sums, 5 * k + 3)}; });
+    merge.fill(
+        it, [&](int k) { return Pair{total(sums, 5 * k), total(sums, 5 * k + 1)}; },
+        [&](int k) { return Pair{total(sums, 5 * k + 2), total(sums, 5 * k + 3)}; });
     A *fresh = of_tensor<A>(pass.out, clusters, tensor), *moments = of_tensor<A>(pass.out_moments, clusters, tensor, 3);
     each(clusters.most, [&](int j) {
       if (j >= it.size) return void(fresh[j] = moments[3 * j] = moments[3 * j + 1] = moments[3 * j + 2] = 0);
@@ -84,10 +96,12 @@ struct UpstreamMerge {
   static constexpr int kGroups = 1;
 
   template <class A>
-  static __device__ void run(const Iteration<A>& it, const double* sums, int64_t tensor, const Clusters& clusters, const Pass& pass, char* memory) {
+  static __device__ void run(const Iteration<A>& it, const double* sums, int64_t tensor, const Clusters& clusters,
+                             const Pass& pass, char* memory) {
     Space space = {memory};
     const Merge<1> merge(space, it.size);
-    merge.fill(it, [&](int k) { return Pair{total(sums, 4 * k), 0}; }, [&](int k) { return Pair{total(sums, 4 * k + 1), 0}; });
+    merge.fill(
+        it, [&](int k) { return Pair{total(sums, 4 * k), 0}; }, [&](int k) { return Pair{total(sums, 4 * k + 1), 0}; });
     double* kept = static_cast<double*>(pass.kept) + tensor * (clusters.most + 1) * 4;
     each(4 * (it.size + 1), [&](int i) { kept[i] = total(sums, i); });
     A* u = of_tensor<A>(pass.out, clusters, tensor);
@@ -100,13 +114,15 @@ struct RecurMerge {
   static constexpr int kGroups = 4;
 
   template <class A>
-  static __device__ void run(const Iteration<A>& it, const double* sums, int64_t tensor, const Clusters& clusters, const Pass& pass, char* memory) {
+  static __device__ void run(const Iteration<A>& it, const double* sums, int64_t tensor, const Clusters& clusters,
+                             const Pass& pass, char* memory) {
     constexpr int kNumbers = kLast ? 2 : 3;
     Space space = {memory};
     const Merge<4> merge(space, it.size);
     const double* kept = kLast ? static_cast<const double*>(pass.kept) + tensor * (clusters.most + 1) * 4 : nullptr;
-    merge.fill<true>(it, [&](int k) { return Pair{kLast ? kept[4 * k] : 0, total(sums, kNumbers * k)}; },
-               [&](int k) { return Pair{kLast ? kept[4 * k + 1] : 0, total(sums, kNumbers * k + 1)}; });
+    merge.fill<true>(
+        it, [&](int k) { return Pair{kLast ? kept[4 * k] : 0, total(sums, kNumbers * k)}; },
+        [&](int k) { return Pair{kLast ? kept[4 * k + 1] : 0, total(sums, kNumbers * k + 1)}; });
     A* u = of_tensor<A>(pass.out, clusters, tensor);
     each(clusters.most, [&](int j) {
       if (j >= it.size) return void(u[j] = 0);
@@ -115,35 +131,46 @@ struct RecurMerge {
         if (count == 0) return Pair{0, 0};
         const Row<4> row(it.size, merge.groups, it.slope(), k);
         const double left = row.left_of_equal(), right = row.right_of_equal();
-        return Pair{left * g, left * (g * (left * row.left[0] + right * row.right[0]) - count * (left * row.left[2] + right * row.right[2]))};
+        return Pair{left * g, left * (g * (left * row.left[0] + right * row.right[0]) -
+                                      count * (left * row.left[2] + right * row.right[2]))};
       });
-      u[j] = A((merge.groups.v[j] * double(it.moments[3 * j + 2]) + merge.groups.offset[j] * to.sign_n - to.sign_x) * inverse(it.tau));
+      u[j] = A((merge.groups.v[j] * double(it.moments[3 * j + 2]) + merge.groups.offset[j] * to.sign_n - to.sign_x) *
+               inverse(it.tau));
     });
   }
 };
 
-// J_jl = (delta_jl sum_i a_ij x_ij sign_ij - M_jl) / (S_j tau) with x_ij = w_i - c'_j, sign_ij = sign(w_i - c_j), M_jl = sum_i a_ij x_ij a_il sign_il. For j < l
-// the weights are left of both (before), between them, or right of both (after). Thread j goes from l = j to the end.
+// J_jl = (delta_jl sum_i a_ij x_ij sign_ij - M_jl) / (S_j tau) with x_ij = w_i - c'_j, sign_ij = sign(w_i - c_j), M_jl
+// = sum_i a_ij x_ij a_il sign_il. For j < l the weights are left of both (before), between them, or right of both
+// (after). Thread j goes from l = j to the end.
 struct JacobianMerge {
   static constexpr int kGroups = 1;
 
   template <class A>
-  static __device__ void run(const Iteration<A>& it, const double* sums, int64_t tensor, const Clusters& clusters, const Pass& pass, char* memory) {
+  static __device__ void run(const Iteration<A>& it, const double* sums, int64_t tensor, const Clusters& clusters,
+                             const Pass& pass, char* memory) {
     constexpr int kNumbers = 7;
     const int K = it.size;
     Space space = {memory};
     const Merge<1> merge(space, K);
-    const double *gap = merge.groups.gap, *fall = merge.groups.fall, *left = merge.groups.left, *right = merge.groups.right;
-    auto scaled = [&](int k, int which, double scale) { return Pair{total(sums, k * kNumbers + which) * scale, total(sums, k * kNumbers + which + 1) * scale}; };
+    const double *gap = merge.groups.gap, *fall = merge.groups.fall, *left = merge.groups.left,
+                 *right = merge.groups.right;
+    auto scaled = [&](int k, int which, double scale) {
+      return Pair{total(sums, k * kNumbers + which) * scale, total(sums, k * kNumbers + which + 1) * scale};
+    };
     merge.groups.fill(it);
     each(K, [&](int j) { merge.spare[j] = fall[j] * fall[j]; });
     __syncthreads();
     for (int side = threadIdx.x / 32; side < 2; side += blockDim.x / 32)
-      spread<2>(K, gap, merge.spare, side == 0, [&](int j, double (&s)[2]) {
-        const Pair sum = side == 0 ? scaled(j + 1, 0, 1 / (left[j] * left[j])) : scaled(j, 4, 1 / (right[j] * right[j]));
-        const double by = side == 1 && j > 0 ? gap[j - 1] : 0;
-        s[0] += sum.v[0], s[1] += sum.v[1] - by * sum.v[0];
-      }, side == 0 ? merge.plus : merge.minus);
+      spread<2>(
+          K, gap, merge.spare, side == 0,
+          [&](int j, double (&s)[2]) {
+            const Pair sum =
+                side == 0 ? scaled(j + 1, 0, 1 / (left[j] * left[j])) : scaled(j, 4, 1 / (right[j] * right[j]));
+            const double by = side == 1 && j > 0 ? gap[j - 1] : 0;
+            s[0] += sum.v[0], s[1] += sum.v[1] - by * sum.v[0];
+          },
+          side == 0 ? merge.plus : merge.minus);
     __syncthreads();
 
     double* J = static_cast<double*>(pass.out) + tensor * clusters.most * clusters.most;
@@ -158,7 +185,8 @@ struct JacobianMerge {
           n = n * f + next.v[0], x = x * f + next.v[1] + distance * next.v[0];
           all *= f, distance += gap[l - 1];
         }
-        const double *after = merge.plus + 2 * l, l_j = distance + j_j, l_l = -it.offset(l), j_l = l_l - distance;  // l_j: c_l - c'_j
+        const double *after = merge.plus + 2 * l, l_j = distance + j_j, l_l = -it.offset(l),
+                     j_l = l_l - distance;  // l_j: c_l - c'_j
         J[j * stride + l] = all * (before[1] + j_j * before[0] - after[1] - l_j * after[0]) + (x + j_j * n);
         if (l > j) J[l * stride + j] = all * (before[1] + j_l * before[0] - after[1] - l_l * after[0]) - (x + j_l * n);
       }
@@ -175,23 +203,30 @@ struct JacobianMerge {
         if (count == 0) continue;
         const Row<1> own(K, merge.groups, it.slope(), k);
         const double w = double(it.old[k - 1]), a = own.left_of_equal() / left[k - 1];
-        const double a_j = j < k ? a * exp(-(w - double(it.old[j])) / it.tau) : own.right_of_equal() / right[k] * exp(-(double(it.old[j]) - double(it.old[k])) / it.tau);
-        for (int l = k - 1; l >= 0 && it.old[l] == it.old[k - 1]; --l) row[l] += count * a * a_j * (w - double(it.fresh[j]));
+        const double a_j =
+            j < k ? a * exp(-(w - double(it.old[j])) / it.tau)
+                  : own.right_of_equal() / right[k] * exp(-(double(it.old[j]) - double(it.old[k])) / it.tau);
+        for (int l = k - 1; l >= 0 && it.old[l] == it.old[k - 1]; --l)
+          row[l] += count * a * a_j * (w - double(it.fresh[j]));
       }
       for (int l = 0; l < clusters.most; ++l) row[l] = S != 0 && l < K ? row[l] / (S * it.tau) : 0;
     });
   }
 };
 
-// Adds up what the blocks of dkm_sums_kernel left, and merges it. outside: in what Pass.scratch has left for the tensor's first chunk, as shared memory is too small.
+// Adds up what the blocks of dkm_sums_kernel left, and merges it. outside: in what Pass.scratch has left for the
+// tensor's first chunk, as shared memory is too small.
 template <class Op, class A>
-__global__ void __launch_bounds__(kMergeThreads, 1) dkm_merge_kernel(List list, Clusters clusters, Pass pass, int64_t numbers, int per_interval, int slices, bool outside) {
+__global__ void __launch_bounds__(kMergeThreads, 1)
+    dkm_merge_kernel(List list, Clusters clusters, Pass pass, int64_t numbers, int per_interval, int slices,
+                     bool outside) {
   const int64_t tensor = blockIdx.x / slices, used = int64_t(clusters.size[tensor] + 1) * per_interval;
   const int slice = blockIdx.x % slices;
   const Scratch scratch(list, pass, numbers);
   const double* totals;
   if (slice >= slices_of(used) || !add_up(list, scratch, tensor, slice, used, &totals)) return;
-  char* memory = outside ? reinterpret_cast<char*>(scratch.partial + list.tensors[tensor].first * numbers + used) : shared_memory();
+  char* memory = outside ? reinterpret_cast<char*>(scratch.partial + list.tensors[tensor].first_chunk * numbers + used)
+                         : shared_memory();
   Op::template run<A>(Iteration<A>(clusters, pass, list.count, tensor), totals, tensor, clusters, pass, memory);
 }
 

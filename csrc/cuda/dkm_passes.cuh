@@ -1,4 +1,5 @@
-// The two families of DKM's kernels: scalars in the Euclidean metric by interval, and rows of any width in either metric.
+// The two families of DKM's kernels: scalars in the Euclidean metric by interval, and rows of any width in either
+// metric.
 #pragma once
 #include "dkm_common.cuh"
 

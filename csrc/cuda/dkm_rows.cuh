@@ -1,5 +1,6 @@
-// DKM over rows of d numbers, in either metric, and hard assignment: the attention of a row to all centroids is made anew wherever it is needed. A thread takes a
-// row; centroids come through shared memory in tiles. D is d rounded up (the rest is zeros), or 0 for any d, where numbers are read from memory each time.
+// DKM over rows of d numbers, in either metric, and hard assignment: the attention of a row to all centroids is made
+// anew wherever it is needed. A thread takes a row; centroids come through shared memory in tiles. D is d rounded up
+// (the rest is zeros), or 0 for any d, where numbers are read from memory each time.
 #pragma once
 #include "dkm_common.cuh"
 
@@ -46,16 +47,17 @@ struct Memory {
 };
 
 // Where a row lies: its numbers are `run` apart.
-struct Where {
+struct RowPlace {
   int64_t at, run;
 };
 
 // Where the rows of a part lie, with one 64-bit division for all of them.
-struct Places {
+struct RowPlaces {
   int64_t base, within, run, wrap;
 
-  __device__ Places(const Tensor& t, int64_t row, int d) : base(row / t.run * d * t.run), within(row % t.run), run(t.run), wrap((d - 1) * t.run) {}
-  __device__ Where of(int row) const {
+  __device__ RowPlaces(const Tensor& t, int64_t row, int d)
+      : base(row / t.run * d * t.run), within(row % t.run), run(t.run), wrap((d - 1) * t.run) {}
+  __device__ RowPlace of(int row) const {
     const int64_t i = within + row;
     const int64_t turns = run <= INT32_MAX ? int64_t(unsigned(i) / unsigned(run)) : i >= run;
     return {base + i + turns * wrap, run};
@@ -66,7 +68,7 @@ template <int D, class A>
 struct Point {
   A v[D];
 
-  __device__ void load(const Memory<A>& memory, Where where, int d) {
+  __device__ void load(const Memory<A>& memory, RowPlace where, int d) {
 #pragma unroll
     for (int c = 0; c < D; ++c) v[c] = c < d ? memory.get(where.at + c * where.run) : A(0);
   }
@@ -74,16 +76,18 @@ struct Point {
 template <class A>
 struct Point<0, A> {
   Memory<A> memory = {0, Dtype::f32};
-  Where where = {0, 1};
+  RowPlace where = {0, 1};
 
-  __device__ void load(const Memory<A>& from, Where at, int) { memory = from, where = at; }
+  __device__ void load(const Memory<A>& from, RowPlace at, int) { memory = from, where = at; }
 };
 
 // The c-th number of a point or of a centroid.
 template <int D, class A>
 __device__ __forceinline__ A number(const Point<D, A>& p, int c) {
-  if constexpr (D > 0) return p.v[c];
-  else return p.memory.get(p.where.at + c * p.where.run);
+  if constexpr (D > 0)
+    return p.v[c];
+  else
+    return p.memory.get(p.where.at + c * p.where.run);
 }
 
 // One iteration of one tensor.
@@ -92,10 +96,11 @@ struct Iterated {
   const A *old, *fresh, *upstream, *moments;
   int K, d, stride;  // stride: numbers of moments for each centroid
   bool squared;
-  A tau, rate;       // NaN where tau is not positive; log2(e) / tau
+  A tau, rate;  // NaN where tau is not positive; log2(e) / tau
 
   __device__ Iterated(const List& list, const Clusters& clusters, const Pass& pass, int64_t tensor, int step = 0)
-      : K(clusters.size[tensor]), d(list.d), stride(clusters.metric == 0 && list.d == 1 ? 3 : 1), squared(clusters.metric == 1) {
+      : K(clusters.size[tensor]), d(list.d), stride(clusters.metric == Metric::euclidean && list.d == 1 ? 3 : 1),
+        squared(clusters.metric == Metric::sqeuclidean) {
     const int64_t at = (step * list.count + tensor) * clusters.most;
     old = static_cast<const A*>(pass.old) + at * d;
     fresh = pass.fresh ? static_cast<const A*>(pass.fresh) + at * d : nullptr;
@@ -126,7 +131,8 @@ struct Centroids {
   Tile<D, A, kArrays>& tile;
   int loaded = -1;
 
-  // Calls run(j, c, c', v) for all centroids in order, in all threads of the block; the last three give the i-th number.
+  // Calls run(j, c, c', v) for all centroids in order, in all threads of the block; the last three give the i-th
+  // number.
   template <class Run>
   __device__ __forceinline__ void sweep(Run run) {
     if constexpr (D == 0) {
@@ -139,7 +145,9 @@ struct Centroids {
 #pragma unroll(D <= 2 ? 4 : 2)
         for (int j = 0; j < n; ++j) {
           const A* at = tile.numbers + j * width;
-          run(from + j, [at](int i) { return at[i]; }, [at](int i) { return at[D + i]; }, [at](int i) { return at[2 * D + i]; });
+          run(
+              from + j, [at](int i) { return at[i]; }, [at](int i) { return at[D + i]; },
+              [at](int i) { return at[2 * D + i]; });
         }
       }
     }
@@ -149,7 +157,9 @@ struct Centroids {
   __device__ __forceinline__ void at(int j, Run run) const {
     const int64_t at = int64_t(j) * it.d;
     auto of = [this, at](const A* numbers, int i) { return D == 0 || i < it.d ? numbers[at + i] : A(0); };
-    run(j, [&](int i) { return of(it.old, i); }, [&](int i) { return of(it.fresh, i); }, [&](int i) { return D == 0 || i < it.d ? it.v(j, i) : A(0); });
+    run(
+        j, [&](int i) { return of(it.old, i); }, [&](int i) { return of(it.fresh, i); },
+        [&](int i) { return D == 0 || i < it.d ? it.v(j, i) : A(0); });
   }
   __device__ void load(int from, int n) {
     if (loaded == from) return;
@@ -190,7 +200,8 @@ template <bool kLast, int D, class A, class Fresh, class V>
 __device__ __forceinline__ A pull(const Point<D, A>& w, const Point<D, A>& g, Fresh fresh, V v, int d) {
   A sum = 0;
 #pragma unroll
-  for (int i = 0; i < (D > 0 ? D : d); ++i) sum = fma(number(w, i) - fresh(i), v(i) - (kLast ? number(g, i) : A(0)), sum);
+  for (int i = 0; i < (D > 0 ? D : d); ++i)
+    sum = fma(number(w, i) - fresh(i), v(i) - (kLast ? number(g, i) : A(0)), sum);
   return sum;
 }
 
@@ -215,5 +226,14 @@ struct Nearest {
     return exp2_(fma(distance - it.distance(square), it.rate, up)) * down;
   }
 };
+
+constexpr int kBlock = 8;  // numbers of a row that a thread sums at a time where D is 0
+template <int D>
+constexpr int kWide = D > 0 ? D : kBlock;
+
+template <int D, class A>
+constexpr int kResident = sizeof(A) == 8 || D == 0 ? 2
+                          : D == 8                 ? 4
+                                                   : 8;  // blocks to a multiprocessor, at least
 
 }  // namespace r2::cuda

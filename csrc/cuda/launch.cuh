@@ -33,11 +33,14 @@ struct Queue {
   OnDevice device;
   cudaStream_t stream;
 
-  Queue(const char* op, int index, uintptr_t stream) : op(op), device(op, index), stream(reinterpret_cast<cudaStream_t>(stream)) {}
+  Queue(const char* op, int index, uintptr_t stream)
+      : op(op), device(op, index), stream(reinterpret_cast<cudaStream_t>(stream)) {}
 
   template <class Arguments>
-  void launch(void (*kernel)(List, Arguments), int64_t blocks, int threads, const List& list, const Arguments& arguments, size_t shared = 0) const {
-    if (blocks > INT32_MAX || list.chunk > INT32_MAX) throw std::runtime_error(std::string(op) + ": the plan is beyond the limits of a grid");
+  void launch(void (*kernel)(List, Arguments), int64_t blocks, int threads, const List& list,
+              const Arguments& arguments, size_t shared = 0) const {
+    if (blocks > INT32_MAX || list.chunk > INT32_MAX)
+      throw std::runtime_error(std::string(op) + ": the plan is beyond the limits of a grid");
     kernel<<<unsigned(blocks), threads, shared, stream>>>(list, arguments);
     check(op, cudaGetLastError());
   }
@@ -60,12 +63,15 @@ void with_type(Dtype dtype, Run run) {
 
 template <class Reader>
 void partials(const Queue& queue, const List& list, const Forward& f) {
-  with_type(list.dtype, [&](auto tag) { queue.launch(partial_kernel<Reader, typename decltype(tag)::type>, list.chunks, kThreads, list, f); });
+  with_type(list.dtype, [&](auto tag) {
+    queue.launch(partial_kernel<Reader, typename decltype(tag)::type>, list.chunks, kThreads, list, f);
+  });
 }
 
 template <class Op>
 void merge(const Queue& queue, const List& list, const Forward& f) {
-  queue.launch(list.dtype == Dtype::f64 ? merge_kernel<Op, double> : merge_kernel<Op, float>, list.count, kMergers, list, f);
+  queue.launch(list.dtype == Dtype::f64 ? merge_kernel<Op, double> : merge_kernel<Op, float>, list.count, kMergers,
+               list, f);
 }
 
 template <class Op>
@@ -74,6 +80,18 @@ void map(const Queue& queue, const List& list, const Backward& b) {
     using T = typename decltype(tag)::type;
     queue.launch(b.add ? map_kernel<Op, T, true> : map_kernel<Op, T, false>, list.chunks, kThreads, list, b);
   });
+}
+
+template <class Reader, class Op>
+void loss_forward(const char* op, const List& list, const Forward& f, int device, uintptr_t stream) {
+  Queue queue(op, device, stream);
+  partials<Reader>(queue, list, f);
+  merge<Op>(queue, list, f);
+}
+
+template <class Op>
+void loss_backward(const char* op, const List& list, const Backward& b, int device, uintptr_t stream) {
+  map<Op>(Queue(op, device, stream), list, b);
 }
 
 }  // namespace r2::cuda

@@ -3,7 +3,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "../math.h"
+#include "../arithmetic.h"
 
 namespace r2::cuda {
 

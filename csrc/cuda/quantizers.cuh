@@ -6,21 +6,23 @@
 
 namespace r2::cuda {
 
-constexpr int kMostSums = 2;       // in a chunk's partial state
-constexpr int kBeside = 16;        // blocks that share the columns of a tensor when their sums are merged
+constexpr int kBeside = 16;  // blocks that share the columns of a tensor when their sums are merged
 constexpr int kSummers = 256;
-constexpr int kGradientBlocks = 4;  // to a multiprocessor, at least: 128 registers for each thread, with 64 KB of loads in flight
+// to a multiprocessor, at least: 128 registers for each thread, with 64 KB of loads in flight
+constexpr int kGradientBlocks = 4;
 template <class T>
 constexpr int kQuantizeBlocks = sizeof(Acc<T>) == 8 ? 4 : 5;
 
 // Where the rows threadIdx.x, threadIdx.x + kThreads, ... of a chunk lie, without a division for each.
-struct Places {
+struct ChannelStride {
   int64_t at, within, run, step, step_within, wrap;
 
-  __device__ Places(const Tensor& tensor, const Part& part) : run(tensor.columns == 1 ? tensor.numel : tensor.run) {
+  __device__ ChannelStride(const Tensor& tensor, const ChannelChunk& part)
+      : run(tensor.columns == 1 ? tensor.numel : tensor.run) {
     const int64_t row = part.row + threadIdx.x;
     within = row % run, at = row / run * tensor.columns * run + part.column * run + within;
-    step = kThreads / run * tensor.columns * run + kThreads % run, step_within = kThreads % run, wrap = (tensor.columns - 1) * run;
+    step = kThreads / run * tensor.columns * run + kThreads % run, step_within = kThreads % run,
+    wrap = (tensor.columns - 1) * run;
   }
 
   __device__ int64_t next() {
@@ -35,14 +37,15 @@ struct Places {
 struct Stretch {
   int64_t begin;
   bool is_one;
-  __device__ Stretch(const Tensor& tensor, const Part& part)
+  __device__ Stretch(const Tensor& tensor, const ChannelChunk& part)
       : begin(part.column * tensor.rows + part.row), is_one(tensor.columns == 1 || tensor.run == tensor.rows) {}
 };
 
 struct Edges {
   int head, packs, count;
   template <class T>
-  __device__ Edges(const T* p, int n) : head(min(before_boundary(p), n)), packs((n - head) / kPack<T>), count(n - packs * kPack<T>) {}
+  __device__ Edges(const T* p, int n)
+      : head(min(before_boundary(p), n)), packs((n - head) / kPack<T>), count(n - packs * kPack<T>) {}
   template <class T>
   __device__ int at(int i) const {
     return i < head ? i : i + packs * kPack<T>;
@@ -70,7 +73,8 @@ __device__ __forceinline__ void forward_wide(const T* x, T* y, int n, const F& f
   uint4* to = reinterpret_cast<uint4*>(y + edges.head);
   int i = threadIdx.x;
 #pragma unroll 1
-  for (; i + (kInFlight - 1) * kThreads < edges.packs; i += kInFlight * kThreads) forward_packs<kInFlight, T>(from + i, to + i, formula);
+  for (; i + (kInFlight - 1) * kThreads < edges.packs; i += kInFlight * kThreads)
+    forward_packs<kInFlight, T>(from + i, to + i, formula);
 #pragma unroll 1
   for (; i < edges.packs; i += kThreads) forward_packs<1, T>(from + i, to + i, formula);
   if (int(threadIdx.x) < edges.count) {
@@ -80,16 +84,18 @@ __device__ __forceinline__ void forward_wide(const T* x, T* y, int n, const F& f
 }
 
 template <int n, class A, class F>
-__device__ __forceinline__ void backward_batch(const A (&x)[n], const A (&g)[n], A (&dx)[n], A* sums, const F& formula) {
-  A some[kMostSums] = {};
+__device__ __forceinline__ void backward_batch(const A (&x)[n], const A (&g)[n], A (&dx)[n], A* sums,
+                                               const F& formula) {
+  A some[kQuantizerSums] = {};
 #pragma unroll
   for (int j = 0; j < n; ++j) dx[j] = formula.backward(x[j], g[j], some);
 #pragma unroll
-  for (int s = 0; s < kMostSums; ++s) sums[s] += some[s];
+  for (int s = 0; s < kQuantizerSums; ++s) sums[s] += some[s];
 }
 
 template <int packs, class T, class F>
-__device__ __forceinline__ void backward_packs(const uint4* x, const uint4* g, uint4* dx, Acc<T>* sums, const F& formula) {
+__device__ __forceinline__ void backward_packs(const uint4* x, const uint4* g, uint4* dx, Acc<T>* sums,
+                                               const F& formula) {
   using A = Acc<T>;
   uint4 of_x[packs], of_g[packs];
 #pragma unroll
@@ -117,20 +123,21 @@ template <class T, class F, class Next>
 __device__ void backward_strided(const T* x, const T* g, T* dx, int left, Next next, Acc<T>* sums, const F& formula) {
   constexpr int kRun = 16;
   while (left > 0) {
-    Acc<T> some[kMostSums] = {};
+    Acc<T> some[kQuantizerSums] = {};
     for (int i = 0; i < kRun && left > 0; ++i, --left) {
       const int64_t at = next();
       backward_one(x[at], g[at], dx[at], some, formula);
     }
 #pragma unroll
-    for (int s = 0; s < kMostSums; ++s) sums[s] += some[s];
+    for (int s = 0; s < kQuantizerSums; ++s) sums[s] += some[s];
   }
 }
 
 template <class T, class F>
 __device__ __forceinline__ void backward_wide(const T* x, const T* g, T* dx, int n, Acc<T>* sums, const F& formula) {
   const Edges edges(x, n);
-  const uint4 *from = reinterpret_cast<const uint4*>(x + edges.head), *other = reinterpret_cast<const uint4*>(g + edges.head);
+  const uint4 *from = reinterpret_cast<const uint4*>(x + edges.head),
+              *other = reinterpret_cast<const uint4*>(g + edges.head);
   uint4* to = reinterpret_cast<uint4*>(dx + edges.head);
   int i = threadIdx.x;
 #pragma unroll 1
@@ -144,7 +151,8 @@ __device__ __forceinline__ void backward_wide(const T* x, const T* g, T* dx, int
   }
 }
 
-// Whether a column is divided as IEEE has it: one with a step out of all proportion, and all in float64. The others get the fast divisor.
+// Whether a column is divided as IEEE has it: one with a step out of all proportion, and all in float64. The others get
+// the fast divisor.
 template <class Op, class A>
 __device__ bool is_plain(const Quantizer& q, int64_t column) {
   if constexpr (sizeof(A) == 8) {
@@ -165,14 +173,14 @@ struct FastFor<double> {
 };
 
 template <class T>
-__device__ void zero_gap(const Tensor& tensor, const Part& part, T* out) {
+__device__ void zero_gap(const Tensor& tensor, const ChannelChunk& part, T* out) {
   if (part.row != 0 || part.column != 0) return;
   const int64_t end = (tensor.numel + kSegment - 1) / kSegment * kSegment;
   for (int64_t j = tensor.numel + threadIdx.x; j < end; j += kThreads) narrow(Acc<T>(0), out[j]);
 }
 
-// Where numbers that follow each other belong to different columns, one block takes as many columns as share 32 bytes, the unit in which memory is moved,
-// and those of the others have nothing to do. A thread has one column.
+// Where numbers that follow each other belong to different columns, one block takes as many columns as share 32 bytes,
+// the unit in which memory is moved, and those of the others have nothing to do. A thread has one column.
 template <class T>
 struct Abreast {
   static constexpr int kColumns = 32 / sizeof(T), kRows = kThreads / kColumns;
@@ -180,9 +188,10 @@ struct Abreast {
   int row;
   bool is_mine, is_here;
 
-  __device__ Abreast(const Tensor& tensor, const Part& part)
-      : column(part.column + threadIdx.x % kColumns), at((part.row + threadIdx.x / kColumns) * tensor.columns + column), step(kRows * tensor.columns),
-        row(threadIdx.x / kColumns), is_mine(part.column % kColumns == 0), is_here(column < tensor.columns) {}
+  __device__ Abreast(const Tensor& tensor, const ChannelChunk& part)
+      : column(part.column + threadIdx.x % kColumns), at((part.row + threadIdx.x / kColumns) * tensor.columns + column),
+        step(kRows * tensor.columns), row(threadIdx.x / kColumns), is_mine(part.column % kColumns == 0),
+        is_here(column < tensor.columns) {}
 
   __device__ int64_t next() {
     int64_t now = at;
@@ -194,23 +203,25 @@ struct Abreast {
 };
 
 template <class Op, class T>
-__device__ void forward_abreast(const Tensor& tensor, const Part& part, const Quantizer& q, const T* x, T* y) {
+__device__ void forward_abreast(const Tensor& tensor, const ChannelChunk& part, const Quantizer& q, const T* x, T* y) {
   Abreast<T> me(tensor, part);
   if (!me.is_mine || !me.is_here) return;
-  const typename Op::template At<Acc<T>, Divisor<Acc<T>>> formula(q, tensor.at + me.column);
+  const typename Op::template At<Acc<T>, Divisor<Acc<T>>> formula(q, tensor.first_column + me.column);
   for (int i = me.row; i < part.n; i += me.kRows, me.at += me.step) narrow(formula.forward(widen(x[me.at])), y[me.at]);
 }
 
 template <class Op, class T>
-__device__ void backward_abreast(const Tensor& tensor, const Part& part, const Quantizer& q, const T* x, const T* g, T* dx) {
+__device__ void backward_abreast(const Tensor& tensor, const ChannelChunk& part, const Quantizer& q, const T* x,
+                                 const T* g, T* dx) {
   using A = Acc<T>;
   __shared__ A all[kThreads];
   Abreast<T> me(tensor, part);
   if (!me.is_mine) return;
-  A sums[kMostSums] = {};
+  A sums[kQuantizerSums] = {};
   if (me.is_here) {
-    const typename Op::template At<A, Divisor<A>> formula(q, tensor.at + me.column);
-    backward_strided(x, g, dx, (int(part.n) - me.row + me.kRows - 1) / me.kRows, [&] { return me.next(); }, sums, formula);
+    const typename Op::template At<A, Divisor<A>> formula(q, tensor.first_column + me.column);
+    backward_strided(
+        x, g, dx, (int(part.n) - me.row + me.kRows - 1) / me.kRows, [&] { return me.next(); }, sums, formula);
   }
   for (int s = 0; s < Op::kSums; ++s) {
     all[threadIdx.x] = sums[s];
@@ -218,7 +229,7 @@ __device__ void backward_abreast(const Tensor& tensor, const Part& part, const Q
     if (me.row == 0 && me.is_here) {
       double total = 0;
       for (int i = threadIdx.x; i < kThreads; i += me.kColumns) total += double(all[i]);
-      q.partial[(int64_t(blockIdx.x) + threadIdx.x) * kMostSums + s] = total;
+      q.partial[(int64_t(blockIdx.x) + threadIdx.x) * kQuantizerSums + s] = total;
     }
     __syncthreads();
   }
@@ -227,20 +238,22 @@ __device__ void backward_abreast(const Tensor& tensor, const Part& part, const Q
 template <class Op, class T>
 __global__ void __launch_bounds__(kThreads, kQuantizeBlocks<T>) quantize_kernel(List list, Quantizer q) {
   using A = Acc<T>;
-  const Part part = part_at(list, blockIdx.x);
+  const ChannelChunk part = channel_chunk_at(list, blockIdx.x);
   const Tensor& tensor = list.tensors[part.tensor];
   const T* x = reinterpret_cast<const T*>(list.pointers[part.tensor]);
   T* y = static_cast<T*>(q.target) + tensor.offset;
-  const int64_t column = tensor.at + part.column;
+  const int64_t column = tensor.first_column + part.column;
   zero_gap(tensor, part, y);
   if constexpr (kHasChannels<Op>)
     if (Abreast<T>::serves(tensor)) return forward_abreast<Op>(tensor, part, q, x, y);
   const Stretch stretch(tensor, part);
-  if (stretch.is_one && before_boundary(x + stretch.begin) == before_boundary(y + stretch.begin) && (sizeof(A) == 8 || !is_plain<Op, A>(q, column))) {
-    forward_wide(x + stretch.begin, y + stretch.begin, int(part.n), typename Op::template At<A, typename FastFor<A>::type>(q, column));
+  if (stretch.is_one && before_boundary(x + stretch.begin) == before_boundary(y + stretch.begin) &&
+      (sizeof(A) == 8 || !is_plain<Op, A>(q, column))) {
+    forward_wide(x + stretch.begin, y + stretch.begin, int(part.n),
+                 typename Op::template At<A, typename FastFor<A>::type>(q, column));
   } else {
     const typename Op::template At<A, Divisor<A>> formula(q, column);
-    Places places(tensor, part);
+    ChannelStride places(tensor, part);
     for (int i = threadIdx.x; i < part.n; i += kThreads) {
       const int64_t at = places.next();
       narrow(formula.forward(widen(x[at])), y[at]);
@@ -251,32 +264,35 @@ __global__ void __launch_bounds__(kThreads, kQuantizeBlocks<T>) quantize_kernel(
 template <class Op, class T>
 __global__ void __launch_bounds__(kThreads, kGradientBlocks) gradient_kernel(List list, Quantizer q) {
   using A = Acc<T>;
-  const Part part = part_at(list, blockIdx.x);
+  const ChannelChunk part = channel_chunk_at(list, blockIdx.x);
   const Tensor& tensor = list.tensors[part.tensor];
-  const T *x = reinterpret_cast<const T*>(list.pointers[part.tensor]), *g = reinterpret_cast<const T*>(q.grads[part.tensor]);
+  const T *x = reinterpret_cast<const T*>(list.pointers[part.tensor]),
+          *g = reinterpret_cast<const T*>(q.grads[part.tensor]);
   T* dx = static_cast<T*>(q.target) + tensor.offset;
-  const int64_t column = tensor.at + part.column;
+  const int64_t column = tensor.first_column + part.column;
   zero_gap(tensor, part, dx);
   if constexpr (kHasChannels<Op>)
     if (Abreast<T>::serves(tensor)) return backward_abreast<Op>(tensor, part, q, x, g, dx);
   const Stretch stretch(tensor, part);
   const int boundary = before_boundary(x + stretch.begin);
-  A sums[kMostSums] = {};
-  if (stretch.is_one && boundary == before_boundary(g + stretch.begin) && boundary == before_boundary(dx + stretch.begin) &&
-      (sizeof(A) == 8 || !is_plain<Op, A>(q, column))) {
+  A sums[kQuantizerSums] = {};
+  if (stretch.is_one && boundary == before_boundary(g + stretch.begin) &&
+      boundary == before_boundary(dx + stretch.begin) && (sizeof(A) == 8 || !is_plain<Op, A>(q, column))) {
     const typename Op::template At<A, typename FastFor<A>::type> formula(q, column);
     backward_wide(x + stretch.begin, g + stretch.begin, dx + stretch.begin, int(part.n), sums, formula);
   } else {
     const typename Op::template At<A, Divisor<A>> formula(q, column);
-    Places places(tensor, part);
-    backward_strided(x, g, dx, (int(part.n) - int(threadIdx.x) + kThreads - 1) / kThreads, [&] { return places.next(); }, sums, formula);
+    ChannelStride places(tensor, part);
+    backward_strided(
+        x, g, dx, (int(part.n) - int(threadIdx.x) + kThreads - 1) / kThreads, [&] { return places.next(); }, sums,
+        formula);
   }
   double total[Op::kSums];
 #pragma unroll
   for (int s = 0; s < Op::kSums; ++s) total[s] = sums[s];
   block_reduce<Sum>(total);
   if (threadIdx.x == 0)
-    for (int s = 0; s < Op::kSums; ++s) q.partial[int64_t(blockIdx.x) * kMostSums + s] = total[s];
+    for (int s = 0; s < Op::kSums; ++s) q.partial[int64_t(blockIdx.x) * kQuantizerSums + s] = total[s];
 }
 
 // A warp takes a column of a tensor; its lanes every 32nd of the column's chunks, and then by pairs.
@@ -285,15 +301,17 @@ __global__ void __launch_bounds__(kSummers) sums_kernel(List list, Quantizer q) 
   const Tensor& tensor = list.tensors[blockIdx.x / kBeside];
   const int64_t parts = (tensor.rows + list.chunk - 1) / list.chunk;
   const int lane = threadIdx.x % 32;
-  for (int64_t c = blockIdx.x % kBeside * (kSummers / 32) + threadIdx.x / 32; c < tensor.columns; c += kBeside * (kSummers / 32)) {
+  for (int64_t c = blockIdx.x % kBeside * (kSummers / 32) + threadIdx.x / 32; c < tensor.columns;
+       c += kBeside * (kSummers / 32)) {
     double sums[Op::kSums] = {};
     for (int64_t part = lane; part < parts; part += 32)
 #pragma unroll
-      for (int s = 0; s < Op::kSums; ++s) sums[s] += q.partial[(tensor.first + part * tensor.columns + c) * kMostSums + s];
+      for (int s = 0; s < Op::kSums; ++s)
+        sums[s] += q.partial[(tensor.first_chunk + part * tensor.columns + c) * kQuantizerSums + s];
 #pragma unroll
     for (int s = 0; s < Op::kSums; ++s)
       for (int distance = 16; distance > 0; distance /= 2) sums[s] += __shfl_xor_sync(~0u, sums[s], distance);
-    if (lane == 0) Op::template finish<A>(q, tensor.at + c, sums, double(tensor.rows));
+    if (lane == 0) Op::template finish<A>(q, tensor.first_column + c, sums, double(tensor.rows));
   }
 }
 
@@ -301,9 +319,10 @@ __global__ void __launch_bounds__(kSummers) sums_kernel(List list, Quantizer q) 
 template <class T>
 __global__ void __launch_bounds__(kThreads) maxima_kernel(List list, Quantizer q) {
   using A = Acc<T>;
-  if (q.partial[int64_t(blockIdx.x) * kMostSums + 1] == 0) return;
-  const Part part = part_at(list, blockIdx.x);
-  const T *x = reinterpret_cast<const T*>(list.pointers[part.tensor]), *g = reinterpret_cast<const T*>(q.grads[part.tensor]);
+  if (q.partial[int64_t(blockIdx.x) * kQuantizerSums + 1] == 0) return;
+  const ChannelChunk part = channel_chunk_at(list, blockIdx.x);
+  const T *x = reinterpret_cast<const T*>(list.pointers[part.tensor]),
+          *g = reinterpret_cast<const T*>(q.grads[part.tensor]);
   T* dx = static_cast<T*>(q.target) + list.tensors[part.tensor].offset;
   Dorefa::At<A, Divisor<A>> formula(q, part.tensor);
   formula.share_out(q, part.tensor);

@@ -1,10 +1,58 @@
-// How a block reads one chunk for bin_reg, msqe and partial_l2, and the bins of bin_reg.
+// How a block reads one chunk for kure, weight_stats, msqe, partial_l2 and bin_reg, and the gradient of bin_reg.
 #pragma once
-#include "readers.cuh"
+#include "skeletons.cuh"
 
 #include "../regularizers.h"
 
 namespace r2::cuda {
+
+template <class A>
+struct OffsetLane {
+  A origin, total = 0;
+
+  template <int n>
+  __device__ void take(const A (&w)[n]) {
+#pragma unroll
+    for (int j = 0; j < n; ++j) total += w[j] - origin;
+  }
+};
+
+template <class A>
+struct MomentsLane {
+  A pivot, low, high;
+  Moments::Lanes<A> sums;
+
+  template <int n>
+  __device__ void take(const A (&w)[n]) {
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      sums.add(w[j] - pivot);
+      low = min_nan(low, w[j]), high = max_nan(high, w[j]);
+    }
+  }
+};
+
+// Sums around the mean of the sample, near enough to the mean of all that float32 loses nothing.
+struct MomentsReader {
+  template <class T, class A = Acc<T>>
+  static __device__ void chunk(const Rows<T>& rows, Column, A* partial) {
+    const Rows<T> sample = rows.first(kSample);
+    OffsetLane<A> offset = {widen(rows.memory[rows.at(0)])};
+    sweep(sample, offset);
+    A mean[1] = {offset.total};
+    block_reduce<Sum>(mean);
+    const A pivot = offset.origin + mean[0] / sample.n;
+
+    MomentsLane<A> lane = {pivot, A(INFINITY), A(-INFINITY), {}};
+    sweep(rows, lane);
+    A ends[2] = {lane.high, -lane.low}, sums[4] = {lane.sums.m1, lane.sums.m2, lane.sums.m3, lane.sums.m4};
+    block_reduce<Max>(ends);
+    block_reduce<Sum>(sums);
+    if (threadIdx.x != 0) return;
+    Moments::centre(rows.n, pivot, sums, partial);
+    partial[5] = -ends[1], partial[6] = ends[0];
+  }
+};
 
 template <class A>
 struct MsqeLane {
@@ -61,8 +109,11 @@ struct Binner {
   A least, offset;
 
   __device__ Binner(double step, int bits)
-      : coder(step, bits, true), least(coder.sign ? A(0) : coder.low), offset(kRound<A> + (coder.sign ? A(0) : A(1 << (bits - 1)))) {}
-  __device__ __forceinline__ int operator()(A code) const { return low_bits((code > least ? code : least) + offset) & 0xff; }
+      : coder(step, bits, true), least(coder.sign ? A(0) : coder.low),
+        offset(kRound<A> + (coder.sign ? A(0) : A(1 << (bits - 1)))) {}
+  __device__ __forceinline__ int operator()(A code) const {
+    return low_bits((code > least ? code : least) + offset) & 0xff;
+  }
 
   static __device__ __forceinline__ int low_bits(float x) { return __float_as_int(x); }
   static __device__ __forceinline__ int low_bits(double x) { return __double2loint(x); }
@@ -132,7 +183,7 @@ __device__ void merge_bins(const List& list, const Forward& f, int64_t t, Mergin
   static_assert(sizeof(Merging) >= 2 * kMergers * sizeof(double));
   double (*count)[kMergers] = reinterpret_cast<double (*)[kMergers]>(&memory), (*error)[kMergers] = count + 1;
   const int bins = 1 << f.bits, groups = kMergers / bins, me = threadIdx.x;
-  const int64_t first = list.tensors[t].first, parts = (list.tensors[t].rows + list.chunk - 1) / list.chunk;
+  const int64_t first = list.tensors[t].first_chunk, parts = (list.tensors[t].rows + list.chunk - 1) / list.chunk;
   double counted = 0, summed = 0;
   for (int64_t part = me / bins; part < parts; part += groups) {
     const A* partial = static_cast<const A*>(f.partial) + (first + part) * 2 * bins + me % bins;
@@ -141,7 +192,8 @@ __device__ void merge_bins(const List& list, const Forward& f, int64_t t, Mergin
   (*count)[me] = counted, (*error)[me] = summed;
   __syncthreads();
   if (me < bins) {
-    for (int group = 1; group < groups; ++group) counted += (*count)[group * bins + me], summed += (*error)[group * bins + me];
+    for (int group = 1; group < groups; ++group)
+      counted += (*count)[group * bins + me], summed += (*error)[group * bins + me];
     static_cast<A*>(f.saved)[t * bins + me] = A(counted);
   }
   __syncthreads();
@@ -167,7 +219,7 @@ struct BinRegGradient {
   // By all threads of the block.
   static __device__ void fill(const Backward& b, int64_t t, A* slopes) {
     const A* counts = static_cast<const A*>(b.saved) + (t << b.bits);
-    const A twice = A(2 * Plain<BinReg>::upstream<A>(b, t));
+    const A twice = A(2 * LossOp<BinReg>::upstream<A>(b, t));
     for (int i = threadIdx.x; i < 1 << b.bits; i += blockDim.x) slopes[i] = twice / counts[i];
   }
 };

@@ -1,18 +1,22 @@
-// Reduce a list to one state per chunk, merge the states of each tensor, map a list elementwise. One block per chunk; every order is fixed,
-// so results are the same bits on every run.
+// Reduce a list to one state per chunk, merge the states of each tensor, map a list elementwise. One block per chunk;
+// every order is fixed, so results are the same bits on every run.
 #pragma once
 #include "numbers.cuh"
 
-#include "../ops.h"
+#include "../losses.h"
 
 namespace r2::cuda {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 constexpr int kMergers = 256;
+// to a multiprocessor, at least: 128 (80) registers for each thread
 template <class T>
-constexpr int kBlocks = sizeof(Acc<T>) == 8 ? 4 : 6;  // to a multiprocessor, at least: 128 (80) registers for each thread
-constexpr int kInFlight = 4;    // 128-bit loads of a thread
-constexpr int kSegment = 64;    // elements: where the gradients of a list start in the flat tensor (SEGMENT in r2kernels/weights.py)
+constexpr int kBlocks = sizeof(Acc<T>) == 8 ? 4 : 6;
+constexpr int kInFlight = 4;  // 128-bit loads of a thread
+
+// The first rows of a chunk, read ahead to find what its sums are taken relative to: all rows of a small chunk, a
+// sixteenth of a large one.
+constexpr int kSample = 4096;
 
 // The rows of one chunk of one column.
 template <class T>
@@ -22,7 +26,8 @@ struct Rows {
   int n, d, column;
 
   __device__ Rows(const List& list, const Chunk& c)
-      : memory(reinterpret_cast<const T*>(list.pointers[c.tensor])), row(c.row), run(list.tensors[c.tensor].run), n(int(c.n)), d(list.d), column(c.column) {}
+      : memory(reinterpret_cast<const T*>(list.pointers[c.tensor])), row(c.row), run(list.tensors[c.tensor].run),
+        n(int(c.n)), d(list.d), column(c.column) {}
 
   __device__ int64_t at(int64_t i) const { return (row + i) / run * d * run + column * run + (row + i) % run; }
 
@@ -39,8 +44,8 @@ struct Stride {
 
   template <class T>
   __device__ explicit Stride(const Rows<T>& rows)
-      : at(rows.at(threadIdx.x)), within((rows.row + threadIdx.x) % rows.run), run(rows.run), step(kThreads / run * rows.d * run + kThreads % run),
-        step_within(kThreads % run), wrap((rows.d - 1) * run) {}
+      : at(rows.at(threadIdx.x)), within((rows.row + threadIdx.x) % rows.run), run(rows.run),
+        step(kThreads / run * rows.d * run + kThreads % run), step_within(kThreads % run), wrap((rows.d - 1) * run) {}
 
   __device__ int64_t next() {
     int64_t now = at;
@@ -154,12 +159,14 @@ using Merging = double[kMergers][kState];
 
 // The states of one column, by threads that each take every kMergers-th and then by pairs; thread 0 has the result.
 template <class Op, class A>
-__device__ void merge_column(const List& list, const A* partial, int64_t parts, Column column, double* state, Merging& other) {
+__device__ void merge_column(const List& list, const A* partial, int64_t parts, Column column, double* state,
+                             Merging& other) {
   constexpr bool single = sizeof(A) == 4;
   const int me = threadIdx.x, active = int(min(parts, int64_t(kMergers)));
   if (me < active)
     for (int s = 0; s < kState; ++s) state[s] = double(partial[me * list.d * kState + s]);
-  for (int64_t part = me + kMergers; part < parts; part += kMergers) Op::merge(state, partial + part * list.d * kState, column, single);
+  for (int64_t part = me + kMergers; part < parts; part += kMergers)
+    Op::merge(state, partial + part * list.d * kState, column, single);
   for (int width = kMergers / 2; width > 0; width /= 2) {
     if (width >= active) continue;
     if (width <= me && me < 2 * width)
@@ -172,13 +179,14 @@ __device__ void merge_column(const List& list, const A* partial, int64_t parts, 
 
 template <class Op, class A>
 __device__ void merge_tensor(const List& list, const Forward& f, int64_t t, Merging& other) {
-  const int64_t first = list.tensors[t].first, parts = (list.tensors[t].rows + list.chunk - 1) / list.chunk;
+  const int64_t first = list.tensors[t].first_chunk, parts = (list.tensors[t].rows + list.chunk - 1) / list.chunk;
   double total = 0;
   for (int c = 0; c < list.d; ++c) {
     Column column = column_at<A>(list, f.first, f.second, t, c, f.bits);
     double state[kState];
     merge_column<Op>(list, static_cast<const A*>(f.partial) + (first + c) * kState, parts, column, state, other);
-    if (threadIdx.x == 0) total += Op::finish(state, column, list, t * list.d + c, static_cast<A*>(f.saved), static_cast<A*>(f.out));
+    if (threadIdx.x == 0)
+      total += Op::finish(state, column, list, t * list.d + c, static_cast<A*>(f.saved), static_cast<A*>(f.out));
   }
   if (Op::kLoss && threadIdx.x == 0) static_cast<A*>(f.out)[t] = A(total);
 }
@@ -230,7 +238,8 @@ __device__ void map_rows(const Rows<T>& rows, T* memory, const G& gradient) {
   uint4* to = reinterpret_cast<uint4*>(out + head);
   int i = threadIdx.x;
 #pragma unroll 1
-  for (; i + (kInFlight - 1) * kThreads < packs; i += kInFlight * kThreads) map_packs<kAdd, kInFlight, T>(from + i, to + i, gradient);
+  for (; i + (kInFlight - 1) * kThreads < packs; i += kInFlight * kThreads)
+    map_packs<kAdd, kInFlight, T>(from + i, to + i, gradient);
 #pragma unroll 1
   for (; i < packs; i += kThreads) map_packs<kAdd, 1, T>(from + i, to + i, gradient);
   if (int(threadIdx.x) < edges) {
@@ -245,7 +254,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) map_kernel(List list, Ba
   using G = decltype(Op::template gradient<A>(list, b, 0, 0, Column{}, static_cast<const A*>(nullptr)));
   Chunk c = chunk_at(list, blockIdx.x);
   const Tensor& tensor = list.tensors[c.tensor];
-  T* out = kAdd ? reinterpret_cast<T*>(static_cast<const int64_t*>(b.target)[c.tensor]) : static_cast<T*>(b.target) + tensor.offset;
+  T* out = kAdd ? reinterpret_cast<T*>(static_cast<const int64_t*>(b.target)[c.tensor])
+                : static_cast<T*>(b.target) + tensor.offset;
 
   // One thread does what needs float64, slow on most GPUs.
   alignas(G) __shared__ unsigned char shared[sizeof(G)];
@@ -254,7 +264,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) map_kernel(List list, Ba
     const Column column = column_at<A>(list, b.first, b.second, c.tensor, c.column, b.bits);
     const A* saved = static_cast<const A*>(b.saved) + at * Op::kSaved;
     new (shared) G(Op::template gradient<A>(list, b, c.tensor, at, column, saved));
-    if (c.row == 0 && b.parameter_gradient) static_cast<A*>(b.parameter_gradient)[at] = A(Op::parameter_gradient(list, b, c.tensor, at, column, saved));
+    if (c.row == 0 && b.parameter_gradient)
+      static_cast<A*>(b.parameter_gradient)[at] = A(Op::parameter_gradient(list, b, c.tensor, at, column, saved));
   }
   __syncthreads();
   const G gradient = *reinterpret_cast<const G*>(shared);

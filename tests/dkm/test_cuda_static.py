@@ -1,4 +1,5 @@
-"""DKM's CUDA kernels as compiled for sm_90: how they use shared memory, and few instructions for each weight. Needs nvcc, but no GPU."""
+"""DKM's CUDA kernels as compiled for sm_90: how they use shared memory, and few instructions for each weight. Needs
+nvcc, but no GPU."""
 
 import re
 
@@ -6,7 +7,8 @@ import pytest
 import sass
 from sass import TYPES
 
-# By interval, where each lane has bins of its own: instructions per weight (float32, 16 bit), float4 additions in bins, arrays read.
+# By interval, where each lane has bins of its own: instructions per weight (float32, 16 bit), float4 additions in bins,
+# arrays read.
 SUMS = {
     "UpdateSums": (40, 40, 1, 1),
     "UpstreamSums": (44, 45, 1, 2),

@@ -1,7 +1,8 @@
-"""The quantizers' CUDA kernels as compiled for sm_90: no spills, 128-bit accesses, few instructions for each number; and, in a program for the host, the
-division that they do without dividing. Needs nvcc, but no GPU.
+"""The quantizers' CUDA kernels as compiled for sm_90: no spills, 128-bit accesses, few instructions for each number;
+and, in a program for the host, the division that they do without dividing. Needs nvcc, but no GPU.
 
-At full bandwidth an H200 has time for 60 instructions per float32 number that it reads and writes, 30 per 16-bit one; half more with a second array to read.
+At full bandwidth an H200 has time for 60 instructions per float32 number that it reads and writes, 30 per 16-bit one;
+half more with a second array to read.
 """
 
 import re
@@ -99,11 +100,13 @@ int main() {
     const float by = number_of(mantissa | uint32_t(k % 4 ? 127 : 127 - 60 + random_bits() % 120) << 23);
     const FastDivisor fast(by);
     for (int i = 0; i < 2000; ++i) {
-      const float v = (int(random_bits() % 2001) - 1000) * 0.5f, x = number_of((random_bits() & 0x807fffffu) | (random_bits() % 24 + 112) << 23) * by;
+      const float v = (int(random_bits() % 2001) - 1000) * 0.5f;
+      const float x = number_of((random_bits() & 0x807fffffu) | (random_bits() % 24 + 112) << 23) * by;
       if (fabsf(x / by) <= FastDivisor::kMost) quotients += differ(fast(x), x / by);
       quotients += differ(fast(v * by), v * by / by);
       if (v != 0)
-        for (float y : {nextafterf(v * by, INFINITY), nextafterf(v * by, -INFINITY)}) quotients += differ(fast(y), y / by);
+        for (float y : {nextafterf(v * by, INFINITY), nextafterf(v * by, -INFINITY)})
+          quotients += differ(fast(y), y / by);
       const float any = number_of(random_bits());
       codes += differ(rint_(clamp_(fast(any), -128.0f, 127.0f)), rint_(clamp_(any / by, -128.0f, 127.0f)));
     }

@@ -1,6 +1,8 @@
-"""The CUDA kernels as compiled for sm_90: no spills, 128-bit accesses, and few instructions for each weight. Needs nvcc, but no GPU.
+"""The CUDA kernels as compiled for sm_90: no spills, 128-bit accesses, and few instructions for each weight. Needs
+nvcc, but no GPU.
 
-At full bandwidth an H200 has time for 30 instructions per float32 weight that it reads, 15 per 16-bit one, and twice that where it writes too.
+At full bandwidth an H200 has time for 30 instructions per float32 weight that it reads, 15 per 16-bit one, and twice
+that where it writes too.
 """
 
 import re

@@ -1,5 +1,5 @@
-"""The CUDA kernels of bin_reg, msqe, partial_l2 and terms as compiled for sm_90: no spills, 128-bit accesses, few instructions for each weight. Needs nvcc,
-but no GPU."""
+"""The CUDA kernels of bin_reg, msqe, partial_l2 and terms as compiled for sm_90: no spills, 128-bit accesses, few
+instructions for each weight. Needs nvcc, but no GPU."""
 
 import re
 
@@ -18,7 +18,7 @@ DIGITS = (6.5, 7.5)
 
 @pytest.fixture(scope="module")
 def kernels():
-    return sass.compiled("terms.cu")
+    return sass.compiled("regularizers_terms.cu")
 
 
 def find(kernels, pattern, dtype, add=None):
@@ -32,7 +32,7 @@ def find(kernels, pattern, dtype, add=None):
 
 
 def test_nothing_spills(kernels):
-    found = {**kernels, **sass.compiled("rank.cu")}
+    found = {**kernels, **sass.compiled("regularizers_rank.cu")}
     assert len(found) > 40
     assert [k.name for k in found.values() if k.spills or k.stack] == []
 
@@ -80,7 +80,7 @@ def test_terms_read_and_write_once(kernels, dtype, add):
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_digits(dtype):
-    kernel, size = find(sass.compiled("rank.cu"), "digits_kernelI", dtype), TYPES[dtype][1]
+    kernel, size = find(sass.compiled("regularizers_rank.cu"), "digits_kernelI", dtype), TYPES[dtype][1]
     loop = kernel.main_loop()
     assert kernel.count("LDG", "128", loop) == kernel.count("LDG", path=loop) == IN_FLIGHT
     assert kernel.per_weight(size) <= DIGITS[size == 2]

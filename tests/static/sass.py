@@ -1,4 +1,5 @@
-"""What a compiled kernel costs, read from its machine code: registers, spills, 128-bit accesses, instructions per weight. Needs no GPU."""
+"""What a compiled kernel costs, read from its machine code: registers, spills, 128-bit accesses, instructions per
+weight. Needs no GPU."""
 
 import functools
 import heapq
@@ -101,7 +102,8 @@ class Kernel:
         return [path for path in map(self._cycle, {to for i, to in self.targets.items() if to <= i}) if path]
 
     def main_loop(self):
-        """Indices on the shortest way once round the loop that has the most 128-bit loads on it: what full tiles cost, rare branches aside."""
+        """Indices on the shortest way once round the loop that has the most 128-bit loads on it: what full tiles cost,
+        rare branches aside."""
         loops = self.loops()
         return max(loops, key=lambda path: (self.count("LDG", "128", path), len(path)), default=[])
 

@@ -2,58 +2,10 @@
 #pragma once
 #include "skeletons.h"
 
+#include "../range_losses.h"
+
 namespace r2 {
 inline namespace R2_ISA {
-
-// Vectors in a run, and runs in a block: sums of sums of sums, whose rounding errors grow with the longest of the three chains, not with their product.
-constexpr int kRun = 12;
-
-// Feeds all numbers to the vector lanes, and the last few to the scalar one.
-template <class Wide, class Tail, class T, class Add>
-R2_HD void sweep(const T* w, int64_t n, Wide& wide, Tail& tail, Add add) {
-  using V = Vec<Acc<T>>;
-  int64_t i = 0;
-  while (i + lanes<V> <= n) {
-    Wide block = {};
-    for (int runs = 0; runs < kRun && i + lanes<V> <= n; ++runs) {
-      const int64_t end = i + kRun * lanes<V> < n ? i + kRun * lanes<V> : n;
-      Wide run = {};
-      for (; i + lanes<V> <= end; i += lanes<V>) {
-        // what the next chunk reads comes in while this one is computed from cache: soft_min_max of 47 MB in 2.0 ms, not 3.2
-        __builtin_prefetch(w + n + i);
-        add(run, load<V>(w + i));
-      }
-      block += run;
-    }
-    wide += block;
-  }
-  for (; i < n; ++i) add(tail, Acc<T>(widen(w[i])));
-}
-
-template <class T>
-struct Extremes {
-  Acc<T> low, high;
-};
-
-// Two pairs of registers hide the latency of min and max.
-template <class T>
-R2_HD Extremes<T> extremes(const T* w, int64_t n) {
-  using A = Acc<T>;
-  using V = Vec<A>;
-  constexpr int step = lanes<V>;
-  V low0 = splat<V>(A(INFINITY)), low1 = low0, high0 = -low0, high1 = high0;
-  int64_t i = 0;
-  for (; i + 2 * step <= n; i += 2 * step) {
-    V a = load<V>(w + i), b = load<V>(w + i + step);
-    low0 = a < low0 ? a : low0, high0 = a > high0 ? a : high0;
-    low1 = b < low1 ? b : low1, high1 = b > high1 ? b : high1;
-  }
-  auto less = [](auto a, auto b) { return a < b ? a : b; };
-  auto more = [](auto a, auto b) { return a > b ? a : b; };
-  Extremes<T> e = {fold<A>(less(low0, low1), less), fold<A>(more(high0, high1), more)};
-  for (; i < n; ++i) e = {less(A(widen(w[i])), e.low), more(A(widen(w[i])), e.high)};
-  return e;
-}
 
 struct LInfReader {
   template <class T, class A>
@@ -87,8 +39,8 @@ struct MarginReader {
   }
 };
 
-// How both sides of a vector or number are summed, and around which two shifts `at`. Any shift is right; one near the soft extreme loses nothing.
-// Far: two exponentials, from shifts among the weights.
+// How both sides of a vector or number are summed, and around which two shifts `at`. Any shift is right; one near the
+// soft extreme loses nothing. Far: two exponentials, from shifts among the weights.
 template <class A>
 struct Far {
   Soft::Exponent<Vec<A>> wide;
@@ -121,7 +73,8 @@ struct Near {
   }
   R2_HD void settle(const double (*s)[3], A* state) const {
     for (int i = 0; i < 2; ++i) {
-      double r = exp2_(-double(at[i])), moved[3] = {r * s[i][0], r * s[i][1], r * s[i][2]}, side = i ? -double(k) : double(k);
+      double r = exp2_(-double(at[i])), moved[3] = {r * s[i][0], r * s[i][1], r * s[i][2]},
+             side = i ? -double(k) : double(k);
       Soft::settle(double(middle) + double(at[i]) / side, moved, side, state + 4 * i);
     }
   }
@@ -134,8 +87,8 @@ struct BothSums {
   R2_HD void operator+=(const BothSums& other) { side[0] += other.side[0], side[1] += other.side[1]; }
 };
 
-// Whether the variance of a side suffers from cancellation: its mean lies more than so many deviations from the shift. Four cost float32 sums, which are
-// merged in float64, nothing; float64 has no wider type to merge in.
+// Whether the variance of a side suffers from cancellation: its mean lies more than so many deviations from the shift.
+// Four cost float32 sums, which are merged in float64, nothing; float64 has no wider type to merge in.
 template <class A>
 R2_HD bool is_off(const double* s) {
   constexpr double deviations = sizeof(A) == 8 ? 1 : 4;
@@ -188,35 +141,6 @@ struct SoftReader {
   static void read(const T* w, int64_t n, Column c, bool variance, A* state) {
     double a = Soft::size(c.first, sizeof(A) == 4);
     variance ? soft_chunk<true>(w, n, a, state) : soft_chunk<false>(w, n, a, state);
-  }
-};
-
-// The chunk lies in cache: its mean first, then the powers of what is left.
-template <class T, class A>
-R2_HD void moments_chunk(const T* w, int64_t n, A* state) {
-  using V = Vec<A>;
-  struct Total {
-    V wide = {};
-    A tail = 0;
-  } total;
-  const A pivot = widen(w[0]);
-  sweep(w, n, total.wide, total.tail, [pivot](auto& t, auto x) { t += x - splat<decltype(x)>(pivot); });
-  const A mean = A(double(pivot) + (sum(total.wide) + total.tail) / n);
-  Moments::Lanes<V> lane = {};
-  Moments::Lanes<A> tail = {};
-  sweep(w, n, lane, tail, [mean](auto& l, auto x) { l.add(x - splat<decltype(x)>(mean)); });
-  auto [low, high] = extremes(w, n);
-  if (!(mean - mean == 0))
-    for (int64_t i = 0; i < n; ++i)
-      if (widen(w[i]) != widen(w[i])) low = high = A(NAN);
-  state[0] = A(n), state[1] = mean + A((sum(lane.m1) + tail.m1) / n), state[2] = A(sum(lane.m2) + tail.m2);
-  state[3] = A(sum(lane.m3) + tail.m3), state[4] = A(sum(lane.m4) + tail.m4), state[5] = low, state[6] = high;
-}
-
-struct MomentsReader {
-  template <class T, class A>
-  static void read(const T* w, int64_t n, Column, bool, A* state) {
-    moments_chunk(w, n, state);
   }
 };
 

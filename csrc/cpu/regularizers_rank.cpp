@@ -1,18 +1,20 @@
-// The exact k-th smallest |w| of each tensor: 16 bits of what is left at a time, by counting. Counts are integers, so threads may add them in any order.
+// The exact k-th smallest |w| of each tensor: 16 bits of what is left at a time, by counting. Counts are integers, so
+// threads may add them in any order.
 #include <algorithm>
 #include <cmath>
 #include <memory>
 #include <vector>
 
-#include "kernels.h"
+#include "regularizers_terms.h"
 #include "skeletons.h"
 
 namespace r2 {
 inline namespace R2_ISA {
 
-constexpr int64_t kSelect = 4096;      // rows: below, they are sorted as far as need be; above, a sample first says where to look
+// rows: up to these they are sorted as far as need be; above, a sample first says where to look
+constexpr int64_t kSelect = 4096;
 constexpr int kDigits = 1 << 16;
-constexpr int kGroup = 1024;           // weights between two looks at how much room is left
+constexpr int kGroup = 1024;  // weights between two looks at how much room is left
 
 template <int kBytes_>
 struct Unsigned;
@@ -68,14 +70,16 @@ int64_t split(const T* w, int64_t n, Key<T> low, Key<T> high, Key<T>* keys, int6
   return below;
 }
 
-// Sets `key` where it is found among those between two that a sample gives: one pass over memory. False where they are too many or too few.
+// Sets `key` where it is found among those between two that a sample gives: one pass over memory. False where they are
+// too many or too few.
 template <class T>
 bool select_by_sample(const T* w, int64_t n, int64_t place, int threads, Key<T>* key) {
   constexpr int64_t size = 1024;
   constexpr double deviations = 3.5;
   std::vector<Key<T>> sample(size);
   for (int64_t i = 0; i < size; ++i) sample[i] = key_of(w[(2 * i + 1) * n / (2 * size)]);
-  const double part = double(place) / n, centre = part * size, margin = deviations * std::sqrt(size * part * (1 - part)) + 2;
+  const double part = double(place) / n, centre = part * size,
+               margin = deviations * std::sqrt(size * part * (1 - part)) + 2;
   const int64_t from = int64_t(centre - margin), to = int64_t(centre + margin) + 1;
   Key<T> low = 0, high = ~Key<T>(0);
   if (from >= 0) {
@@ -207,16 +211,12 @@ void rank_tensors(const List& list, const Rank& r, int threads) {
   if (!large) return;
   std::vector<uint32_t> counts;
   for (int64_t t = 0; t < list.count; ++t)
-    if (r.rank[t] >= 1 && !is_small(t)) put(t, select_large(weights(t), list.tensors[t].rows, r.rank[t] - 1, threads, counts));
+    if (r.rank[t] >= 1 && !is_small(t))
+      put(t, select_large(weights(t), list.tensors[t].rows, r.rank[t] - 1, threads, counts));
 }
 
 void rank(const List& list, const Rank& r, int threads) {
-  switch (list.dtype) {
-    case Dtype::f64: return rank_tensors<double>(list, r, threads);
-    case Dtype::f32: return rank_tensors<float>(list, r, threads);
-    case Dtype::bf16: return rank_tensors<bf16>(list, r, threads);
-    case Dtype::f16: return rank_tensors<f16>(list, r, threads);
-  }
+  with_type(list.dtype, [&](auto like) { rank_tensors<decltype(like)>(list, r, threads); });
 }
 
 }  // namespace R2_ISA

@@ -1,6 +1,6 @@
 // bin_reg, msqe, partial_l2, and several regularizers from one launch, on a GPU.
 #include "launch.cuh"
-#include "terms.cuh"
+#include "regularizers_terms.cuh"
 
 namespace r2::cuda {
 
@@ -12,11 +12,16 @@ void terms_fwd(const List& list, const Terms<Forward>& terms, int device, uintpt
   } else if (terms.count == 1 && terms.term[0] == Term::partial_l2) {
     partials<PartialL2Reader>(queue, list, f);
   } else if (terms.count == 1 && terms.term[0] == Term::bin_reg) {
-    with_type(list.dtype, [&](auto tag) { queue.launch(bins_kernel<typename decltype(tag)::type>, list.chunks, kThreads, list, f, kBinRoom); });
+    with_type(list.dtype, [&](auto tag) {
+      queue.launch(bins_kernel<typename decltype(tag)::type>, list.chunks, kThreads, list, f, kBinRoom);
+    });
   } else {
-    with_type(list.dtype, [&](auto tag) { queue.launch(terms_kernel<typename decltype(tag)::type>, list.chunks, kThreads, list, terms, kBinRoomOfTerms); });
+    with_type(list.dtype, [&](auto tag) {
+      queue.launch(terms_kernel<typename decltype(tag)::type>, list.chunks, kThreads, list, terms, kBinRoomOfTerms);
+    });
   }
-  queue.launch(list.dtype == Dtype::f64 ? merge_terms_kernel<double> : merge_terms_kernel<float>, list.count * terms.count, kMergers, list, terms);
+  queue.launch(list.dtype == Dtype::f64 ? merge_terms_kernel<double> : merge_terms_kernel<float>,
+               list.count * terms.count, kMergers, list, terms);
 }
 
 void terms_bwd(const List& list, const Terms<Backward>& terms, int device, uintptr_t stream) {

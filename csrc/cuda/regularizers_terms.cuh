@@ -1,5 +1,7 @@
-// Several regularizers from one launch: each sweeps a chunk small enough to stay in the first cache; backward, the gradients of all are summed in registers.
+// Several regularizers from one launch: each sweeps a chunk small enough to stay in the first cache; backward, the
+// gradients of all are summed in registers.
 #pragma once
+#include "range_losses.cuh"
 #include "regularizers.cuh"
 
 namespace r2::cuda {
@@ -8,7 +10,8 @@ constexpr int kBinRoom = 32768, kBinRoomOfTerms = 16384;  // bytes of shared mem
 constexpr int kFunctor = 128;                             // bytes of the largest gradient
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 3 : kBlocks<T>) terms_kernel(List list, Terms<Forward> terms) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 3 : kBlocks<T>)
+    terms_kernel(List list, Terms<Forward> terms) {
   using A = Acc<T>;
   const Chunk c = chunk_at(list, blockIdx.x);
   const Rows<T> rows(list, c);
@@ -16,12 +19,15 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 3 : kBlocks<T>) ter
   for (int k = 0; k < terms.count; ++k) {
     const Forward& f = terms.of[k];
     const Column column = column_at<A>(list, f.first, f.second, c.tensor, 0, f.bits);
-    A* partial = static_cast<A*>(f.partial) + int64_t(blockIdx.x) * (terms.term[k] == Term::bin_reg ? 2 << f.bits : kState);
+    A* partial =
+        static_cast<A*>(f.partial) + int64_t(blockIdx.x) * (terms.term[k] == Term::bin_reg ? 2 << f.bits : kState);
     __syncthreads();
     switch (terms.term[k]) {
       case Term::l_inf: LInfReader::chunk<T>(rows, column, partial); break;
       case Term::margin: MarginReader::chunk<T>(rows, column, partial); break;
-      case Term::soft_min_max: f.flag ? SoftReader<true>::chunk<T>(rows, column, partial) : SoftReader<false>::chunk<T>(rows, column, partial); break;
+      case Term::soft_min_max:
+        f.flag ? SoftReader<true>::chunk<T>(rows, column, partial) : SoftReader<false>::chunk<T>(rows, column, partial);
+        break;
       case Term::kure: MomentsReader::chunk<T>(rows, column, partial); break;
       case Term::bin_reg: BinRegReader<kBinRoomOfTerms>::chunk<T>(rows, column, partial); break;
       case Term::msqe: MsqeReader::chunk<T>(rows, column, partial); break;
@@ -58,7 +64,8 @@ __global__ void __launch_bounds__(kMergers, 1) merge_terms_kernel(List list, Ter
 
 template <class T, bool kAdd>
 __device__ T* target_of(const List& list, const Backward& b, int64_t t) {
-  return kAdd ? reinterpret_cast<T*>(static_cast<const int64_t*>(b.target)[t]) : static_cast<T*>(b.target) + list.tensors[t].offset;
+  return kAdd ? reinterpret_cast<T*>(static_cast<const int64_t*>(b.target)[t])
+              : static_cast<T*>(b.target) + list.tensors[t].offset;
 }
 
 // What lies between the gradient of a tensor and the next.
@@ -116,7 +123,8 @@ __device__ void make_gradient(const List& list, const Backward& b, const Chunk& 
   const A* saved = static_cast<const A*>(b.saved) + c.tensor * Op::kSaved;
   new (functor) G(Op::template gradient<A>(list, b, c.tensor, c.tensor, column, saved));
   if (c.row == 0 && b.parameter_gradient)
-    static_cast<A*>(b.parameter_gradient)[c.tensor] = A(Op::parameter_gradient(list, b, c.tensor, c.tensor, column, saved));
+    static_cast<A*>(b.parameter_gradient)[c.tensor] =
+        A(Op::parameter_gradient(list, b, c.tensor, c.tensor, column, saved));
 }
 
 template <class T, bool kAdd>
@@ -137,7 +145,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) terms_map_kernel(List li
       case Term::margin: make_gradient<MarginOp, A>(list, b, c, functors[k]); break;
       case Term::soft_min_max: make_gradient<SoftOp<false>, A>(list, b, c, functors[k]); break;
       case Term::kure: make_gradient<KureOp, A>(list, b, c, functors[k]); break;
-      case Term::bin_reg: new (functors[k]) BinRegGradient<A>{Binner<A>(column_at<A>(list, b.first, b.second, c.tensor, 0).first, b.bits), slopes}; break;
+      case Term::bin_reg:
+        new (functors[k])
+            BinRegGradient<A>{Binner<A>(column_at<A>(list, b.first, b.second, c.tensor, 0).first, b.bits), slopes};
+        break;
       case Term::msqe: make_gradient<MsqeOp, A>(list, b, c, functors[k]); break;
       case Term::partial_l2: make_gradient<PartialL2Op, A>(list, b, c, functors[k]); break;
     }

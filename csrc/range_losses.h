@@ -1,28 +1,13 @@
-// Every formula once, for host and device. V is the accumulator A (float, double), or on the CPU a vector of them (cpu/simd.h, to be
-// included first); vectors and scalars share the operators, `c ? a : b`, and the functions splat, exp2_ and abs_.
+// The formulas of l_inf, margin, soft_min_max and soft_extrema, and their gradients, once for host and device.
 #pragma once
-#include "values.h"
+#include "losses.h"
 
 namespace r2 {
 inline namespace R2_ISA {
 
-constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
-
-// sign(x), and x itself where that is 0 or NaN
-template <class V>
-R2_HD V sign_(V x) {
-  return x > splat<V>(0) ? splat<V>(1) : x < splat<V>(0) ? splat<V>(-1) : x;
-}
-
-// What a column is given: its parameters as the op takes them, and its number of rows.
-struct Column {
-  double first, second, rows;
-  int bits = 0;
-};
-
 // max|w|. State: the maximum, how many attain it. A NaN stays the maximum.
 struct LInf {
-  static constexpr int kSaved = 2;
+  static constexpr int kSaved = saved_numbers::l_inf;
 
   template <class V>
   struct Lanes {
@@ -53,14 +38,15 @@ struct LInf {
   struct Gradient {
     V top, slope;
     template <class A>
-    R2_HD Gradient(double grad, Column, const A* saved) : top(splat<V>(saved[0])), slope(splat<V>(A(grad / saved[1]))) {}
+    R2_HD Gradient(double grad, Column, const A* saved)
+        : top(splat<V>(saved[0])), slope(splat<V>(A(grad / saved[1]))) {}
     R2_HD V operator()(V w) const { return (abs_(w) == top ? sign_(w) : splat<V>(0)) * slope; }
   };
 };
 
 // |M| + sum relu(|w| - |M|) / k. State: the excess, how many lie outside.
 struct Margin {
-  static constexpr int kSaved = 1;
+  static constexpr int kSaved = saved_numbers::margin;
 
   template <class V>
   struct Lanes {
@@ -96,15 +82,17 @@ struct Margin {
   struct Gradient {
     V M, slope;
     template <class A>
-    R2_HD Gradient(double grad, Column c, const A*) : M(splat<V>(A(fabs(c.first)))), slope(splat<V>(A(grad / divisor(c)))) {}
+    R2_HD Gradient(double grad, Column c, const A*)
+        : M(splat<V>(A(fabs(c.first)))), slope(splat<V>(A(grad / divisor(c)))) {}
     R2_HD V operator()(V w) const { return (abs_(w) > M ? sign_(w) : splat<V>(0)) * slope; }
   };
 };
 
-// Soft extremes, in units of the exponent: k = |alpha| log2(e), delta = k (w - M) <= 0 for the maximum side, -k (w - m) for the minimum side.
-// State: (M, S0, S1, S2) with Sn = sum delta^n 2^delta, then the same around the minimum m.
+// Soft extremes, in units of the exponent: k = |alpha| log2(e), delta = k (w - M) <= 0 for the maximum side, -k (w - m)
+// for the minimum side. State: (M, S0, S1, S2) with Sn = sum delta^n 2^delta, then the same around the minimum m.
 struct Soft {
-  static constexpr int kSaved = 8;
+  static constexpr int kSaved = saved_numbers::soft_min_max;
+  static_assert(kSaved == saved_numbers::soft_extrema);
 
   // alpha = 0 is taken as this, which is zero to the result and spares a special case
   R2_HD static double size(double alpha, bool single) {
@@ -113,12 +101,14 @@ struct Soft {
   }
   R2_HD static double scale(double alpha, bool single) { return size(alpha, single) * kLog2e; }
 
-  // Exponents from differences of weights. In double the rounding of alpha log2(e) is made good, or it would be the largest error.
+  // Exponents from differences of weights. In double the rounding of alpha log2(e) is made good, or it would be the
+  // largest error.
   template <class V>
   struct Exponent {
     using A = typename Scalar<V>::type;
     V k, rest;
-    R2_HD explicit Exponent(double a) : k(splat<V>(A(a * kLog2e))), rest(splat<V>(A(fma(a, kLog2e, -(a * kLog2e)) + a * 2.0355273740931033e-17))) {}
+    R2_HD explicit Exponent(double a)
+        : k(splat<V>(A(a * kLog2e))), rest(splat<V>(A(fma(a, kLog2e, -(a * kLog2e)) + a * 2.0355273740931033e-17))) {}
     R2_HD V operator()(V difference) const {
 #if !defined(__CUDACC__)  // there the two registers would make the kernel spill
       if constexpr (sizeof(A) == 8) return bounded_(k * difference + rest * difference);
@@ -173,7 +163,8 @@ struct Soft {
     s[0] = r * s[0];
   }
 
-  // One side of a state, from sums relative to `shift`. They are rounded where that costs the variance least: relative to their mean.
+  // One side of a state, from sums relative to `shift`. They are rounded where that costs the variance least: relative
+  // to their mean.
   template <class A>
   R2_HD static void settle(double shift, const double* sums, double k, A* state) {
     state[0] = A(shift + sums[1] / (sums[0] * k));
@@ -192,7 +183,8 @@ struct Soft {
   template <class A>
   R2_HD static double finish_side(const double* s, double unit, A* saved) {
     double mean = s[2] / s[1];
-    saved[0] = A(s[0]), saved[1] = A(1 / s[1]), saved[2] = A(mean * unit), saved[3] = A((s[3] / s[1] - mean * mean) * (unit * unit));
+    saved[0] = A(s[0]), saved[1] = A(1 / s[1]), saved[2] = A(mean * unit),
+    saved[3] = A((s[3] / s[1] - mean * mean) * (unit * unit));
     return mean * unit;
   }
 
@@ -200,7 +192,8 @@ struct Soft {
   template <class A>
   R2_HD static double finish(const double* state, Column c, double unit, A* saved, double* extremes) {
     const double *high = state, *low = state + 4;
-    double up = finish_side(high, unit, saved + (c.first < 0 ? 4 : 0)), down = finish_side(low, -unit, saved + (c.first < 0 ? 0 : 4));
+    double up = finish_side(high, unit, saved + (c.first < 0 ? 4 : 0)),
+           down = finish_side(low, -unit, saved + (c.first < 0 ? 0 : 4));
     double top = high[0] + up, bottom = low[0] + down;
     extremes[0] = c.first < 0 ? top : bottom, extremes[1] = c.first < 0 ? bottom : top;
     double range = (high[0] - low[0]) + (up - down);
@@ -219,7 +212,8 @@ struct Soft {
     Exponent<V> exponent;
     template <class A>
     R2_HD Side(double g, double alpha, const A* saved)
-        : shift(splat<V>(saved[0])), a(splat<V>(A(g * saved[1] * (1 - alpha * saved[2])))), b(splat<V>(A(g * saved[1] * kLn2))), exponent(alpha) {}
+        : shift(splat<V>(saved[0])), a(splat<V>(A(g * saved[1] * (1 - alpha * saved[2])))),
+          b(splat<V>(A(g * saved[1] * kLn2))), exponent(alpha) {}
     R2_HD V operator()(V w) const {
       V delta = exponent(w - shift);
       return exp2_(delta) * (a + b * delta);
@@ -230,88 +224,63 @@ struct Soft {
   struct Gradient {
     Side<V> p, q;
     template <class A>
-    R2_HD Gradient(double g_max, double g_min, Column c, const A* saved) : p(g_max, c.first, saved), q(g_min, -c.first, saved + 4) {}
+    R2_HD Gradient(double g_max, double g_min, Column c, const A* saved)
+        : p(g_max, c.first, saved), q(g_min, -c.first, saved + 4) {}
     R2_HD V operator()(V w) const { return p(w) + q(w); }
   };
 };
 
-// Central moments. State: n, mean, M2, M3, M4, min, max; a NaN is minimum and maximum.
-struct Moments {
-  static constexpr int kSaved = 4;
+using LInfOp = LossOp<LInf>;
 
-  template <class V>
-  struct Lanes {
-    V m1, m2, m3, m4;
-    R2_HD void add(V z) {
-      V square = z * z;
-      m1 += z, m2 += square, m3 += square * z, m4 += square * square;
-    }
-    R2_HD void operator+=(const Lanes& o) { m1 += o.m1, m2 += o.m2, m3 += o.m3, m4 += o.m4; }
-  };
-
-  // n, mean, M2, M3, M4 from the sums of the powers of what n weights are above a pivot near their mean
+struct MarginOp : LossOp<Margin> {
   template <class A>
-  R2_HD static void centre(double n, double pivot, const A* sums, A* state) {
-    double e = double(sums[0]) / n, s2 = sums[1], s3 = sums[2], s4 = sums[3];
-    state[0] = A(n), state[1] = A(pivot + e), state[2] = A(s2 - n * e * e);
-    state[3] = A(s3 - e * (3 * s2 - 2 * n * e * e)), state[4] = A(s4 - e * (4 * s3 - e * (6 * s2 - 3 * n * e * e)));
+  R2_HD static double parameter_gradient(const List&, const Backward& b, int64_t t, int64_t, Column c, const A* saved) {
+    return Margin::parameter_gradient(upstream<A>(b, t), c, saved);
+  }
+};
+
+template <bool kExtrema>
+struct SoftOp : Soft {
+  static constexpr bool kLoss = !kExtrema;
+
+  // k as the chunks had it, rounded to their type
+  R2_HD static double scale_of(Column c, bool single) {
+    return single ? double(float(scale(c.first, true))) : scale(c.first, false);
   }
 
   template <class S>
-  R2_HD static void merge(double* into, const S* s) {
-    double na = into[0], nb = s[0], n = na + nb, d = s[1] - into[1], e = d / n, both = na * nb * d * e;
-    double m2 = into[2], m3 = into[3];
-    into[4] += s[4] + both * e * e * (na * na - na * nb + nb * nb) + 6 * e * e * (na * na * s[2] + nb * nb * m2) + 4 * e * (na * s[3] - nb * m3);
-    into[3] += s[3] + both * e * (na - nb) + 3 * e * (na * s[2] - nb * m2);
-    into[2] += s[2] + both;
-    into[1] = (na * into[1] + nb * s[1]) / n;
-    into[0] = n;
-    into[5] = into[5] <= s[5] || into[5] != into[5] ? into[5] : s[5];
-    into[6] = into[6] >= s[6] || into[6] != into[6] ? into[6] : s[6];
+  R2_HD static void merge(double* into, const S* state, Column c, bool single) {
+    Soft::merge(into, state, scale_of(c, single));
+  }
+  template <class A>
+  R2_HD static double finish(const double* state, Column c, const List& list, int64_t at, A* saved, A* out) {
+    double extremes[2],
+        loss = Soft::finish(state, c, sizeof(A) == 4 ? 1 / scale_of(c, true) : kLn2 / size(c.first, false),
+                            saved + at * kSaved, extremes);
+    if (kExtrema) out[at] = A(extremes[0]), out[list.count * list.d + at] = A(extremes[1]);
+    return loss;
   }
 
-  struct Shape {
-    double mean, std, skew, kurtosis;
-    R2_HD explicit Shape(const double* s) : mean(s[1]), std(0), skew(0), kurtosis(0) {
-      if (s[5] == s[6]) return;
-      double n = s[0], variance = s[2] / (n - 1);
-      std = sqrt(variance);
-      skew = s[3] / (n * variance * std), kurtosis = s[4] / (n * variance * variance);
-    }
+  struct Upstream {
+    double low, high;
   };
-};
-
-// (kurtosis - target)^2
-struct Kure : Moments {
   template <class A>
-  R2_HD static double finish(const double* state, Column c, A* saved) {
-    Shape shape(state);
-    saved[0] = A(shape.mean), saved[1] = A(shape.std == 0 ? 0 : 1 / shape.std), saved[2] = A(shape.skew), saved[3] = A(shape.kurtosis);
-    return shape.std == 0 ? 0 : (shape.kurtosis - c.first) * (shape.kurtosis - c.first);
+  R2_HD static Upstream upstream(const List& list, const Backward& b, int64_t t, int64_t at) {
+    const A* grad = static_cast<const A*>(b.grad);
+    if (kExtrema) return {double(grad[at]), double(grad[list.count * list.d + at])};
+    double g = double(grad[t * b.grad_stride]);
+    return {-g, g};
   }
-
-  template <class V>
-  struct Gradient {
-    V mean, rstd, skew, linear, slope;
-    template <class A>
-    R2_HD Gradient(double grad, Column c, const A* saved)
-        : mean(splat<V>(saved[0])), rstd(splat<V>(saved[1])), skew(splat<V>(saved[2])),
-          linear(splat<V>(A(c.rows > 1 ? c.rows / (c.rows - 1) * saved[3] : 0))),
-          slope(splat<V>(A(grad * 8 * (saved[3] - c.first) / c.rows * saved[1]))) {}
-    R2_HD V operator()(V w) const {
-      V z = (w - mean) * rstd;
-      return slope * (z * (z * z - linear) - skew);
-    }
-  };
-};
-
-struct WeightStats : Moments {
+  template <class V, class A>
+  R2_HD static auto gradient(const List& list, const Backward& b, int64_t t, int64_t at, Column c, const A* saved) {
+    Upstream g = upstream<A>(list, b, t, at);
+    return Gradient<V>(g.high, g.low, c, saved);
+  }
   template <class A>
-  R2_HD static void finish(const double* state, A* row) {
-    Shape shape(state);
-    double low = state[5], high = state[6];
-    row[0] = A(low), row[1] = A(high), row[2] = A(shape.mean), row[3] = A(shape.std), row[4] = A(shape.kurtosis);
-    row[5] = A(!(fabs(low) < fabs(high)) ? fabs(low) : fabs(high));
+  R2_HD static double parameter_gradient(const List& list, const Backward& b, int64_t t, int64_t at, Column c,
+                                         const A* saved) {
+    Upstream g = upstream<A>(list, b, t, at);
+    return Soft::parameter_gradient(g.high, g.low, saved) - (kExtrema ? 0 : g.high * exp(-c.first));
   }
 };
 

@@ -1,6 +1,6 @@
-// The integer codes of LSQ, for host and device; V as in math.h.
+// The integer codes of LSQ, for host and device; V as in losses.h.
 #pragma once
-#include "values.h"
+#include "arithmetic.h"
 
 namespace r2 {
 inline namespace R2_ISA {
@@ -10,8 +10,12 @@ struct Levels {
   int low, high;
   bool sign;
   R2_HD Levels(int bits, bool is_signed)
-      : low(!is_signed ? 0 : bits == 1 ? 1 : 1 << (bits - 1)),
-        high(!is_signed ? (1 << bits) - 1 : bits == 1 ? 1 : (1 << (bits - 1)) - 1),
+      : low(!is_signed  ? 0
+            : bits == 1 ? 1
+                        : 1 << (bits - 1)),
+        high(!is_signed  ? (1 << bits) - 1
+             : bits == 1 ? 1
+                         : (1 << (bits - 1)) - 1),
         sign(is_signed && bits == 1) {}
 };
 
@@ -42,12 +46,13 @@ struct Coder {
 
   R2_HD Coder(double step, int bits, bool is_signed) : Coder(step, Levels(bits, is_signed)) {}
   R2_HD Coder(double size, Levels levels)
-      : step(splat<V>(size > 0 ? A(size) : A(NAN))), low(splat<V>(A(-levels.low))), high(splat<V>(A(levels.high))), sign(levels.sign) {}
+      : step(splat<V>(size > 0 ? A(size) : A(NAN))), low(splat<V>(A(-levels.low))), high(splat<V>(A(levels.high))),
+        sign(levels.sign) {}
 
   R2_HD V operator()(V w) const {
     V v = w / step;
     if (sign) return v < splat<V>(0) ? low : v >= splat<V>(0) ? high : v;
-    return (clip_(v, low, high) + kRound<A>) - kRound<A>;
+    return (clip_(v, low, high) + kRound<A>)-kRound<A>;
   }
 };
 

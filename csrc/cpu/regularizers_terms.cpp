@@ -1,6 +1,8 @@
-// Several regularizers from one read of the weights on the CPU: a chunk in cache is read by all. Compiled once for each instruction set.
-#include "kernels.h"
+// Several regularizers from one read of the weights on the CPU: a chunk in cache is read by all. Compiled once for each
+// instruction set.
+#include "range_losses.h"
 #include "regularizers.h"
+#include "regularizers_terms.h"
 
 namespace r2 {
 inline namespace R2_ISA {
@@ -8,7 +10,7 @@ inline namespace R2_ISA {
 constexpr int kBlock = 2048;  // weights whose gradients are summed before they are rounded
 
 template <class A>
-int64_t width(Term term, const Forward& f) {
+int64_t state_size(Term term, const Forward& f) {
   return term == Term::bin_reg ? 2 << f.bits : kState;
 }
 
@@ -28,13 +30,15 @@ void read_chunk(Term term, const Forward& f, const T* w, int64_t n, Column c, Ac
 template <class A>
 void merge_bins(const List& list, const Forward& f, int64_t t) {
   const int bins = 1 << f.bits;
-  const int64_t first = list.tensors[t].first, parts = (list.tensors[t].rows + list.chunk - 1) / list.chunk, stride = 2 * bins;
+  const int64_t first = list.tensors[t].first_chunk, parts = (list.tensors[t].rows + list.chunk - 1) / list.chunk,
+                stride = 2 * bins;
   double count[256] = {}, error[256] = {}, total = 0;
   for (int64_t part = 0; part < parts; ++part) {
     const A* partial = static_cast<const A*>(f.partial) + (first + part) * stride;
     for (int b = 0; b < bins; ++b) count[b] += double(partial[b]), error[b] += double(partial[bins + b]);
   }
-  for (int b = 0; b < bins; ++b) static_cast<A*>(f.saved)[t * bins + b] = A(count[b]), total += BinReg::mean(error[b], count[b]);
+  for (int b = 0; b < bins; ++b)
+    static_cast<A*>(f.saved)[t * bins + b] = A(count[b]), total += BinReg::mean(error[b], count[b]);
   static_cast<A*>(f.out)[t] = A(total);
 }
 
@@ -64,11 +68,12 @@ void reduce_terms(const List& list, const Terms<Forward>& terms, int threads) {
       for (int k = 0; k < terms.count; ++k) {
         const Forward& f = terms.of[k];
         Column column = column_at<A>(list, f.first, f.second, c.tensor, 0, f.bits);
-        read_chunk(terms.term[k], f, w, c.n, column, static_cast<A*>(f.partial) + i * width<A>(terms.term[k], f));
+        read_chunk(terms.term[k], f, w, c.n, column, static_cast<A*>(f.partial) + i * state_size<A>(terms.term[k], f));
       }
     }
 #pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < list.count * terms.count; ++i) merge_term<A>(terms.term[i % terms.count], list, terms.of[i % terms.count], i / terms.count);
+    for (int64_t i = 0; i < list.count * terms.count; ++i)
+      merge_term<A>(terms.term[i % terms.count], list, terms.of[i % terms.count], i / terms.count);
   }
 }
 
@@ -77,8 +82,10 @@ template <class Op, class A, class Map>
 void with_op(const List& list, const Backward& b, int64_t t, bool first, Map map) {
   const Column column = column_at<A>(list, b.first, b.second, t, 0, b.bits);
   const A* saved = static_cast<const A*>(b.saved) + t * Op::kSaved;
-  map(Op::template gradient<Vec<A>>(list, b, t, t, column, saved), Op::template gradient<A>(list, b, t, t, column, saved));
-  if (first && b.parameter_gradient) static_cast<A*>(b.parameter_gradient)[t] = A(Op::parameter_gradient(list, b, t, t, column, saved));
+  map(Op::template gradient<Vec<A>>(list, b, t, t, column, saved),
+      Op::template gradient<A>(list, b, t, t, column, saved));
+  if (first && b.parameter_gradient)
+    static_cast<A*>(b.parameter_gradient)[t] = A(Op::parameter_gradient(list, b, t, t, column, saved));
 }
 
 template <class A, class Map>
@@ -91,7 +98,7 @@ void with_gradient(Term term, const List& list, const Backward& b, int64_t t, bo
     case Term::bin_reg: {
       const Column column = column_at<A>(list, b.first, b.second, t, 0, b.bits);
       const A* counts = static_cast<const A*>(b.saved) + (t << b.bits);
-      const double grad = Plain<BinReg>::upstream<A>(b, t);
+      const double grad = LossOp<BinReg>::upstream<A>(b, t);
       return map(BinRegGradient<Vec<A>>(grad, column, counts), BinRegGradient<A>(grad, column, counts));
     }
     case Term::msqe: return with_op<MsqeOp, A>(list, b, t, first, map);
@@ -128,14 +135,15 @@ void map_all(const List& list, const Terms<Backward>& terms, const Chunk& c, con
   for (int64_t begin = 0; begin < c.n; begin += kBlock) {
     const int64_t n = c.n - begin < kBlock ? c.n - begin : kBlock;
     for (int k = 0; k < terms.count; ++k)
-      with_gradient<Acc<T>>(terms.term[k], list, terms.of[k], c.tensor, c.row + begin == 0, [&](const auto& wide, const auto& tail) {
-        using Wide = std::decay_t<decltype(wide)>;
-        using Tail = std::decay_t<decltype(tail)>;
-        auto run = k == 0                 ? sum_run<Place::first, kAdd, T, Wide, Tail>
-                   : k + 1 < terms.count ? sum_run<Place::between, kAdd, T, Wide, Tail>
-                                         : sum_run<Place::last, kAdd, T, Wide, Tail>;
-        run(w + begin, total, out + begin, n, wide, tail);
-      });
+      with_gradient<Acc<T>>(terms.term[k], list, terms.of[k], c.tensor, c.row + begin == 0,
+                            [&](const auto& wide, const auto& tail) {
+                              using Wide = std::decay_t<decltype(wide)>;
+                              using Tail = std::decay_t<decltype(tail)>;
+                              auto run = k == 0                ? sum_run<Place::first, kAdd, T, Wide, Tail>
+                                         : k + 1 < terms.count ? sum_run<Place::between, kAdd, T, Wide, Tail>
+                                                               : sum_run<Place::last, kAdd, T, Wide, Tail>;
+                              run(w + begin, total, out + begin, n, wide, tail);
+                            });
   }
 }
 
@@ -145,39 +153,26 @@ void map_terms(const List& list, const Terms<Backward>& terms, int threads) {
   const bool add = terms.of[0].add;
   threads = threads_for(list, threads);
   if (!add)
-    for (int64_t t = 0; t < list.count; ++t) ask_for_huge_pages(reinterpret_cast<void*>(targets[t]), list.tensors[t].numel * sizeof(T));
-  auto map = terms.count == 1 ? (add ? map_one<T, true> : map_one<T, false>) : add ? map_all<T, true> : map_all<T, false>;
+    for (int64_t t = 0; t < list.count; ++t)
+      ask_for_huge_pages(reinterpret_cast<void*>(targets[t]), list.tensors[t].numel * sizeof(T));
+  auto map = terms.count == 1 ? (add ? map_one<T, true> : map_one<T, false>)
+             : add            ? map_all<T, true>
+                              : map_all<T, false>;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < list.chunks; ++i) {
     Chunk c = chunk_at(list, i);
-    map(list, terms, c, reinterpret_cast<const T*>(list.pointers[c.tensor]) + c.row, reinterpret_cast<T*>(targets[c.tensor]) + c.row);
+    map(list, terms, c, reinterpret_cast<const T*>(list.pointers[c.tensor]) + c.row,
+        reinterpret_cast<T*>(targets[c.tensor]) + c.row);
   }
 }
 
-void forward_terms(const List& list, const Terms<Forward>& terms, int threads) {
-  switch (list.dtype) {
-    case Dtype::f64: return reduce_terms<double>(list, terms, threads);
-    case Dtype::f32: return reduce_terms<float>(list, terms, threads);
-    case Dtype::bf16: return reduce_terms<bf16>(list, terms, threads);
-    case Dtype::f16: return reduce_terms<f16>(list, terms, threads);
-  }
+void terms_forward(const List& list, const Terms<Forward>& terms, int threads) {
+  with_type(list.dtype, [&](auto like) { reduce_terms<decltype(like)>(list, terms, threads); });
 }
 
-void backward_terms(const List& list, const Terms<Backward>& terms, int threads) {
-  switch (list.dtype) {
-    case Dtype::f64: return map_terms<double>(list, terms, threads);
-    case Dtype::f32: return map_terms<float>(list, terms, threads);
-    case Dtype::bf16: return map_terms<bf16>(list, terms, threads);
-    case Dtype::f16: return map_terms<f16>(list, terms, threads);
-  }
+void terms_backward(const List& list, const Terms<Backward>& terms, int threads) {
+  with_type(list.dtype, [&](auto like) { map_terms<decltype(like)>(list, terms, threads); });
 }
-
-void rank(const List& list, const Rank& r, int threads);
 
 }  // namespace R2_ISA
-
-namespace cpu::R2_ISA {
-extern const TermKernels terms;
-const TermKernels terms = {forward_terms, backward_terms, rank};
-}  // namespace cpu::R2_ISA
 }  // namespace r2

@@ -1,7 +1,9 @@
-// How a block reads one chunk: what each thread keeps, and the partial state that the block makes of it. `take` gets as many numbers as the
-// thread has loaded at once.
+// How a block reads one chunk for each range loss: what each thread keeps, and the partial state that the block makes
+// of it. `take` gets as many numbers as the thread has loaded at once.
 #pragma once
 #include "skeletons.cuh"
+
+#include "../range_losses.h"
 
 namespace r2::cuda {
 
@@ -57,9 +59,6 @@ struct MarginReader {
   }
 };
 
-// The first rows of a chunk, read ahead to find what its sums are taken relative to: all rows of a small chunk, a sixteenth of a large one.
-constexpr int kSample = 4096;
-
 template <class A>
 struct ExtremesLane {
   A high = -INFINITY, low = INFINITY;
@@ -71,7 +70,8 @@ struct ExtremesLane {
   }
 };
 
-// One side of the soft extremes, relative to a weight that is the extreme or near it; k is negative for the minimum side.
+// One side of the soft extremes, relative to a weight that is the extreme or near it; k is negative for the minimum
+// side.
 template <class A, bool kVariance>
 struct SoftSide {
   using Sums = Soft::Sums<A>;
@@ -111,8 +111,8 @@ struct SoftLane {
 
   __device__ SoftLane(A k, A top, A bottom) : high(k, top), low(-k, bottom) {}
 
-  // No exponential is above 1 unless a weight passes a shift. A batch is summed first and looked at then, which costs nothing for each
-  // weight; if it passed by much, the shifts move and the batch is summed again.
+  // No exponential is above 1 unless a weight passes a shift. A batch is summed first and looked at then, which costs
+  // nothing for each weight; if it passed by much, the shifts move and the batch is summed again.
   template <int n>
   __device__ void take(const A (&w)[n]) {
     Soft::Sums<A> up, down;
@@ -163,54 +163,6 @@ struct SoftReader {
     if (threadIdx.x != 0) return;
     Soft::settle(lane.high.shift, sums, lane.high.k, partial);
     Soft::settle(lane.low.shift, sums + 3, lane.low.k, partial + 4);
-  }
-};
-
-template <class A>
-struct OffsetLane {
-  A origin, total = 0;
-
-  template <int n>
-  __device__ void take(const A (&w)[n]) {
-#pragma unroll
-    for (int j = 0; j < n; ++j) total += w[j] - origin;
-  }
-};
-
-template <class A>
-struct MomentsLane {
-  A pivot, low, high;
-  Moments::Lanes<A> sums;
-
-  template <int n>
-  __device__ void take(const A (&w)[n]) {
-#pragma unroll
-    for (int j = 0; j < n; ++j) {
-      sums.add(w[j] - pivot);
-      low = min_nan(low, w[j]), high = max_nan(high, w[j]);
-    }
-  }
-};
-
-// Sums around the mean of the sample, near enough to the mean of all that float32 loses nothing.
-struct MomentsReader {
-  template <class T, class A = Acc<T>>
-  static __device__ void chunk(const Rows<T>& rows, Column, A* partial) {
-    const Rows<T> sample = rows.first(kSample);
-    OffsetLane<A> offset = {widen(rows.memory[rows.at(0)])};
-    sweep(sample, offset);
-    A mean[1] = {offset.total};
-    block_reduce<Sum>(mean);
-    const A pivot = offset.origin + mean[0] / sample.n;
-
-    MomentsLane<A> lane = {pivot, A(INFINITY), A(-INFINITY), {}};
-    sweep(rows, lane);
-    A ends[2] = {lane.high, -lane.low}, sums[4] = {lane.sums.m1, lane.sums.m2, lane.sums.m3, lane.sums.m4};
-    block_reduce<Max>(ends);
-    block_reduce<Sum>(sums);
-    if (threadIdx.x != 0) return;
-    Moments::centre(rows.n, pivot, sums, partial);
-    partial[5] = -ends[1], partial[6] = ends[0];
   }
 };
 

@@ -1,4 +1,5 @@
-// The exact k-th smallest |w| of each tensor: digits of its bits from the top, by counting. Counts are integers, so blocks may add them in any order.
+// The exact k-th smallest |w| of each tensor: digits of its bits from the top, by counting. Counts are integers, so
+// blocks may add them in any order.
 #include "launch.cuh"
 
 namespace r2::cuda {
@@ -6,7 +7,9 @@ namespace r2::cuda {
 constexpr int kDigit = 11, kDigits = 1 << kDigit;
 
 __device__ __forceinline__ uint32_t key_of(float w) { return __float_as_uint(w) & 0x7fffffffu; }
-__device__ __forceinline__ uint64_t key_of(double w) { return uint64_t(__double_as_longlong(w)) & 0x7fffffffffffffffull; }
+__device__ __forceinline__ uint64_t key_of(double w) {
+  return uint64_t(__double_as_longlong(w)) & 0x7fffffffffffffffull;
+}
 __device__ __forceinline__ float value_of(uint32_t key) { return __uint_as_float(key); }
 __device__ __forceinline__ double value_of(uint64_t key) { return __longlong_as_double(int64_t(key)); }
 
@@ -26,7 +29,9 @@ struct Digit {
   bool first, last;
 
   __device__ uint32_t* counts(int64_t t) const { return static_cast<uint32_t*>(rank.scratch) + t * kDigits; }
-  __device__ Found& found(int64_t count, int64_t t) const { return *(reinterpret_cast<Found*>(static_cast<uint32_t*>(rank.scratch) + count * kDigits) + t); }
+  __device__ Found& found(int64_t count, int64_t t) const {
+    return *(reinterpret_cast<Found*>(static_cast<uint32_t*>(rank.scratch) + count * kDigits) + t);
+  }
 };
 
 template <class A>
@@ -108,7 +113,9 @@ void rank(const List& list, const Rank& r, int device, uintptr_t stream) {
   for (int pass = 0; pass < passes; ++pass) {
     const int shift = above > kDigit ? above - kDigit : 0;
     const Digit digit = {r, shift, above - shift, pass == 0, pass == passes - 1};
-    with_type(list.dtype, [&](auto tag) { queue.launch(digits_kernel<typename decltype(tag)::type>, list.chunks, kThreads, list, digit); });
+    with_type(list.dtype, [&](auto tag) {
+      queue.launch(digits_kernel<typename decltype(tag)::type>, list.chunks, kThreads, list, digit);
+    });
     queue.launch(wide ? choose_kernel<double> : choose_kernel<float>, list.count, kMergers, list, digit);
     above = shift;
   }

@@ -4,7 +4,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "r2.h"
+#include "contract.h"
 
 #if defined(__CUDACC__)
 #define R2_HD __host__ __device__ __forceinline__
@@ -12,7 +12,8 @@
 #define R2_HD inline __attribute__((always_inline))
 #endif
 
-// The host's kernels are compiled once for each instruction set; each, and the device's, keeps its own copy of what is inlined.
+// The host's kernels are compiled once for each instruction set; each, and the device's, keeps its own copy of what is
+// inlined.
 #if defined(__CUDACC__)
 #define R2_ISA device
 #elif !defined(R2_ISA)
@@ -21,6 +22,8 @@
 
 namespace r2 {
 inline namespace R2_ISA {
+
+constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 
 template <class V>
 struct Scalar {

@@ -1,0 +1,62 @@
+"""The range losses: one number for each column from partial states, and a map for the gradient."""
+
+import torch
+
+from ... import lists
+from ...contract import L_INF, MARGIN, SOFT_EXTREMA, SOFT_MIN_MAX
+from .. import launchers
+from .extension import Half, address
+
+
+def functions(library):
+    """op -> (forward, backward)"""
+    return {
+        L_INF: (library.l_inf_fwd, library.l_inf_bwd),
+        MARGIN: (library.margin_fwd, library.margin_bwd),
+        SOFT_MIN_MAX: (library.soft_min_max_fwd, library.soft_min_max_bwd),
+        SOFT_EXTREMA: (library.soft_extrema_fwd, library.soft_extrema_bwd),
+    }
+
+
+class RangeLosses(launchers.RangeLosses, Half):
+    def _reduce(self, op, weights, parameters, d, layout, loss, saved, alpha_grad):
+        listed, table, plan, _tensors = self.listed(weights, d, layout)
+        first, second = (*parameters, None, None)[:2]
+        partial = torch.empty(plan.chunks, self.state, dtype=loss.dtype, device=loss.device)
+        device, queue = self.queue(loss.device)
+        self.losses[op][0](
+            listed,
+            address(table),
+            device,
+            queue,
+            first=address(first),
+            second=address(second),
+            flag=alpha_grad,
+            partial=partial.data_ptr(),
+            out=loss.data_ptr(),
+            saved=address(saved),
+            bits=0,
+        )
+
+    def _map(self, op, grad, weights, parameters, saved, d, layout, out, learned):
+        listed, table, _, _tensors = self.listed(weights, d, layout)
+        first, second = (*parameters, None, None)[:2]
+        gradients = lists.empty_gradients(weights, d, layout) if out is None else out
+        target, _targets = self.target(gradients, out is not None)
+        device, queue = self.queue(grad.device)
+        self.losses[op][1](
+            listed,
+            address(table),
+            device,
+            queue,
+            grad=grad.data_ptr(),
+            grad_stride=grad.stride(0) if grad.dim() == 1 else 1,
+            first=address(first),
+            second=address(second),
+            saved=saved.data_ptr(),
+            target=target,
+            add=out is not None,
+            parameter_gradient=address(learned),
+            bits=0,
+        )
+        return gradients

@@ -7,7 +7,7 @@ ARCH := $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>
 export R2KERNELS_CUDA_ARCH ?= $(ARCH)
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test bench paper gpu-check lint clean
+.PHONY: demo test bench paper gpu-check lint format clean
 
 demo: $(VENV)/.built
 	$(VENV)/bin/r2kernels demo --force
@@ -20,14 +20,24 @@ bench: $(VENV)/.built
 	$(VENV)/bin/python -m pytest benchmarks/bench_dkm.py -q --benchmark-quiet -rs
 	$(VENV)/bin/python -m pytest benchmarks/bench_quantizers.py -q --benchmark-quiet -rs
 
-# The paper's tables in shape, on digits: about a quarter of an hour on two cores. `make paper PAPER="--full"` takes hours.
+# The paper's tables in shape, on digits: about a quarter of an hour on two cores.
+# `make paper PAPER="--full"` takes hours.
 paper: $(VENV)/.built
 	$(VENV)/bin/python benchmarks/paper $(PAPER)
 
 lint: $(VENV)/.built
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	find csrc -type f | xargs $(VENV)/bin/clang-format --dry-run -Werror
 
-# On a machine with a GPU, with the interpreter it is given (torch, triton, setuptools, pybind11, ninja, pytest); fetches nothing.
+# Rewrites what the linters would: imports and layout of Python, layout of C++ and CUDA.
+format: $(VENV)/.built
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	find csrc -type f | xargs $(VENV)/bin/clang-format -i
+
+# On a machine with a GPU, with the interpreter it is given (torch, triton, setuptools, pybind11, ninja, pytest);
+# fetches nothing.
 gpu-check:
 	$(PYTHON) setup.py build_ext --inplace || echo "the extension could not be built; its rows will be skipped"
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu_check.py

@@ -47,7 +47,7 @@ TYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.fixture
 def values(monkeypatch):
     """16-bit scalars of any number go by their values."""
-    monkeypatch.setattr(importlib.import_module("r2kernels.backends.native"), "TABLED", dict.fromkeys(UNITS, 1))
+    monkeypatch.setattr(importlib.import_module("r2kernels.backends.native.dkm"), "TABLED", dict.fromkeys(UNITS, 1))
 
 
 @first("dtype", TYPES[:2], TYPES, short)

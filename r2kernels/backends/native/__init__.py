@@ -7,7 +7,9 @@ from .kmeans import partition
 __all__ = ["Native", "load", "on_codes", "partition"]
 
 
-class Native(range_losses.RangeLosses, regularizers.Regularizers, quantizers.Quantizers, dkm.Clusterings):
+class Native(
+    range_losses.NativeRangeLosses, regularizers.NativeRegularizers, quantizers.NativeQuantizers, dkm.NativeClusterings
+):
     """The ops of one half of the extension."""
 
     def __init__(self, name):

@@ -24,18 +24,18 @@ def functions(library):
     }
 
 
-class Clusterings(Half):
+class NativeClusterings(Half):
     def DKM(self, weights, tau, clusters, metric, d, layout):
         halves = d == 1 and not self.on_gpu and weights[0].element_size() == 2
         if halves and max([w.numel() for w in weights]) >= TABLED[metric]:
             return ValueDKM(self, weights, tau, clusters, metric)
-        return DKM(self, weights, tau, clusters, metric, d, layout)
+        return NativeDKM(self, weights, tau, clusters, metric, d, layout)
 
     def assign_fwd(self, weights, centroids, clusters, d, layout):
-        return DKM(self, weights, None, clusters, "euclidean", d, layout).assign(centroids)
+        return NativeDKM(self, weights, None, clusters, "euclidean", d, layout).assign(centroids)
 
 
-class DKM:
+class NativeDKM:
     """The passes of `reference.DKM` over a list. `counts`: addresses of how many weights there are of each value."""
 
     def __init__(self, native, weights, tau, clusters, metric, d, layout, counts=None):
@@ -166,7 +166,7 @@ class ValueDKM:
         counts = array("q", [0] * len(weights))
         for row, (i, size) in enumerate(zip(self.tabled, self.sizes.tolist(), strict=True)):
             self.values[i], counts[i] = values[row, :size], self.counts[row].data_ptr()
-        self.inner = DKM(native, self.values, tau, clusters, metric, 1, "output", counts)
+        self.inner = NativeDKM(native, self.values, tau, clusters, metric, 1, "output", counts)
         self.signed, self.clusters = self.inner.signed, clusters
         self.update, self.jacobian = self.inner.update, self.inner.jacobian
 

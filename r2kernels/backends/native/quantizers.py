@@ -18,7 +18,7 @@ def functions(library):
     }
 
 
-class Quantizers(launchers.Quantizers, Half):
+class NativeQuantizers(launchers.Quantizers, Half):
     def _quantize(self, op, xs, parameters, bits, flag, axis):
         return self._run(self.quantizers[op][0], xs, parameters, bits, flag, axis, None, ())
 

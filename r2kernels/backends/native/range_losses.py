@@ -18,7 +18,7 @@ def functions(library):
     }
 
 
-class RangeLosses(launchers.RangeLosses, Half):
+class NativeRangeLosses(launchers.RangeLosses, Half):
     def _reduce(self, op, weights, parameters, d, layout, loss, saved, alpha_grad):
         listed, table, plan, _tensors = self.listed(weights, d, layout)
         first, second = (*parameters, None, None)[:2]

@@ -16,7 +16,7 @@ def functions(library):
     return {KURE: (library.kure_fwd, library.kure_bwd), WEIGHT_STATS: (library.weight_stats_fwd, None)}
 
 
-class Regularizers(launchers.Regularizers, Half):
+class NativeRegularizers(launchers.Regularizers, Half):
     def terms_fwd(self, weights, names, parameters, bits, flags):
         plan_of = lists.plan if len(names) == 1 else lists.short_plan
         listed, table, plan, _tensors = self.listed(weights, 1, "output", plan_of)

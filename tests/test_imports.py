@@ -20,7 +20,9 @@ import sys
 from importlib.machinery import PathFinder
 find = PathFinder.find_spec
 PathFinder.find_spec = classmethod(
-    lambda cls, name, *rest: None if {name, name.split(".")[0]} & blocked else find(name, *rest)
+    lambda cls, name, path=None, target=None: (
+        None if {name, name.split(".")[0]} & blocked else find(name, path, target)
+    )
 )
 """
 

@@ -90,10 +90,16 @@ class ClusteringOptions(NamedTuple):
 
 def _spacing(centroids, metric):
     """(G,) mean distance of a centroid to the nearest other one, or its square; 1 where all are equal."""
-    D = torch.cdist(centroids, centroids)
-    itself = torch.eye(D.shape[-1], dtype=torch.bool, device=D.device)
-    D = D.masked_fill(itself, torch.inf) if len(itself) > 1 else torch.ones_like(D)
-    mean = D.amin(-1).mean(-1)
+    if centroids.shape[1] == 1:
+        return torch.ones_like(centroids[:, 0, 0])
+    if centroids.shape[2] == 1:
+        gaps = centroids[..., 0].sort(1).values.diff(dim=1)
+        nearest = torch.minimum(torch.cat([gaps[:, :1], gaps], 1), torch.cat([gaps, gaps[:, -1:]], 1))
+    else:  # of differences: cdist's product of matrices errs by more than small distances
+        D = torch.cdist(centroids, centroids, compute_mode="donot_use_mm_for_euclid_dist")
+        itself = torch.eye(D.shape[-1], dtype=torch.bool, device=D.device)
+        nearest = D.masked_fill(itself, torch.inf).amin(-1)
+    mean = nearest.mean(-1)
     mean = torch.where((mean > 0) & mean.isfinite(), mean, 1)
     return mean.square() if metric == "sqeuclidean" else mean
 

@@ -219,8 +219,12 @@ def step(name, value, ws, single, differentiable=True):
 
 
 def rank(fraction, ws, single):
-    """ceil(fraction N), at least 1, for each tensor: (L,) int64; 0 where a tensor holds a fraction that is not in (0,
-    1]."""
+    """ceil(fraction N), at least 1, for each tensor: (L,) int64; 0 where a tensor holds a fraction that is not in
+    (0, 1].
+
+    What is less than half a unit in the last place of the fraction's dtype above a whole number counts as that number:
+    float32 has 0.3 as 0.30000001, and 0.07 * 100 is a rounding above 7.
+    """
     like = torch.empty(0, dtype=torch.float64, device=ws[0].device)
     given = parameter(
         "fraction",
@@ -234,7 +238,8 @@ def rank(fraction, ws, single):
         ok=lambda v: 0 < v <= 1,
     )
     numels = _constant(tuple([float(w.numel()) for w in ws]), len(ws), 1, torch.float64, like.device)
-    found = (given * numels * (1 - 1e-12)).ceil().clamp(min=1)[:, 0]  # 0.07 * 100 is a rounding above 7
+    rounding = torch.finfo(fraction.dtype).eps / 2 if isinstance(fraction, Tensor) else 0.0
+    found = (given * numels * (1 - max(rounding, 1e-12))).ceil().clamp(min=1)[:, 0]
     return torch.where((given[:, 0] > 0) & (given[:, 0] <= 1), found, 0).long()
 
 

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 import r2kernels as r2
 from r2kernels import Palettizer
+from r2kernels.nn.palettizer import _spacing
 
 
 @pytest.mark.parametrize(
@@ -168,3 +169,15 @@ BAD = [
 def test_bad_input(options, error, message):
     with pytest.raises(error, match=message):
         Palettizer(plain(), **{"bits": 2, **options})
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "sqeuclidean"])
+@pytest.mark.parametrize(("clusters", "d"), [(1, 1), (4, 1), (64, 1), (256, 1), (16, 2), (64, 4)])
+def test_spacing_is_that_of_differences(clusters, d, metric):
+    """Far from zero a product of matrices gives distances that are off by half."""
+    c = 1 + 1e-3 * torch.randn(3, clusters, d, generator=torch.Generator().manual_seed(1))
+    gaps = (c.double()[:, :, None] - c.double()[:, None]).norm(dim=-1)
+    gaps += torch.diag(torch.full((clusters,), torch.inf))
+    mean = gaps.amin(-1).mean(-1) if clusters > 1 else torch.ones(3, dtype=torch.float64)
+    expected = mean.square() if metric == "sqeuclidean" else mean
+    torch.testing.assert_close(_spacing(c, metric).double(), expected, rtol=1e-5, atol=0)

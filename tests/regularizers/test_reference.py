@@ -136,6 +136,16 @@ def test_partial_l2_never_takes_one_too_many():
     assert r2.partial_l2(w, 0.07).item() == sum(k * k for k in range(1, 8)) / 100
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_partial_l2_of_a_tensor_takes_as_many_as_of_the_number(dtype):
+    """0.3 in float32 is 0.30000001: still 3 of 10."""
+    w = torch.arange(1.0, 11)
+    for tenths in range(1, 11):
+        expected = sum(k * k for k in range(1, tenths + 1)) / 10
+        assert r2.partial_l2(w, tenths / 10).item() == pytest.approx(expected, rel=1e-6)
+        assert r2.partial_l2(w, torch.tensor(tenths / 10, dtype=dtype)).item() == pytest.approx(expected, rel=1e-6)
+
+
 def test_gradcheck():
     w, v, step = (
         drawn(7, 3).requires_grad_(),

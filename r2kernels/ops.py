@@ -77,26 +77,32 @@ def _packed(function, at, columns):
 
 
 def _of_reference(name, at, op):
-    if name in _OVER_PASSES:
-        return functools.partial(_OVER_PASSES[name], PackedReference)
     function = getattr(reference, name)
     return _packed(function, at, op.columns) if at == 1 or op.gives_tensors else function
 
 
-def _of_backend(name, backend):
-    if name in _OVER_PASSES:
-        return functools.partial(_OVER_PASSES[name], backend.DKM)
-    return getattr(backend, name)
+def _kernels(name, at, row):
+    """(the op on the reference, the op on the backend that serves the weights, which are argument `at`)"""
+    over_passes, scatters = _OVER_PASSES.get(name), row.scatters
+    if over_passes:
+        plain = functools.partial(over_passes, PackedReference)
+
+        def kernel(*args):
+            backend = select(args[at][0].device, scatters)
+            return plain(*args) if backend is None else over_passes(backend.DKM, *args)
+    else:
+        plain = _of_reference(name, at, row)
+
+        def kernel(*args, **options):
+            backend = select(args[at][0].device, scatters)
+            return (plain if backend is None else getattr(backend, name))(*args, **options)
+
+    return plain, kernel
 
 
 def _function(name, schema, at, row):
     """The op `name` as a function of the same arguments; the weights are argument `at`."""
-    plain = _of_reference(name, at, row)
-
-    def kernel(*args, **options):
-        backend = select(args[at][0].device, row.scatters)
-        return (plain if backend is None else _of_backend(name, backend))(*args, **options)
-
+    plain, kernel = _kernels(name, at, row)
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     if name != "dkm_solve":  # how often that goes round depends on values
         _library.impl(name, plain, "CompositeExplicitAutograd")

@@ -9,12 +9,12 @@ from .extension import Half, address
 
 
 def functions(library):
-    """op -> (forward, backward)"""
+    """name of the op -> (forward, backward)"""
     return {
-        L_INF: (library.l_inf_fwd, library.l_inf_bwd),
-        MARGIN: (library.margin_fwd, library.margin_bwd),
-        SOFT_MIN_MAX: (library.soft_min_max_fwd, library.soft_min_max_bwd),
-        SOFT_EXTREMA: (library.soft_extrema_fwd, library.soft_extrema_bwd),
+        L_INF.name: (library.l_inf_fwd, library.l_inf_bwd),
+        MARGIN.name: (library.margin_fwd, library.margin_bwd),
+        SOFT_MIN_MAX.name: (library.soft_min_max_fwd, library.soft_min_max_bwd),
+        SOFT_EXTREMA.name: (library.soft_extrema_fwd, library.soft_extrema_bwd),
     }
 
 
@@ -24,7 +24,8 @@ class NativeRangeLosses(launchers.RangeLosses, Half):
         first, second = (*parameters, None, None)[:2]
         partial = torch.empty(plan.chunks, self.state, dtype=loss.dtype, device=loss.device)
         device, queue = self.queue(loss.device)
-        self.losses[op][0](
+        forward, _ = self.losses[op.name]
+        forward(
             listed,
             address(table),
             device,
@@ -44,7 +45,8 @@ class NativeRangeLosses(launchers.RangeLosses, Half):
         gradients = lists.empty_gradients(weights, d, layout) if out is None else out
         target, _targets = self.target(gradients, out is not None)
         device, queue = self.queue(grad.device)
-        self.losses[op][1](
+        _, backward = self.losses[op.name]
+        backward(
             listed,
             address(table),
             device,

@@ -12,8 +12,8 @@ _CODE = {name: i for i, name in enumerate(TERMS)}
 
 
 def functions(library):
-    """op -> (forward, backward)"""
-    return {KURE: (library.kure_fwd, library.kure_bwd), WEIGHT_STATS: (library.weight_stats_fwd, None)}
+    """name of the op -> (forward, backward)"""
+    return {KURE.name: (library.kure_fwd, library.kure_bwd), WEIGHT_STATS.name: (library.weight_stats_fwd, None)}
 
 
 class NativeRegularizers(launchers.Regularizers, Half):

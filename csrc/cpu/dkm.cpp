@@ -17,7 +17,6 @@ int64_t scratch(int most, int d, Metric metric) {
 }  // namespace R2_ISA
 
 namespace cpu::R2_ISA {
-extern const Dkm dkm;
 const Dkm dkm = {
     .update = scalar_or_row<&ScalarPasses::update, &RowPasses::update>,
     .output = scalar_or_row<&ScalarPasses::output, &RowPasses::output>,

@@ -293,7 +293,6 @@ void dorefa_backward(const List& list, const Quantizer& q, int threads) {
 }  // namespace R2_ISA
 
 namespace cpu::R2_ISA {
-extern const Quantizers quantizers;
 const Quantizers quantizers = {
     .lsq_fwd = lsq_forward,
     .lsq_bwd = lsq_backward,

@@ -5,7 +5,6 @@
 
 namespace r2 {
 namespace cpu::R2_ISA {
-extern const RangeLosses range_losses;
 const RangeLosses range_losses = {
     .l_inf_fwd = loss_forward<LInfReader, LInfOp>,
     .margin_fwd = loss_forward<MarginReader, MarginOp>,

@@ -7,7 +7,6 @@
 
 namespace r2 {
 namespace cpu::R2_ISA {
-extern const Regularizers regularizers;
 const Regularizers regularizers = {
     .kure_fwd = loss_forward<MomentsReader, KureOp>,
     .weight_stats_fwd = loss_forward<MomentsReader, WeightStatsOp>,

@@ -147,18 +147,18 @@ def _solved(weights, centroids, *rest):
     return torch.empty_like(centroids), torch.empty((), dtype=torch.int64, device="cpu")
 
 
-def remember_backend(ctx):
-    """For `backward`: the backend that was chosen explicitly for this forward, if one was."""
-    ctx.backend = None if torch.compiler.is_compiling() else chosen()
+def backend_of_forward():
+    """For `backward`: the backend that was chosen explicitly, if one was."""
+    return None if torch.compiler.is_compiling() else chosen()
 
 
-def backward(ctx, bwd, *args):
+def backward(backend, bwd, *args):
     """bwd(*args) on the backend of the forward; RuntimeError where a second derivative is asked for."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             "r2kernels: second derivatives (create_graph=True, or backward within enabled grad) are not implemented"
         )
-    if ctx.backend is None:
+    if backend is None:
         return bwd(*args)
-    with use_backend(ctx.backend):
+    with use_backend(backend):
         return bwd(*args)

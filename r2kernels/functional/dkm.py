@@ -37,7 +37,7 @@ class _DifferentiableKMeans(torch.autograd.Function):
         ctx.save_for_backward(tau, history, moments, order, *weights)
         ctx.call = clusters, metric, gradient, d, layout
         ctx.shapes = [c.shape for c in given]
-        ops.remember_backend(ctx)
+        ctx.backend = ops.backend_of_forward()
         ctx.set_materialize_grads(False)
         return *carve_gradients(buffers, weights, d, layout), *_restored(history[-1], order, ctx.shapes)
 
@@ -53,7 +53,7 @@ class _DifferentiableKMeans(torch.autograd.Function):
             upstream = upstream.gather(1, order)
         needed = ctx.needs_input_grad[9:]
         args = upstream, weights, gs, history, moments, gradient, any(needed[:count]), tau, clusters, metric, d, layout
-        buffers, first = ops.backward(ctx, ops.dkm.bwd, *args)
+        buffers, first = ops.backward(ctx.backend, ops.dkm.bwd, *args)
         centroid_gradients = _restored(first, order, ctx.shapes) if gradient == "unrolled" else [None] * count
         gradients = [*centroid_gradients, *carve_gradients(buffers, weights, d, layout)]
         return *[None] * 9, *[g if need else None for g, need in zip(gradients, needed, strict=True)]

@@ -14,12 +14,22 @@ from ..reference import checks, parameters
 class Call(NamedTuple):
     """How an op is called and what becomes of its results."""
 
-    shape: tuple  # of the loss as the user gets it
+    single: bool
     forward: tuple = ()  # what the forward takes behind the parameters
     backward: tuple = ()  # what the backward takes behind what was saved
     d: int = 1
     layout: str = "output"
-    single: bool = False
+    planes: bool = False  # the loss is (2, L, d): two numbers for each column
+
+    def shaped(self, loss):
+        """As the user gets it: without the list of a single tensor, and without the one column of two planes."""
+        if self.planes and self.d == 1:
+            loss = loss.squeeze(-1)
+        return loss.squeeze(1 if self.planes else 0) if self.single else loss
+
+    def flat(self, grad, count):
+        """The gradient of what `shaped` gave, as the op takes it."""
+        return grad.reshape(2, count, -1) if self.planes else grad.reshape(-1)
 
 
 class Loss(torch.autograd.Function):
@@ -35,23 +45,23 @@ class Loss(torch.autograd.Function):
             given = [parameters.parameter("parameter", learned, len(weights), call.single, call.d, weights[0]), *given]
         loss, saved = op.fwd(weights, *given, *call.forward)
         ctx.save_for_backward(saved, learned, *given, *weights)
-        ctx.op, ctx.call, ctx.count, ctx.shape = op, call, len(given), loss.shape
-        ops.remember_backend(ctx)
-        return loss.reshape(call.shape)
+        ctx.of_forward = op, call, len(given), ops.backend_of_forward()
+        return call.shaped(loss)
 
     @staticmethod
     def backward(ctx, grad):
-        op, call, needed = ctx.op, ctx.call, ctx.needs_input_grad
+        op, call, count, backend = ctx.of_forward
         saved, learned, *tensors = ctx.saved_tensors
-        given, weights = tensors[: ctx.count], tensors[ctx.count :]
-        result = ops.backward(ctx, op.bwd, grad.reshape(ctx.shape), weights, *given, saved, *call.backward)
+        given, weights = tensors[:count], tensors[count:]
+        grad = call.flat(grad, len(weights))
+        result = ops.backward(backend, op.bwd, grad, weights, *given, saved, *call.backward)
         buffers, g_learned = result if op.row.learned else (result, None)
+        needed = ctx.needs_input_grad
         g_learned = parameters.parameter_gradient(g_learned, learned, call.single) if needed[3] else None
-        gradients = carve_gradients(buffers, weights, call.d, call.layout)
-        needed = needed[-len(weights) :]
+        gradients, needed = carve_gradients(buffers, weights, call.d, call.layout), needed[-len(weights) :]
         if not all(needed):
             gradients = [g if need else None for g, need in zip(gradients, needed, strict=True)]
-        fixed = len(tensors) - len(weights) - (learned is not None)
+        fixed = count - (learned is not None)
         return None, None, None, g_learned, *[None] * fixed, *gradients
 
 
@@ -61,11 +71,6 @@ def learnable(name, value, ws, single, d=1):
         checks.check_parameter(name, value, len(ws), single, d, ws[0])
         return value, ()
     return None, (parameters.parameter(name, value, len(ws), single, d, ws[0]),)
-
-
-def shape_of(ws, single):
-    """Of one loss for each tensor."""
-    return () if single else (len(ws),)
 
 
 def add_gradients_(op, weights, gradients, grad, given, *, alpha_grad=False, geometry=(1, "output")):

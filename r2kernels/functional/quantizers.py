@@ -29,16 +29,15 @@ class _Quantize(torch.autograd.Function):
         given, xs = tensors[:count], tensors[count:]
         ys = carve_gradients(op.fwd(xs, *given, *options), xs)
         ctx.save_for_backward(*tensors)
-        ctx.op, ctx.count, ctx.options = op, count, options
-        ops.remember_backend(ctx)
+        ctx.of_forward = op, count, options, ops.backend_of_forward()
         return tuple(ys)
 
     @staticmethod
     def backward(ctx, *gs):
-        op, count = ctx.op, ctx.count
+        op, count, options, backend = ctx.of_forward
         tensors = ctx.saved_tensors  # read once, as activation checkpointing asks
         given, xs = tensors[:count], tensors[count:]
-        result = ops.backward(ctx, op.bwd, list(gs), xs, *given, *ctx.options)
+        result = ops.backward(backend, op.bwd, list(gs), xs, *given, *options)
         buffers, *of_parameters = result if op.row.learned else (result,)
         gradients = [*of_parameters, *[None] * (count - op.row.learned), *carve_gradients(buffers, xs)]
         needed = ctx.needs_input_grad[3:]

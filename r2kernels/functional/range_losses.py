@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import ops
 from ..reference import checks, parameters
-from .loss import Call, Loss, learnable, shape_of
+from .loss import Call, Loss, learnable
 
 
 def l_inf(W, *, cluster_dim=1, layout="output") -> Tensor:
@@ -28,7 +28,7 @@ def l_inf(W, *, cluster_dim=1, layout="output") -> Tensor:
     """
     ws, single = checks.weights(W, cluster_dim, layout)
     columns = cluster_dim, layout
-    return Loss.apply(ops.l_inf, Call(shape_of(ws, single), columns, columns, *columns, single), 0, None, *ws)
+    return Loss.apply(ops.l_inf, Call(single, columns, columns, *columns), 0, None, *ws)
 
 
 def margin(W, M, *, k=1, cluster_dim=1, layout="output") -> Tensor:
@@ -43,7 +43,7 @@ def margin(W, M, *, k=1, cluster_dim=1, layout="output") -> Tensor:
     k = parameters.margin_k(k, ws, single, cluster_dim)
     learned, fixed = learnable("M", M, ws, single, cluster_dim)
     columns = cluster_dim, layout
-    call = Call(shape_of(ws, single), columns, columns, *columns, single)
+    call = Call(single, columns, columns, *columns)
     return Loss.apply(ops.margin, call, len(fixed) + 1, learned, *fixed, k, *ws)
 
 
@@ -60,7 +60,7 @@ def soft_min_max(W, alpha, *, cluster_dim=1, layout="output") -> Tensor:
     """
     ws, single = checks.weights(W, cluster_dim, layout)
     learned, fixed = learnable("alpha", alpha, ws, single, cluster_dim)
-    call = _soft_call(shape_of(ws, single), learned, cluster_dim, layout, single)
+    call = _soft_call(single, learned, cluster_dim, layout)
     return Loss.apply(ops.soft_min_max, call, len(fixed), learned, *fixed, *ws)
 
 
@@ -69,11 +69,10 @@ def soft_extrema(W, alpha, *, cluster_dim=1, layout="output") -> tuple[Tensor, T
     d) for a sequence."""
     ws, single = checks.weights(W, cluster_dim, layout)
     learned, fixed = learnable("alpha", alpha, ws, single, cluster_dim)
-    shape = (2, *shape_of(ws, single), *((cluster_dim,) if cluster_dim > 1 else ()))
-    call = _soft_call(shape, learned, cluster_dim, layout, single)
+    call = _soft_call(single, learned, cluster_dim, layout, planes=True)
     return Loss.apply(ops.soft_extrema, call, len(fixed), learned, *fixed, *ws).unbind(0)
 
 
-def _soft_call(shape, learned, d, layout, single):
+def _soft_call(single, learned, d, layout, planes=False):
     alpha_grad = learned is not None and learned.requires_grad
-    return Call(shape, (alpha_grad, d, layout), (d, layout), d, layout, single)
+    return Call(single, (alpha_grad, d, layout), (d, layout), d, layout, planes)

@@ -13,7 +13,7 @@ from ..contract import BY_NAME, tensors_of_term
 from ..lists import carve_gradients
 from ..reference import checks, parameters
 from ..reference.regularizers import WeightStats
-from .loss import Call, Loss, learnable, shape_of
+from .loss import Call, Loss, learnable
 
 
 def kure(W, *, target=1.8) -> Tensor:
@@ -25,7 +25,7 @@ def kure(W, *, target=1.8) -> Tensor:
     """
     ws, single = checks.weights(W)
     target = parameters.parameter("target", target, len(ws), single, 1, ws[0], differentiable=False)
-    return Loss.apply(ops.kure, Call(shape_of(ws, single), single=single), 1, None, target, *ws)
+    return Loss.apply(ops.kure, Call(single), 1, None, target, *ws)
 
 
 def bin_reg(W, step, bits) -> Tensor:
@@ -39,7 +39,7 @@ def bin_reg(W, step, bits) -> Tensor:
     ws, single = checks.weights(W)
     checks.bit_width(bits)
     step = parameters.step("step", step, ws, single, differentiable=False)
-    call = Call(shape_of(ws, single), (bits,), (bits,), single=single)
+    call = Call(single, (bits,), (bits,))
     return Loss.apply(ops.bin_reg, call, 1, None, step, *ws)
 
 
@@ -55,7 +55,7 @@ def msqe(W, step, bits) -> Tensor:
         learned, fixed = learnable("step", step, ws, single)
     else:
         learned, fixed = None, (parameters.step("step", step, ws, single),)
-    call = Call(shape_of(ws, single), (bits,), (bits,), single=single)
+    call = Call(single, (bits,), (bits,))
     return Loss.apply(ops.msqe, call, len(fixed), learned, *fixed, *ws)
 
 
@@ -67,7 +67,7 @@ def partial_l2(W, fraction) -> Tensor:
     """
     ws, single = checks.weights(W)
     rank = parameters.rank(fraction, ws, single)
-    return Loss.apply(ops.partial_l2, Call(shape_of(ws, single), single=single), 1, None, rank, *ws)
+    return Loss.apply(ops.partial_l2, Call(single), 1, None, rank, *ws)
 
 
 def weight_stats(W) -> WeightStats:
@@ -91,21 +91,19 @@ class _WeightTerms(torch.autograd.Function):
         given, ws = tensors[:count], tensors[count:]
         losses, saved = ops.terms.fwd(ws, names, given, bits, flags)
         ctx.save_for_backward(*tensors, *saved)
-        ctx.call, ctx.count, ctx.terms = (names, bits, flags), count, len(saved)
-        ops.remember_backend(ctx)
+        ctx.of_forward = names, bits, flags, count, len(saved), ops.backend_of_forward()
         return tuple(losses)
 
     @staticmethod
     def backward(ctx, *grads):
+        names, bits, flags, count, terms, backend = ctx.of_forward
         tensors = ctx.saved_tensors  # read once, as activation checkpointing asks
-        tensors, saved = tensors[: -ctx.terms], tensors[-ctx.terms :]
-        given, ws = tensors[: ctx.count], tensors[ctx.count :]
-        names, bits, flags = ctx.call
-        buffers, of_parameters = ops.backward(ctx, ops.terms.bwd, list(grads), ws, names, given, bits, flags, saved)
+        given, ws, saved = tensors[:count], tensors[count:-terms], tensors[-terms:]
+        buffers, of_parameters = ops.backward(backend, ops.terms.bwd, list(grads), ws, names, given, bits, flags, saved)
         learned, gradients = iter(of_parameters), []
         for name in names:
-            count = BY_NAME[name].learned
-            gradients += [next(learned) for _ in range(count)] + [None] * (tensors_of_term(name) - count)
+            n = BY_NAME[name].learned
+            gradients += [next(learned) for _ in range(n)] + [None] * (tensors_of_term(name) - n)
         gradients += carve_gradients(buffers, ws)
         return None, None, *[g if need else None for g, need in zip(gradients, ctx.needs_input_grad[2:], strict=True)]
 

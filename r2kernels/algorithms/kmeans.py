@@ -75,7 +75,7 @@ def partition(prefix, clusters):
     """The first cell of each of `clusters` runs of cells, of least inertia in all. `prefix`: (3, cells + 1) sums of
     mass, mass x value, mass x value^2.
 
-    csrc/partition.h, level by level of its divide and conquer: the same comparisons, so the same cells.
+    csrc/kmeans.h, level by level of its divide and conquer: the same comparisons, so the same cells.
     """
     mass, first, second = prefix.numpy()
     cells = len(mass) - 1

@@ -16,7 +16,7 @@ from .range_losses_kernels import LOG2E
 from .rounding import clip, divide, divide_by_levels, lsq_code, nearest_integer, positive_or_nan, sign_or_one
 
 
-class Quantizer(NamedTuple):
+class QuantizerFormula(NamedTuple):
     """A quantizer as the skeletons take it. LOW, HIGH and FLAG are told in quantizers.py."""
 
     setup: Callable  # (p_parameters, column) -> constants
@@ -216,10 +216,10 @@ def correct_maxima(
 
 
 QUANTIZERS = {
-    "lsq": Quantizer(lsq_setup, lsq_fwd, lsq_bwd, sums=1, finish=lsq_finish),
-    "ewgs": Quantizer(ewgs_setup, ewgs_fwd, ewgs_bwd, sums=2, finish=ewgs_finish),
-    "pact": Quantizer(pact_setup, pact_fwd, pact_bwd, sums=1, finish=pact_finish),
-    "dorefa": Quantizer(dorefa_setup, dorefa_fwd, dorefa_bwd, sums=2),  # for `correct_maxima`
-    "dorefa_detached": Quantizer(dorefa_setup, dorefa_fwd, dorefa_detached_bwd),
-    "dorefa_sign": Quantizer(dorefa_sign_setup, dorefa_sign_fwd, dorefa_sign_bwd),
+    "lsq": QuantizerFormula(lsq_setup, lsq_fwd, lsq_bwd, sums=1, finish=lsq_finish),
+    "ewgs": QuantizerFormula(ewgs_setup, ewgs_fwd, ewgs_bwd, sums=2, finish=ewgs_finish),
+    "pact": QuantizerFormula(pact_setup, pact_fwd, pact_bwd, sums=1, finish=pact_finish),
+    "dorefa": QuantizerFormula(dorefa_setup, dorefa_fwd, dorefa_bwd, sums=2),  # for `correct_maxima`
+    "dorefa_detached": QuantizerFormula(dorefa_setup, dorefa_fwd, dorefa_detached_bwd),
+    "dorefa_sign": QuantizerFormula(dorefa_sign_setup, dorefa_sign_fwd, dorefa_sign_bwd),
 }

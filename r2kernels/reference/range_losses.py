@@ -1,8 +1,7 @@
-"""The range losses and weight statistics: `<op>_fwd` and `<op>_bwd` as every backend has them, and the public
-functions.
+"""The range losses: `<op>_fwd` and `<op>_bwd` as every backend has them, and the public functions.
 
-Equations: R2 (arXiv 2303.08253), eqs. 1-3; KURE (Shkolnik et al. 2020). Rows x of a weight are (d, N): column c of
-`cluster_dim` in row c, leftovers dropped. In `<op>_fwd(weights, ...) -> (loss, saved)` and `<op>_bwd(grad, weights,
+Equations: R2 (arXiv 2303.08253), eqs. 1-3. Rows x of a weight are (d, N): column c of `cluster_dim` in row c, leftovers
+dropped. In `<op>_fwd(weights, ...) -> (loss, saved)` and `<op>_bwd(grad, weights,
 ..., saved, ...)` the parameters are (L, d) tensors of the accumulator's dtype; `saved` is (L, d, numbers per column).
 No branch depends on a value.
 """

@@ -1,9 +1,10 @@
-"""Bin regularization, MSQE, partial L2, and several terms from one read: `<op>_fwd` and `<op>_bwd` as every backend
-has them, and the public functions.
+"""The regularizers of weights, their statistics, and several terms from one read: `<op>_fwd` and `<op>_bwd` as every
+backend has them, and the public functions.
 
-Sources: Han et al. 2021, "Improving Low-Precision Network Quantization via Bin Regularization"; Choi, El-Khamy, Lee
-2020, "Learning Sparse Low-Precision Neural Networks With Learnable Regularization". The ops are laid out as those of
-range.py, with d = 1.
+Sources: Shkolnik et al. 2020, "Robust Quantization: One Model to Rule Them All" (KURE); Han et al. 2021, "Improving
+Low-Precision Network Quantization via Bin Regularization"; Choi, El-Khamy, Lee 2020, "Learning Sparse Low-Precision
+Neural Networks With Learnable Regularization" (MSQE, partial L2). The ops are laid out as those of range_losses.py,
+with d = 1.
 """
 
 from typing import NamedTuple
@@ -169,15 +170,23 @@ def split_terms(names, parameters, bits, flags):
         at += count
 
 
-def _op(name, part):
-    return globals().get(f"{name}_{part}") or getattr(range_losses, f"{name}_{part}")
+# name of a term -> its forward and backward, in the order of checks.TERMS
+TERMS = {
+    "l_inf": (range_losses.l_inf_fwd, range_losses.l_inf_bwd),
+    "margin": (range_losses.margin_fwd, range_losses.margin_bwd),
+    "soft_min_max": (range_losses.soft_min_max_fwd, range_losses.soft_min_max_bwd),
+    "kure": (kure_fwd, kure_bwd),
+    "bin_reg": (bin_reg_fwd, bin_reg_bwd),
+    "msqe": (msqe_fwd, msqe_bwd),
+    "partial_l2": (partial_l2_fwd, partial_l2_bwd),
+}
 
 
 def terms_fwd(weights, names, parameters, bits, flags):
     """Lists of the losses and of what is saved, one for each of `names`; `parameters` are those of the terms, one
     after the other."""
     results = [
-        _op(name, "fwd")(weights, *given, *forward)
+        TERMS[name][0](weights, *given, *forward)
         for name, given, forward, _ in split_terms(names, parameters, bits, flags)
     ]
     return [loss for loss, _ in results], [saved for _, saved in results]
@@ -191,7 +200,7 @@ def terms_bwd(grads, weights, names, parameters, bits, flags, saved):
     for grad, kept, (name, given, _, backward) in zip(
         grads, saved, split_terms(names, parameters, bits, flags), strict=True
     ):
-        result = _op(name, "bwd")(grad, wide, *given, kept, *backward)
+        result = TERMS[name][1](grad, wide, *given, kept, *backward)
         if isinstance(result, tuple):
             result, g = result
             of_parameters.append(g)

@@ -22,14 +22,10 @@ class Call(NamedTuple):
     planes: bool = False  # the loss is (2, L, d): two numbers for each column
 
     def shaped(self, loss):
-        """As the user gets it: without the list of a single tensor, and without the one column of two planes."""
-        if self.planes and self.d == 1:
+        """Two planes as the user gets them: without the list of a single tensor, and without a lone column."""
+        if self.d == 1:
             loss = loss.squeeze(-1)
-        return loss.squeeze(1 if self.planes else 0) if self.single else loss
-
-    def flat(self, grad, count):
-        """The gradient of what `shaped` gave, as the op takes it."""
-        return grad.reshape(2, count, -1) if self.planes else grad.reshape(-1)
+        return loss.squeeze(1) if self.single else loss
 
 
 class Loss(torch.autograd.Function):
@@ -46,14 +42,14 @@ class Loss(torch.autograd.Function):
         loss, saved = op.fwd(weights, *given, *call.forward)
         ctx.save_for_backward(saved, learned, *given, *weights)
         ctx.of_forward = op, call, len(given), ops.backend_of_forward()
-        return call.shaped(loss)
+        return call.shaped(loss) if call.planes else loss.squeeze(0) if call.single else loss
 
     @staticmethod
     def backward(ctx, grad):
         op, call, count, backend = ctx.of_forward
         saved, learned, *tensors = ctx.saved_tensors
         given, weights = tensors[:count], tensors[count:]
-        grad = call.flat(grad, len(weights))
+        grad = grad.reshape(2, len(weights), -1) if call.planes else grad.reshape(-1)
         result = ops.backward(backend, op.bwd, grad, weights, *given, saved, *call.backward)
         buffers, g_learned = result if op.row.learned else (result, None)
         needed = ctx.needs_input_grad

@@ -51,11 +51,14 @@ def _groups(codes, rows, each, bits):
     return codes.Groups(rows=rows, each=each, bits=bits)
 
 
-def address(memory):
-    """Of a tensor or of a table of addresses; 0 for None."""
-    if memory is None:
-        return 0
-    return memory.buffer_info()[0] if isinstance(memory, array) else memory.data_ptr()
+def pointer(tensor):
+    """0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def address(table):
+    """Of a table of addresses, as `Half.table` makes it; 0 for None."""
+    return table.buffer_info()[0] if type(table) is array else pointer(table)
 
 
 def described(structs, plan, dtype):

@@ -5,7 +5,7 @@ import torch
 from ... import lists
 from ...contract import L_INF, MARGIN, SOFT_EXTREMA, SOFT_MIN_MAX
 from .. import launchers
-from .extension import Half, address
+from .extension import Half, address, pointer
 
 
 def functions(library):
@@ -30,12 +30,12 @@ class NativeRangeLosses(launchers.RangeLosses, Half):
             address(table),
             device,
             queue,
-            first=address(first),
-            second=address(second),
+            first=pointer(first),
+            second=pointer(second),
             flag=alpha_grad,
             partial=partial.data_ptr(),
             out=loss.data_ptr(),
-            saved=address(saved),
+            saved=pointer(saved),
             bits=0,
         )
 
@@ -53,12 +53,12 @@ class NativeRangeLosses(launchers.RangeLosses, Half):
             queue,
             grad=grad.data_ptr(),
             grad_stride=grad.stride(0) if grad.dim() == 1 else 1,
-            first=address(first),
-            second=address(second),
+            first=pointer(first),
+            second=pointer(second),
             saved=saved.data_ptr(),
             target=target,
             add=out is not None,
-            parameter_gradient=address(learned),
+            parameter_gradient=pointer(learned),
             bits=0,
         )
         return gradients

@@ -6,7 +6,7 @@ import torch
 from ... import lists
 from ...contract import BY_NAME, KURE, PARTIAL_L2, TERMS, WEIGHT_STATS, accumulator, tensors_of_term
 from .. import launchers
-from .extension import Half, address
+from .extension import Half, address, pointer
 
 _CODE = {name: i for i, name in enumerate(TERMS)}
 
@@ -33,8 +33,8 @@ class NativeRegularizers(launchers.Regularizers, Half):
             partials.append(torch.empty(plan.chunks, size, dtype=wide, device=device))
             arguments.append(
                 self.structs.Forward(
-                    first=address(first),
-                    second=address(second),
+                    first=pointer(first),
+                    second=pointer(second),
                     flag=flag,
                     partial=partials[-1].data_ptr(),
                     out=loss.data_ptr(),
@@ -60,7 +60,7 @@ class NativeRegularizers(launchers.Regularizers, Half):
             *self.queue(theta.device),
             rank=rank.data_ptr(),
             theta=theta.data_ptr(),
-            scratch=address(scratch),
+            scratch=pointer(scratch),
         )
 
     def terms_bwd(self, grads, weights, names, parameters, bits, flags, saved, out=None):
@@ -79,12 +79,12 @@ class NativeRegularizers(launchers.Regularizers, Half):
                 self.structs.Backward(
                     grad=grad.data_ptr(),
                     grad_stride=grad.stride(0),
-                    first=address(kept if name == PARTIAL_L2.name else first),
-                    second=address(second),
+                    first=pointer(kept if name == PARTIAL_L2.name else first),
+                    second=pointer(second),
                     saved=kept.data_ptr(),
                     target=target,
                     add=out is not None,
-                    parameter_gradient=address(learned),
+                    parameter_gradient=pointer(learned),
                     bits=width,
                 )
             )

@@ -226,7 +226,7 @@ LAW = {
         "reference.regularizers",
     },
     "functional.quantizers": {"lists", "ops", "reference.checks", "reference.parameters"},
-    "functional.dkm": {"lists", "ops", "reference.checks", "reference.parameters"},
+    "functional.dkm": SPECIFIED | {"lists", "ops"},
     "functional.kmeans": SPECIFIED | {"algorithms.kmeans", "backends", "backends.native", "ops"},
     # files
     "files": set(),

@@ -12,7 +12,7 @@ import torch
 from .. import ops
 from ..lists import carve_gradients
 from ..reference import checks, parameters
-from ..reference.columns import zeros_of
+from ..reference.zeros import zeros_of
 
 
 class _DifferentiableKMeans(torch.autograd.Function):

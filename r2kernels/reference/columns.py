@@ -17,14 +17,6 @@ def columns(w, d=1, layout="output"):
     return flat[: n * d].reshape(n, d).t().to(accumulator(w.dtype))
 
 
-def zeros_of(w, d=1, layout="output"):
-    """Where w is 0 and, for rows of d, with it all of its row; leftovers are in no row."""
-    if d == 1:
-        return w == 0
-    rows = (columns(w, d, layout) == 0).all(0)
-    return from_columns(rows.expand(d, -1).to(w.dtype), w, d, layout) != 0
-
-
 def from_columns(x, w, d=1, layout="output"):
     """The inverse of `columns`: a tensor like w, zero where w had leftovers."""
     x = x.to(w.dtype)

@@ -12,7 +12,8 @@ import warnings
 import torch
 
 from . import checks, parameters
-from .columns import columns, from_columns, zeros_of
+from .columns import columns, from_columns
+from .zeros import zeros_of
 
 
 def distance(x, c, metric):

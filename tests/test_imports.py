@@ -264,7 +264,15 @@ LAW = {
         "reference.checks",
         "reference.parameters",
     },
-    "nn.palettizer": {"files.clustered", "functional.dkm", "functional.kmeans", "nn.attach", "reference.checks"},
+    "nn.clustering": {
+        "files.clustered",
+        "functional.dkm",
+        "functional.kmeans",
+        "reference.checks",
+        "reference.columns",
+        "reference.zeros",
+    },
+    "nn.palettizer": {"files.clustered", "functional.dkm", "nn.attach", "nn.clustering", "reference.zeros"},
     "nn.quantizer": {"nn.attach", "nn.hessian", "nn.inputs", "nn.ranks", "nn.scales", "reference.checks"},
     "nn.calibrate": {"nn.clipping", "nn.inputs", "nn.quantizer", "nn.scales", "reference.checks", "reference.columns"},
     # the command line

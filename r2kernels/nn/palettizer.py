@@ -19,7 +19,8 @@ from ..files.clustered import (
 from ..functional.dkm import assign, dkm
 from ..functional.kmeans import kmeans
 from ..reference import checks
-from .attach import Attached, layers_of
+from .attach import Attached
+from .layers import layers_of
 
 # tau="auto": this part of the distance of neighbouring centroids (for "sqeuclidean" squared). In the demo's five
 # palettes and four trainings 0.25 leaves a soft-to-hard gap of 25 % and loses up to 40 points, 0.02 hardly lets a
@@ -129,10 +130,15 @@ class Palettizer(Attached):
     per_channel_scale: each output channel is divided by its max|W| first.
     lut_dtype: "fp32", "fp16" or "int8" (with one scale per group): how centroids are stored; training sees the rounding
         of the nearest centroid (straight-through).
+    include, exclude: as in `select_weights`; embeddings and recurrent weights are there without.
     overrides: name pattern (of the parameter or its module) -> dict of options, or "skip"; of several that match the
         last one counts.
+    replace: removes what is attached to the same weights already, which else is an error.
 
-    TypeError or ValueError names the option and the layer.
+    Hard weights are made anew in every forward in eval(), from the weights and centroids as they are then; inside
+    `with palettizer.frozen():` once. Backward in eval() gives the dense weights the gradient of the hard ones. A
+    submodule in eval() runs on hard weights inside a model in train(). TypeError or ValueError names the option and
+    the layer.
     """
 
     def __init__(
@@ -149,13 +155,16 @@ class Palettizer(Attached):
         group_size=None,
         per_channel_scale=False,
         lut_dtype="fp32",
+        include=None,
+        exclude=None,
         overrides=None,
+        replace=False,
     ):
         super().__init__()
         usual = ClusteringOptions(
             bits, cluster_dim, layout, tau, iterations, metric, gradient, group_size, per_channel_scale, lut_dtype
         ).checked("the model")
-        layers = _layers(model, usual, overrides)
+        layers = _layers(model, usual, overrides, include, exclude)
         self.centroids, self.taus = nn.Module(), nn.Module()
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._count = 0
@@ -166,8 +175,8 @@ class Palettizer(Attached):
                 centroids = torch.stack(found).reshape(len(found), -1, o.cluster_dim)
                 self.centroids.register_buffer(layer.key, centroids)
                 self.taus.register_buffer(layer.key, o.temperature(0, centroids))
-        self._fresh = None
-        self._attach(model, layers)
+        self._fresh = {}
+        self._attach(model, layers, replace=replace)
 
     @staticmethod
     def _pieces(layer):
@@ -228,17 +237,11 @@ class Palettizer(Attached):
     def _hard(self, layers):
         return [self._clustered(layer).decoded() for layer in layers]
 
-    def _tensors(self):
-        return [t for layer in self.layers for t in (layer.weight(), self.centroids._buffers[layer.key])]
-
-    def _soft_all(self):
-        found = self._soft(self.layers)
+    def _soft_weights(self, layers):
+        found = self._soft(layers)
         if torch.is_grad_enabled():
-            self._fresh = [c for _, c in found]
+            self._fresh.update(zip([layer.name for layer in layers], [c for _, c in found], strict=True))
         return [hat for hat, _ in found]
-
-    def _one_soft(self, i):
-        return self._soft([self.layers[i]])[0][0]
 
     @torch.no_grad()
     def step(self):
@@ -248,10 +251,10 @@ class Palettizer(Attached):
         """
         self._count += 1
         self.steps.fill_(self._count)
-        if self._fresh is not None:
-            for layer, c in zip(self.layers, self._fresh, strict=True):
-                self.centroids._buffers[layer.key].copy_(c)
-        self._fresh = self._hats = None
+        for layer in self.layers:
+            if layer.name in self._fresh:
+                self.centroids._buffers[layer.key].copy_(self._fresh[layer.name])
+        self._forget()
         self._warm_up()
 
     def _warm_up(self):
@@ -274,19 +277,24 @@ class Palettizer(Attached):
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
-        self._count, self._fresh, self._hats, self._hard_of = int(self.steps), None, None, None
+        self._count = int(self.steps)
+        self._forget()
+
+    def _forget(self):
+        super()._forget()
+        self._fresh = {}
 
     def __getstate__(self):
-        return {**super().__getstate__(), "_fresh": None}
+        return {**super().__getstate__(), "_fresh": {}}
 
     def extra_repr(self):
         return f"layers={len(self.layers)}, steps={self._count}"
 
 
-def _layers(model, usual, overrides):
+def _layers(model, usual, overrides, include, exclude):
     """The layers to cluster, with their options."""
     layers = []
-    for layer in layers_of(model, usual, overrides, embeddings=True):
+    for layer in layers_of(model, usual, overrides, include, exclude, embeddings=True, stacklevel=5):
         p, options = layer.weight(), layer.options
         rows = min(len(p), options.group_size or len(p)) * (p.numel() // len(p)) // options.cluster_dim
         if rows < 2**options.bits:

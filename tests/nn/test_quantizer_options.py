@@ -47,12 +47,12 @@ BAD = [
     ({"method": "sgd"}, ValueError, r"method of the model must be one of \('lsq', 'ewgs', 'pact'\), got 'sgd'"),
     ({"weight_bits": 0}, ValueError, r"weight_bits of the model must be an int in 1..8, got 0"),
     ({"weight_bits": 9}, ValueError, "got 9"),
-    ({"weight_bits": None}, TypeError, "weight_bits of the model must be an int in 1..8, got None"),
+    ({"weight_bits": None}, ValueError, "weight_bits and activation_bits of the model are both None"),
     ({"weight_bits": 4.0}, TypeError, "got 4.0"),
     ({"activation_bits": 0}, ValueError, "activation_bits of the model must be an int in 1..8, got 0"),
     ({"activation_bits": True}, TypeError, "activation_bits of the model must be an int in 1..8, got True"),
     ({"axis": 2}, ValueError, r"axis=2 does not exist: 4.weight has shape \(10, 128\)"),
-    ({"axis": "0"}, TypeError, "axis of the model must be an int or None, got '0'"),
+    ({"axis": "0"}, TypeError, "axis of the model must be an int, \"output\" or None, got '0'"),
     ({"method": "ewgs", "axis": 0}, ValueError, "axis of the model must be None for method 'ewgs'.*got 0"),
     ({"overrides": ["0"]}, TypeError, "overrides must be a dict"),
     ({"overrides": {"0": 3}}, TypeError, r"overrides\['0'\] must be a dict of options or \"skip\", got 3"),
@@ -65,8 +65,8 @@ BAD = [
     ),
     ({"overrides": {"0": {"plus": 1}}}, TypeError, "plus of 0.weight must be True or False, got 1"),
     ({"overrides": {"nothing": "skip"}}, ValueError, r"overrides\['nothing'\] matches no weight"),
-    ({"overrides": {"*": "skip"}}, ValueError, "Sequential has no weight left to quantize"),
-    ({"model": nn.ReLU()}, ValueError, "ReLU has no conv, linear or attention weight"),
+    ({"overrides": {"*": "skip"}}, ValueError, "Sequential has no weight left after exclude=None and overrides="),
+    ({"model": nn.ReLU()}, ValueError, "ReLU has no conv, linear or attention weight; use include="),
 ]
 
 

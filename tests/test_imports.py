@@ -269,7 +269,9 @@ LAW = {
         "nn.attach",
         "nn.layers",
         "reference.checks",
+        "reference.columns",
     },
+    "nn.copies": {"nn.attach", "reference.checks"},
     "nn.quantizer": {
         "nn.attach",
         "nn.hessian",

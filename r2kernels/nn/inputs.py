@@ -19,6 +19,11 @@ def input_places(model, layers):
     ]
 
 
+def input_name(key):
+    """The name of the module whose input has this key."""
+    return "the model" if key == "/" else key.replace("/", ".")
+
+
 def _is_read_by_another(model, module):
     """Whether an attention reads the weight of this module without calling it."""
     return any(isinstance(m, nn.MultiheadAttention) and m.out_proj is module for m in model.modules())

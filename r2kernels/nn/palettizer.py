@@ -19,6 +19,7 @@ from ..files.clustered import (
 from ..functional.dkm import assign, dkm
 from ..functional.kmeans import kmeans
 from ..reference import checks
+from ..reference.columns import accumulator
 from .attach import Attached
 from .layers import layers_of
 
@@ -183,6 +184,10 @@ class Palettizer(Attached):
         """The groups of a weight, scaled, as `dkm` takes them."""
         return divided(layer.weight(), layer.options)[0]
 
+    def _centroids(self, layer):
+        """(G, K, d), as precise as the weight asks for: `model.double()` does not convert them."""
+        return self.centroids._buffers[layer.key].to(accumulator(layer.weight().dtype))
+
     def _whole(self, layer, pieces):
         """A weight made of the numbers of its groups."""
         w = layer.weight()
@@ -198,9 +203,7 @@ class Palettizer(Attached):
             batches.setdefault(key, []).append(layer)
         for (_, _, d, layout, iterations, metric, gradient), some in batches.items():
             pieces = [self._pieces(layer) for layer in some]
-            starts = [
-                c.squeeze(-1) if d == 1 else c for layer in some for c in self.centroids._buffers[layer.key].unbind()
-            ]
+            starts = [c.squeeze(-1) if d == 1 else c for layer in some for c in self._centroids(layer).unbind()]
             tau = torch.cat([self.taus._buffers[layer.key] for layer in some])
             flat = [p for group in pieces for p in group]
             hats, moved = dkm(
@@ -231,7 +234,7 @@ class Palettizer(Attached):
         return {layer.name: self._clustered(layer) for layer in self.layers}
 
     def _clustered(self, layer):
-        return Clustered.of(layer.weight(), self.centroids._buffers[layer.key], layer.options)
+        return Clustered.of(layer.weight(), self._centroids(layer), layer.options)
 
     @torch.no_grad()
     def _hard(self, layers):

@@ -92,7 +92,8 @@ class ParametrizedPlace(Place):
         return key.startswith(f"parametrizations.{self.attribute}.")
 
     def bake(self, hard):
-        parametrize.remove_parametrizations(self.module, self.attribute, leave_parametrized=True)
+        with torch.enable_grad():  # or what several parameters compute would not become a parameter
+            parametrize.remove_parametrizations(self.module, self.attribute, leave_parametrized=True)
         super().bake(hard)
 
     def __getstate__(self):

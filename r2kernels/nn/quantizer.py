@@ -12,7 +12,7 @@ from ..reference import checks
 from .attach import Attached, in_backward
 from .hessian import ratios
 from .input_scales import EWGSInput, LSQInput, PACTInput
-from .inputs import InputHook, input_places
+from .inputs import InputHook, input_name, input_places
 from .layers import layers_of
 from .ranks import average_gradients, is_distributed
 from .scales import DoReFaWeight, EWGSWeight, LSQWeight
@@ -146,7 +146,7 @@ class Quantizer(Starting):
         return self
 
     def _input_modules(self):
-        return [(module, key.replace("/", ".")) for module, key in self._input_of]
+        return [(module, input_name(key)) for module, key in self._input_of]
 
     def _own_layers(self):
         return [layer for layer in self.layers if layer.options.weight_bits is not None]
@@ -235,7 +235,7 @@ class Quantizer(Starting):
         patterns: names of weights or modules; without, all. ValueError where one matches nothing.
         """
         held = [(layer.name, self._weight_quantizer(layer)) for layer in self._own_layers()]
-        held += [(key.replace("/", "."), q) for key, q in self.inputs._modules.items()]
+        held += [(input_name(key), q) for key, q in self.inputs._modules.items()]
         for pattern in patterns or ("*",):
             some = [
                 q for name, q in held if fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[0], pattern)
@@ -273,10 +273,9 @@ class Quantizer(Starting):
         low = x.detach().amin().item()
         if low < 0:
             self._warned.add(key)
-            name = key.replace("/", ".")
             warnings.warn(
-                f"the input of {name} has negative values (down to {low:g}), but its range started from a batch "
-                "without: they become 0. Call `initialize` with a batch that has them",
+                f"the input of {input_name(key)} has negative values (down to {low:g}), but its range started from a "
+                "batch without: they become 0. Call `initialize` with a batch that has them",
                 stacklevel=2,
             )
 
@@ -338,17 +337,24 @@ class Quantizer(Starting):
         if is_distributed():
             self._broadcast()
 
-    def param_groups(self, *, alpha_decay=0.0, **options):
+    def param_groups(self, *, alpha_decay=0.0, bounds_lr=None, **options):
         """The learned steps, bounds, scales and alpha as a list of parameter groups for an optimizer.
 
         With `weight_decay=0` unless `options` say otherwise; PACT's alpha, where there are any, have
-        weight_decay=alpha_decay (its L2 penalty).
+        weight_decay=alpha_decay (its L2 penalty). EWGS's bounds, whose gradients are sums over all numbers between
+        them, have a learning rate of their own: bounds_lr, by default lr / 100 where `options` give lr, else 1e-4 (the
+        paper trains them at 1e-5).
         """
         alpha_decay = checks.number("alpha_decay", alpha_decay, "a finite number >= 0", lambda v: 0 <= v < math.inf)
-        alphas = [p for name, p in self.named_parameters() if name.endswith(".alpha")]
-        others = [p for name, p in self.named_parameters() if not name.endswith(".alpha")]
-        groups = [{"params": others, "weight_decay": 0.0, **options}] if others else []
-        return groups + ([{"params": alphas, **options, "weight_decay": alpha_decay}] if alphas else [])
+        if bounds_lr is None:
+            bounds_lr = options["lr"] / 100 if "lr" in options else 1e-4
+        bounds_lr = checks.number("bounds_lr", bounds_lr, "a finite number >= 0", lambda v: 0 <= v < math.inf)
+        own = {"alpha": {"weight_decay": alpha_decay}, "lower": {"lr": bounds_lr}, "upper": {"lr": bounds_lr}}
+        groups = {}
+        for name, p in self.named_parameters():
+            special = own.get(name.rpartition(".")[2], {})
+            groups.setdefault(tuple(special), ([], special))[0].append(p)
+        return [{"params": some, "weight_decay": 0.0, **options, **special} for some, special in groups.values()]
 
     def __getstate__(self):
         return {**super().__getstate__(), "_probe": None, "_averaging": False}

@@ -6,7 +6,7 @@ import warnings
 import torch
 
 from .attach import Attached
-from .inputs import InputHook, mean_output
+from .inputs import InputHook, input_name, mean_output
 from .ranks import broadcast, first_started, is_distributed
 from .scales import positive
 
@@ -33,6 +33,9 @@ class Starting(Attached):
         for q in self.inputs.children():
             q.read()
         self._all_started = all(self._is_started) and all(q.is_started for q in self.inputs.children())
+
+    def has_started(self):
+        return all(self._is_started)
 
     def _begin(self, module, inside, args, kwargs):
         if not self._all_started:
@@ -138,7 +141,7 @@ class Starting(Attached):
             q.seen = type(q.seen)()
         seen.add(key)
         q.seen.add(x)
-        q.start(layer.name)
+        q.start(input_name(key))
         if self._starting is None or not q.is_started or layer.name in self._starting["scales"]:
             return
         self._starting["scales"].add(layer.name)
@@ -178,7 +181,7 @@ class Starting(Attached):
                 for key in [key for key, j in self._input_keys if j == i]:
                     q = self.inputs._modules[key]
                     if q.seen.count:
-                        q.start(self.layers[i].name)
+                        q.start(input_name(key))
         open_inputs = [self.inputs._modules[key] for key in self._open]
         self._observing, self._late, self._open = (), set(), ()
         if open_inputs and is_distributed():

@@ -18,9 +18,13 @@ def test_param_groups():
     for method, count in (("lsq", 4), ("ewgs", 10), ("pact", 4)):
         quantizer = Quantizer(plain(), method, 4, 4)
         groups = quantizer.param_groups(lr=0.5)
-        assert all(g["lr"] == 0.5 and g["weight_decay"] == 0 for g in groups)
+        assert groups[0]["lr"] == 0.5 and all(g["weight_decay"] == 0 for g in groups)
         assert sum(len(g["params"]) for g in groups) == len(list(quantizer.parameters())) == count
         assert quantizer.param_groups(weight_decay=0.3)[0]["weight_decay"] == 0.3
+    bounds = [p for name, p in Quantizer(plain(), "ewgs", 4, 4).named_parameters() if name[-5:] in ("lower", "upper")]
+    for options, lr in (({}, 1e-4), ({"lr": 0.5}, 0.005), ({"lr": 0.5, "bounds_lr": 0.1}, 0.1)):
+        group = Quantizer(plain(), "ewgs", 4, 4).param_groups(**options)[1]
+        assert group["lr"] == lr and len(group["params"]) == len(bounds) == 8
 
 
 def test_overrides():

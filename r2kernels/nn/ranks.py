@@ -29,7 +29,7 @@ def first_started(inputs):
         at = sum(t.numel() for t in some[: list(q.state_dict()).index("started")])
         state = next((state for state in states if state[at] > 0), states[0])
         for t, part in zip(some, state.split([t.numel() for t in some]), strict=True):
-            t.copy_(part.reshape(t.shape))
+            t.data.copy_(part.reshape(t.shape))  # the backward of this forward is still to come
 
 
 def average_gradients(parameters):

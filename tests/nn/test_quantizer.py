@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from nn.attached import images, net, tokens
-from nn.quantized import METHODS, assert_equal, plain, train, train_rank, values
+from nn.quantized import METHODS, Branching, assert_equal, plain, train, train_branching_rank, train_rank, values
 from torch import nn
 from torch.testing import assert_close
 
@@ -361,3 +361,14 @@ def test_two_processes_agree(tmp_path):
     assert not torch.equal(first["start"]["inputs.0.step"], first["end"]["inputs.0.step"])
     assert_close(first["average"], (first["local"] + second["local"]) / 2)
     assert not torch.equal(first["local"], second["local"])
+
+
+def test_two_processes_agree_where_one_alone_reaches_a_layer(tmp_path):
+    """The range of its input starts there; also where the quantizer is a part of the model."""
+    torch.multiprocessing.spawn(train_branching_rank, (tmp_path,), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for own in (False, True):
+        assert_equal(first[own], second[own])
+        assert first[own]["inputs.b.started"] and not torch.equal(
+            first[own]["weights.b/weight.step"], Quantizer(Branching(False), "lsq", 4).weights._modules["b/weight"].step
+        )

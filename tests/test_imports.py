@@ -176,12 +176,8 @@ def test_first_call_of_a_process_inside_compile(grad):
     assert "True" in found
 
 
-SPECIFIED = {
-    "reference.checks",
-    "reference.columns",
-    "reference.parameters",
-    "reference.zeros",
-}  # what a call may be given
+# what a call may be given
+SPECIFIED = {"reference.checks", "reference.columns", "reference.parameters", "reference.zeros"}
 # module -> the modules of the package that it may import; `x.*` are those of a folder. All else is forbidden.
 LAW = {
     "": {"backends", "files.*", "functional", "functional.*", "nn", "nn.*", "reference", "version"},
@@ -248,11 +244,13 @@ LAW = {
     "files.coreml": {"files.clustered"},
     # modules
     "nn": {"nn.*"},
-    "nn.select": set(),
+    "nn.places": set(),
+    "nn.select": {"nn.places"},
+    "nn.layers": {"nn.places", "nn.select"},
     "nn.ranks": set(),
-    "nn.attach": {"nn.select"},
+    "nn.attach": set(),
     "nn.hessian": {"nn.attach"},
-    "nn.inputs": {"nn.attach"},
+    "nn.inputs": {"nn.select"},
     "nn.coefficient": {"reference.checks"},
     "nn.clipping": {"files.uniform", "reference.columns", "reference.parameters"},
     "nn.scales": {"files.uniform", "functional.quantizers", "nn.clipping", "reference.columns", "reference.parameters"},
@@ -264,17 +262,31 @@ LAW = {
         "reference.checks",
         "reference.parameters",
     },
-    "nn.clustering": {
-        "files.clustered",
-        "functional.dkm",
-        "functional.kmeans",
+    "nn.input_scales": {"functional.quantizers", "nn.scales", "reference.parameters"},
+    "nn.starting": {"nn.attach", "nn.inputs", "nn.ranks", "nn.scales"},
+    "nn.clustering": SPECIFIED | {"files.clustered", "functional.dkm", "functional.kmeans"},
+    "nn.palettizer": SPECIFIED | {"files.clustered", "functional.dkm", "nn.attach", "nn.clustering", "nn.layers"},
+    "nn.copies": {"nn.attach", "reference.checks"},
+    "nn.quantizer": {
+        "nn.attach",
+        "nn.hessian",
+        "nn.input_scales",
+        "nn.inputs",
+        "nn.layers",
+        "nn.ranks",
+        "nn.scales",
+        "nn.starting",
+        "reference.checks",
+    },
+    "nn.calibrate": {
+        "nn.clipping",
+        "nn.input_scales",
+        "nn.inputs",
+        "nn.quantizer",
+        "nn.scales",
         "reference.checks",
         "reference.columns",
-        "reference.zeros",
     },
-    "nn.palettizer": {"files.clustered", "functional.dkm", "nn.attach", "nn.clustering", "reference.zeros"},
-    "nn.quantizer": {"nn.attach", "nn.hessian", "nn.inputs", "nn.ranks", "nn.scales", "reference.checks"},
-    "nn.calibrate": {"nn.clipping", "nn.inputs", "nn.quantizer", "nn.scales", "reference.checks", "reference.columns"},
     # the command line
     "cli": {"cli.arguments", "cli.commands", "cli.outputs", "files.checkpoint"},
     "cli.arguments": {"", "reference.checks"},
@@ -282,8 +294,8 @@ LAW = {
     "cli.outputs": set(),
     "cli.commands": {"", "backends", "cli.*", "files.clustered", "files.loading", "files.uniform"},
     "cli.report": {"cli.console", "files.checkpoint", "functional.regularizers", "reference.columns"},
-    "cli.compress": {"cli.console", "cli.report", "files.*", "functional.kmeans", "nn.clipping"},
-    "cli.sizes": {"cli.compress", "cli.console", "files.checkpoint", "files.clustered", "files.saving"},
+    "cli.compress": {"cli.console", "cli.report", "files.*", "nn.clipping", "nn.clustering"},
+    "cli.sizes": {"cli.*", "files.checkpoint", "files.clustered", "files.saving"},
     "cli.demo": {"", "backends"},
     "cli.demo_results": {"cli.console", "cli.demo", "cli.report"},
 }

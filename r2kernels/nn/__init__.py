@@ -4,11 +4,22 @@
 places while the model runs (`attach`), and `calibrate` makes a quantizer without training.
 """
 
+from .attach import attached
 from .calibrate import calibrate
 from .coefficient import LearnableCoefficient
+from .copies import copy_attached
 from .palettizer import Palettizer
 from .quantizer import Quantizer
 from .regularizer import RangeRegularizer
 from .select import select_weights
 
-__all__ = ["LearnableCoefficient", "Palettizer", "Quantizer", "RangeRegularizer", "calibrate", "select_weights"]
+__all__ = [
+    "LearnableCoefficient",
+    "Palettizer",
+    "Quantizer",
+    "RangeRegularizer",
+    "attached",
+    "calibrate",
+    "copy_attached",
+    "select_weights",
+]

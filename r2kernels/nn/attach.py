@@ -1,189 +1,315 @@
 """How a module stands before the weights of a model.
 
-Hooks put attributes of the same name before the parameters while the model runs; the parameters themselves stay.
+Every module of the model that holds layers is an entry: the first of them that is called puts the weights of all
+layers inside it in place, in batched launches, and takes them away when it returns.
 """
 
-import fnmatch
-from typing import NamedTuple
+import contextlib
 
 import torch
 from torch import nn
-
-from .select import select_weights
-
-
-class Layer(NamedTuple):
-    """A weight of the model, where it is, and its options."""
-
-    name: str
-    places: list  # (module, attribute) of all modules that share the weight
-    options: tuple
-
-    @property
-    def key(self):
-        return self.name.replace(".", "/")
-
-    def weight(self):
-        module, attribute = self.places[0]
-        return module._parameters[attribute]
 
 
 class Attached(nn.Module):
     """A module that gives the layers of a model other weights.
 
-    A subclass says which: `_soft_all()` in train(), `_hard(layers)` in eval(), `_one_soft(i)` for a layer alone. The
+    A subclass says which: `_soft_weights(layers)` for layers in train(), `_hard(layers)` for those in eval(). The
     parameters stay where and what they are. `_hats` holds the weights of the last forward, for a part of it that is
     computed again in backward.
     """
 
-    def _attach(self, model, layers):
+    def _attach(self, model, layers, modules=(), replace=False):
+        """layers: whose weights are replaced; modules: others that are entries."""
         self.layers = layers
         self._model = (model,)  # in a tuple, so that it does not become a part of this module
-        self._hats, self._inside, self._hard_of = None, False, None
-        self._handles = [
-            model.register_forward_pre_hook(self._enter, with_kwargs=True),
-            model.register_forward_hook(self._leave, always_call=True),
-        ]
-        for i, layer in enumerate(layers):
-            for module, attribute in layer.places:
-                for caller in (module, *readers(model, module)):
-                    before, after = _ShadowAlone(self, i, module, attribute), _UnshadowAlone(self, module, attribute)
-                    self._handles.append(caller.register_forward_pre_hook(before))
-                    self._handles.append(caller.register_forward_hook(after, always_call=True))
+        self._hats, self._placed, self._reentrant = [None] * len(layers), (), set()
+        self._entry, self._entered, self._kept, self._on = (), 0, None, True  # the entry in a tuple too
+        self._handles = []
+        self._refuse_others(model, {id(module) for module in modules}, replace)
+        for module, inside in _entries(model, layers, modules).items():
+            self._handles.append(module.register_forward_pre_hook(EntryHook(self, inside), with_kwargs=True))
+            self._handles.append(module.register_forward_hook(_Leave(self), always_call=True))
+            _Guard.of(module).owners.append(self)
+        for layer in self._own_layers():
+            for place in layer.places:
+                self._handles += place.hook()
 
-    def _tensors(self):
-        """What the hard weights are made of."""
-        raise NotImplementedError
+    def has_started(self):
+        """Whether all that is learned has values from the data."""
+        return True
 
-    def _hard_once(self):
-        """Hard weights, kept from one forward in eval to the next while nothing that they are made of changes."""
-        if torch.compiler.is_compiling():
-            return self._hard(self.layers)
-        now = [(id(t), t._version) for t in self._tensors()]
-        if self._hard_of is None or self._hard_of[0] != now:
+    def _own_layers(self):
+        """The layers whose weights are replaced, sooner or later."""
+        return self.layers
+
+    def _replaced(self, some):
+        """Those of the layers (by number) whose weights are replaced now."""
+        return some
+
+    def _refuse_others(self, model, modules, replace):
+        """An error where another of these attaches to a weight or an input already; with `replace` that is removed."""
+        mine = {(id(place.module), place.attribute) for layer in self._own_layers() for place in layer.places}
+        for other in attached(model):
+            names = [
+                layer.name
+                for layer in other._own_layers()
+                for place in layer.places
+                if (id(place.module), place.attribute) in mine
+            ]
+            names += [f"the input of {name}" for module, name in other._input_modules() if id(module) in modules]
+            if names and not replace:
+                raise ValueError(
+                    f"{names[0]} is already replaced by a {type(other).__name__}; call its remove() first, or pass "
+                    "replace=True"
+                )
+            if names:
+                other.remove(bake=False)
+
+    def _input_modules(self):
+        """(module, name) of the modules whose inputs are replaced."""
+        return []
+
+    def _enter(self, module, inside, args, kwargs):
+        if self._entry:
+            self._entered += module is self._entry[0]
+            if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+                self._reentrant.update(inside)  # as CheckpointFunction does, which runs the part again in backward
+            return
+        self._entry, self._entered = (module,), 1
+        try:
+            self._begin(module, inside, args, kwargs)
+            self._place(inside)
+        except BaseException:
+            self._end()
+            raise
+
+    def _begin(self, module, inside, args, kwargs):
+        """Before the layers `inside` an entry get their weights."""
+
+    def _place(self, inside):
+        """Gives these layers their soft or hard weights."""
+        if not self._on:
+            return
+        inside, again = self._replaced(inside), in_backward()
+        if not again:
+            self._reentrant.difference_update(inside)
+        hats = {i: self._hats[i] for i in inside if again and self._hats[i] is not None and i not in self._reentrant}
+        soft = [i for i in inside if i not in hats and self.layers[i].module.training]
+        hard = [i for i in inside if i not in hats and not self.layers[i].module.training]
+        hats.update(zip(soft, self._soft_weights([self.layers[i] for i in soft]) if soft else [], strict=True))
+        hats.update(zip(hard, self._straight_through(hard), strict=True))
+        for i, hat in hats.items():
+            if hat.requires_grad or self.layers[i].module.training:
+                self._hats[i] = hat if hat.requires_grad else None
+        self._put(hats)
+
+    def _put(self, hats):
+        """Puts weights in place: number of the layer -> tensor."""
+        self._placed = list(hats)
+        for i, hat in hats.items():
+            for place in self.layers[i].places:
+                place.put(hat)
+
+    def _straight_through(self, some):
+        """The hard weights of some layers; their gradients pass to the dense ones as they are."""
+        if not some:
+            return []
+        hards, tracing = self._hard_once([self.layers[i] for i in some]), torch.jit.is_tracing()
+        ws = [self.layers[i].weight() for i in some]
+        if tracing or not torch.is_grad_enabled():
+            return hards
+        return [_HardWeight.apply(w, h) if w.requires_grad else h for w, h in zip(ws, hards, strict=True)]
+
+    def _hard_once(self, layers):
+        """Hard weights; inside `frozen` those of the first forward."""
+        if self._kept is None or torch.compiler.is_compiling():
+            return self._hard(layers)
+        missing = [layer for layer in layers if layer.name not in self._kept]
+        if missing:
             with torch.inference_mode(False):  # a tensor of inference mode could not be saved for backward later
-                self._hard_of = now, self._hard(self.layers)
-        return self._hard_of[1]
+                self._kept.update(zip([layer.name for layer in missing], self._hard(missing), strict=True))
+        return [self._kept[layer.name] for layer in layers]
 
-    def _enter(self, model, args, kwargs):
-        if model.training:
-            self._hard_of = None
-            self._hats = self._soft_all()
-        else:
-            self._hats = self._hard_once()
-        self._shadow()
+    @contextlib.contextmanager
+    def frozen(self):
+        """Inside this block the hard weights are made once and kept, so that a forward in eval() costs what the plain
+        model's does. What changes weights, centroids, ranges, dtype or device in the block is not seen."""
+        before, self._kept = self._kept, {} if self._kept is None else self._kept
+        try:
+            yield self
+        finally:
+            self._kept = before
 
-    def _shadow(self):
-        for layer, hat in zip(self.layers, self._hats, strict=True):
-            for module, attribute in layer.places:
-                object.__setattr__(module, attribute, hat)
-        self._inside = True
+    def _left(self, module):
+        if not self._entry or module is not self._entry[0]:
+            return
+        self._entered -= 1
+        if self._entered == 0:
+            self._end()
 
-    def _leave(self, model, args, output):
-        self._inside = False
-        for layer in self.layers:
-            for module, attribute in layer.places:
-                _unshadow(module, attribute)
+    def _take(self):
+        """Takes away what `_put` gave."""
+        for i in self._placed:
+            for place in self.layers[i].places:
+                place.take()
+        self._placed = ()
 
-    def _one(self, i, training):
-        """A layer's weight outside of a forward of the whole model.
-
-        Either checkpointing computes the layer again in a backward, or a part of the model is called alone.
-        """
-        if self._hats is not None and in_backward():
-            return self._hats[i]
-        return self._one_soft(i) if training else self._hard([self.layers[i]])[0]
+    def _end(self):
+        """After the forward of an entry."""
+        self._take()
+        self._entry, self._entered = (), 0
 
     def model_state(self):
-        """The model's `state_dict` without the weights of the layers, under whatever names they have."""
-        own = {id(layer.weight()) for layer in self.layers}
+        """The model's `state_dict` without the weights of the layers, under whatever names they have, and without what
+        is attached as a part of the model."""
         model = self._model[0]
-        shared = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in own}
-        return {name: value for name, value in model.state_dict().items() if name not in shared}
+        places = {}
+        for layer in self._own_layers():
+            for place in layer.places:
+                places.setdefault(id(place.module), []).append(place)
+        dropped = []
+        for path, module in model.named_modules(remove_duplicate=False):
+            prefix = f"{path}." if path else ""
+            if isinstance(module, Attached):
+                dropped.append((prefix, lambda key: True))
+            dropped += [(prefix, place.is_stored_as) for place in places.get(id(module), [])]
+        return {
+            name: value
+            for name, value in model.state_dict().items()
+            if not any(name.startswith(prefix) and is_own(name[len(prefix) :]) for prefix, is_own in dropped)
+        }
 
     @torch.no_grad()
     def remove(self, bake=True):
-        """Detaches from the model; with `bake` its weights become the hard ones, else they stay dense."""
-        if bake:
-            for layer, hard in zip(self.layers, self._hard(self.layers), strict=True):
-                layer.weight().copy_(hard)
+        """Detaches from the model; with `bake` its weights become the hard ones, else they stay dense.
+
+        A parametrization, or a hook that computes a weight, is removed by `bake`: the weight is a plain parameter then.
+        """
+        layers = self._bakeable() if bake else []
+        hards = self._stored(layers)
         for handle in self._handles:
             handle.remove()
-        self._leave(None, None, None)
-        self._handles, self._hats, self._hard_of = [], None, None
+        for layer, hard in zip(layers, hards, strict=True):
+            layer.places[0].bake(hard)
+        self._end()
+        for module in self._model[0].modules():
+            _Guard.release(module, self)
+        self._handles, self._kept = [], None
+        self._forget()
+
+    def _apply(self, fn, recurse=True):
+        """As of any module, but what is learned keeps its precision: `model.bfloat16()` moves it alone."""
+
+        def moved(t):
+            new = fn(t)
+            return new if new.dtype == t.dtype else t.to(new.device)
+
+        return super()._apply(moved, recurse)
+
+    def _bakeable(self):
+        """The layers that have hard weights."""
+        return self._own_layers()
+
+    def _stored(self, layers):
+        """Their hard weights as a file gives them back."""
+        return self._hard(layers)
+
+    def _forget(self):
+        """Drops what is known of the last forward."""
+        self._hats = [None] * len(self.layers)
 
     def __getstate__(self):
-        return {**self.__dict__, "_hats": None, "_hard_of": None}
+        empty = {"_hats": [None] * len(self.layers), "_kept": None, "_entry": (), "_entered": 0, "_placed": ()}
+        return {**self.__dict__, **empty}
 
 
-class _ShadowAlone:
-    """A hook before a layer: outside of a forward of the whole model it gives the layer its soft or hard weight."""
+class _HardWeight(torch.autograd.Function):
+    """Gives `hard`; its gradient is that of w."""
 
-    def __init__(self, owner, i, module, attribute):
-        self.owner, self.i, self.module, self.attribute = owner, i, module, attribute
+    @staticmethod
+    def forward(ctx, w, hard):
+        return hard.view_as(hard)
 
-    def __call__(self, caller, args):
-        if not self.owner._inside:
-            object.__setattr__(self.module, self.attribute, self.owner._one(self.i, caller.training))
+    @staticmethod
+    def backward(ctx, g):
+        return g, None
 
 
-class _UnshadowAlone:
-    """A hook after a layer: takes away what `_ShadowAlone` gave, also where the layer raised an error."""
+class EntryHook:
+    """A hook before a module that holds the layers `inside`."""
 
-    def __init__(self, owner, module, attribute):
-        self.owner, self.module, self.attribute = owner, module, attribute
+    def __init__(self, owner, inside):
+        self.owner, self.inside = owner, inside
 
-    def __call__(self, caller, args, output):
-        if not self.owner._inside:
-            _unshadow(self.module, self.attribute)
+    def __call__(self, module, args, kwargs):
+        self.owner._enter(module, self.inside, args, kwargs)
+
+
+class _Leave:
+    """A hook after a module that holds layers."""
+
+    def __init__(self, owner):
+        self.owner = owner
+
+    def __call__(self, module, args, output):
+        self.owner._left(module)
+
+
+class _Guard:
+    """Calls a module; an exception that hooks do not hear of, as Ctrl-C, also makes the owners leave it."""
+
+    def __init__(self, module):
+        self.module, self.owners = module, []
+
+    @classmethod
+    def of(cls, module):
+        return module.__dict__.setdefault("_call_impl", cls(module))
+
+    @classmethod
+    def release(cls, module, owner):
+        guard = module.__dict__.get("_call_impl")
+        if isinstance(guard, cls) and owner in guard.owners:
+            guard.owners.remove(owner)
+            if not guard.owners:
+                del module.__dict__["_call_impl"]
+
+    def __call__(self, *args, **kwargs):
+        try:
+            return type(self.module)._call_impl(self.module, *args, **kwargs)
+        except Exception:
+            raise
+        except BaseException:
+            for owner in self.owners:
+                if owner._entry and owner._entry[0] is self.module:
+                    owner._end()
+            raise
+
+
+def attached(model):
+    """The Palettizers and Quantizers that stand before the weights of a model, or of a copy of one (`deepcopy`,
+    `AveragedModel`), which has its own."""
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    return list({id(hook.owner): hook.owner for hook in hooks if isinstance(hook, EntryHook)}.values())
 
 
 def in_backward():
     """Whether autograd runs a backward in this thread, as when checkpointing computes a part again."""
-    return torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def readers(model, module):
-    """The modules that read a weight of this one without calling it."""
-    return [m for m in model.modules() if isinstance(m, nn.MultiheadAttention) and m.out_proj is module]
-
-
-def _unshadow(module, attribute):
-    """Takes away the attribute that stands before the parameter of the same name."""
-    if torch.compiler.is_compiling():  # which cannot delete
-        object.__setattr__(module, attribute, module._parameters[attribute])
-    elif attribute in module.__dict__:
-        object.__delattr__(module, attribute)
-
-
-def layers_of(model, usual, overrides, *, embeddings=False):
-    """The `Layer` of every weight of the model that `overrides` do not skip, with its options.
-
-    These are `usual`, a NamedTuple, with the options of all patterns that match; of several the last one counts.
-    """
-    overrides = {} if overrides is None else overrides
-    if not isinstance(overrides, dict):
-        raise TypeError(f"overrides must be a dict of name pattern -> options, got {type(overrides).__name__}")
-    for pattern, given in overrides.items():
-        if given != "skip" and not isinstance(given, dict):
-            raise TypeError(f'overrides[{pattern!r}] must be a dict of options or "skip", got {given!r}')
-        unknown = [] if given == "skip" else sorted(set(given) - set(usual._fields))
-        if unknown:
-            raise ValueError(f"overrides[{pattern!r}] has no option {unknown[0]!r}; allowed are {usual._fields}")
-    layers, used = [], set()
-    for name, module, attribute in select_weights(model, embeddings=embeddings):
-        path, options = name.rpartition(".")[0], usual
-        for pattern, given in overrides.items():
-            if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(path, pattern):
-                used.add(pattern)
-                options = None if given == "skip" else (options or usual)._replace(**given).checked(name)
-        if options is None:
+def _entries(model, layers, modules):
+    """module -> numbers of the layers inside it, for every module that holds a layer or one of `modules`."""
+    direct = {id(module): [] for module in modules}
+    for i, layer in enumerate(layers):
+        for place in layer.places:
+            direct.setdefault(id(place.module), []).append(i)
+    by_path, inside = {}, {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        by_path[path] = module
+        if id(module) not in direct:
             continue
-        p = module._parameters[attribute]
-        layers.append(
-            Layer(name, [(m, a) for m in model.modules() for a, q in m._parameters.items() if q is p], options)
-        )
-    missed = [pattern for pattern in overrides if pattern not in used]
-    if missed:
-        raise ValueError(f"overrides[{missed[0]!r}] matches no weight of the model")
-    return layers
+        parts = path.split(".") if path else []
+        for depth in range(len(parts) + 1):
+            holder = by_path[".".join(parts[:depth])]
+            inside.setdefault(holder, {}).update(dict.fromkeys(direct[id(module)]))
+    return {module: sorted(found) for module, found in inside.items()}

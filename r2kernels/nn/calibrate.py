@@ -8,9 +8,10 @@ import torch
 from ..reference import checks
 from ..reference.columns import accumulator
 from .clipping import METHODS, Histogram, histogram_qparams, weight_qparams
+from .input_scales import FrozenInput
 from .inputs import input_places
 from .quantizer import QuantizationOptions, Quantizer, quantizable
-from .scales import FrozenInput, FrozenWeight
+from .scales import FrozenWeight
 
 
 @torch.no_grad()

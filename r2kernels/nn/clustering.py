@@ -107,9 +107,7 @@ def spacing(centroids, metric):
 def form_of(layer):
     """How a layer's weight is stored. Each expert of a mixture is a group, unless `group_size` says otherwise."""
     form = Form.of(layer.options)
-    if getattr(layer, "experts", False):
-        return form._replace(group_size=form.group_size or 1)
-    return form._replace(axis=getattr(layer, "output_axis", 0))
+    return form._replace(group_size=form.group_size or 1) if layer.experts else form._replace(axis=layer.output_axis)
 
 
 def fitted(pieces, form, preserve_zeros=False):
@@ -127,42 +125,28 @@ def few_rows(shape, form):
     return rows if rows < 2**form.bits else None
 
 
-def zeros_lost(w, form):
-    """(zeros that do not stay, all zeros) of a weight whose zeros are preserved: those in rows with other numbers."""
-    pieces, _ = divided(w.detach(), form)
-    kept = sum(int(zeros_of(p, form.cluster_dim, form.layout).sum()) for p in pieces)
-    zeros = int((w == 0).sum())
-    return zeros - kept, zeros
-
-
 def with_zeros_kept(layer):
     """The layer with `preserve_zeros` where it is pruned, or an embedding with zeros for padding."""
     w, options = layer.weight(), layer.options
-    if options.preserve_zeros or not (getattr(layer, "is_pruned", False) or _has_padding(layer, w)):
+    if options.preserve_zeros or not (layer.is_pruned or _has_padding(layer, w)):
         return layer
     return layer._replace(options=options._replace(preserve_zeros=True).checked(layer.name))
 
 
 def _has_padding(layer, w):
-    for module, _ in layer.places:
-        padding = getattr(module, "padding_idx", None)
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and padding is not None:
-            return bool(w.any()) and not w[padding].any()
-    return False
+    tables = [p.module for p in layer.places if isinstance(p.module, (nn.Embedding, nn.EmbeddingBag))]
+    return bool(w.any()) and any(t.padding_idx is not None and not w[t.padding_idx].any() for t in tables)
 
 
-def lost(layer, centroids):
-    """What clustering costs a layer that its options promise to keep: texts for warnings."""
-    form, w = form_of(layer), layer.weight()
+def lost(w, form, centroids, preserve_zeros):
+    """What is lost that the options promise, texts for warnings: values of the tables, zeros in rows with others."""
     texts = [values_lost(centroids, form.lut_dtype)]
-    if layer.options.preserve_zeros:
-        count, zeros = zeros_lost(w, form)
-        if count:
-            texts.append(
-                f"{count} of its {zeros} zeros do not stay: they share a row of {form.cluster_dim} with others"
-            )
-        if zeros == w.numel():
-            texts.append("it is 0 everywhere, and preserve_zeros keeps it so")
+    if preserve_zeros and form.cluster_dim > 1:
+        kept = sum(int(zeros_of(p, form.cluster_dim, form.layout).sum()) for p in divided(w.detach(), form)[0])
+        zeros = int((w == 0).sum())
+        if zeros > kept:
+            d = form.cluster_dim
+            texts.append(f"{zeros - kept} of its {zeros} zeros do not stay: they share a row of {d} with other weights")
     return [text for text in texts if text]
 
 

@@ -7,13 +7,15 @@ from torch import nn
 
 from ..reference import checks
 
+MOST = 60.0  # e^60 R stays finite in float32, also where R = 0 lets w grow in every step
+
 
 class LearnableCoefficient(nn.Module):
     """`coefficient(R)` = e^w R - strength w with w learned, to be added to a loss.
 
     From Choi, El-Khamy, Lee 2020, for `msqe` and `partial_l2`. w (`omega`) moves to log(strength / R): the coefficient
-    e^w grows as R shrinks. R: a tensor, 0-dim. strength: a number > 0. init: the first w. `param_groups()` keeps w out
-    of weight decay. (US patent 11,270,187 B2 claims a growing quantization coefficient.)
+    e^w grows as R shrinks, to at most e^60. R: a tensor, 0-dim. strength: a number > 0. init: the first w.
+    `param_groups()` keeps w out of weight decay. (US patent 11,270,187 B2 claims a growing quantization coefficient.)
     """
 
     def __init__(self, strength, init=0.0):
@@ -23,6 +25,7 @@ class LearnableCoefficient(nn.Module):
 
     def forward(self, R):
         omega = self.omega.to(R.device)
+        omega = omega - (omega - MOST).relu().detach()
         return omega.exp() * R - self.strength * omega
 
     def param_groups(self, **options):

@@ -2,23 +2,31 @@
 
 from torch import nn
 
-from .attach import readers
-
-ROOT = "/"  # the key of an input of the model itself
+from .select import is_conv1d
 
 
 def input_places(model, layers):
     """(key, number of the layer, module) of every conv and linear layer whose input is quantized."""
     names = {module: name for name, module in model.named_modules()}
     return [
-        (names[module].replace(".", "/") or ROOT, i, module)
+        (names[place.module].replace(".", "/") or "/", i, place.module)
         for i, layer in enumerate(layers)
         if layer.options.activation_bits is not None
-        for module, attribute in layer.places
-        if attribute == "weight"
-        and isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
-        and not readers(model, module)
+        for place in layer.places
+        if place.attribute == "weight"
+        and (isinstance(place.module, (nn.Linear, nn.modules.conv._ConvNd)) or is_conv1d(place.module))
+        and not _is_read_by_another(model, place.module)
     ]
+
+
+def input_name(key):
+    """The name of the module whose input has this key."""
+    return "the model" if key == "/" else key.replace("/", ".")
+
+
+def _is_read_by_another(model, module):
+    """Whether an attention reads the weight of this module without calling it."""
+    return any(isinstance(m, nn.MultiheadAttention) and m.out_proj is module for m in model.modules())
 
 
 class InputHook:
@@ -30,20 +38,22 @@ class InputHook:
     def __call__(self, module, args, kwargs):
         if args:
             return (self.owner._input(self.key, self.i, module, args[0]), *args[1:]), kwargs
-        if "input" in kwargs:
-            return args, {**kwargs, "input": self.owner._input(self.key, self.i, module, kwargs["input"])}
+        for name in ("input", "x"):
+            if name in kwargs:
+                return args, {**kwargs, name: self.owner._input(self.key, self.i, module, kwargs[name])}
         return None
 
 
-def mean_output(module, w, x):
-    """mean|output| of a layer with this weight and no bias."""
-    kept = {name: module.__dict__[name] for name in ("weight", "bias") if name in module.__dict__}
-    object.__setattr__(module, "weight", w)
+def mean_output(place, w, x):
+    """mean|output| of the module at a place with this weight and no bias."""
+    module, stood = place.module, getattr(place.module, place.attribute)
+    kept = module.__dict__.get("bias")
+    place.put(w)
     object.__setattr__(module, "bias", None)
     try:
         return module.forward(x).float().abs().mean()
     finally:
-        for name in ("weight", "bias"):
-            object.__delattr__(module, name)
-            if name in kept:
-                object.__setattr__(module, name, kept[name])
+        place.put(stood)
+        object.__delattr__(module, "bias")
+        if kept is not None:
+            object.__setattr__(module, "bias", kept)

@@ -9,9 +9,11 @@ from torch import nn
 
 from ..files.clustered import Clustered, Form, assembled, different, divided, joined, quantized_lut
 from ..functional.dkm import assign, dkm
+from ..reference.columns import accumulator
 from ..reference.zeros import with_zero, zeros_of
-from .attach import Attached, layers_of
+from .attach import Attached
 from .clustering import ClusteringOptions, few_rows, fitted, form_of, lost, spacing, spare_and_error, with_zeros_kept
+from .layers import layers_of
 
 CHECKED = 64  # steps between two searches for spare centroids; before these at every power of two
 SPARE = 16  # centroids for each spare one from which on a group starts anew
@@ -46,8 +48,10 @@ class Palettizer(Attached):
     preserve_zeros: zeros of a weight stay 0, soft and hard, and have no gradient; one centroid is always exactly 0, and
         other weights may take it too. Of rows of `cluster_dim` those stay that are 0 as a whole; a warning counts the
         other zeros. On by itself for pruned weights and for embeddings whose padding row is 0.
+    include, exclude: as in `select_weights`; embeddings and recurrent weights are there without.
     overrides: name pattern (of the parameter or its module) -> dict of options, or "skip"; of several that match the
         last one counts.
+    replace: removes what is attached to the same weights already, which else is an error.
 
     A group whose weights have fewer different values than there are centroids, as in a layer that starts at 0, runs on
     its dense weights, which are those values (its temperature is inf). `step()` number 1, 2, 4, ..., 64, 128, 192, ...
@@ -56,7 +60,10 @@ class Palettizer(Attached):
     those of its group as they are, and warns once: on a GPU at the next step of that series, where alone values are
     read.
 
-    TypeError or ValueError names the option and the layer, also of a weight that is not finite.
+    Hard weights are made anew in every forward in eval(), from the weights and centroids as they are then; inside
+    `with palettizer.frozen():` once. Backward in eval() gives the dense weights the gradient of the hard ones. A
+    submodule in eval() runs on hard weights inside a model in train(). TypeError or ValueError names the option and
+    the layer, also of a weight that is not finite.
     """
 
     def __init__(
@@ -74,7 +81,10 @@ class Palettizer(Attached):
         per_channel_scale=False,
         lut_dtype="fp32",
         preserve_zeros=False,
+        include=None,
+        exclude=None,
         overrides=None,
+        replace=False,
     ):
         super().__init__()
         usual = ClusteringOptions(
@@ -90,7 +100,7 @@ class Palettizer(Attached):
             lut_dtype,
             preserve_zeros,
         ).checked("the model")
-        layers = _layers(model, usual, overrides)
+        layers = _layers(model, usual, overrides, include, exclude)
         self.centroids, self.taus = nn.Module(), nn.Module()
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._count = 0
@@ -104,10 +114,10 @@ class Palettizer(Attached):
                 self.centroids.register_buffer(layer.key, centroids)
                 waits = different(centroids) < centroids.shape[1]
                 self.taus.register_buffer(layer.key, o.temperature(0, centroids).masked_fill(waits, torch.inf))
-        self._fresh = None
+        self._fresh = {}
         self._waiting, self._wide, self._sound, self._told = {}, {}, {}, set()
         self._read(layers)
-        self._attach(model, layers)
+        self._attach(model, layers, replace=replace)
         self.register_load_state_dict_post_hook(_loaded)
 
     @torch.no_grad()
@@ -116,12 +126,23 @@ class Palettizer(Attached):
         for layer in layers:
             c, tau, o = self.centroids._buffers[layer.key], self.taus._buffers[layer.key], layer.options
             gaps = spacing(c.double(), "euclidean").tolist()
-            squares = c.dtype == torch.float32 and (o.metric == "sqeuclidean" or o.cluster_dim > 1)
+            squares = accumulator(layer.weight().dtype) == torch.float32 and (
+                o.metric == "sqeuclidean" or o.cluster_dim > 1
+            )
             self._waiting[layer.key] = frozenset(tau.isinf().nonzero()[:, 0].tolist())
             self._wide[layer.key] = squares and not SQUARED[0] <= min(gaps) <= max(gaps) <= SQUARED[1]
-            for text in lost(layer, c) if layer.name not in self._told else ():
+            if layer.name in self._told:
+                continue
+            w = layer.weight()
+            texts = lost(w, form_of(layer), c, o.preserve_zeros)
+            texts += ["it is 0 everywhere, and preserve_zeros keeps it so"] * (o.preserve_zeros and not w.any())
+            for text in texts:
                 self._told.add(layer.name)
                 warnings.warn(f"{layer.name}: {text}", stacklevel=4)
+
+    def _centroids(self, layer):
+        """(G, K, d), as precise as the weight asks for: `model.double()` does not convert them."""
+        return self.centroids._buffers[layer.key].to(accumulator(layer.weight().dtype))
 
     def _soft(self, layers):
         """[(W_hat, new centroids (G, K, d))] of some layers: one batch for all that share their options."""
@@ -142,7 +163,7 @@ class Palettizer(Attached):
         o, d = some[0][0].options, some[0][0].options.cluster_dim
         found, flat, starts, taus, places = [], [], [], [], []
         for layer, _, pieces, _ in some:
-            centroids, waiting = self.centroids._buffers[layer.key].unbind(), self._waiting[layer.key]
+            centroids, waiting = self._centroids(layer).unbind(), self._waiting[layer.key]
             live = [g for g in range(len(pieces)) if g not in waiting]
             if waiting and o.preserve_zeros:
                 pieces = [p.masked_fill(zeros_of(p.detach(), d, o.layout), 0) for p in pieces]
@@ -186,23 +207,17 @@ class Palettizer(Attached):
         return {layer.name: self._clustered(layer) for layer in self.layers}
 
     def _clustered(self, layer):
-        return Clustered.of(layer.weight(), self.centroids._buffers[layer.key], form_of(layer))
+        return Clustered.of(layer.weight(), self._centroids(layer), form_of(layer))
 
     @torch.no_grad()
     def _hard(self, layers):
         return [self._clustered(layer).decoded() for layer in layers]
 
-    def _tensors(self):
-        return [t for layer in self.layers for t in (layer.weight(), self.centroids._buffers[layer.key])]
-
-    def _soft_all(self):
-        found = self._soft(self.layers)
+    def _soft_weights(self, layers):
+        found = self._soft(layers)
         if torch.is_grad_enabled():
-            self._fresh = [c for _, c in found]
+            self._fresh.update(zip([layer.name for layer in layers], [c for _, c in found], strict=True))
         return [hat for hat, _ in found]
-
-    def _one_soft(self, i):
-        return self._soft([self.layers[i]])[0][0]
 
     @torch.no_grad()
     def step(self):
@@ -212,9 +227,8 @@ class Palettizer(Attached):
         """
         self._count += 1
         self.steps.fill_(self._count)
-        if self._fresh is not None:
-            self._adopt(self.layers, self._fresh)
-        self._fresh = self._hats = None
+        self._adopt([layer for layer in self.layers if layer.name in self._fresh])
+        self._forget()
         due = self._count & (self._count - 1) == 0 or self._count % CHECKED == 0
         if due or self.steps.device.type == "cpu":
             self._warn_of_unsound()
@@ -225,17 +239,18 @@ class Palettizer(Attached):
         if due:
             self._read(self.layers)
 
-    def _adopt(self, layers, fresh):
+    def _adopt(self, layers):
         """New centroids, but for groups where they are not finite."""
         batches = defaultdict(list)
-        for layer, c in zip(layers, fresh, strict=True):
-            batches[c.shape[1:], c.dtype, c.device].append((layer, self.centroids._buffers[layer.key], c))
+        for layer in layers:
+            old, new = self.centroids._buffers[layer.key], self._fresh[layer.name]
+            batches[new.shape[1:], new.dtype, old.dtype, new.device].append((layer, old, new))
         for some in batches.values():
             of, old, new = zip(*some, strict=True)
             groups = [len(c) for c in old]
             joint = torch.cat(new)
             sound = joint.isfinite().flatten(1).all(1)
-            joint = torch.where(sound[:, None, None], joint, torch.cat(old))
+            joint = torch.where(sound[:, None, None], joint, torch.cat(old).to(joint.dtype))
             torch._foreach_copy_(list(old), list(joint.split(groups)))
             names = tuple(layer.name for layer, count in zip(of, groups, strict=True) for _ in range(count))
             self._sound[names] = sound & self._sound[names] if names in self._sound else sound
@@ -252,7 +267,7 @@ class Palettizer(Attached):
     def _renew(self, layer):
         """Starts groups anew that have spare centroids, and finds those that wait until their weights differ."""
         w, form, c, key = layer.weight(), form_of(layer), self.centroids._buffers[layer.key], layer.key
-        found, most = spare_and_error(w, form, c), max(2**form.bits // SPARE, 1)
+        found, most = spare_and_error(w, form, self._centroids(layer)), max(2**form.bits // SPARE, 1)
         anew = [
             g
             for g, (spare, error) in enumerate(found)
@@ -261,7 +276,7 @@ class Palettizer(Attached):
         waiting = {g for g, (spare, error) in enumerate(found) if error == 0 and spare}
         if anew:
             pieces = divided(w, form)[0]
-            c[anew] = fitted([pieces[g] for g in anew], form, layer.options.preserve_zeros)
+            c[anew] = fitted([pieces[g] for g in anew], form, layer.options.preserve_zeros).to(c.dtype)
             waiting |= {anew[i] for i in (different(c[anew]) < c.shape[1]).nonzero()[:, 0].tolist()}
         self._waiting[key] = frozenset(waiting)
 
@@ -295,10 +310,15 @@ class Palettizer(Attached):
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
-        self._count, self._fresh, self._hats, self._hard_of = int(self.steps), None, None, None
+        self._count = int(self.steps)
+        self._forget()
+
+    def _forget(self):
+        super()._forget()
+        self._fresh = {}
 
     def __getstate__(self):
-        return {**super().__getstate__(), "_fresh": None}
+        return {**super().__getstate__(), "_fresh": {}}
 
     def extra_repr(self):
         return f"layers={len(self.layers)}, steps={self._count}"
@@ -313,10 +333,10 @@ def _loaded(palettizer, _):
     palettizer._read(palettizer.layers)
 
 
-def _layers(model, usual, overrides):
+def _layers(model, usual, overrides, include, exclude):
     """The layers to cluster, with their options."""
     layers = []
-    for layer in layers_of(model, usual, overrides, embeddings=True):
+    for layer in layers_of(model, usual, overrides, include, exclude, embeddings=True, stacklevel=5):
         rows, options = few_rows(layer.weight().shape, form_of(layer)), layer.options
         if rows is None:
             layers.append(with_zeros_kept(layer))

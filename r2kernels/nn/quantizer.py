@@ -1,27 +1,33 @@
 """Train a model with quantized weights and activations: LSQ, EWGS, or PACT with DoReFa."""
 
-import contextlib
 import math
+import warnings
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from ..reference import checks
-from .attach import Attached, layers_of
+from .attach import Attached, in_backward
 from .hessian import ratios
-from .inputs import ROOT, InputHook, input_places, mean_output
-from .ranks import average_gradients, broadcast, is_distributed
-from .scales import METHODS, Input, positive
+from .input_scales import EWGSInput, LSQInput, PACTInput
+from .inputs import InputHook, input_name, input_places
+from .layers import layers_of
+from .ranks import average_gradients, is_distributed
+from .scales import DoReFaWeight, EWGSWeight, LSQWeight
+from .starting import Starting, unchanged
+
+METHODS = {"lsq": (LSQWeight, LSQInput), "ewgs": (EWGSWeight, EWGSInput), "pact": (DoReFaWeight, PACTInput)}
 
 
 class QuantizationOptions(NamedTuple):
     """How a layer is quantized; the fields are the arguments of `Quantizer`, and those that `overrides` alone have."""
 
     method: str
-    weight_bits: int
+    weight_bits: int | None
     activation_bits: int | None = None
-    axis: int | None = None
+    axis: int | str | None = None
     delta: float | str = 1e-3
     plus: bool = False
     detach_max: bool = False
@@ -30,15 +36,17 @@ class QuantizationOptions(NamedTuple):
         """These options, or an error that says which of them is not allowed for layer `name`."""
         if self.method not in METHODS:
             raise ValueError(f"method of {name} must be one of {tuple(METHODS)}, got {self.method!r}")
-        checks.bit_width(self.weight_bits, f"weight_bits of {name}")
-        if self.activation_bits is not None:
-            checks.bit_width(self.activation_bits, f"activation_bits of {name}")
-        if self.axis is not None and (isinstance(self.axis, bool) or not isinstance(self.axis, int)):
-            raise TypeError(f"axis of {name} must be an int or None, got {self.axis!r}")
+        for option in ("weight_bits", "activation_bits"):
+            if getattr(self, option) is not None:
+                checks.bit_width(getattr(self, option), f"{option} of {name}")
+        if self.weight_bits is None and self.activation_bits is None:
+            raise ValueError(f'weight_bits and activation_bits of {name} are both None; "skip" leaves a layer out')
+        if self.axis not in (None, "output") and (isinstance(self.axis, bool) or not isinstance(self.axis, int)):
+            raise TypeError(f'axis of {name} must be an int, "output" or None, got {self.axis!r}')
         if self.axis is not None and self.method != "lsq":
             raise ValueError(
                 f"axis of {name} must be None for method {self.method!r}, which has one range for each tensor, "
-                f"got {self.axis}"
+                f"got {self.axis!r}"
             )
         if self.delta != "hessian":
             checks.number(
@@ -50,7 +58,7 @@ class QuantizationOptions(NamedTuple):
         return self
 
 
-class Quantizer(Attached):
+class Quantizer(Starting):
     """Trains `model` with quantized weights, and with `activation_bits` quantized inputs of its layers.
 
         quantizer = Quantizer(model, "lsq", weight_bits=4, activation_bits=4)
@@ -85,41 +93,71 @@ class Quantizer(Attached):
     inputs with negative values by LSQ. Steps, scales, alpha and upper - lower are used as |p| + 1e-8.
     """
 
-    def __init__(self, model, method, weight_bits, activation_bits=None, *, axis=None, overrides=None):
+    def __init__(
+        self,
+        model,
+        method,
+        weight_bits,
+        activation_bits=None,
+        *,
+        axis=None,
+        delay=0,
+        observe=0,
+        include=None,
+        exclude=None,
+        overrides=None,
+        replace=False,
+    ):
         super().__init__()
         usual = QuantizationOptions(method, weight_bits, activation_bits, axis).checked("the model")
-        layers = quantizable(model, usual, overrides)
-        for layer in layers:
-            checks.weights(layer.weight(), name=layer.name)
-            checks.channel_axis(layer.options.axis, [layer.weight()], True, layer.name)
+        for name, value in (("delay", delay), ("observe", observe)):
+            checks.number(name, value, "an int >= 0", lambda v: v >= 0 and v % 1 == 0)
+        layers = quantizable(model, usual, overrides, include, exclude)
         weights, inputs = {}, {}
         for layer in layers:
-            weights[layer.key] = METHODS[layer.options.method][0](layer.weight(), layer.options)
+            if layer.options.weight_bits is not None:
+                weights[layer.key] = METHODS[layer.options.method][0](layer.weight(), layer.options)
         for key, i, _ in input_places(model, layers):
             inputs[key] = METHODS[layers[i].options.method][1](layers[i].weight(), layers[i].options)
-        self._hold(model, layers, weights, inputs)
+        self._hold(model, layers, weights, inputs, delay=delay, observe=observe, replace=replace)
         self._hook_gradients()
 
-    def _hold(self, model, layers, weights, inputs, started=False):
+    def _hold(self, model, layers, weights, inputs, started=False, delay=0, observe=0, replace=False):
         """Attaches: a quantizer of each weight by the layer's key, and of each input by the key of its module."""
         self.weights, self.inputs = nn.Module(), nn.Module()
         for group, quantizers in ((self.weights, weights), (self.inputs, inputs)):
             for key, quantizer in quantizers.items():
                 group.add_module(key, quantizer)
-        self.register_buffer("started", torch.tensor(started, device=layers[0].weight().device))
-        self._started, self._starting, self._probe, self._averaging = started, None, None, False
-        self._attach(model, layers)
-        for key, i, module in input_places(model, layers):
-            if key in inputs:
-                self._handles.append(module.register_forward_pre_hook(InputHook(self, key, i), with_kwargs=True))
+        self._probe, self._averaging, self._activations_on = None, False, True
+        self._hold_starts(layers[0].weight().device, len(layers), started, delay, observe)
+        places = [place for place in input_places(model, layers) if place[0] in inputs]
+        self._input_keys = [(key, i) for key, i, _ in places]
+        self._input_of = [(module, key) for key, _, module in places]
+        self._attach(model, layers, [module for _, _, module in places], replace)
+        for key, i, module in places:
+            self._handles.append(module.register_forward_pre_hook(InputHook(self, key, i), with_kwargs=True))
 
     @classmethod
-    def _frozen(cls, model, layers, weights, inputs):
+    def _frozen(cls, model, layers, weights, inputs, replace=False):
         """One whose quantizers of weights and inputs are these for good."""
         self = cls.__new__(cls)
         Attached.__init__(self)
-        self._hold(model, layers, weights, inputs, started=True)
+        self._hold(model, layers, weights, inputs, started=True, replace=replace)
         return self
+
+    def _input_modules(self):
+        return [(module, input_name(key)) for module, key in self._input_of]
+
+    def _own_layers(self):
+        return [layer for layer in self.layers if layer.options.weight_bits is not None]
+
+    def _replaced(self, some):
+        return [i for i in self._weighted(some) if self._is_started[i]]
+
+    def _bakeable(self):
+        some = self._weighted(range(len(self.layers)))
+        self._warn_of_full_precision([i for i in some if not self._is_started[i]])
+        return [self.layers[i] for i in some if self._is_started[i]]
 
     def _weight_quantizer(self, layer):
         """What quantizes a layer's weight: one of `scales`."""
@@ -130,51 +168,46 @@ class Quantizer(Attached):
         batches, results = {}, {}
         for layer in layers:
             q, w = self._weight_quantizer(layer), layer.weight()
-            batches.setdefault((type(q), w.dtype, w.device, *q.key()), []).append(layer)
+            batches.setdefault((type(q), w.dtype, w.device, *q.key()), []).append((layer, w))
         for (kind, *_), some in batches.items():
-            ys = kind.soft([self._weight_quantizer(layer) for layer in some], [layer.weight() for layer in some])
-            results.update(zip([layer.name for layer in some], ys, strict=True))
+            ys = kind.soft([self._weight_quantizer(layer) for layer, _ in some], [w for _, w in some])
+            results.update(zip([layer.name for layer, _ in some], ys, strict=True))
         return [results[layer.name] for layer in layers]
 
-    def _soft_all(self):
-        hats = self._soft(self.layers)
-        return hats if self._probe is None else [self._probe.moved(i, hat) for i, hat in enumerate(hats)]
+    def _soft_weights(self, layers):
+        hats = self._soft(layers)
+        if self._probe is None:
+            return hats
+        numbers = {layer.name: i for i, layer in enumerate(self.layers)}
+        return [self._probe.moved(numbers[layer.name], hat) for layer, hat in zip(layers, hats, strict=True)]
 
-    def _one_soft(self, i):
-        return self._soft([self.layers[i]])[0] if self._started else self.layers[i].weight()
+    @torch.no_grad()
+    def _hard(self, layers):
+        """LSQ's are the soft ones but for the sign of zeros, and come from one pass."""
+        same = [layer for layer in layers if self._weight_quantizer(layer).is_hard]
+        others = [layer for layer in layers if not self._weight_quantizer(layer).is_hard]
+        hards = dict(zip([layer.name for layer in same + others], self._soft(same) + self._stored(others), strict=True))
+        return [hards[layer.name] for layer in layers]
 
-    def _tensors(self):
-        return [
-            t
-            for layer in self.layers
-            for t in (
-                layer.weight(),
-                *self._weight_quantizer(layer).parameters(),
-                *self._weight_quantizer(layer).buffers(),
-            )
-        ]
+    def _stored(self, layers):
+        return [self._weight_quantizer(layer).coded(layer.weight()).decoded() for layer in layers]
 
     @torch.no_grad()
     def coded(self):
         """name -> `Uniform`: codes, scale and zero point of every weight, as they are stored."""
-        if not self._started:
+        late = [layer.name for i, layer in enumerate(self.layers) if not self._is_started[i]]
+        if late:
             raise RuntimeError(
-                "the ranges have no values before the first forward in train(); call `initialize` with a batch"
+                f"the ranges of {late[0]} have no values before the first forward in train(); call `initialize` with "
+                "a batch"
             )
-        return {layer.name: self._weight_quantizer(layer).coded(layer.weight()) for layer in self.layers}
-
-    @torch.no_grad()
-    def _hard(self, layers):
-        return [
-            self._weight_quantizer(layer).coded(layer.weight()).decoded() if self._started else layer.weight()
-            for layer in layers
-        ]
+        return {layer.name: self._weight_quantizer(layer).coded(layer.weight()) for layer in self._own_layers()}
 
     def errors(self):
         """name -> ||W - W_hat|| / ||W|| of every weight."""
         pairs = [
             (layer.name, layer.weight().detach().double(), c.decoded().double())
-            for layer, c in zip(self.layers, self.coded().values(), strict=True)
+            for layer, c in zip(self._own_layers(), self.coded().values(), strict=True)
         ]
         return {name: ((w - hat).norm() / w.norm().clamp(min=1e-300)).item() for name, w, hat in pairs}
 
@@ -185,79 +218,66 @@ class Quantizer(Attached):
         """
         return {name: c.size() for name, c in self.coded().items()}
 
-    def _enter(self, model, args, kwargs):
-        if model.training and not self._started:
-            self.initialize(*args, **kwargs)
-        super()._enter(model, args, kwargs)
+    def enable(self, weights=None, activations=None):
+        """Switches the quantization of weights and of activations on (True) or off (False); None leaves it as it is.
 
-    @torch._disable_dynamo
-    @torch.no_grad()
-    def initialize(self, *args, **kwargs):
-        """Sets steps, bounds, alpha and scales from the weights, and from what the layers are given in one forward.
-
-        The model is called with these arguments; nothing else changes.
+        What is switched off runs in full precision; ranges keep their values, and start while they are off too.
         """
-        model = self._model[0]
-        for layer in self.layers:
-            self._weight_quantizer(layer).start(layer.weight())
-        self._started, self._starting = True, set()
-        try:
-            with _unchanged(model):
-                self._hats = self._soft(self.layers)
-                self._shadow()
-                for key, i, module in input_places(model, self.layers):
-                    if key == ROOT and key in self.inputs._modules:
-                        args, kwargs = InputHook(self, key, i)(module, args, kwargs)
-                model.forward(*args, **kwargs)
-        except BaseException:
-            self._started = False
-            raise
-        finally:
-            self._starting, self._hats = None, None
-            self._leave(None, None, None)
-        self.started.fill_(True)
-        if is_distributed():
-            self._broadcast()
+        for name, value in (("weights", weights), ("activations", activations)):
+            if value not in (None, True, False):
+                raise TypeError(f"{name} must be True, False or None, got {value!r}")
+        self._on = self._on if weights is None else weights
+        self._activations_on = self._activations_on if activations is None else activations
 
-    @torch._disable_dynamo
-    @torch.no_grad()
-    def _start_input(self, key, i, module, x):
-        """The first batch that a layer is given; while all start, its scale too."""
-        start, layer = self.inputs._modules[key], self.layers[i]
-        start.start(x)
-        q = self._weight_quantizer(layer)
-        if self._starting is None:
-            return
-        self._starting.add(key)
-        if layer.name in self._starting or not hasattr(q, "scale"):
-            return
-        self._starting.add(layer.name)
-        hat = module.__dict__["weight"]
-        quantized = mean_output(module, hat, start(x))
-        if quantized > 0:
-            ratio = mean_output(module, layer.weight(), x) / quantized
-            q.scale.copy_(positive(q.scale) * ratio)
-            object.__setattr__(module, "weight", hat * ratio)
+    def freeze(self, *patterns, frozen=True):
+        """Holds the ranges of some layers as they are (`frozen=False`: lets them learn again).
+
+        patterns: names of weights or modules; without, all. ValueError where one matches nothing.
+        """
+        held = [(layer.name, self._weight_quantizer(layer)) for layer in self._own_layers()]
+        held += [(input_name(key), q) for key, q in self.inputs._modules.items()]
+        for pattern in patterns or ("*",):
+            some = [
+                q for name, q in held if fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[0], pattern)
+            ]
+            if not some:
+                raise ValueError(f"{pattern!r} matches no quantized weight or input of the model")
+            for p in (p for q in some for p in q.parameters()):
+                p.requires_grad_(not frozen)
 
     def _input(self, key, i, module, x):
         """A layer's quantized input."""
         q = self.inputs._modules[key]
-        if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.numel() == 0 or not self._started:
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.numel() == 0:
             return x
-        if not q.is_started and module.training if self._starting is None else key not in self._starting:
-            self._start_input(key, i, module, x)
-        if not q.is_started:
+        if i in self._observing:
+            q.seen.add(x)
             return x
+        if self._starts_now(key, i, module):
+            self._see(key, i, module, x)
+        if not q.is_started or not self._activations_on:
+            return x
+        if q.clips_negative and self._starting is None and not torch.compiler.is_compiling():
+            self._watch(q, key, x)
         y = q(x)
         return y if self._probe is None else self._probe.moved(key, y)
 
-    def _broadcast(self):
-        """Takes rank 0's state."""
-        broadcast(list(self.state_dict().values()))
-        self._started = bool(self.started)
-        for q in self.inputs.children():
-            if isinstance(q, Input):
-                q.read()
+    def _watch(self, q, key, x):
+        """Warns once of negative numbers at an input without levels for them. Looks at the first 16 calls and at every
+        doubling of their number: a read-back in every step would cost more than it finds."""
+        q.calls += 1
+        if (q.calls > 16 and q.calls & (q.calls - 1)) or in_backward() or key in self._warned:
+            return
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        low = x.detach().amin().item()
+        if low < 0:
+            self._warned.add(key)
+            warnings.warn(
+                f"the input of {input_name(key)} has negative values (down to {low:g}), but its range started from a "
+                "batch without: they become 0. Call `initialize` with a batch that has them",
+                stacklevel=2,
+            )
 
     def _hook_gradients(self):
         """Has the gradients of all ranks averaged at the end of a backward that reaches a parameter."""
@@ -265,7 +285,8 @@ class Quantizer(Attached):
             p.register_post_accumulate_grad_hook(self._at_end_of_backward)
 
     def _at_end_of_backward(self, p):
-        if is_distributed() and not self._averaging:
+        part_of_the_model = any(module is self for module in self._model[0].modules())  # then DDP has averaged it
+        if is_distributed() and not self._averaging and not part_of_the_model:
             self._averaging = True
             torch.autograd.Variable._execution_engine.queue_callback(self._average)
 
@@ -285,7 +306,7 @@ class Quantizer(Attached):
         checks.count("probes", probes)
         checks.number("epsilon", epsilon, "a finite number > 0", lambda v: 0 < v < math.inf)
         model = self._model[0]
-        if not model.training or not self._started:
+        if not model.training or not all(self._is_started):
             raise RuntimeError(
                 "estimate_delta needs a model in train() whose ranges have values; "
                 "call model.train() and `initialize` first"
@@ -303,7 +324,7 @@ class Quantizer(Attached):
 
         def evaluate(probe):
             self._probe = probe
-            with torch.enable_grad(), _unchanged(model):
+            with torch.enable_grad(), unchanged(model, self):
                 return loss_closure()
 
         try:
@@ -316,50 +337,46 @@ class Quantizer(Attached):
         if is_distributed():
             self._broadcast()
 
-    def param_groups(self, *, alpha_decay=0.0, **options):
+    def param_groups(self, *, alpha_decay=0.0, bounds_lr=None, **options):
         """The learned steps, bounds, scales and alpha as a list of parameter groups for an optimizer.
 
         With `weight_decay=0` unless `options` say otherwise; PACT's alpha, where there are any, have
-        weight_decay=alpha_decay (its L2 penalty).
+        weight_decay=alpha_decay (its L2 penalty). EWGS's bounds, whose gradients are sums over all numbers between
+        them, have a learning rate of their own: bounds_lr, by default lr / 100 where `options` give lr, else 1e-4 (the
+        paper trains them at 1e-5).
         """
         alpha_decay = checks.number("alpha_decay", alpha_decay, "a finite number >= 0", lambda v: 0 <= v < math.inf)
-        alphas = [p for name, p in self.named_parameters() if name.endswith(".alpha")]
-        others = [p for name, p in self.named_parameters() if not name.endswith(".alpha")]
-        groups = [{"params": others, "weight_decay": 0.0, **options}] if others else []
-        return groups + ([{"params": alphas, **options, "weight_decay": alpha_decay}] if alphas else [])
-
-    def _load_from_state_dict(self, *args, **kwargs):
-        super()._load_from_state_dict(*args, **kwargs)
-        self._started, self._hats, self._hard_of = bool(self.started), None, None
+        if bounds_lr is None:
+            bounds_lr = options["lr"] / 100 if "lr" in options else 1e-4
+        bounds_lr = checks.number("bounds_lr", bounds_lr, "a finite number >= 0", lambda v: 0 <= v < math.inf)
+        own = {"alpha": {"weight_decay": alpha_decay}, "lower": {"lr": bounds_lr}, "upper": {"lr": bounds_lr}}
+        groups = {}
+        for name, p in self.named_parameters():
+            special = own.get(name.rpartition(".")[2], {})
+            groups.setdefault(tuple(special), ([], special))[0].append(p)
+        return [{"params": some, "weight_decay": 0.0, **options, **special} for some, special in groups.values()]
 
     def __getstate__(self):
-        return {**super().__getstate__(), "_probe": None, "_starting": None, "_averaging": False}
+        return {**super().__getstate__(), "_probe": None, "_averaging": False}
 
     def __setstate__(self, state):
         super().__setstate__(state)
         self._hook_gradients()  # hooks stay behind with the parameters that were copied
 
     def extra_repr(self):
-        return f"layers={len(self.layers)}, inputs={len(self.inputs._modules)}, started={self._started}"
+        started = sum(self._is_started)
+        return f"layers={len(self.layers)}, inputs={len(self.inputs._modules)}, started={started}"
 
 
-def quantizable(model, usual, overrides):
-    """The layers to quantize; an error where there are none."""
-    layers = layers_of(model, usual, overrides)
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no weight left to quantize")
+def quantizable(model, usual, overrides, include=None, exclude=None):
+    """The layers to quantize, checked."""
+    layers = []
+    for layer in layers_of(model, usual, overrides, include, exclude, stacklevel=5):
+        o, w = layer.options, layer.weight()
+        axis = layer.output_axis if o.axis == "output" else 0 if o.axis is None and layer.experts else o.axis
+        checks.weights(w, name=layer.name)
+        checks.channel_axis(axis, [w], True, layer.name)
+        if not w.isfinite().all():
+            raise ValueError(f"{layer.name} has a NaN or an infinity; it cannot be quantized")
+        layers.append(layer._replace(options=o._replace(axis=axis if o.method == "lsq" else None)))
     return layers
-
-
-@contextlib.contextmanager
-def _unchanged(model):
-    """Random numbers and the model's buffers are after the block what they were before."""
-    buffers = [(b, b.clone()) for b in model.buffers()]
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for b, value in buffers:
-                    b.copy_(value)

@@ -17,19 +17,40 @@ def broadcast(tensors):
         t.copy_(part.reshape(t.shape))
 
 
+def first_started(inputs):
+    """Gives inputs (of quantizers), which had not started on any rank before this forward, the state that they have on
+    the first rank where they have started."""
+    tensors = [list(q.state_dict().values()) for q in inputs]
+    flat = torch.cat([t.reshape(-1).to(tensors[0][0].device, torch.float64) for some in tensors for t in some])
+    ranks = [torch.empty_like(flat) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(ranks, flat)
+    sizes = [sum(t.numel() for t in some) for some in tensors]
+    for q, some, *states in zip(inputs, tensors, *[rank.split(sizes) for rank in ranks], strict=True):
+        at = sum(t.numel() for t in some[: list(q.state_dict()).index("started")])
+        state = next((state for state in states if state[at] > 0), states[0])
+        for t, part in zip(some, state.split([t.numel() for t in some]), strict=True):
+            t.data.copy_(part.reshape(t.shape))  # the backward of this forward is still to come
+
+
 def average_gradients(parameters):
     """Gives the parameters the mean of the gradients of all ranks.
 
-    One without a gradient counts as 0, and stays without.
+    One without a gradient counts as 0, and stays without where no rank has one.
     """
-    flat = torch.cat(
-        [
-            (torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1).to(parameters[0].device, torch.float64)
-            for p in parameters
-        ]
-    )
+    parts = [
+        part
+        for p in parameters
+        for part in (
+            (torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1),
+            p.new_tensor([p.grad is not None]),
+        )
+    ]
+    flat = torch.cat([part.to(parameters[0].device, torch.float64) for part in parts])
     distributed.all_reduce(flat)
-    parts = flat.div_(distributed.get_world_size()).split([p.numel() for p in parameters])
-    for p, g in zip(parameters, parts, strict=True):
+    found = iter(flat.split([len(part) for part in parts]))
+    for p in parameters:
+        g, count = next(found), next(found)
         if p.grad is not None:
-            p.grad.copy_(g.reshape(p.shape))
+            p.grad.copy_(g.div_(distributed.get_world_size()).reshape(p.shape))
+        elif count > 0:
+            p.grad = g.div_(distributed.get_world_size()).reshape(p.shape).to(p.device, p.dtype)

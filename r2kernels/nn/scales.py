@@ -1,8 +1,8 @@
-"""The parameters of one quantizer of a weight or of a layer's input, learned (LSQ, EWGS, DoReFa, PACT) or frozen.
+"""The parameters of one quantizer of a weight, learned (LSQ, EWGS, DoReFa) or frozen.
 
-A weight's has `key()`, what layers of one batch share; `soft(some, ws)`, their quantized weights; `start(w)`, values
-from the data; and `coded(w)`, as it is stored. An input's has `start(x)` and is called with x. Sizes that must stay
-positive are |p| + `FLOOR`, so no step of the optimizer takes them through 0.
+It has `key()`, what layers of one batch share; `soft(some, ws)`, their quantized weights; `start(w)`, values from the
+weight; and `coded(w)`, as it is stored. Sizes that must stay positive are |p| + `FLOOR`, so no step of the optimizer
+takes them through 0.
 """
 
 import math
@@ -17,7 +17,6 @@ from ..reference.columns import accumulator
 from .clipping import nearest
 
 FLOOR = 1e-8
-HALF_NORMAL = math.sqrt(1 - 2 / math.pi)  # std of |x| for a standard normal x
 DELTA = 1e-3  # of EWGS until `estimate_delta` has set it
 
 
@@ -35,21 +34,29 @@ def _mean_size(w, axis=None):
     return size.mean() if axis is None else size.mean([i for i in range(w.dim()) if i != axis % w.dim()])
 
 
-def _parameter(w, shape=()):
+def _or_usual(size, w, part=1.0):
+    """A size of a weight that starts a range; for zeros that of torch's usual start, which is uniform up to
+    1 / sqrt(fan-in): `part` of that, mean 1/2, std 1 / sqrt(3)."""
+    return torch.where(size > 0, size, part / math.sqrt(w.numel() // len(w)))
+
+
+def learned(w, shape=()):
     return nn.Parameter(torch.ones(shape, dtype=accumulator(w.dtype), device=w.device))
 
 
-def _wide(w):
+def wide(w):
     return w.detach().to(accumulator(w.dtype))
 
 
 class LSQWeight(nn.Module):
     """A learned step of the tensor, or of each channel along an axis."""
 
+    is_hard = True  # what `soft` gives is what `coded` stores, bit for bit
+
     def __init__(self, w, options):
         super().__init__()
         self.bits, self.axis = options.weight_bits, options.axis
-        self.step = _parameter(w, () if self.axis is None else (w.shape[self.axis],))
+        self.step = learned(w, () if self.axis is None else (w.shape[self.axis],))
 
     def key(self):
         return self.bits, self.axis
@@ -63,7 +70,8 @@ class LSQWeight(nn.Module):
         return quantizers.lsq(ws, list(steps), bits, axis=axis)
 
     def start(self, w):
-        self.step.copy_(2 * _mean_size(w, self.axis) / math.sqrt(parameters.levels(self.bits, True)[1]))
+        size = _or_usual(_mean_size(w, self.axis), w, 0.5)
+        self.step.copy_(2 * size / math.sqrt(parameters.levels(self.bits, True)[1]))
 
     def coded(self, w):
         return nearest(w, grid(self.bits, self.axis, w), positive(self.step), None)
@@ -76,10 +84,12 @@ def grid(bits, axis, w):
 class _Scaled(nn.Module):
     """Weights in [-1, 1] times a learned |scale|, one for each tensor."""
 
+    is_hard = False
+
     def __init__(self, w, options):
         super().__init__()
         self.bits = options.weight_bits
-        self.scale = _parameter(w)
+        self.scale = learned(w)
 
     @classmethod
     def soft(cls, some, ws):
@@ -89,11 +99,11 @@ class _Scaled(nn.Module):
     def start(self, w):
         self.scale.fill_(1)
         size = _mean_size(self.plain([self], [w])[0])
-        self.scale.copy_(torch.where(size > 0, _mean_size(w) / size, 1))
+        self.scale.copy_(torch.where(size > 0, _or_usual(_mean_size(w), w, 0.5) / size, 1))
 
     def coded(self, w):
         n = 2**self.bits - 1
-        codes = (self.plain([self], [_wide(w)])[0] + 1) * (n / 2)
+        codes = (self.plain([self], [wide(w)])[0] + 1) * (n / 2)
         return Uniform.of(codes.round(), w.dtype, Grid(self.bits), 2 / n * positive(self.scale), n)
 
 
@@ -102,8 +112,8 @@ class EWGSWeight(_Scaled):
 
     def __init__(self, w, options):
         super().__init__(w, options)
-        self.lower, self.upper = _parameter(w), _parameter(w)
-        self.register_buffer("delta", _delta(w, options))
+        self.lower, self.upper = learned(w), learned(w)
+        self.register_buffer("delta", initial_delta(w, options))
 
     def key(self):
         return (self.bits,)
@@ -118,13 +128,13 @@ class EWGSWeight(_Scaled):
         return 2 * positive(self.scale)
 
     def start(self, w):
-        std = _wide(w).std(correction=0)
+        std = _or_usual(wide(w).std(correction=0), w, 1 / math.sqrt(3))
         self.lower.copy_(-3 * std)
         self.upper.copy_(3 * std)
         super().start(w)
 
 
-def _delta(w, options):
+def initial_delta(w, options):
     delta = DELTA if options.delta == "hessian" else options.delta
     return torch.full((), delta, dtype=accumulator(w.dtype), device=w.device)
 
@@ -148,7 +158,7 @@ class DoReFaWeight(_Scaled):
         if self.bits > 1:
             return super().coded(w)
         mean = _mean_size(w)
-        return Uniform.of((_wide(w) >= 0).to(mean.dtype), w.dtype, Grid(1), 2 * mean * positive(self.scale), 1)
+        return Uniform.of((wide(w) >= 0).to(mean.dtype), w.dtype, Grid(1), 2 * mean * positive(self.scale), 1)
 
 
 class FrozenWeight(nn.Module):
@@ -159,6 +169,10 @@ class FrozenWeight(nn.Module):
         self.bits, self.axis = bits, axis
         self.register_buffer("step", step)
         self.register_buffer("zero", zero)
+
+    @property
+    def is_hard(self):
+        return self.zero is None
 
     def key(self):
         return self.bits, self.axis, self.zero is None
@@ -182,103 +196,3 @@ class FrozenWeight(nn.Module):
 
     def coded(self, w):
         return nearest(w, grid(self.bits, self.axis, w), self.step, self.zero)
-
-
-class Input(nn.Module):
-    """What inputs share: whether they have started, and whether the first batch had negative values."""
-
-    def __init__(self, w, options):
-        super().__init__()
-        self.bits = options.activation_bits
-        for name in ("started", "signed"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.bool, device=w.device))
-        self.read()
-
-    def read(self):
-        """The flags, where Python can branch on them."""
-        self.is_started, self.is_signed = bool(self.started), bool(self.signed)
-
-    def start(self, x):
-        x = _wide(x)
-        self.signed.copy_((x < 0).any())
-        self.started.fill_(True)
-        self.read()
-        self.from_batch(x)
-
-    def _load_from_state_dict(self, *args, **kwargs):
-        super()._load_from_state_dict(*args, **kwargs)
-        self.read()
-
-
-class LSQInput(Input):
-    """A learned step."""
-
-    def __init__(self, w, options):
-        super().__init__(w, options)
-        self.step = _parameter(w)
-
-    def from_batch(self, x):
-        self.step.copy_(2 * x.abs().mean() / math.sqrt(parameters.levels(self.bits, self.is_signed)[1]))
-
-    def forward(self, x):
-        return quantizers.lsq(x, positive(self.step), self.bits, signed=self.is_signed)
-
-
-class EWGSInput(Input):
-    """Learned bounds; the output comes back on the scale of the input."""
-
-    def __init__(self, w, options):
-        super().__init__(w, options)
-        self.lower, self.upper = _parameter(w), _parameter(w)
-        self.register_buffer("delta", _delta(w, options))
-
-    def from_batch(self, x):
-        self.lower.copy_(x.min())
-        self.upper.copy_(3 * x.std(correction=0) / HALF_NORMAL)
-
-    def span(self):
-        return positive(self.upper - self.lower)
-
-    def forward(self, x):
-        lower, upper = bounds(self.lower, self.upper)
-        q = quantizers.ewgs(x, lower, upper, self.bits, delta=self.delta, signed=False)
-        return lower.detach() + (upper - lower).detach() * q
-
-
-class PACTInput(Input):
-    """Inputs with negative values: signed LSQ with the step alpha / QP, because PACT has no negative levels."""
-
-    def __init__(self, w, options):
-        super().__init__(w, options)
-        self.alpha, self.plus = _parameter(w), options.plus
-
-    def from_batch(self, x):
-        spread = 3 * x.std(correction=0) / (1 if self.is_signed else HALF_NORMAL)
-        self.alpha.copy_(torch.minimum(x.abs().max(), spread))
-
-    def forward(self, x):
-        alpha = positive(self.alpha)
-        if self.is_signed:
-            return quantizers.lsq(x, alpha / parameters.levels(self.bits, True)[1], self.bits)
-        return quantizers.pact(x, alpha, self.bits, plus=self.plus)
-
-
-class FrozenInput(Input):
-    """A step and, unless it is None, an integer zero point, found by `calibrate`."""
-
-    def __init__(self, w, options, step, zero, signed):
-        super().__init__(w, options)
-        self.register_buffer("step", step)
-        self.register_buffer("zero", zero)
-        self.signed.fill_(signed)
-        self.started.fill_(True)
-        self.read()
-
-    def forward(self, x):
-        if self.zero is None:
-            return quantizers.lsq(x, self.step, self.bits, signed=self.is_signed)
-        shift = self.step * self.zero
-        return (quantizers.lsq(x.to(shift.dtype) + shift, self.step, self.bits, signed=False) - shift).to(x.dtype)
-
-
-METHODS = {"lsq": (LSQWeight, LSQInput), "ewgs": (EWGSWeight, EWGSInput), "pact": (DoReFaWeight, PACTInput)}

@@ -62,3 +62,39 @@ def train_rank(rank, folder):
     result["end"] = values(quantizer) | values(model)
     torch.save(result, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+class Branching(nn.Module):
+    """A layer that only some batches reach, and with `own` a quantizer that is a part of the model."""
+
+    def __init__(self, own):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        if own:
+            self.quantizer = Quantizer(self, "lsq", 4, 4)
+
+    def forward(self, x, both):
+        x = self.a(x)
+        return self.b(x) if both else x
+
+
+def train_branching_rank(rank, folder):
+    """One of two processes: the second alone reaches a layer, in the second step."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    result = {}
+    for own in (False, True):
+        model = Branching(own)
+        quantizer = model.quantizer if own else Quantizer(model, "lsq", 4, 4)
+        wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+        learned = [] if own else quantizer.param_groups()
+        optimizer = torch.optim.SGD([{"params": model.parameters()}, *learned], lr=0.05)
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(rank))
+        for i in range(4):
+            optimizer.zero_grad()
+            wrapped(x, both=rank == 1 and i >= 1).square().sum().backward()
+            optimizer.step()
+        result[own] = values(model) | values(quantizer)
+    torch.save(result, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()

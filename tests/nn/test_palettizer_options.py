@@ -161,7 +161,7 @@ BAD = [
     ({"overrides": {"0": {"bit": 3}}}, ValueError, r"overrides\['0'\] has no option 'bit'; allowed are"),
     ({"overrides": {"0": {"bits": 0}}}, ValueError, "bits of 0.weight must be an int in 1..8, got 0"),
     ({"overrides": {"nothing": "skip"}}, ValueError, r"overrides\['nothing'\] matches no weight"),
-    ({"overrides": {"*": "skip"}}, ValueError, "no weight left to cluster"),
+    ({"overrides": {"*": "skip"}}, ValueError, "Sequential has no weight left after exclude=None and overrides="),
 ]
 
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from nn.attached import images, net, tokens
-from nn.quantized import METHODS, assert_equal, plain, train, train_rank, values
+from nn.quantized import METHODS, Branching, assert_equal, plain, train, train_branching_rank, train_rank, values
 from torch import nn
 from torch.testing import assert_close
 
@@ -25,7 +25,7 @@ def test_trains(method, bits):
     losses = train(model, quantizer, 25, lr=0.005)
     assert losses[-1] < losses[0] and all(math.isfinite(loss) for loss in losses)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in [*model.parameters(), *quantizer.parameters()])
-    soft = quantizer._soft_all()
+    soft = quantizer._soft(quantizer.layers)
     for layer, a, b in zip(quantizer.layers, soft, quantizer._hard(quantizer.layers), strict=True):
         assert_close(a, b)
         assert len(b.unique()) <= 2 ** bits[0] and layer.weight() in set(model.parameters())
@@ -48,8 +48,10 @@ def test_the_first_batch_changes_nothing_else(method):
     model, other, x = plain(), plain(), images()[0]
     quantizer = Quantizer(model, method, 4, 4)
     model.eval(), other.eval()
-    assert torch.equal(model(x), other(x)) and not quantizer._started
-    with pytest.raises(RuntimeError, match="ranges have no values"):
+    with pytest.warns(UserWarning, match=r"0\.weight and 1 more run in full precision"):
+        out = model(x)
+    assert torch.equal(out, other(x)) and not any(quantizer._is_started)
+    with pytest.raises(RuntimeError, match=r"ranges of 0\.weight have no values"):
         quantizer.coded()
     model.train()
     before, state = values(model), torch.get_rng_state()
@@ -212,7 +214,7 @@ def test_state_dict_round_trip(method):
     train(model, quantizer, 2)
     other.load_state_dict(model.state_dict())
     second.load_state_dict(quantizer.state_dict())
-    assert second._started and all(q.is_started for q in second.inputs.children())
+    assert second._all_started and all(q.is_started for q in second.inputs.children())
     assert [q.is_signed for q in second.inputs.children()] == [True, False]
     assert train(model, quantizer, 2) == train(other, second, 2)
     assert_equal(values(quantizer), values(second))
@@ -222,7 +224,6 @@ def test_parts_of_the_model_called_alone():
     model = plain()
     quantizer = Quantizer(model, "lsq", 4, 4)
     x, _ = images()
-    assert torch.equal(model[0](x), plain()[0](x))  # full precision before the first batch
     whole = model(x)
     parts = x
     for layer in model:
@@ -239,9 +240,9 @@ def test_an_error_in_the_first_forward_leaves_all_as_it_was():
     with pytest.raises(RuntimeError):
         model(torch.randn(8, 3, 6, 6))
     assert_equal(before, values(model))
-    assert "weight" not in model[0].__dict__ and not quantizer._started and not quantizer._inside
+    assert "weight" not in model[0].__dict__ and not any(quantizer._is_started) and not quantizer._entry
     model(images()[0])
-    assert quantizer._started
+    assert quantizer._all_started
 
 
 def test_layers_that_the_first_batch_does_not_reach():
@@ -337,9 +338,13 @@ def test_all_weights_are_one_call(monkeypatch):
     model(tokens())
     assert calls == [4, 1, 1]
     model.eval()
-    model(tokens())
     calls.clear()
     model(tokens())
+    assert calls == [4, 1, 1]
+    with quantizer.frozen():
+        model(tokens())
+        calls.clear()
+        model(tokens())
     assert calls == [1, 1]  # the weights are kept
 
 
@@ -356,3 +361,14 @@ def test_two_processes_agree(tmp_path):
     assert not torch.equal(first["start"]["inputs.0.step"], first["end"]["inputs.0.step"])
     assert_close(first["average"], (first["local"] + second["local"]) / 2)
     assert not torch.equal(first["local"], second["local"])
+
+
+def test_two_processes_agree_where_one_alone_reaches_a_layer(tmp_path):
+    """The range of its input starts there; also where the quantizer is a part of the model."""
+    torch.multiprocessing.spawn(train_branching_rank, (tmp_path,), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for own in (False, True):
+        assert_equal(first[own], second[own])
+        assert first[own]["inputs.b.started"] and not torch.equal(
+            first[own]["weights.b/weight.step"], Quantizer(Branching(False), "lsq", 4).weights._modules["b/weight"].step
+        )

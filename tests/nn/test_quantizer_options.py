@@ -18,9 +18,13 @@ def test_param_groups():
     for method, count in (("lsq", 4), ("ewgs", 10), ("pact", 4)):
         quantizer = Quantizer(plain(), method, 4, 4)
         groups = quantizer.param_groups(lr=0.5)
-        assert all(g["lr"] == 0.5 and g["weight_decay"] == 0 for g in groups)
+        assert groups[0]["lr"] == 0.5 and all(g["weight_decay"] == 0 for g in groups)
         assert sum(len(g["params"]) for g in groups) == len(list(quantizer.parameters())) == count
         assert quantizer.param_groups(weight_decay=0.3)[0]["weight_decay"] == 0.3
+    bounds = [p for name, p in Quantizer(plain(), "ewgs", 4, 4).named_parameters() if name[-5:] in ("lower", "upper")]
+    for options, lr in (({}, 1e-4), ({"lr": 0.5}, 0.005), ({"lr": 0.5, "bounds_lr": 0.1}, 0.1)):
+        group = Quantizer(plain(), "ewgs", 4, 4).param_groups(**options)[1]
+        assert group["lr"] == lr and len(group["params"]) == len(bounds) == 8
 
 
 def test_overrides():
@@ -47,12 +51,12 @@ BAD = [
     ({"method": "sgd"}, ValueError, r"method of the model must be one of \('lsq', 'ewgs', 'pact'\), got 'sgd'"),
     ({"weight_bits": 0}, ValueError, r"weight_bits of the model must be an int in 1..8, got 0"),
     ({"weight_bits": 9}, ValueError, "got 9"),
-    ({"weight_bits": None}, TypeError, "weight_bits of the model must be an int in 1..8, got None"),
+    ({"weight_bits": None}, ValueError, "weight_bits and activation_bits of the model are both None"),
     ({"weight_bits": 4.0}, TypeError, "got 4.0"),
     ({"activation_bits": 0}, ValueError, "activation_bits of the model must be an int in 1..8, got 0"),
     ({"activation_bits": True}, TypeError, "activation_bits of the model must be an int in 1..8, got True"),
     ({"axis": 2}, ValueError, r"axis=2 does not exist: 4.weight has shape \(10, 128\)"),
-    ({"axis": "0"}, TypeError, "axis of the model must be an int or None, got '0'"),
+    ({"axis": "0"}, TypeError, "axis of the model must be an int, \"output\" or None, got '0'"),
     ({"method": "ewgs", "axis": 0}, ValueError, "axis of the model must be None for method 'ewgs'.*got 0"),
     ({"overrides": ["0"]}, TypeError, "overrides must be a dict"),
     ({"overrides": {"0": 3}}, TypeError, r"overrides\['0'\] must be a dict of options or \"skip\", got 3"),
@@ -65,8 +69,8 @@ BAD = [
     ),
     ({"overrides": {"0": {"plus": 1}}}, TypeError, "plus of 0.weight must be True or False, got 1"),
     ({"overrides": {"nothing": "skip"}}, ValueError, r"overrides\['nothing'\] matches no weight"),
-    ({"overrides": {"*": "skip"}}, ValueError, "Sequential has no weight left to quantize"),
-    ({"model": nn.ReLU()}, ValueError, "ReLU has no conv, linear or attention weight"),
+    ({"overrides": {"*": "skip"}}, ValueError, "Sequential has no weight left after exclude=None and overrides="),
+    ({"model": nn.ReLU()}, ValueError, "ReLU has no conv, linear or attention weight; use include="),
 ]
 
 

@@ -1,0 +1,226 @@
+"""When and from what the ranges of a quantizer start."""
+
+import contextlib
+import warnings
+
+import torch
+
+from .attach import Attached
+from .inputs import InputHook, input_name, mean_output
+from .ranks import broadcast, first_started, is_distributed
+from .scales import positive
+
+
+class Starting(Attached):
+    """An attached module whose ranges start from the weights and the inputs of a forward in train().
+
+    `started` and `waited` hold for every layer whether its range has started, and how many forwards in train() it was
+    part of before. A subclass has `weights` and `inputs` and says what a layer's weight is quantized by:
+    `_weight_quantizer(layer)`.
+    """
+
+    def _hold_starts(self, device, count, started, delay, observe):
+        self.register_buffer("started", torch.full((count,), started, device=device))
+        self.register_buffer("waited", torch.zeros(count, dtype=torch.int64, device=device))
+        self.register_load_state_dict_post_hook(_read_again)
+        self._delay, self._observe, self._warned = delay, observe, set()
+        self._starting, self._observing, self._late, self._open = None, (), set(), ()
+        self._read()
+
+    def _read(self):
+        """The flags, where Python can branch on them. They may have been copied from another module's."""
+        self._is_started, self._has_waited = self.started.tolist(), self.waited.tolist()
+        for q in self.inputs.children():
+            q.read()
+        self._all_started = all(self._is_started) and all(q.is_started for q in self.inputs.children())
+
+    def has_started(self):
+        return all(self._is_started)
+
+    def _begin(self, module, inside, args, kwargs):
+        if not self._all_started:
+            self._prepare(module, inside, args, kwargs)
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def _prepare(self, module, inside, args, kwargs):
+        """Starts what is due of the layers inside an entry."""
+        self._read()
+        waiting = [i for i in inside if not self._is_started[i]]
+        trains = [i for i in waiting if self.layers[i].module.training]
+        self._start_due(module, waiting, trains, args, kwargs)
+        started = [
+            i for i in inside if self.layers[i].module.training and (self._is_started[i] or i in self._observing)
+        ]
+        self._open = [key for key, i in self._input_keys if i in started and not self.inputs._modules[key].is_started]
+
+    def _start_due(self, module, waiting, trains, args, kwargs):
+        if self._delay == self._observe == 0:
+            self._warn_of_full_precision([i for i in waiting if i not in trains])
+        if self._delay or self._observe:
+            for i in trains:
+                self._has_waited[i] += 1
+                self.waited[i] = self._has_waited[i]
+        due = [i for i in trains if self._has_waited[i] > self._delay or not self._delay]
+        if self._observe:
+            self._observing = due
+        elif due:
+            self._start(module, due, args, kwargs)
+
+    def _warn_of_full_precision(self, some):
+        new = [self.layers[i].name for i in some if self.layers[i].name not in self._warned]
+        self._warned.update(new)
+        if new:
+            warnings.warn(
+                f"{new[0]}{f' and {len(new) - 1} more' if len(new) > 1 else ''} run in full precision: their ranges "
+                "have no values before the first forward in train(); call `initialize` with a batch",
+                stacklevel=9,
+            )
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def initialize(self, *args, **kwargs):
+        """Sets steps, bounds, alpha and scales from the weights, and from what the layers are given in one forward.
+
+        The model is called with these arguments; nothing else changes. What has started starts anew.
+        """
+        model = self._model[0]
+        self._entry, self._entered = (model,), 1
+        try:
+            self._start(model, list(range(len(self.layers))), args, kwargs)
+        finally:
+            self._end()
+
+    def _start(self, module, due, args, kwargs):
+        """Runs a module once more, as an entry, with the ranges of the layers that are due starting on the way."""
+        before = {name: value.clone() for name, value in self.state_dict().items()}
+        for i in due:
+            self._start_weight(i)
+        self._starting = {"layers": set(due), "inputs": set(), "scales": set()}
+        try:
+            with unchanged(module, self):
+                inside = [i for i in range(len(self.layers)) if self._is_started[i]]
+                hats = self._soft([self.layers[i] for i in self._weighted(inside)])
+                self._put(dict(zip(self._weighted(inside), hats, strict=True)))
+                for hook in module._forward_pre_hooks.values():
+                    if isinstance(hook, InputHook) and hook.owner is self:
+                        args, kwargs = hook(module, args, kwargs) or (args, kwargs)
+                module.forward(*args, **kwargs)
+        except BaseException:
+            self.load_state_dict(before)
+            raise
+        finally:
+            self._starting = None
+            self._take()
+            self._forget_seen()
+        if is_distributed():
+            self._broadcast()
+        self._read()
+
+    def _weighted(self, some):
+        """Those of the layers whose weights are quantized."""
+        return [i for i in some if self.layers[i].options.weight_bits is not None]
+
+    def _start_weight(self, i):
+        layer = self.layers[i]
+        if layer.options.weight_bits is not None:
+            w = layer.weight()
+            if not w.isfinite().all():
+                raise ValueError(f"{layer.name} has a NaN or an infinity; its range cannot start from it")
+            self._weight_quantizer(layer).start(w)
+        self._is_started[i] = True
+        self.started[i] = True
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def _see(self, key, i, module, x):
+        """Takes an input of a layer into the range that starts in this forward, of all its calls."""
+        q, layer = self.inputs._modules[key], self.layers[i]
+        seen = self._late if self._starting is None else self._starting["inputs"]
+        if key not in seen:
+            q.seen = type(q.seen)()
+        seen.add(key)
+        q.seen.add(x)
+        q.start(input_name(key))
+        if self._starting is None or not q.is_started or layer.name in self._starting["scales"]:
+            return
+        self._starting["scales"].add(layer.name)
+        quantizer = self.weights._modules.get(layer.key)
+        if hasattr(quantizer, "scale"):
+            self._fit_scale(quantizer, layer, module, x, q(x))
+
+    def _fit_scale(self, quantizer, layer, module, x, quantized):
+        """Has the quantized layer's outputs as large as those of the layer in full precision."""
+        place = next(place for place in layer.places if place.module is module)
+        hat = getattr(module, place.attribute)
+        size, wanted = mean_output(place, hat, quantized), mean_output(place, layer.weight(), x)
+        if size > 0 and wanted > 0:
+            quantizer.scale.copy_(positive(quantizer.scale) * (wanted / size))
+            place.put(hat * (wanted / size))
+
+    def _starts_now(self, key, i, module):
+        """Whether an input that a layer is given belongs to those that its range starts from."""
+        if self._starting is not None:
+            return i in self._starting["layers"]
+        if key in self._late:
+            return True
+        return module.training and self._is_started[i] and not self.inputs._modules[key].is_started
+
+    def _end(self):
+        super()._end()
+        if self._observing or self._late or self._open:
+            self._finish()
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def _finish(self):
+        """After a forward in which ranges were observed or may have started late."""
+        for i in self._observing:
+            if self._has_waited[i] >= self._delay + self._observe:
+                self._start_weight(i)
+                for key in [key for key, j in self._input_keys if j == i]:
+                    q = self.inputs._modules[key]
+                    if q.seen.count:
+                        q.start(input_name(key))
+        open_inputs = [self.inputs._modules[key] for key in self._open]
+        self._observing, self._late, self._open = (), set(), ()
+        if open_inputs and is_distributed():
+            first_started(open_inputs)
+        self._read()
+        self._forget_seen()
+
+    def _forget_seen(self):
+        for q in self.inputs.children():
+            if q.is_started:
+                q.seen = type(q.seen)()
+
+    def _broadcast(self):
+        """Takes rank 0's state."""
+        broadcast(list(self.state_dict().values()))
+        self._read()
+
+    def __getstate__(self):
+        empty = {"_starting": None, "_observing": (), "_late": set(), "_open": ()}
+        return {**super().__getstate__(), **empty}
+
+
+def _read_again(module, incompatible):
+    """After `load_state_dict` of a module and its parts."""
+    module._forget()
+    module._read()
+
+
+@contextlib.contextmanager
+def unchanged(model, attached):
+    """Random numbers and the model's buffers are after the block what they were before, but not those of `attached`,
+    which may be a part of the model."""
+    own = {id(b) for b in attached.buffers()}
+    buffers = [(b, b.clone()) for b in model.buffers() if id(b) not in own]
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for b, value in buffers:
+                    b.copy_(value)

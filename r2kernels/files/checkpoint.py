@@ -51,7 +51,8 @@ class Checkpoint:
     key: of which entry of a .pt or .pth file, with dots for entries of entries; by default the first of `NESTED`.
     `entries`: name, shape and dtype of every tensor; `read` gives the tensors, one at a time. `aliases`: of those that
     are one tensor under several names, name -> the first of them. `unread`: name of every entry beside the state dict
-    that holds tensors -> how many. `metadata`: text that a .safetensors file holds beside its tensors.
+    that holds tensors -> how many. `metadata`: text that a .safetensors file holds beside its tensors, but for
+    the usual format "pt".
     """
 
     def __init__(self, path, key=None):
@@ -103,7 +104,8 @@ def _open_safetensors(checkpoint, key):
     try:
         file = safe_open(path, framework="pt")
         checkpoint.entries = [_safetensors_entry(file, name) for name in sorted(file.keys(), key=natural)]
-        checkpoint._get, checkpoint.metadata = file.get_tensor, file.metadata() or {}
+        checkpoint._get, metadata = file.get_tensor, sorted((file.metadata() or {}).items())
+        checkpoint.metadata = dict(pair for pair in metadata if pair != ("format", "pt"))
     except (SafetensorError, OSError) as error:
         reason = f"is truncated, corrupt or not a safetensors file ({_first_line(error)})"
         raise CheckpointError(f"{path}: {reason}") from error

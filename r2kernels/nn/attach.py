@@ -24,12 +24,14 @@ class Attached(nn.Module):
         self._model = (model,)  # in a tuple, so that it does not become a part of this module
         self._hats, self._placed, self._reentrant = [None] * len(layers), (), set()
         self._entry, self._entered, self._kept, self._on = (), 0, None, True  # the entry in a tuple too
-        self._handles = []
+        self._handles, self._guards = [], []
         self._refuse_others(model, {id(module) for module in modules}, replace)
         for module, inside in _entries(model, layers, modules).items():
             self._handles.append(module.register_forward_pre_hook(EntryHook(self, inside), with_kwargs=True))
             self._handles.append(module.register_forward_hook(_Leave(self), always_call=True))
-            _Guard.of(module).owners.append(self)
+            guard = _Guard.of(module)
+            guard.owners.append(self)
+            self._guards.append(guard)
         for layer in self._own_layers():
             for place in layer.places:
                 self._handles += place.hook()
@@ -130,6 +132,10 @@ class Attached(nn.Module):
                 self._kept.update(zip([layer.name for layer in missing], self._hard(missing), strict=True))
         return [self._kept[layer.name] for layer in layers]
 
+    def enable(self, weights=None):
+        """Switches the replacement of weights on (True) or off (False): the model then runs on its dense weights."""
+        self._on = switch("weights", weights, self._on)
+
     @contextlib.contextmanager
     def frozen(self):
         """Inside this block the hard weights are made once and kept, so that a forward in eval() costs what the plain
@@ -192,9 +198,9 @@ class Attached(nn.Module):
         for layer, hard in zip(layers, hards, strict=True):
             layer.places[0].bake(hard)
         self._end()
-        for module in self._model[0].modules():
-            _Guard.release(module, self)
-        self._handles, self._kept = [], None
+        for guard in self._guards:
+            guard.release(self)
+        self._handles, self._guards, self._kept = [], [], None
         self._forget()
 
     def _apply(self, fn, recurse=True):
@@ -265,13 +271,10 @@ class _Guard:
     def of(cls, module):
         return module.__dict__.setdefault("_call_impl", cls(module))
 
-    @classmethod
-    def release(cls, module, owner):
-        guard = module.__dict__.get("_call_impl")
-        if isinstance(guard, cls) and owner in guard.owners:
-            guard.owners.remove(owner)
-            if not guard.owners:
-                del module.__dict__["_call_impl"]
+    def release(self, owner):
+        self.owners.remove(owner)
+        if not self.owners:
+            del self.module.__dict__["_call_impl"]
 
     def __call__(self, *args, **kwargs):
         try:
@@ -290,6 +293,13 @@ def attached(model):
     `AveragedModel`), which has its own."""
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
     return list({id(hook.owner): hook.owner for hook in hooks if isinstance(hook, EntryHook)}.values())
+
+
+def switch(name, value, before):
+    """True, False, or for None what it was before."""
+    if value not in (None, True, False):
+        raise TypeError(f"{name} must be True, False or None, got {value!r}")
+    return before if value is None else bool(value)
 
 
 def in_backward():

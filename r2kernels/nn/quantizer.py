@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..reference import checks
-from .attach import Attached, in_backward
+from .attach import Attached, in_backward, switch
 from .hessian import ratios
 from .input_scales import EWGSInput, LSQInput, PACTInput
 from .inputs import InputHook, input_name, input_places
@@ -223,11 +223,9 @@ class Quantizer(Starting):
 
         What is switched off runs in full precision; ranges keep their values, and start while they are off too.
         """
-        for name, value in (("weights", weights), ("activations", activations)):
-            if value not in (None, True, False):
-                raise TypeError(f"{name} must be True, False or None, got {value!r}")
-        self._on = self._on if weights is None else weights
-        self._activations_on = self._activations_on if activations is None else activations
+        activations = switch("activations", activations, self._activations_on)
+        super().enable(weights)
+        self._activations_on = activations
 
     def freeze(self, *patterns, frozen=True):
         """Holds the ranges of some layers as they are (`frozen=False`: lets them learn again).

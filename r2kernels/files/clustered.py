@@ -214,6 +214,15 @@ def entropy(counts):
     return (counts.sum() * -(p * p.log2()).sum()).item() / 8
 
 
+def nearest_codes(pieces, tables, form, wide=False):
+    """[(rows,)] codes of the nearest entry of each group's table; wide: in float64, for numbers whose squares float32
+    does not hold."""
+    if wide:
+        pieces, tables = [piece.double() for piece in pieces], tables.double()
+    luts = [lut[:, 0].contiguous() if form.cluster_dim == 1 else lut for lut in tables.unbind()]
+    return assign(pieces, luts, cluster_dim=form.cluster_dim, layout=form.layout)
+
+
 class Clustered(NamedTuple):
     """A clustered weight as it is stored: `decoded()` is W_hat."""
 
@@ -228,17 +237,16 @@ class Clustered(NamedTuple):
     leftovers: Tensor  # of all groups, one after the other, divided too
 
     @classmethod
-    def of(cls, w, centroids, options, scales=None):
+    def of(cls, w, centroids, options, scales=None, wide=False):
         """The codes of the nearest of `centroids` (groups, K, d), rounded as they are stored.
 
-        scales: of the channels, by default their max|W|.
+        scales: of the channels, by default their max|W|. wide: as for `nearest_codes`.
         """
         form = Form.of(options)
         pieces, scales = divided(w, form, scales)
         entries, lut_scales = stored_lut(centroids, form.lut_dtype)
         luts = restored_lut(entries, lut_scales, centroids.dtype)
-        luts = [lut[:, 0].contiguous() if form.cluster_dim == 1 else lut for lut in luts.unbind()]
-        codes = torch.cat(assign(pieces, luts, cluster_dim=form.cluster_dim, layout=form.layout))
+        codes = torch.cat(nearest_codes(pieces, luts, form, wide))
         leftovers = torch.cat([leftovers_of(piece, form) for piece in pieces])
         return cls(tuple(w.shape), w.dtype, form, codes, 8, entries, lut_scales, scales, leftovers)
 
@@ -296,7 +304,8 @@ def divided(w, form, scales=None):
     """(the groups of a weight, divided by the scales of their channels, as they are clustered; the scales or None)"""
     if form.per_channel_scale:
         scales = channel_scales(w, form.axis) if scales is None else scales
-        w = w / along_channels(torch.where(scales == 0, 1, scales), w.dim(), form.axis)
+        # by inf in a channel of zeros: they stay, without a gradient
+        w = w / along_channels(torch.where(scales == 0, torch.inf, scales), w.dim(), form.axis)
     w = w.transpose(0, 1) if form.axis else w
     return [w] if form.group_size is None else list(w.split(form.group_size)), scales
 

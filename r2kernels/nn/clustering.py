@@ -6,8 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..files.clustered import LUT_DTYPES, Form, Geometry, divided, values_lost
-from ..functional.dkm import assign
+from ..files.clustered import LUT_DTYPES, Form, Geometry, divided, nearest_codes, values_lost
 from ..functional.kmeans import kmeans
 from ..reference import checks
 from ..reference.columns import columns
@@ -154,15 +153,13 @@ def lost(w, form, centroids, preserve_zeros):
 SAME = 1e-3
 
 
-def spare_and_error(w, form, centroids):
+def spare_and_error(w, form, centroids, wide=False):
     """For each group (how many centroids no row needs, the largest error); reads values on the host.
 
-    A centroid is spare that is nearest to no row, or where another one is.
+    A centroid is spare that is nearest to no row, or where another one is. wide: as for `nearest_codes`.
     """
-    d, found = form.cluster_dim, []
-    luts = [c[:, 0].contiguous() if d == 1 else c for c in centroids.unbind()]
-    pieces = divided(w, form)[0]
-    for piece, codes, c in zip(pieces, assign(pieces, luts, cluster_dim=d, layout=form.layout), centroids, strict=True):
+    d, found, pieces = form.cluster_dim, [], divided(w, form)[0]
+    for piece, codes, c in zip(pieces, nearest_codes(pieces, centroids, form, wide), centroids, strict=True):
         error = (columns(piece, d, form.layout).t() - c[codes.long()]).abs().amax()
         near = (c[:, None] - c).abs().amax(-1).le(SAME * error).tril(-1).any(1)
         unused = torch.bincount(codes.long(), minlength=len(c)) == 0

@@ -155,7 +155,8 @@ class Palettizer(Attached):
             for (layer, w, pieces, scales), (hats, c) in zip(some, self._mixtures(some), strict=True):
                 if layer.options.lut_dtype != "fp32":
                     hats = [self._rounded(h, p, c_, layer.options) for h, p, c_ in zip(hats, pieces, c, strict=True)]
-                results[layer.name] = joined(hats, w, form_of(layer), scales), torch.stack(c).detach()
+                own = w.detach() if layer.options.preserve_zeros else w  # of channels of zeros
+                results[layer.name] = joined(hats, own, form_of(layer), scales), torch.stack(c).detach()
         return [results[layer.name] for layer in layers]
 
     def _mixtures(self, some):
@@ -207,7 +208,7 @@ class Palettizer(Attached):
         return {layer.name: self._clustered(layer) for layer in self.layers}
 
     def _clustered(self, layer):
-        return Clustered.of(layer.weight(), self._centroids(layer), form_of(layer))
+        return Clustered.of(layer.weight(), self._centroids(layer), form_of(layer), wide=self._wide[layer.key])
 
     @torch.no_grad()
     def _hard(self, layers):
@@ -267,7 +268,7 @@ class Palettizer(Attached):
     def _renew(self, layer):
         """Starts groups anew that have spare centroids, and finds those that wait until their weights differ."""
         w, form, c, key = layer.weight(), form_of(layer), self.centroids._buffers[layer.key], layer.key
-        found, most = spare_and_error(w, form, self._centroids(layer)), max(2**form.bits // SPARE, 1)
+        found, most = spare_and_error(w, form, self._centroids(layer), self._wide[key]), max(2**form.bits // SPARE, 1)
         anew = [
             g
             for g, (spare, error) in enumerate(found)

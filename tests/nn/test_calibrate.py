@@ -202,7 +202,7 @@ def test_loaders_that_cannot_be_used(loader, error, message):
     [
         ({"weight_bits": 0}, ValueError, "weight_bits of the model must be an int in 1..8, got 0"),
         ({"activation_bits": 9}, ValueError, "activation_bits of the model must be an int in 1..8, got 9"),
-        ({"method": "entropy"}, ValueError, r"method must be one of \('mse', 'minmax'\), got 'entropy'"),
+        ({"method": "entropy"}, ValueError, r"method must be one of \('mse', 'minmax', 'percentile'\), got 'entropy'"),
         ({"axis": 2}, ValueError, r"axis=2 does not exist: a.weight has shape \(4, 4\)"),
         ({"axis": 0.0}, TypeError, 'axis of the model must be an int, "output" or None, got 0.0'),
         ({"symmetric": "no"}, TypeError, "symmetric must be True or False, got 'no'"),

@@ -62,9 +62,7 @@ def layers_of(model, usual, overrides, include=None, exclude=None, *, embeddings
         options = _options(found.name, usual, overrides, used)
         if options is None:
             continue
-        places = [place_of(c.module, c.attribute) for c in candidates if c.tensor is found.tensor]
-        axis, experts = output_axis(found.module, found.attribute), is_experts(found.module, found.tensor)
-        layers.append(Layer(found.name, places, options, axis, experts))
+        layers.append(layer_of(found, candidates, options))
     missed = [pattern for pattern in overrides if pattern not in used]
     if missed:
         raise ValueError(f"overrides[{missed[0]!r}] matches no weight of the model")
@@ -75,6 +73,13 @@ def layers_of(model, usual, overrides, include=None, exclude=None, *, embeddings
             "use include="
         )
     return layers
+
+
+def layer_of(found, candidates, options):
+    """The `Layer` of one of the candidates."""
+    places = [place_of(c.module, c.attribute) for c in candidates if c.tensor is found.tensor]
+    axis, experts = output_axis(found.module, found.attribute), is_experts(found.module, found.tensor)
+    return Layer(found.name, places, options, axis, experts)
 
 
 def _checked(overrides, usual):

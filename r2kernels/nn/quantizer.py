@@ -15,6 +15,7 @@ from .input_scales import EWGSInput, LSQInput, PACTInput
 from .inputs import InputHook, input_name, input_places
 from .layers import layers_of
 from .ranks import average_gradients, is_distributed
+from .restoring import restored
 from .scales import DoReFaWeight, EWGSWeight, LSQWeight
 from .starting import Starting, unchanged
 
@@ -144,6 +145,18 @@ class Quantizer(Starting):
         Attached.__init__(self)
         self._hold(model, layers, weights, inputs, started=True, replace=replace)
         return self
+
+    @classmethod
+    @torch.no_grad()
+    def from_state(cls, model, state, *, replace=False):
+        """The quantizer that `calibrate` made, from its `state_dict()`, without a loader and without calibrating.
+
+        model: as that one, with the same names and shapes; with the same weights its outputs are the same bits. Which
+        layers, bits, axes, steps and zero points, all is in the state. ValueError names the layer where the state does
+        not fit the model, is not complete, or is of a trained `Quantizer` (make that with the options it had, and call
+        `load_state_dict`).
+        """
+        return cls._frozen(model, *restored(model, state, QuantizationOptions), replace=replace)
 
     def _input_modules(self):
         return [(module, input_name(key)) for module, key in self._input_of]

@@ -167,6 +167,8 @@ class FrozenWeight(nn.Module):
     def __init__(self, w, bits, axis, step, zero):
         super().__init__()
         self.bits, self.axis = bits, axis
+        # what `Quantizer.from_state` makes it of again; no axis is -1
+        self.register_buffer("form", torch.tensor([bits, -1 if axis is None else axis], device=w.device))
         self.register_buffer("step", step)
         self.register_buffer("zero", zero)
 
@@ -196,3 +198,14 @@ class FrozenWeight(nn.Module):
 
     def coded(self, w):
         return nearest(w, grid(self.bits, self.axis, w), self.step, self.zero)
+
+    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
+        other_form(self, state, prefix, errors)
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
+
+
+def other_form(frozen, state, prefix, errors):
+    """Adds an error where a state is of other bits, or of another axis, than what would take it."""
+    given, own = state.get(f"{prefix}form"), frozen.form.tolist()
+    if given is not None and given.tolist() != own:
+        errors.append(f"{prefix}form (bits, axis) is {given.tolist()} in the state and {own} here.")

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..functional import quantizers
 from ..reference import parameters
-from .scales import bounds, initial_delta, learned, other_form, positive, wide
+from .scales import bounds, initial_delta, learned, other_form, positive, refuse_start, wide
 
 HALF_NORMAL = math.sqrt(1 - 2 / math.pi)  # std of |x| for a standard normal x
 
@@ -172,6 +172,9 @@ class FrozenInput(Input):
         self.signed.fill_(signed)
         self.started.fill_(True)
         self.read()
+
+    def start(self, name):
+        refuse_start()
 
     @property
     def clips_negative(self):

@@ -62,12 +62,18 @@ def _parts(state):
 
 
 def _layers(candidates, parts, make_options):
+    """The layers that have weights in the state, and those that have inputs alone."""
     layers, taken = [], set()
-    for found in candidates:
-        keys = [c.name.rpartition(".")[0].replace(".", "/") or "/" for c in candidates if c.tensor is found.tensor]
-        inputs = [parts["inputs"][key] for key in keys if key in parts["inputs"]]
+    for found in sorted(candidates, key=lambda c: c.name.replace(".", "/") not in parts["weights"]):
         weight = parts["weights"].get(found.name.replace(".", "/"))
-        if id(found.tensor) in taken or not (weight or (inputs and found.attribute == "weight")):
+        inputs = [
+            parts["inputs"][key]
+            for key in (
+                c.name.rpartition(".")[0].replace(".", "/") or "/" for c in candidates if c.tensor is found.tensor
+            )
+            if key in parts["inputs"] and found.attribute == "weight"
+        ]
+        if id(found.tensor) in taken or not (weight or inputs):
             continue
         taken.add(id(found.tensor))
         bits, axis = weight["form"].tolist() if weight else (None, -1)

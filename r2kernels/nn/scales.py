@@ -194,7 +194,7 @@ class FrozenWeight(nn.Module):
         return [(y - shift).to(w.dtype) for y, shift, w in zip(ys, shifts, ws, strict=True)]
 
     def start(self, w):
-        pass
+        refuse_start()
 
     def coded(self, w):
         return nearest(w, grid(self.bits, self.axis, w), self.step, self.zero)
@@ -202,6 +202,10 @@ class FrozenWeight(nn.Module):
     def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
         other_form(self, state, prefix, errors)
         super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
+
+
+def refuse_start():
+    raise RuntimeError("ranges that `calibrate` found do not start again; find others by calibrate(..., replace=True)")
 
 
 def other_form(frozen, state, prefix, errors):

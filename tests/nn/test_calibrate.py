@@ -141,6 +141,18 @@ def test_copies_and_state():
     assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), out)
 
 
+@pytest.mark.parametrize("bits", [(4, 4), (None, 4)], ids=str)
+def test_frozen_ranges_do_not_start_again(bits):
+    model, x = plain(), images()
+    quantizer = calibrate(model, [x], *bits)
+    state = copy.deepcopy(quantizer.state_dict())
+    with pytest.raises(
+        RuntimeError, match="ranges that `calibrate` found do not start again; find others by calibrate"
+    ):
+        quantizer.initialize(3 * x)
+    assert_same(dict(quantizer.state_dict()), dict(state))
+
+
 class Keyword(nn.Module):
     def __init__(self):
         super().__init__()

@@ -4,6 +4,7 @@ import io
 
 import pytest
 import torch
+from nn.attached import net, tokens
 from nn.calibrated import calibrate_rank, calibrated
 from nn.quantized import assert_equal
 from torch import nn
@@ -62,6 +63,16 @@ def test_a_quantizer_from_its_state(options):
     assert not torch.equal(other(x()), made()[0](x()))
     again.remove(bake=False)
     assert torch.equal(other(x()), made()[0](x()))
+
+
+def test_a_weight_that_belongs_to_an_embedding_too():
+    """Beside attention, whose weights have no inputs of their own."""
+    model = net().eval()
+    quantizer = calibrate(model, [tokens()], 4, 4)
+    out = model(tokens())
+    again = Quantizer.from_state(other := net().eval(), quantizer.state_dict())
+    assert torch.equal(other(tokens()), out)
+    assert [layer.name for layer in again.layers] == [layer.name for layer in quantizer.layers]
 
 
 def test_a_model_that_is_one_layer():

@@ -29,13 +29,17 @@ class CalibrationOptions(NamedTuple):
 
     def checked(self, name):
         """These options, or an error that says which of them is not allowed for layer `name`."""
-        QuantizationOptions("lsq", self.weight_bits, self.activation_bits, self.axis).checked(name)
+        self.held().checked(name)
         if self.method not in METHODS:
             raise ValueError(f"method of {name} must be one of {METHODS}, got {self.method!r}")
         if not isinstance(self.symmetric, bool):
             raise TypeError(f"symmetric of {name} must be True or False, got {self.symmetric!r}")
         checks.number(f"percentile of {name}", self.percentile, "a number in (50, 100]", lambda v: 50 < v <= 100)
         return self
+
+    def held(self):
+        """Those that a `Quantizer` knows."""
+        return QuantizationOptions("lsq", self.weight_bits, self.activation_bits, self.axis)
 
 
 @torch.no_grad()
@@ -77,7 +81,7 @@ def calibrate(
         step * (code - zero) with an integer zero.
     include, exclude: as in `select_weights`; overrides: name pattern (of the parameter or its module) -> dict of these
         options, or "skip"; of several that match the last one counts.
-    replace: whether to remove what is attached to the layers already; else that is an error.
+    replace: whether to remove what is attached to the layers already, before the first batch; else that is an error.
 
     loader: batches for the steps of the activations; one pass, so an iterator will do, of at most `batches`. The model
         runs on them in eval(), with quantized weights. A tensor is the input. Of a tuple or list the model is given as
@@ -96,13 +100,14 @@ def calibrate(
     places = input_places(model, layers)
     if places:
         check_loader(loader, batches, forward)
+    held = [layer._replace(options=layer.options.held()) for layer in layers]
     weights = {layer.key: _frozen_weight(layer) for layer in layers if layer.options.weight_bits is not None}
     inputs = {}
     if places:
-        held = Quantizer._frozen(model, _held(layers), weights, {}, replace=replace)
-        histograms = _histograms(model, loader, layers, places, held, batches=batches, forward=forward)
+        quantizer = Quantizer._frozen(model, held, weights, {}, replace=replace)
+        histograms = _histograms(model, loader, layers, places, quantizer, batches=batches, forward=forward)
         inputs = _frozen_inputs(layers, places, histograms)
-    quantizer = Quantizer._frozen(model, _held(layers), weights, inputs, replace=replace)
+    quantizer = Quantizer._frozen(model, held, weights, inputs, replace=replace)
     if is_distributed():
         quantizer._broadcast()
     return quantizer
@@ -119,14 +124,6 @@ def _layers(model, usual, overrides, include, exclude):
         axis = None if axis is None else axis % w.dim()
         layers.append(layer._replace(options=layer.options._replace(axis=axis)))
     return layers
-
-
-def _held(layers):
-    """The layers with the options that a `Quantizer` knows."""
-    return [
-        layer._replace(options=QuantizationOptions("lsq", o.weight_bits, o.activation_bits, o.axis))
-        for layer, o in zip(layers, [layer.options for layer in layers], strict=True)
-    ]
 
 
 def _frozen_weight(layer):

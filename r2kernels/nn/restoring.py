@@ -66,13 +66,9 @@ def _layers(candidates, parts, make_options):
     layers, taken = [], set()
     for found in sorted(candidates, key=lambda c: c.name.replace(".", "/") not in parts["weights"]):
         weight = parts["weights"].get(found.name.replace(".", "/"))
-        inputs = [
-            parts["inputs"][key]
-            for key in (
-                c.name.rpartition(".")[0].replace(".", "/") or "/" for c in candidates if c.tensor is found.tensor
-            )
-            if key in parts["inputs"] and found.attribute == "weight"
-        ]
+        modules = [c.name.rpartition(".")[0] for c in candidates if c.tensor is found.tensor]
+        inputs = [parts["inputs"].get(path.replace(".", "/") or "/") for path in modules if found.attribute == "weight"]
+        inputs = [fields for fields in inputs if fields]
         if id(found.tensor) in taken or not (weight or inputs):
             continue
         taken.add(id(found.tensor))

@@ -285,7 +285,7 @@ LAW = {
         "reference.checks",
     },
     "nn.restoring": {"nn.input_scales", "nn.inputs", "nn.layers", "nn.scales", "nn.select"},
-    "nn.batches": {"reference.checks"},
+    "nn.batches": {"nn.attach", "reference.checks"},
     "nn.batchnorm": {"nn.batches", "nn.ranks"},
     "nn.calibrate": {
         "nn.batches",

@@ -10,6 +10,7 @@ from itertools import islice
 import torch
 
 from ..reference import checks
+from .attach import attached
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -44,10 +45,16 @@ def run(model, loader, device, *, batches=None, forward=None, title=""):
 
 @contextlib.contextmanager
 def evaluating(model):
-    """The model in eval(); afterwards each of its modules has the mode that it had."""
+    """The model in eval(), with the hard weights of what is attached to it made once.
+
+    Afterwards each of its modules has the mode that it had.
+    """
     modes = [(module, module.training) for module in model.modules()]
     try:
-        yield model.eval()
+        with contextlib.ExitStack() as stack:
+            for other in attached(model):
+                stack.enter_context(other.frozen())
+            yield model.eval()
     finally:
         for module, training in modes:
             module.training = training

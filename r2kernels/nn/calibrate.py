@@ -153,7 +153,7 @@ def _histograms(model, loader, layers, places, quantizer, **options):
         module.register_forward_pre_hook(InputHook(observer, key, i), with_kwargs=True) for key, i, module in places
     ]
     try:
-        with evaluating(model), quantizer.frozen():
+        with evaluating(model):
             count = torch.tensor(run(model, loader, device, title="calibrate", **options), device=device)
     finally:
         for handle in handles:

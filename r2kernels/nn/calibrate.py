@@ -117,10 +117,9 @@ def _layers(model, usual, overrides, include, exclude):
     """The layers to quantize, each with its axis as a number >= 0, or None."""
     layers = []
     for layer in layers_of(model, usual, overrides, include, exclude, stacklevel=6):
-        w, axis = layer.weight(), layer.options.axis
-        axis = layer.output_axis if axis == "output" else axis
+        w = layer.weight()
         checks.weights(w, name=layer.name)
-        checks.channel_axis(axis, [w], True, layer.name)
+        axis = checks.channel_axis(layer.axis, [w], True, layer.name)
         axis = None if axis is None else axis % w.dim()
         layers.append(layer._replace(options=layer.options._replace(axis=axis)))
     return layers

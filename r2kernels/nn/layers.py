@@ -28,6 +28,13 @@ class Layer(NamedTuple):
         return self.places[0].module
 
     @property
+    def axis(self):
+        """The axis of the options as a number, or None: "output" is that of the output channels; experts are at least
+        channels of their own."""
+        axis = self.options.axis
+        return self.output_axis if axis == "output" else 0 if axis is None and self.experts else axis
+
+    @property
     def is_pruned(self):
         place = self.places[0]
         return isinstance(place, ComputedPlace) and place.is_pruned

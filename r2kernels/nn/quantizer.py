@@ -384,9 +384,8 @@ def quantizable(model, usual, overrides, include=None, exclude=None):
     layers = []
     for layer in layers_of(model, usual, overrides, include, exclude, stacklevel=5):
         o, w = layer.options, layer.weight()
-        axis = layer.output_axis if o.axis == "output" else 0 if o.axis is None and layer.experts else o.axis
         checks.weights(w, name=layer.name)
-        checks.channel_axis(axis, [w], True, layer.name)
+        axis = checks.channel_axis(layer.axis, [w], True, layer.name)
         if not w.isfinite().all():
             raise ValueError(f"{layer.name} has a NaN or an infinity; it cannot be quantized")
         layers.append(layer._replace(options=o._replace(axis=axis if o.method == "lsq" else None)))

@@ -47,6 +47,20 @@ def test_the_axis_of_each_layer():
     assert all(q.step.dim() == 0 for q in calibrate(layers(), None, 8, None, axis=None).weights.children())
 
 
+@pytest.mark.parametrize("axis", ["output", None])
+def test_experts_have_a_step_each(axis):
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(3, 4, 5) * torch.tensor([1.0, 10.0, 100.0])[:, None, None])
+
+        def forward(self, x):
+            return x @ self.up[0].T
+
+    quantizer = calibrate(Experts(), None, 8, None, axis=axis)
+    assert quantizer.weights._modules["up"].step.shape == (3,) and quantizer.errors()["up"] < 0.01
+
+
 def test_include_exclude_and_replace():
     model = nn.Sequential(nn.Embedding(20, 4), nn.Linear(4, 4), nn.Linear(4, 2))
     quantizer = calibrate(model, [torch.arange(9)], include=["0"], exclude=["2"])

@@ -190,6 +190,20 @@ def bit_width(bits, name="bits"):
     return bits
 
 
+LEVELS = ("lsq", "ternary", "seq")
+
+
+def level_kind(levels, bits, signed=True, of=""):
+    """One of `LEVELS` that goes with these bits, or an error that names it."""
+    if levels not in LEVELS:
+        raise ValueError(f"levels{of} must be one of {LEVELS}, got {levels!r}")
+    if levels == "ternary" and bits != 2:
+        raise ValueError(f'levels="ternary"{of} has the codes -1, 0, 1, which take 2 bits; got {bits}')
+    if levels != "lsq" and not signed:
+        raise ValueError(f"levels={levels!r}{of} has codes below 0 and needs signed=True, got signed=False")
+    return levels
+
+
 def channel_axis(axis, xs, single, name="x"):
     """None, or an int that is an axis of every tensor."""
     if axis is None:

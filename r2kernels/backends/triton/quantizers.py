@@ -3,7 +3,7 @@
 import torch
 
 from ... import lists
-from ...contract import DOREFA, EWGS, LSQ, PACT, accumulator
+from ...contract import DOREFA, EWGS, LSQ, accumulator
 from .. import launchers
 from . import channel_skeletons
 from .launch import OPTIONS, Launcher, current, types

@@ -250,7 +250,8 @@ LAW = {
     "nn.hessian": {"nn.attach"},
     "nn.inputs": {"nn.select"},
     "nn.coefficient": {"reference.checks"},
-    "nn.clipping": {"files.uniform", "reference.columns", "reference.parameters"},
+    "nn.groups": {"functional.quantizers", "reference.columns", "reference.parameters"},
+    "nn.clipping": {"files.uniform", "nn.groups", "reference.columns", "reference.parameters", "reference.quantizers"},
     "nn.scales": {"files.uniform", "functional.quantizers", "nn.clipping", "reference.columns", "reference.parameters"},
     "nn.regularizer": {
         "functional",

@@ -28,6 +28,8 @@ class QuantizationOptions(NamedTuple):
     weight_bits: int | None
     activation_bits: int | None = None
     axis: int | str | None = None
+    group_size: int | None = None
+    levels: str = "lsq"
     delta: float | str = 1e-3
     plus: bool = False
     detach_max: bool = False
@@ -48,6 +50,15 @@ class QuantizationOptions(NamedTuple):
                 f"axis of {name} must be None for method {self.method!r}, which has one range for each tensor, "
                 f"got {self.axis!r}"
             )
+        if self.group_size is not None:
+            checks.count(f"group_size of {name}", self.group_size)
+        for option, usual in (("group_size", None), ("levels", "lsq")):
+            if getattr(self, option) != usual and (self.method != "lsq" or self.weight_bits is None):
+                raise ValueError(
+                    f'{option} of {name} needs method "lsq" and weight_bits, got {getattr(self, option)!r} for method '
+                    f"{self.method!r} and weight_bits={self.weight_bits}"
+                )
+        checks.level_kind(self.levels, self.weight_bits, of=f" of {name}")
         if self.delta != "hessian":
             checks.number(
                 f"delta of {name}", self.delta, 'a finite number >= 0 or "hessian"', lambda v: 0 <= v < math.inf
@@ -55,7 +66,7 @@ class QuantizationOptions(NamedTuple):
         for option in ("plus", "detach_max"):
             if not isinstance(getattr(self, option), bool):
                 raise TypeError(f"{option} of {name} must be True or False, got {getattr(self, option)!r}")
-        return self
+        return self._replace(axis="output") if self.group_size is not None and self.axis is None else self
 
 
 class Quantizer(Starting):
@@ -72,6 +83,9 @@ class Quantizer(Starting):
         activations, DoReFa weights).
     weight_bits, activation_bits: an int in 1..8; activation_bits=None leaves activations alone.
     axis: of the weights' channels, each with its own step ("lsq"); None for one step for each tensor.
+    group_size: how many numbers of a channel, one after the other, share a step ("lsq"); it divides their number, or
+        is larger and gives each channel one. With axis=None the channels are the output channels.
+    levels: of the weights ("lsq"): "lsq", "ternary" (weight_bits=2) or "seq" (half-integers), see `lsq`.
     overrides: name pattern (of the parameter or its module) -> dict of options, or "skip"; of several that match the
         last one counts. Options: those above, `delta` (EWGS: a number or "hessian", see `estimate_delta`), `plus`
         (PACT+), `detach_max` (DoReFa).
@@ -101,6 +115,8 @@ class Quantizer(Starting):
         activation_bits=None,
         *,
         axis=None,
+        group_size=None,
+        levels="lsq",
         delay=0,
         observe=0,
         include=None,
@@ -109,7 +125,8 @@ class Quantizer(Starting):
         replace=False,
     ):
         super().__init__()
-        usual = QuantizationOptions(method, weight_bits, activation_bits, axis).checked("the model")
+        usual = QuantizationOptions(method, weight_bits, activation_bits, axis, group_size, levels)
+        usual = usual.checked("the model")
         for name, value in (("delay", delay), ("observe", observe)):
             checks.number(name, value, "an int >= 0", lambda v: v >= 0 and v % 1 == 0)
         layers = quantizable(model, usual, overrides, include, exclude)
@@ -370,6 +387,7 @@ def quantizable(model, usual, overrides, include=None, exclude=None):
         axis = layer.output_axis if o.axis == "output" else 0 if o.axis is None and layer.experts else o.axis
         checks.weights(w, name=layer.name)
         checks.channel_axis(axis, [w], True, layer.name)
+        checks.groups(o.group_size, w, axis, layer.name)
         if not w.isfinite().all():
             raise ValueError(f"{layer.name} has a NaN or an infinity; it cannot be quantized")
         layers.append(layer._replace(options=o._replace(axis=axis if o.method == "lsq" else None)))

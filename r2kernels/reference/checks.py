@@ -218,6 +218,16 @@ def channel_axis(axis, xs, single, name="x"):
     return axis
 
 
+def groups(group_size, w, axis, name):
+    """ValueError where the numbers of a channel do not fall into groups of this size."""
+    inputs = w.numel() // w.shape[axis] if group_size is not None else 0
+    if group_size is not None and group_size < inputs and inputs % group_size:
+        raise ValueError(
+            f"group_size={group_size} of {name} does not divide the {inputs} inputs of a channel: it has shape "
+            f"{tuple(w.shape)} and its channels lie along axis {axis}"
+        )
+
+
 # name -> options, in the order in which the term's op takes them as tensors (all but bits)
 TERMS = {
     "l_inf": (),

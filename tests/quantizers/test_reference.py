@@ -52,57 +52,6 @@ def test_lsq_gradients_by_hand():
     assert s.grad.item() == pytest.approx((-4 * 1 + 0.25 * 2 + 0.25 * 4 + 0 * 8 + 3 * 16 + 3 * 32) / math.sqrt(6 * 3))
 
 
-@pytest.mark.parametrize(
-    ("levels", "bits", "x", "expected"),
-    [
-        ("ternary", 2, [-9, -0.6, -0.5, 0.4, 0.6, 1.4, 9], [-1, -1, 0, 0, 1, 1, 1]),
-        (
-            "seq",
-            2,
-            [-9, -1.2, -0.9, -0.1, 0, 0.1, 0.9, 1, 1.2, 9],
-            [-1.5, -1.5, -0.5, -0.5, 0.5, 0.5, 0.5, 0.5, 1.5, 1.5],
-        ),
-        ("seq", 3, [-9, -2.1, 2, 3.2], [-3.5, -2.5, 2.5, 3.5]),
-        ("seq", 1, [-3, -0.1, 0, 0.1, 3], [-1, -1, 1, 1, 1]),
-    ],
-)
-def test_levels_by_hand(levels, bits, x, expected):
-    for layer in (r2, reference):
-        assert layer.lsq(2 * double(*x), 2.0, bits, levels=levels).tolist() == [2.0 * e for e in expected]
-
-
-@pytest.mark.parametrize(
-    ("levels", "y", "gradient", "of_step", "top"),
-    [
-        ("ternary", [-1, -1, 1, 1, 1, 1], [0, 0, 4, 0, 0, 0], -1 - 2 + 0.25 * 4 + 8 + 16 + 32, 1),
-        (
-            "seq",
-            [-1.5, -1.5, 0.5, 1.5, 1.5, 1.5],
-            [0, 2, 4, 8, 0, 0],
-            -1.5 - 0.25 * 2 - 0.25 * 4 + 0.25 * 8 + 1.5 * 48,
-            1.5,
-        ),
-    ],
-)
-def test_gradients_of_levels_by_hand(levels, y, gradient, of_step, top):
-    for layer in (r2, reference):
-        x = double(-9, -1.25, 0.75, 1.25, 3.25, 9).requires_grad_()
-        s = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
-        found = layer.lsq(x, s, 2, levels=levels)
-        assert found.tolist() == y
-        found.backward(double(1, 2, 4, 8, 16, 32))
-        assert x.grad.tolist() == gradient
-        assert s.grad.item() == pytest.approx(of_step / math.sqrt(6 * top))
-
-
-def test_levels_of_stretched_elastic_quantization():
-    """As ParetoQ writes them, by the range alpha: alpha (round(clip(w / alpha, -0.99, 0.99) k / 2 - s) + s) 2 / k."""
-    w, alpha = torch.randn(2000, dtype=torch.float64), 1.7
-    for levels, k, shift in (("ternary", 3, 0.0), ("seq", 4, 0.5)):
-        expected = alpha * ((w / alpha).clamp(-0.99, 0.99).mul(k / 2).sub(shift).round() + shift) * 2 / k
-        assert_close(r2.lsq(w, 2 * alpha / k, 2, levels=levels), expected)
-
-
 def test_ewgs_by_hand():
     """Two bits between -1 and 2: z of 0, 0.1, 0.4, 0.8, 1 over levels of a third."""
     x = double(-1.5, -0.7, 0.2, 1.4, 2.5).requires_grad_()
@@ -295,9 +244,6 @@ def test_learned_numbers_of_a_list_get_their_gradients():
         (lambda x: r2.lsq(x, 0.1, 9), ValueError, r"bits must be an int in 1..8, got 9"),
         (lambda x: r2.pact(x, 0.1, 2.0), TypeError, r"bits must be an int in 1..8, got 2.0"),
         (lambda x: r2.dorefa(x, True), TypeError, r"bits must be an int in 1..8, got True"),
-        (lambda x: r2.lsq(x, 0.1, 2, levels="lsb"), ValueError, r"levels must be one of \('lsq', 'ternary', 'seq'\)"),
-        (lambda x: r2.lsq(x, 0.1, 3, levels="ternary"), ValueError, r"levels=\"ternary\" .* take 2 bits; got 3"),
-        (lambda x: r2.lsq(x, 0.1, 2, signed=False, levels="seq"), ValueError, r"levels='seq' .* needs signed=True"),
         (lambda x: r2.lsq(x, 0.0, 4), ValueError, r"step must be a finite number > 0, got 0"),
         (lambda x: r2.lsq(x, -0.5, 4), ValueError, r"step must be a finite number > 0, got -0.5"),
         (lambda x: r2.lsq(x, math.inf, 4), ValueError, r"step must be a finite number > 0, got inf"),

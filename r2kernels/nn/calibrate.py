@@ -12,7 +12,8 @@ from .clipping import METHODS, PERCENTILE, Histogram, histogram_qparams, weight_
 from .input_scales import FrozenInput
 from .inputs import InputHook, input_places
 from .layers import layers_of
-from .quantizer import QuantizationOptions, Quantizer
+from .options import QuantizationOptions
+from .quantizer import Quantizer
 from .ranks import is_distributed, reduce
 from .scales import FrozenWeight
 
@@ -23,6 +24,7 @@ class CalibrationOptions(NamedTuple):
     weight_bits: int | None
     activation_bits: int | None
     axis: int | str | None
+    group_size: int | None
     method: str
     symmetric: bool
     percentile: float
@@ -35,11 +37,13 @@ class CalibrationOptions(NamedTuple):
         if not isinstance(self.symmetric, bool):
             raise TypeError(f"symmetric of {name} must be True or False, got {self.symmetric!r}")
         checks.number(f"percentile of {name}", self.percentile, "a number in (50, 100]", lambda v: 50 < v <= 100)
-        return self
+        if self.group_size is not None and self.method == "percentile":
+            raise ValueError(f'method of {name} must be "mse" or "minmax" with group_size, got {self.method!r}')
+        return self._replace(axis="output") if self.group_size is not None and self.axis is None else self
 
     def held(self):
         """Those that a `Quantizer` knows."""
-        return QuantizationOptions("lsq", self.weight_bits, self.activation_bits, self.axis)
+        return QuantizationOptions("lsq", self.weight_bits, self.activation_bits, self.axis, self.group_size)
 
 
 @torch.no_grad()
@@ -51,6 +55,7 @@ def calibrate(
     *,
     method="mse",
     axis="output",
+    group_size=None,
     symmetric=True,
     percentile=PERCENTILE,
     batches=None,
@@ -77,6 +82,7 @@ def calibrate(
         of the batches do not change.
     axis: of the weights' channels: "output" for the output channels of each layer (1 for transposed convolutions, else
         0), an int for all layers, or None for one step for each tensor; activations have one.
+    group_size: how many numbers of a channel, one after the other, share a step, as in `Quantizer`; found by trying.
     symmetric: LSQ's levels step * code, for activations without negative values unsigned; else 2**bits levels
         step * (code - zero) with an integer zero.
     include, exclude: as in `select_weights`; overrides: name pattern (of the parameter or its module) -> dict of these
@@ -95,7 +101,8 @@ def calibrate(
     On CUDA nothing is read back before the last batch. TypeError or ValueError names the argument, or the layer whose
     weight or input is not finite.
     """
-    usual = CalibrationOptions(weight_bits, activation_bits, axis, method, symmetric, percentile).checked("the model")
+    usual = CalibrationOptions(weight_bits, activation_bits, axis, group_size, method, symmetric, percentile)
+    usual = usual.checked("the model")
     layers = _layers(model, usual, overrides, include, exclude)
     places = input_places(model, layers)
     if places:
@@ -120,6 +127,7 @@ def _layers(model, usual, overrides, include, exclude):
         w = layer.weight()
         checks.weights(w, name=layer.name)
         axis = checks.channel_axis(layer.axis, [w], True, layer.name)
+        checks.groups(layer.options.group_size, w, axis, layer.name)
         axis = None if axis is None else axis % w.dim()
         layers.append(layer._replace(options=layer.options._replace(axis=axis)))
     return layers
@@ -127,10 +135,10 @@ def _layers(model, usual, overrides, include, exclude):
 
 def _frozen_weight(layer):
     w, o = layer.weight(), layer.options
-    found = weight_qparams(w, o.weight_bits, o.axis, o.method, o.symmetric, o.percentile)
+    found = weight_qparams(w, o.weight_bits, o.axis, o.method, o.symmetric, o.group_size, o.percentile)
     if found is None:
         raise ValueError(f"{layer.name} has a NaN or an infinity; it cannot be quantized")
-    return FrozenWeight(w, o.weight_bits, o.axis, *found)
+    return FrozenWeight(w, o.weight_bits, o.axis, *found, o.group_size)
 
 
 class _Observer:

@@ -6,9 +6,11 @@ percentile of |x|, or for levels with a zero point beyond that of either tail.
 
 import torch
 
-from ..files.uniform import Uniform, along
+from ..files.uniform import Grid, Uniform
 from ..reference.columns import accumulator
 from ..reference.parameters import levels
+from ..reference.quantizers import code
+from .groups import group_qparams
 
 METHODS = ("mse", "minmax", "percentile")
 PERCENTILE = 99.99
@@ -157,11 +159,14 @@ def _affine(low, high, n):
     return step, (-low / step).round().clamp(0, n)
 
 
-def weight_qparams(w, bits, axis, method, symmetric, percentile=PERCENTILE):
-    """(step, zero point) of a weight: 0-dim, or (C,) for the channels along an axis, in the accumulator's dtype.
+def weight_qparams(w, bits, axis, method, symmetric, group_size=None, percentile=PERCENTILE):
+    """(step, zero point) of a weight: 0-dim, or (C,) for the channels along an axis, or one for each group of their
+    numbers, in the accumulator's dtype.
 
     With `symmetric` the zero point is None. Instead of both None where the weight is not finite.
     """
+    if group_size is not None:
+        return group_qparams(w, Grid(bits, axis % w.dim(), group_size), method, symmetric)
     rows = w.detach().reshape(1, -1) if axis is None else w.detach().movedim(axis, 0).reshape(w.shape[axis], -1)
     found = []
     for some in rows.split(ROWS):
@@ -184,20 +189,17 @@ def histogram_qparams(histogram, bits, method, symmetric, signed=True, percentil
 
 def coded(w, form, method, symmetric):
     """The `Uniform` of a weight with the step and zero point that `method` finds, or None where it is not finite."""
-    found = weight_qparams(w, form.bits, form.axis, method, symmetric)
+    found = weight_qparams(w, form.bits, form.axis, method, symmetric, form.group_size)
     return found and nearest(w, form, *found)
 
 
-def nearest(w, form, step, zero):
-    """The `Uniform` of the nearest levels: LSQ's of this step, or with integer zero points step (code - zero)."""
-
-    def over(values):
-        return values if form.axis is None else along(values, form.axis, w.dim())
-
-    v = w.detach().to(step.dtype) / over(step)
+def nearest(w, form, step, zero, kind="lsq"):
+    """The `Uniform` of the nearest levels: LSQ's of this step, of the kind that `lsq` calls `levels`, or with integer
+    zero points step (code - zero)."""
+    v = w.detach().to(step.dtype) / form.over(step, w.shape)
     if zero is not None:
-        return Uniform.of(v.round() + over(zero), w.dtype, form, step, 2 * zero)
-    low, high = levels(form.bits, True)
+        return Uniform.of(v.round() + form.over(zero, w.shape), w.dtype, form, step, 2 * zero)
     if form.bits == 1:
         return Uniform.of((v >= 0).to(v.dtype), w.dtype, form, 2 * step, 1)
-    return Uniform.of(v.clamp(-low, high).round() + low, w.dtype, form, step, 2 * low)
+    low, _ = levels(form.bits, True, kind)
+    return Uniform.of(code(v, form.bits, True, kind) + low, w.dtype, form, step, 2 * low)

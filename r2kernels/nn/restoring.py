@@ -4,22 +4,24 @@ from collections.abc import Mapping
 
 import torch
 
+from ..files.uniform import Grid
 from .input_scales import FrozenInput
 from .inputs import input_places
 from .layers import layer_of
+from .options import QuantizationOptions
 from .scales import FrozenWeight
 from .select import matrices
 
 _NEEDED = {"weights": {"form", "step"}, "inputs": {"form", "step", "signed", "started"}}  # beside them perhaps "zero"
 
 
-def restored(model, state, make_options):
+def restored(model, state):
     """(layers, layer's key -> `FrozenWeight`, module's key -> `FrozenInput`) from the state of a calibrated quantizer.
 
-    make_options(method, weight_bits, activation_bits, axis): those of a layer. ValueError names what does not fit.
+    ValueError names what does not fit.
     """
     parts = _parts(state)
-    layers = _layers(list(matrices(model, computed=True)), parts, make_options)
+    layers = _layers(list(matrices(model, computed=True)), parts)
     weights = {layer.key: _weight(layer, parts["weights"]) for layer in layers if layer.key in parts["weights"]}
     inputs = {
         key: _input(layers[i], key, parts["inputs"])
@@ -61,7 +63,7 @@ def _parts(state):
     return parts
 
 
-def _layers(candidates, parts, make_options):
+def _layers(candidates, parts):
     """The layers that have weights in the state, and those that have inputs alone."""
     layers, taken = [], set()
     for found in sorted(candidates, key=lambda c: c.name.replace(".", "/") not in parts["weights"]):
@@ -72,19 +74,24 @@ def _layers(candidates, parts, make_options):
         if id(found.tensor) in taken or not (weight or inputs):
             continue
         taken.add(id(found.tensor))
-        bits, axis = weight["form"].tolist() if weight else (None, -1)
+        bits, axis, group_size = weight["form"].tolist() if weight else (None, -1, 0)
         activation_bits = inputs[0]["form"].item() if inputs else None
-        options = make_options("lsq", bits, activation_bits, None if axis < 0 else axis).checked(found.name)
+        axis = None if axis < 0 else axis
+        options = QuantizationOptions("lsq", bits, activation_bits, axis, group_size or None).checked(found.name)
         layers.append(layer_of(found, candidates, options))
     return layers
 
 
 def _weight(layer, parts):
     w, o, fields = layer.weight(), layer.options, parts[layer.key]
-    if o.axis is not None and o.axis >= w.dim():
-        raise ValueError(f"the state of {layer.name} has axis {o.axis}; the weight has shape {tuple(w.shape)}")
-    step, zero = _values(layer.name, fields, w, () if o.axis is None else (w.shape[o.axis],))
-    return FrozenWeight(w, o.weight_bits, o.axis, step, zero)
+    form = Grid(o.weight_bits, o.axis, o.group_size)
+    wrong = form.wrong(w.shape)
+    if wrong:
+        raise ValueError(
+            f"the state of {layer.name} has {wrong[0]} {wrong[1]}, but the weight has shape {tuple(w.shape)}"
+        )
+    step, zero = _values(layer.name, fields, w, () if o.axis is None else (form.channels(w.shape),))
+    return FrozenWeight(w, o.weight_bits, o.axis, step, zero, o.group_size)
 
 
 def _input(layer, key, parts):

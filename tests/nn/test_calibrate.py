@@ -223,6 +223,8 @@ def test_loaders_that_cannot_be_used(loader, error, message):
         ({"axis": 0.0}, TypeError, 'axis of the model must be an int, "output" or None, got 0.0'),
         ({"symmetric": "no"}, TypeError, "symmetric of the model must be True or False, got 'no'"),
         ({"percentile": 50}, ValueError, r"percentile of the model must be a number in \(50, 100\], got 50"),
+        ({"group_size": 3}, ValueError, "group_size"),
+        ({"group_size": 2, "method": "percentile"}, ValueError, 'must be "mse" or "minmax" with group_size'),
         ({"batches": 0}, ValueError, "batches must be an int >= 1, got 0"),
         ({"forward": 3}, TypeError, r"forward must be a function of \(model, batch\) or None, got 3"),
         ({"overrides": {"a": {"bits": 2}}}, ValueError, r"overrides\['a'\] has no option 'bits'; allowed are"),

@@ -61,6 +61,21 @@ def test_experts_have_a_step_each(axis):
     assert quantizer.weights._modules["up"].step.shape == (3,) and quantizer.errors()["up"] < 0.01
 
 
+def test_groups():
+    """A step for each group of a channel's numbers; closer than one for the channel."""
+    model = layers()
+    errors = {}
+    for size in (None, 6, 3):
+        quantizer = calibrate(model, None, 3, None, group_size=size, overrides={"3": {"group_size": None}})
+        errors[size] = quantizer.errors()
+        counts = [q.step.numel() for q in quantizer.weights.children()]
+        assert counts == [72 // (size or 12), 90 // (size or 18), 2]
+        quantizer.remove(bake=False)
+    for name in ("0.weight", "2.weight"):
+        assert errors[3][name] < 0.7 * errors[None][name]
+    assert errors[3]["3.weight"] == errors[None]["3.weight"]
+
+
 def test_include_exclude_and_replace():
     model = nn.Sequential(nn.Embedding(20, 4), nn.Linear(4, 4), nn.Linear(4, 2))
     quantizer = calibrate(model, [torch.arange(9)], include=["0"], exclude=["2"])

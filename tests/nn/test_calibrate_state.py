@@ -46,6 +46,8 @@ def x():
         {"weight_bits": 2, "activation_bits": 3, "axis": None, "symmetric": False, "method": "minmax"},
         {"axis": -1, "method": "percentile"},
         {"activation_bits": None},
+        {"group_size": 2},
+        {"group_size": 2, "symmetric": False, "weight_bits": 3},
         {"weight_bits": None},
     ],
     ids=str,
@@ -105,15 +107,21 @@ def changed(**entries):
         (Net(), lambda: changed(**{"weights.up/weight.alpha": 1}), ValueError, "the state of up.weight has 'alpha'"),
         (
             Net(),
-            lambda: changed(**{"weights.up/weight.form": torch.tensor([9, 0])}),
+            lambda: changed(**{"weights.up/weight.form": torch.tensor([9, 0, 0])}),
             ValueError,
             "weight_bits of up.weight must be an int in 1..8, got 9",
         ),
         (
             Net(),
-            lambda: changed(**{"weights.up/weight.form": torch.tensor([4, 3])}),
+            lambda: changed(**{"weights.up/weight.form": torch.tensor([4, 3, 0])}),
             ValueError,
-            r"the state of up.weight has axis 3; the weight has shape \(4, 3, 3\)",
+            r"the state of up.weight has axis 3, but the weight has shape \(4, 3, 3\)",
+        ),
+        (
+            Net(),
+            lambda: changed(**{"weights.up/weight.form": torch.tensor([4, 1, 5])}),
+            ValueError,
+            r"the state of up.weight has group_size 5, but the weight has shape \(4, 3, 3\)",
         ),
         (Net(), lambda: changed(**{"inputs.up.step": torch.ones(2)}), ValueError, "step of the input of up in the"),
         (Net(), lambda: changed(**{"inputs.up.signed": None}), ValueError, "the state of up lacks 'signed'"),
@@ -121,7 +129,7 @@ def changed(**entries):
         (Net(), lambda: [1], TypeError, "state must be the state_dict of a calibrated Quantizer, got list"),
         (Net(), lambda: Quantizer(Net(), "lsq", 4).state_dict(), ValueError, "the state of first.weight lacks 'form'"),
     ],
-    ids=range(13),
+    ids=range(14),
 )
 def test_states_that_do_not_fit(model, state, error, message):
     with pytest.raises(error, match=message):
@@ -133,7 +141,7 @@ def test_a_state_of_other_bits_is_not_loaded():
     """`load_state_dict` between calibrated quantizers of other bits or axes."""
     _, quantizer = made(weight_bits=4)
     for options in ({"weight_bits": 8}, {"weight_bits": 4, "activation_bits": 4}):
-        with pytest.raises(RuntimeError, match=r"form \(bits, axis\) is \[.*\] in the state and \["):
+        with pytest.raises(RuntimeError, match=r"form \(bits, axis, group_size\) is \[.*\] in the state and \["):
             made(**options)[1].load_state_dict(quantizer.state_dict())
     same = made(weight_bits=4, method="minmax")[1]
     same.load_state_dict(quantizer.state_dict())

@@ -8,6 +8,8 @@ from processes import Interpreted, compiled, offenders
 MOST = {  # instructions for an fp32 element, for a 16-bit one, on sm_90; of sets of terms not more than of those apart
     "lsq_fwd": (17.5, 19),
     "lsq_bwd": (27, 29.5),
+    "seq_fwd": (19.5, 21),
+    "seq_bwd": (29, 31.5),
     "ewgs_fwd": (23.5, 25),
     "ewgs_bwd": (34, 36.5),
     "pact_fwd": (19.5, 21),

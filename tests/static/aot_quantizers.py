@@ -21,6 +21,8 @@ terms_kernels, counts = kernels("regularizers_terms_kernels"), kernels("regulari
 FORMULAS = {  # of the passes: quantizer, backward, FLAG
     "lsq_fwd": ("lsq", False, False),
     "lsq_bwd": ("lsq", True, False),
+    "seq_fwd": ("lsq", False, False),
+    "seq_bwd": ("lsq", True, False),
     "ewgs_fwd": ("ewgs", False, True),
     "ewgs_bwd": ("ewgs", True, True),
     "pact_fwd": ("pact", False, False),
@@ -31,6 +33,7 @@ FORMULAS = {  # of the passes: quantizer, backward, FLAG
     "sign_fwd": ("dorefa_sign", False, False),
     "sign_bwd": ("dorefa_sign", True, False),
 }
+CODES = {"lsq": (8.0, 7.0), "seq": (7.5, 7.5)}  # LOW and HIGH; else 0 and 7
 PARAMETERS = {"ewgs": 3}  # else one
 LEARNED = {"lsq": 1, "ewgs": 2, "pact": 1}
 
@@ -68,8 +71,9 @@ def types(dtype, aligned=True):
     return constant(DT=DTYPES[dtype][0], ACC=DTYPES[accumulator(dtype)][0], ALIGNED=aligned)
 
 
-def quantize_chunks(formula, dtype, place="WHOLE", aligned=True, target="FLAT", alone=False, high=7):
+def quantize_chunks(formula, dtype, place="WHOLE", aligned=True, target="FLAT", alone=False):
     name, backward, flag = FORMULAS[formula]
+    low, high = CODES.get(formula.partition("_")[0], (0.0, 7.0))
     quantizer, wide = quantizers.QUANTIZERS[name], accumulator(dtype)
     block, unroll = chunks.tile_of_rows(DTYPES[dtype][1], reads=1 + backward)
     weights, sums = "*" + dtype if alone else "*i64", quantizer.sums if backward else 0
@@ -87,8 +91,8 @@ def quantize_chunks(formula, dtype, place="WHOLE", aligned=True, target="FLAT", 
             SUMS=sums,
             FLAG=flag,
             TARGET=getattr(chunks, target),
-            LOW=8.0 if name == "lsq" else 0.0,
-            HIGH=float(high),
+            LOW=low,
+            HIGH=high,
             ALONE=alone,
             PLACE=getattr(channels, place),
             BLOCK=block,

@@ -3,7 +3,7 @@
 import torch
 
 from ... import lists
-from ...contract import DOREFA, EWGS, LSQ, PACT, accumulator, levels
+from ...contract import DOREFA, EWGS, LSQ, accumulator
 from .. import launchers
 from . import channel_skeletons
 from .launch import OPTIONS, Launcher, current, types
@@ -14,16 +14,17 @@ COLUMNS, LANES = 32, 16  # channels that a program merges, and chunks of each at
 
 
 class TritonQuantizers(Launcher, launchers.Quantizers):
-    """Codes of LSQ run from -LOW to HIGH, those of the others from 0 to HIGH. FLAG: codes of EWGS are signed; the
-    gradient of PACT is that of PACT+."""
+    """Codes run from -LOW to HIGH. FLAG: those of LSQ are -1 and 1 alone, or those of EWGS signed; the gradient of
+    PACT is that of PACT+."""
 
-    def _quantize(self, op, xs, parameters, bits, flag, axis):
-        low, high = levels(bits, op is LSQ and flag)
-        return self._run(op, None, xs, parameters, bits, flag, axis, LOW=low, HIGH=high, FLAG=op is EWGS and flag)[0]
+    def _quantize(self, op, xs, parameters, bits, flag, axis=None, codes=None):
+        low, high = codes or (0, 2**bits - 1)
+        flagged = (op is EWGS or (op is LSQ and bits == 1)) and flag
+        return self._run(op, None, xs, parameters, bits, flag, axis, LOW=low, HIGH=high, FLAG=flagged)[0]
 
-    def _quantize_bwd(self, op, gs, xs, parameters, bits, flag, axis):
-        low, high = (0, 1) if op is DOREFA else levels(bits, op is LSQ and flag)  # one kernel of DoReFa for all bits
-        flagged = (op is EWGS or op is PACT) and flag
+    def _quantize_bwd(self, op, gs, xs, parameters, bits, flag, axis=None, codes=None):
+        low, high = (0, 1) if op is DOREFA else codes or (0, 2**bits - 1)  # one kernel of DoReFa for all bits
+        flagged = op is not DOREFA and (op is not LSQ or bits == 1) and flag
         return self._run(op, gs, xs, parameters, bits, flag, axis, LOW=low, HIGH=high, FLAG=flagged)
 
     def _run(self, op, gs, xs, parameters, bits, flag, axis, LOW, HIGH, FLAG):

@@ -41,12 +41,13 @@ class PackedReference(reference.DKM):
         return pack_gradients(super().gradient(steps, grads), self.weights, *self.geometry)
 
 
-def _dkm_fwd(DKM, weights, centroids, repeats, *problem):
-    return iterations.forward(DKM(weights, *problem), centroids, repeats)
+def _dkm_fwd(DKM, weights, centroids, repeats, pinned, *problem):
+    return iterations.forward(DKM(weights, *problem), centroids, repeats, pinned)
 
 
-def _dkm_bwd(DKM, grad_centroids, weights, grads, history, moments, gradient, centroid_grad, *problem):
-    return iterations.backward(DKM(weights, *problem), grad_centroids, grads, history, moments, gradient, centroid_grad)
+def _dkm_bwd(DKM, grad_centroids, weights, grads, history, moments, gradient, centroid_grad, pinned, *problem):
+    passes = DKM(weights, *problem)
+    return iterations.backward(passes, grad_centroids, grads, history, moments, gradient, centroid_grad, pinned)
 
 
 def _dkm_solve(DKM, weights, centroids, tol, max_passes, accelerated, tau, clusters, *rest):

@@ -176,7 +176,8 @@ def test_first_call_of_a_process_inside_compile(grad):
     assert "True" in found
 
 
-SPECIFIED = {"reference.checks", "reference.columns", "reference.parameters"}  # what a call may be given
+# what a call may be given
+SPECIFIED = {"reference.checks", "reference.columns", "reference.parameters", "reference.zeros"}
 # module -> the modules of the package that it may import; `x.*` are those of a folder. All else is forbidden.
 LAW = {
     "": {"backends", "files.*", "functional", "functional.*", "nn", "nn.*", "reference", "version"},
@@ -185,6 +186,7 @@ LAW = {
     # the specification: torch and itself
     "reference": {"reference.*"},
     "reference.columns": set(),
+    "reference.zeros": {"reference.columns"},
     "reference.checks": {"reference.columns"},
     "reference.parameters": {"reference.checks", "reference.columns"},
     "reference.range_losses": SPECIFIED,
@@ -226,7 +228,7 @@ LAW = {
         "reference.regularizers",
     },
     "functional.quantizers": {"lists", "ops", "reference.checks", "reference.parameters"},
-    "functional.dkm": {"lists", "ops", "reference.checks", "reference.parameters"},
+    "functional.dkm": SPECIFIED | {"lists", "ops"},
     "functional.kmeans": SPECIFIED | {"algorithms.kmeans", "backends", "backends.native", "ops"},
     # files
     "files": set(),
@@ -263,15 +265,8 @@ LAW = {
     },
     "nn.input_scales": {"functional.quantizers", "nn.scales", "reference.parameters"},
     "nn.starting": {"nn.attach", "nn.inputs", "nn.ranks", "nn.scales"},
-    "nn.palettizer": {
-        "files.clustered",
-        "functional.dkm",
-        "functional.kmeans",
-        "nn.attach",
-        "nn.layers",
-        "reference.checks",
-        "reference.columns",
-    },
+    "nn.clustering": SPECIFIED | {"files.clustered", "functional.dkm", "functional.kmeans"},
+    "nn.palettizer": SPECIFIED | {"files.clustered", "functional.dkm", "nn.attach", "nn.clustering", "nn.layers"},
     "nn.copies": {"nn.attach", "reference.checks"},
     "nn.quantizer": {
         "nn.attach",
@@ -315,8 +310,8 @@ LAW = {
     "cli.outputs": set(),
     "cli.commands": {"", "backends", "cli.*", "files.clustered", "files.loading", "files.uniform"},
     "cli.report": {"cli.console", "files.checkpoint", "functional.regularizers", "reference.columns"},
-    "cli.compress": {"cli.console", "cli.report", "files.*", "functional.kmeans", "nn.clipping"},
-    "cli.sizes": {"cli.compress", "cli.console", "files.checkpoint", "files.clustered", "files.saving"},
+    "cli.compress": {"cli.console", "cli.report", "files.*", "nn.clipping", "nn.clustering"},
+    "cli.sizes": {"cli.*", "files.checkpoint", "files.clustered", "files.saving"},
     "cli.demo": {"", "backends"},
     "cli.demo_results": {"cli.console", "cli.demo", "cli.report"},
 }

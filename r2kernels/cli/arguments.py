@@ -71,6 +71,9 @@ def compress(parser):
         "--per-channel-scale", action="store_true", help="divide each output channel by its largest weight first"
     )
     parser.add_argument(
+        "--preserve-zeros", action="store_true", help="keep zeros exactly 0: one centroid is 0, the others fit the rest"
+    )
+    parser.add_argument(
         "--lut-dtype", choices=("fp32", "fp16", "int8"), default="fp32", help="how centroids are stored"
     )
     parser.add_argument("--entropy", choices=("huffman",), help="code those weights that become smaller by it")
@@ -129,6 +132,9 @@ def demo(parser):
 def add_checkpoint(parser):
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", help=".safetensors, .pt or .pth; a nested state_dict or model is found"
+    )
+    parser.add_argument(
+        "--key", metavar="NAME", help="which state dict of a .pt or .pth file, such as ema or ema.module"
     )
 
 

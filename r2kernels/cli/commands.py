@@ -32,7 +32,7 @@ def run_report(args):
         return _sizes(args)
     plot = args.plot and figure_path(args.plot, args.force)
     _check_backend(torch.device("cpu"))
-    checkpoint = opened(args.checkpoint)
+    checkpoint = opened(args.checkpoint, args.key)
     with progress("reading weights", sum(entry.numel for entry in checkpoint.weights), quiet=args.json) as advance:
         rows = list(report.layers(checkpoint, histograms=bool(plot), advance=advance))
     if plot:
@@ -41,6 +41,8 @@ def run_report(args):
         return print_json(report.as_json(checkpoint, rows))
     show(report.layer_table(rows))
     show(report.summary(checkpoint, rows))
+    for line in report.unread_lines(checkpoint.unread):
+        show(line)
     if plot:
         show(f"histograms: {plot}")
 
@@ -52,11 +54,11 @@ def _sizes(args):
     if args.plot:
         raise BadInput("--plot draws no sizes")
     _check_backend(torch.device("cpu"))
-    checkpoint = opened(args.checkpoint)
+    checkpoint = opened(args.checkpoint, args.key)
     with progress("clustering weights", sum(entry.numel for entry in checkpoint.weights), quiet=args.json) as advance:
         found = sizes.measure(checkpoint, ends=args.ends, advance=advance)
     if args.json:
-        return print_json({"checkpoint": args.checkpoint, **found})
+        return print_json({"checkpoint": args.checkpoint, "unread": checkpoint.unread, **found})
     show(sizes.size_table(found))
     for line in sizes.size_lines(checkpoint, found):
         show(line)
@@ -66,7 +68,8 @@ def run_compress(args):
     from ..files.clustered import Form
     from . import compress
 
-    _code(args, "clustering weights", compress.compress, Form.of(args), {}, entropy=args.entropy)
+    options = {"preserve_zeros": args.preserve_zeros}
+    _code(args, "clustering weights", compress.compress, Form.of(args), options, entropy=args.entropy)
 
 
 def run_quantize(args):
@@ -85,7 +88,7 @@ def _code(args, doing, work, form, options, entropy=None):
     out = checkpoint_path(args.out, args.force, (".safetensors",))
     plot = args.plot and figure_path(args.plot, args.force)
     _check_backend(torch.device("cpu"))
-    checkpoint = opened(args.checkpoint)
+    checkpoint = opened(args.checkpoint, args.key)
     with progress(doing, sum(entry.numel for entry in checkpoint.weights), quiet=args.json) as advance, writable(out):
         result = work(
             checkpoint,

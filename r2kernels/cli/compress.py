@@ -15,13 +15,13 @@ import torch
 
 from ..files import container
 from ..files.checkpoint import CheckpointError
-from ..files.clustered import Clustered, Form, Geometry, divided
+from ..files.clustered import Clustered, Form, divided
 from ..files.format import Planned
 from ..files.saving import by_alignment, saving
-from ..functional.kmeans import kmeans
 from ..nn.clipping import coded
+from ..nn.clustering import few_rows, fitted, lost
 from .console import count, number, table
-from .report import PANELS, figure, histogram
+from .report import PANELS, figure, histogram, unread_lines
 
 PART = 2**15  # elements of a weight whose error is summed at once: they stay in the cache, on one thread
 SUFFIXES = (".safetensors", ".pt", ".pth")
@@ -53,19 +53,20 @@ class Result(NamedTuple):
 
     rows: list
     kept: dict  # name -> why a weight stays dense
+    unread: dict  # name -> tensors of what is beside the state dict
     others: int  # tensors that are no weights
     dense: int  # bytes of all tensors
     stored: int
 
 
-def cluster(w, form):
-    """A weight clustered by k-means, or None where it is not finite."""
-    d = form.cluster_dim
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "kmeans: .* centroids will be repeated")
-        found = kmeans(divided(w, form)[0], 2**form.bits, cluster_dim=d, layout=form.layout)
-    centroids = torch.stack(found).reshape(len(found), -1, d)
-    return Clustered.of(w, centroids, form) if centroids.isfinite().all() else None
+def cluster(w, form, preserve_zeros=False, name="a weight"):
+    """A weight clustered by k-means, or None where it is not finite. Warns of values and zeros that it loses."""
+    centroids = fitted(divided(w, form)[0], form, preserve_zeros)
+    if not centroids.isfinite().all():
+        return None
+    for text in lost(w, form, centroids, preserve_zeros):
+        warnings.warn(f"{name}: {text}", stacklevel=2)
+    return Clustered.of(w, centroids, form)
 
 
 def plan(checkpoint, form, skip=(), verb="cluster"):
@@ -102,20 +103,21 @@ def plan(checkpoint, form, skip=(), verb="cluster"):
 
 def too_small(shape, form):
     """Why a weight of this shape cannot be clustered, or None."""
-    if not isinstance(form, Form):
-        return None
-    geometry = Geometry(shape, form)
-    return FEW_ROWS if geometry.each < 2**form.bits or (geometry.last and not geometry.each_of_last) else None
+    return FEW_ROWS if isinstance(form, Form) and few_rows(shape, form) is not None else None
 
 
-def compress(checkpoint, path, form, **options):
+def compress(checkpoint, path, form, *, preserve_zeros=False, **options):
     """Writes the palettized file of a checkpoint, its weights clustered by k-means. options: as in `write`."""
-    return write(checkpoint, path, form, cluster, "cluster", **options)
+    encode = functools.partial(cluster, preserve_zeros=preserve_zeros)
+    return write(checkpoint, path, form, encode, "cluster", **options)
 
 
 def quantize(checkpoint, path, form, *, method="mse", symmetric=True, **options):
     """The same with its weights on uniform levels, whose steps and zero points are found by `method`."""
-    encode = functools.partial(coded, method=method, symmetric=symmetric)
+
+    def encode(w, form, name):
+        return coded(w, form, method=method, symmetric=symmetric)
+
     return write(checkpoint, path, form, encode, "quantize", **options)
 
 
@@ -132,7 +134,7 @@ def write(
     plot=False,
     advance=lambda elements: None,
 ):
-    """Writes a checkpoint with its weights as encode(weight, form) codes them, or dense where that is None.
+    """Writes a checkpoint with its weights as encode(weight, form, name=) codes them, or dense where that is None.
 
     skip: patterns of names of weights or modules that stay dense. plot: rows with panels. Calls `advance` with the
     number of elements of weights done.
@@ -140,12 +142,14 @@ def write(
     planned, kept = plan(checkpoint, form, skip, verb)
     rows, dense = [], [p for p in planned if p.form is None]
     weights = {entry.name for entry in checkpoint.weights}
-    with saving(path, planned, checkpoint.aliases, entropy=entropy, overwrite=overwrite) as saver:
+    with saving(
+        path, planned, checkpoint.aliases, entropy=entropy, overwrite=overwrite, user=checkpoint.metadata
+    ) as saver:
         for p in planned:
             if p.form is None:
                 continue
             w = checkpoint.tensor(p.name)
-            clustered = encode(w, form)
+            clustered = encode(w, form, name=p.name)
             if clustered is None:
                 kept[p.name] = NOT_FINITE
                 dense.append(p)
@@ -158,7 +162,8 @@ def write(
             saver.add(p.name, checkpoint.tensor(p.name))
             advance(math.prod(p.shape) if p.name in weights else 0)
     bytes_of_all = sum(math.prod(p.shape) * p.dtype.itemsize for p in planned)
-    return Result(rows, kept, len(planned) - len(rows) - len(kept), bytes_of_all, path.stat().st_size)
+    others = len(planned) - len(rows) - len(kept)
+    return Result(rows, kept, checkpoint.unread, others, bytes_of_all, path.stat().st_size)
 
 
 def _row(p, w, clustered, stored, plot):
@@ -183,7 +188,10 @@ def _error(energy, noise):
 
 
 def expand(file, path, *, overwrite=False, advance=lambda elements: None):
-    """Writes the dense checkpoint of a `Palettized` file, .safetensors or torch's. Bytes of all its tensors."""
+    """Writes the dense checkpoint of a `Palettized` file, .safetensors or torch's. Bytes of all its tensors.
+
+    A torch file has no place for the user's metadata, of which a warning is given.
+    """
     entries = file.entries if path.suffix.lower() == ".safetensors" else file.own
     planned = by_alignment([Planned(*entry) for entry in entries])
     size = sum(math.prod(p.shape) * p.dtype.itemsize for p in planned)
@@ -196,7 +204,7 @@ def expand(file, path, *, overwrite=False, advance=lambda elements: None):
 
 
 def _expand_safetensors(file, planned, out, size, advance):
-    metadata = {"format": "pt"}
+    metadata = {"format": "pt"} | file.metadata
     entries = {p.name: container.entry(p.dtype, p.shape, size, size) for p in planned}
     writer = container.Writer(out, len(container.header(entries, metadata)))
     for p in planned:
@@ -207,6 +215,8 @@ def _expand_safetensors(file, planned, out, size, advance):
 
 def _expand_torch(file, planned, out, folder, advance):
     """torch.save takes all tensors at once: they lie in an unnamed file that is mapped into memory."""
+    if file.metadata:
+        warnings.warn(f"metadata is not in a torch file: {', '.join(file.metadata)}", stacklevel=3)
     with tempfile.TemporaryFile(dir=folder) as spool:
         places = {}
         for p in planned:
@@ -269,7 +279,8 @@ def result_lines(result, path):
     ]
     kept += [count(result.others, "other tensor")] * (result.others > 0)
     ratio = f"{size_text(result.dense)} -> {size_text(result.stored)}, {result.dense / result.stored:.2f}x smaller"
-    return [f"kept as they are: {'; '.join(kept)}"] * bool(kept) + [f"{path}: {ratio}"]
+    lines = [f"kept as they are: {'; '.join(kept)}"] * bool(kept) + unread_lines(result.unread)
+    return [*lines, f"{path}: {ratio}"]
 
 
 def result_json(result, checkpoint, path, form, **options):
@@ -282,6 +293,7 @@ def result_json(result, checkpoint, path, form, **options):
         **options,
         "weights": weights,
         "kept": result.kept,
+        "unread": result.unread,
         "others": result.others,
         "dense": result.dense,
         "stored": result.stored,

@@ -94,7 +94,7 @@ def as_json(checkpoint, rows):
     weights = [{name: value for name, value in row._asdict().items() if name != "histogram"} for row in rows]
     left_out = len(checkpoint.entries) - len(rows)
     found = {"checkpoint": str(checkpoint.path), "weights": weights, "mean": means(rows), "left_out": left_out}
-    return finite(found)
+    return finite(found | {"unread": checkpoint.unread})
 
 
 def finite(data):
@@ -131,6 +131,12 @@ def summary(checkpoint, rows):
     elements = sum(row.numel for row in rows)
     reasons = "not floating point, fewer than two dimensions, or empty"
     return f"{count(len(rows), 'weight')}, {elements:,} elements; {count(others, 'tensor')} left out ({reasons})"
+
+
+def unread_lines(unread):
+    """A line that names what a checkpoint holds beside the state dict that was read, or none."""
+    held = ", ".join(f"{name} ({count(tensors, 'tensor')})" for name, tensors in unread.items())
+    return [f"not read: {held}; --key NAME reads another state dict"] if held else []
 
 
 def extremes(rows, most=PANELS):

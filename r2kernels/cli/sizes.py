@@ -8,6 +8,7 @@ from ..files.clustered import Form
 from ..files.saving import smallest
 from .compress import cluster, size_text, too_small
 from .console import count, table
+from .report import unread_lines
 
 BITS = (4, 2, 1)
 KINDS = ("packed", "huffman", "entropy")
@@ -70,4 +71,5 @@ def size_lines(checkpoint, sizes):
     return [
         f"first and last: {', '.join(sizes['ends'])}",
         f"{size_text(others)} that are no weights are counted everywhere, and all look-up tables",
+        *unread_lines(checkpoint.unread),
     ]

@@ -48,11 +48,14 @@ class Entry(NamedTuple):
 class Checkpoint:
     """A state dict in the file at `path`; CheckpointError where it cannot be read.
 
+    key: of which entry of a .pt or .pth file, with dots for entries of entries; by default the first of `NESTED`.
     `entries`: name, shape and dtype of every tensor; `read` gives the tensors, one at a time. `aliases`: of those that
-    are one tensor under several names, name -> the first of them.
+    are one tensor under several names, name -> the first of them. `unread`: name of every entry beside the state dict
+    that holds tensors -> how many. `metadata`: text that a .safetensors file holds beside its tensors, but for
+    the usual format "pt".
     """
 
-    def __init__(self, path):
+    def __init__(self, path, key=None):
         self.path = Path(path)
         opener = _OPENERS.get(self.path.suffix.lower())
         if opener is None:
@@ -60,7 +63,8 @@ class Checkpoint:
                 f"{path}: unknown kind of checkpoint {self.path.suffix!r}; allowed are {', '.join(_OPENERS)}"
             )
         _check_file(self.path)
-        self.entries, self._get, self.aliases = opener(self.path)
+        self.aliases, self.unread, self.metadata = {}, {}, {}
+        opener(self, key)
 
     @property
     def weights(self):
@@ -92,15 +96,24 @@ def _check_file(path):
         raise CheckpointError(f"{path}: {error.strerror}") from error
 
 
-def _open_safetensors(path):
+def _open_safetensors(checkpoint, key):
     from safetensors import SafetensorError, safe_open
 
+    path = checkpoint.path
+    refuse_key(path, key)
     try:
         file = safe_open(path, framework="pt")
-        return [_safetensors_entry(file, name) for name in sorted(file.keys(), key=natural)], file.get_tensor, {}
+        checkpoint.entries = [_safetensors_entry(file, name) for name in sorted(file.keys(), key=natural)]
+        checkpoint._get, metadata = file.get_tensor, sorted((file.metadata() or {}).items())
+        checkpoint.metadata = dict(pair for pair in metadata if pair != ("format", "pt"))
     except (SafetensorError, OSError) as error:
         reason = f"is truncated, corrupt or not a safetensors file ({_first_line(error)})"
         raise CheckpointError(f"{path}: {reason}") from error
+
+
+def refuse_key(path, key):
+    if key is not None:
+        raise CheckpointError(f"{path}: has no entry {key!r}; only .pt and .pth files hold several state dicts")
 
 
 def _safetensors_entry(file, name):
@@ -115,20 +128,18 @@ def natural(name):
     return [(len(part.lstrip("0")), part.lstrip("0")) if part.isdecimal() else (-1, part) for part in parts]
 
 
-def _open_torch(path):
-    tensors = {
-        str(name): value.detach()
-        for name, value in _state_dict(path, _load_torch(path)).items()
-        if isinstance(value, Tensor)
-    }
+def _open_torch(checkpoint, key):
+    path = checkpoint.path
+    found, checkpoint.unread = _state_dict(path, _load_torch(path), key)
+    tensors = {str(name): value.detach() for name, value in found.items() if isinstance(value, Tensor)}
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors; {_EXPECTED}")
     for name, tensor in tensors.items():
         if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.device.type != "cpu":
             kind = f"{type(tensor).__name__} ({tensor.layout}, {tensor.device})"
             raise CheckpointError(f"{path}: {name} is a {kind}; only dense tensors with data are supported")
-    entries = [Entry(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
-    return entries, tensors.get, same_tensors(tensors)
+    checkpoint.entries = [Entry(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
+    checkpoint._get, checkpoint.aliases = tensors.get, same_tensors(tensors)
 
 
 def same_tensors(tensors):
@@ -164,14 +175,52 @@ def _refusal(message):
     )
 
 
-def _state_dict(path, loaded):
-    """The mapping of names to tensors in what was loaded, which may be nested."""
-    for _ in NESTED:
-        if isinstance(loaded, Mapping):
-            loaded = next((loaded[key] for key in NESTED if isinstance(loaded.get(key), Mapping)), loaded)
+def _state_dict(path, loaded, key=None):
+    """(the mapping of names to tensors in what was loaded, which may be nested; name -> tensors of what is beside)."""
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{path}: holds a {type(loaded).__name__}; {_EXPECTED}")
-    return loaded
+    chosen, unread = [], {}
+
+    def enter(name):
+        nonlocal loaded
+        for other, value in loaded.items():
+            if other != name:
+                unread[".".join([*chosen, str(other)])] = _tensors_in(value)
+        chosen.append(name)
+        loaded = loaded[name]
+
+    while key:
+        name = _entry_of(loaded, key)
+        if name is None or not isinstance(loaded[name], Mapping):
+            held = [".".join([*chosen, str(n)]) for n, v in loaded.items() if isinstance(v, Mapping) and _tensors_in(v)]
+            reason = f"allowed are {', '.join(held)}" if held else "it holds none but the one that is read without"
+            raise CheckpointError(f"{path}: has no state dict {'.'.join([*chosen, key])!r}; {reason}")
+        enter(name)
+        key = key[len(name) + 1 :]
+    for _ in NESTED:
+        name = next((name for name in NESTED if isinstance(loaded.get(name), Mapping)), None)
+        if name:
+            enter(name)
+    for name, value in loaded.items():
+        if not isinstance(value, Tensor):
+            unread[".".join([*chosen, str(name)])] = _tensors_in(value)
+    return loaded, {name: count for name, count in unread.items() if count}
+
+
+def _entry_of(mapping, key):
+    """The longest name in the mapping that is the key, or that the key goes on from after a dot."""
+    names = [name for name in mapping if isinstance(name, str) and (key == name or key.startswith(f"{name}."))]
+    return max(names, key=len, default=None)
+
+
+def _tensors_in(value, above=()):
+    """How many tensors there are in a value, in mappings and lists too; each once where it holds itself."""
+    if isinstance(value, Tensor):
+        return 1
+    if not isinstance(value, (Mapping, list, tuple)) or id(value) in above:
+        return 0
+    inner = value.values() if isinstance(value, Mapping) else value
+    return sum(_tensors_in(one, (*above, id(value))) for one in inner)
 
 
 def _first_line(error):

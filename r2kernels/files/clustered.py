@@ -16,7 +16,10 @@ LUT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.int8}
 
 
 class Form(NamedTuple):
-    """How a weight is clustered: those of a Palettizer's options that say what is stored."""
+    """How a weight is clustered: those of a Palettizer's options that say what is stored.
+
+    axis: the dimension of the output channels, 0 or 1. A weight of axis 1 is clustered as `w.transpose(0, 1)`.
+    """
 
     bits: int
     cluster_dim: int = 1
@@ -24,10 +27,15 @@ class Form(NamedTuple):
     group_size: int | None = None
     per_channel_scale: bool = False
     lut_dtype: str = "fp32"
+    axis: int = 0
 
     @classmethod
     def of(cls, options):
-        return cls(*[getattr(options, field) for field in cls._fields])
+        return cls(*[getattr(options, field, cls._field_defaults.get(field)) for field in cls._fields])
+
+    def channels_first(self, shape):
+        """The shape of a weight of this shape as it is clustered."""
+        return (shape[1], shape[0], *shape[2:]) if self.axis else shape
 
     def entry_dtype(self, dtype):
         """Of the tables of a weight of `dtype`; "fp32" is float64 for float64."""
@@ -44,7 +52,7 @@ class Form(NamedTuple):
         if self.lut_dtype == "int8":
             parts["lut_scale"] = accumulator(dtype), (g.groups, 1, 1)
         if self.per_channel_scale:
-            parts["scale"] = dtype, (shape[0],)
+            parts["scale"] = dtype, (shape[self.axis],)
         if g.leftovers:
             parts["leftovers"] = dtype, (g.leftovers,)
         return parts
@@ -62,6 +70,7 @@ class Form(NamedTuple):
             "group_size": self.group_size is None or is_int(self.group_size, 2**62),
             "per_channel_scale": isinstance(self.per_channel_scale, bool),
             "lut_dtype": self.lut_dtype in tuple(LUT_DTYPES),
+            "axis": type(self.axis) is int and 0 <= self.axis < min(len(shape), 2),
         }
         if all(right.values()) and Geometry(shape, self).rows == 0:
             return "shape", shape
@@ -80,7 +89,8 @@ class Geometry:
     """
 
     def __init__(self, shape, form):
-        channels, inner, d = shape[0], math.prod(shape[1:]), form.cluster_dim
+        channels, d = shape[form.axis], form.cluster_dim
+        inner = math.prod(shape) // channels
         self.size = min(form.group_size or channels, channels)  # channels of a full group
         self.full, self.last = divmod(channels, self.size)
         self.each, self.left = divmod(self.size * inner, d)
@@ -120,15 +130,34 @@ def restored_lut(entries, scale, dtype):
     return entries.to(dtype) if scale is None else entries.to(dtype) * scale
 
 
-def channel_scales(w):
-    """(C,) max|W| of each output channel, 1 for a channel of zeros; no gradient."""
-    top = w.detach().abs().flatten(1).amax(1)
-    return torch.where(top == 0, 1, top)
+def values_lost(lut, dtype):
+    """What (groups, K, d) tables lose in `dtype` that is worth a warning, or None."""
+    if dtype == "fp32":
+        return None
+    before, left = different(lut), different(quantized_lut(lut, dtype))
+    worst = (left / before).argmin()
+    cut = int((lut.abs() > torch.finfo(torch.float16).max).sum()) if dtype == "fp16" else 0
+    lost = [f"leaves {left[worst]} of {before[worst]} different values"] * bool(4 * left[worst] <= 3 * before[worst])
+    lost += [f"cuts off {cut} numbers above 65504"] * bool(cut)
+    return f"lut_dtype={dtype!r} {' and '.join(lost)}" if lost else None
 
 
-def along_channels(scales, dims):
+def different(lut):
+    """(groups,) how many different entries each table has."""
+    groups, entries, _ = lut.shape
+    index = torch.arange(groups, device=lut.device).double()[:, None, None].expand(-1, entries, 1)
+    rows = torch.cat([index, lut.double()], -1).flatten(0, 1).unique(dim=0)
+    return torch.bincount(rows[:, 0].long(), minlength=groups)
+
+
+def channel_scales(w, axis=0):
+    """(C,) max|W| of each output channel; no gradient."""
+    return w.detach().abs().movedim(axis, 0).flatten(1).amax(1)
+
+
+def along_channels(scales, dims, axis=0):
     """(C,) as a factor of a weight of so many dimensions."""
-    return scales.reshape(-1, *[1] * (dims - 1))
+    return scales.reshape([-1 if i == axis else 1 for i in range(dims)])
 
 
 def is_turned(shape, d, layout):
@@ -145,7 +174,9 @@ def leftovers_of(w, form):
 
 
 def assembled(rows, leftovers, shape, form):
-    """A weight made of the rows (N, d) of its groups, one after the other, and of what those leave over."""
+    """A weight, as it is clustered, made of the rows (N, d) of its groups, one after the other, and of what those leave
+    over."""
+    shape, form = form.channels_first(shape), form._replace(axis=0)
     flat, parts, done, over = rows.reshape(-1), [], 0, 0
     for count, channels, each, left in Geometry(shape, form).blocks():
         size, part = each * form.cluster_dim, flat[done : done + count * each * form.cluster_dim]
@@ -193,7 +224,7 @@ class Clustered(NamedTuple):
     width: int  # 8, or the bits of the form: packed, each group from a byte on
     entries: Tensor  # (groups, K, d): the tables, as stored
     lut_scales: Tensor | None  # (groups, 1, 1) of int8 tables
-    scales: Tensor | None  # (C,): what each output channel was divided by
+    scales: Tensor | None  # (C,): what each output channel was divided by; 0 for a channel of zeros
     leftovers: Tensor  # of all groups, one after the other, divided too
 
     @classmethod
@@ -247,7 +278,8 @@ class Clustered(NamedTuple):
     def decoded(self):
         rows = look_up(self.codes, self.groups, self.luts().to(self.dtype))
         out = assembled(rows, self.leftovers, self.shape, self.form)
-        return out if self.scales is None else out * along_channels(self.scales, len(self.shape))
+        out = out if self.scales is None else out * along_channels(self.scales, len(self.shape))
+        return out.transpose(0, 1).contiguous() if self.form.axis else out
 
     def counts(self):
         """(K,) how often each code occurs."""
@@ -263,6 +295,18 @@ class Clustered(NamedTuple):
 def divided(w, form, scales=None):
     """(the groups of a weight, divided by the scales of their channels, as they are clustered; the scales or None)"""
     if form.per_channel_scale:
-        scales = channel_scales(w) if scales is None else scales
-        w = w / along_channels(scales, w.dim())
+        scales = channel_scales(w, form.axis) if scales is None else scales
+        w = w / along_channels(torch.where(scales == 0, 1, scales), w.dim(), form.axis)
+    w = w.transpose(0, 1) if form.axis else w
     return [w] if form.group_size is None else list(w.split(form.group_size)), scales
+
+
+def joined(pieces, w, form, scales):
+    """A weight like w made of the numbers of its groups, as `divided` gives those of w. In a channel of zeros it is w
+    itself, so that its gradient passes."""
+    out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    out = out.transpose(0, 1) if form.axis else out
+    if scales is None:
+        return out
+    scales = along_channels(scales, w.dim(), form.axis)
+    return torch.where(scales == 0, w, out * scales)

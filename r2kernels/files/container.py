@@ -42,6 +42,7 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LONGEST_HEADER = 100_000_000  # the limit of the safetensors package
 MOST_DIMENSIONS = 32
+MOVED = 2**24  # bytes at once
 NO_CHECKSUM = "0" * 8
 CHECKSUM_PREFIX = b'{"__metadata__":{"checksum":"'  # how a header that has a checksum begins
 
@@ -110,15 +111,30 @@ class Writer:
         self.size += len(data)
         return checksum(data)
 
-    def finish(self, metadata):
-        """Writes the header; where `metadata` begins with the checksum NO_CHECKSUM, with its checksum."""
-        written = header(self.entries, metadata).ljust(self.room)
+    def finish(self, metadata, tight=False):
+        """Writes the header; where `metadata` begins with the checksum NO_CHECKSUM, with its checksum. tight: the data
+        are written once more, behind a header as long as it has to be."""
+        written = header(self.entries, metadata)
+        room = len(written) + -len(written) % 8 if tight else self.room
+        written = written.ljust(room)
         if len(written) > self.room:
             raise AssertionError(f"a header of {len(written)} bytes in a room of {self.room}")
+        self._move_data(room)
         if written.startswith(CHECKSUM_PREFIX):
             written = _with_checksum(written, f"{_header_checksum(written):08x}")
         self.file.seek(0)
         self.file.write(len(written).to_bytes(8, "little") + written)
+
+    def _move_data(self, room):
+        """Puts the data behind a header of so many bytes, which is not longer than it has room for."""
+        if room == self.room:
+            return
+        for at in range(0, self.size, MOVED):
+            self.file.seek(8 + self.room + at)
+            data = self.file.read(min(MOVED, self.size - at))
+            self.file.seek(8 + room + at)
+            self.file.write(data)
+        self.file.truncate(8 + room + self.size)
 
 
 def _with_checksum(written, digits):

@@ -1,6 +1,7 @@
 """Clustered weights as coremltools has them in a state_dict: the hard weight, and beside it what its converter reads.
 
-For a parameter `fc.weight`: `fc._COREML_/weight/lut`, (groups, 1, ..., K, d) of two more dimensions than the weight;
+For a parameter `fc.weight`: `fc._COREML_/weight/lut`, (groups, 1, ..., K, d) of two more dimensions than the weight,
+the groups in the dimension of its output channels;
 for d > 1 `.../vector_axis`, along which its rows lie; for divided channels `.../palettization_scale`, (C, 1, ...);
 `.../compression_type`.
 """
@@ -20,15 +21,15 @@ def to_coreml(name, clustered):
     ValueError where its layout cannot express how the weight is clustered.
     """
     axis = vector_axis(name, clustered)
-    dims, d = len(clustered.shape), clustered.form.cluster_dim
+    ones, d = [1] * (len(clustered.shape) - 1), clustered.form.cluster_dim
     found = {
-        "lut": clustered.luts().reshape(-1, *[1] * (dims - 1), 2**clustered.form.bits, d),
+        "lut": turned(clustered.luts().reshape(-1, *ones, 2**clustered.form.bits, d), clustered.form),
         "compression_type": torch.tensor([PALETTIZATION]),
     }
     if d > 1:
         found["vector_axis"] = torch.tensor(axis)
     if clustered.scales is not None:
-        found["palettization_scale"] = clustered.scales.reshape(-1, *[1] * (dims - 1))
+        found["palettization_scale"] = turned(clustered.scales.reshape(-1, *ones), clustered.form)
     return {name: clustered.decoded()} | {_beside(name, key): tensor for key, tensor in found.items()}
 
 
@@ -37,25 +38,36 @@ def indices(name, clustered):
 
     Shaped like the weight, but along the vector axis one for each row.
     """
-    axis, shape, d = vector_axis(name, clustered), list(clustered.shape), clustered.form.cluster_dim
+    form, d = clustered.form, clustered.form.cluster_dim
+    shape = list(form.channels_first(clustered.shape))
     codes, groups = clustered.unpacked().codes, clustered.geometry.groups
-    shape[axis] //= d
-    if not is_turned(clustered.shape, d, clustered.form.layout):
-        return codes.reshape(shape)
-    return codes.reshape(groups, shape[-1], *shape[1:-1], shape[0] // groups).transpose(1, -1).reshape(shape)
+    shape[_swapped(vector_axis(name, clustered), form)] //= d
+    if is_turned(shape, d, form.layout):
+        codes = codes.reshape(groups, shape[-1], *shape[1:-1], shape[0] // groups).transpose(1, -1)
+    return turned(codes.reshape(shape), form)
+
+
+def turned(tensor, form):
+    """A tensor with the output channels first as one that has them where the weight does, or the other way round."""
+    return tensor.transpose(0, 1) if form.axis else tensor
+
+
+def _swapped(axis, form):
+    """The same of an axis."""
+    return 1 - axis if form.axis and axis < 2 else axis
 
 
 def vector_axis(name, clustered):
     """The dimension along which rows lie."""
-    form, shape = clustered.form, clustered.shape
+    form, shape = clustered.form, clustered.form.channels_first(clustered.shape)
     axis = 0 if form.cluster_dim == 1 or is_turned(shape, form.cluster_dim, form.layout) else len(shape) - 1
     length = min(form.group_size or shape[0], shape[0]) if axis == 0 else shape[axis]
     if clustered.geometry.last or length % form.cluster_dim:
         raise ValueError(
-            f"{name} has shape {shape}; "
+            f"{name} has shape {clustered.shape}; "
             "coremltools' layout needs groups of equal size, and rows that end with a group or dimension"
         )
-    return axis
+    return _swapped(axis, form)
 
 
 def from_coreml(state):
@@ -66,21 +78,23 @@ def from_coreml(state):
 def _clustered(name, state):
     beside = (_beside(name, key) for key in ("lut", "vector_axis", "palettization_scale"))
     weight, lut, axis, scale = (state.get(key) for key in (name, *beside))
+    whole, side = weight, Form(1, axis=int(any(t is not None and t.shape[0] == 1 < t.shape[1] for t in (lut, scale))))
+    weight, lut = turned(weight, side), turned(lut, side)
     groups, (entries, d) = len(lut), lut.shape[-2:]
     if math.prod(lut.shape) != groups * entries * d or len(weight) % groups or entries > 256:
         raise ValueError(
             f"{name} has tables of shape {tuple(lut.shape)}; "
             "allowed are at most 256 entries, and groups of output channels"
         )
-    axis = 0 if axis is None else int(axis) % weight.dim()
+    axis = 0 if axis is None else _swapped(int(axis) % weight.dim(), side)
     if axis not in (0, weight.dim() - 1):
         raise ValueError(f"{name} has rows along dimension {axis}; allowed are the first and the last one")
     bits = max((entries - 1).bit_length(), 1)
     tables = lut.reshape(groups, entries, d)
     tables = torch.cat([tables, tables[:, -1:].expand(-1, 2**bits - entries, -1)], 1)
     group_size = None if groups == 1 else len(weight) // groups
-    form = Form(bits, d, "contiguous" if axis else "output", group_size, scale is not None)
-    return Clustered.of(weight, tables, form, None if scale is None else scale.reshape(-1))
+    form = Form(bits, d, "contiguous" if axis else "output", group_size, scale is not None, axis=side.axis)
+    return Clustered.of(whole, tables, form, None if scale is None else scale.reshape(-1))
 
 
 def _beside(name, key):

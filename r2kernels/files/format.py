@@ -10,6 +10,7 @@ metadata holds
     weights             what is known of the clustered and quantized weights (`describe`)
     aliases             other names of the same tensors
     checksums           CRC-32 of all tensors, eight hexadecimal digits each, in the order of the data
+    user                where there is any: the metadata of the checkpoint that was compressed, name -> text
     checksum            CRC-32 of the header, with zeros in this place
 
 `saving` writes such a file and `loading` reads it; `container` makes both kinds of checksums and checks them.

@@ -2,7 +2,7 @@
 
 from ..reference.checks import DTYPES
 from . import container, huffman
-from .checkpoint import Checkpoint, CheckpointError, Entry, natural
+from .checkpoint import Checkpoint, CheckpointError, Entry, natural, refuse_key
 from .format import ENTROPIES, FORMAT, KINDS, PARTS, VERSION, parts_of, usual_fields
 
 
@@ -44,8 +44,11 @@ class Palettized(Checkpoint):
                 f"this version of r2kernels reads {VERSION!r}"
             )
         reader.check_header()
-        if metadata.keys() != {"checksum", "format", "version", "weights", "aliases", "checksums"}:
+        if metadata.keys() - {"user"} != {"checksum", "format", "version", "weights", "aliases", "checksums"}:
             raise self.error("has metadata other than those of the format")
+        self.metadata, self.unread = reader.json("user's metadata", metadata.get("user", "{}")), {}
+        if not all(isinstance(value, str) for value in self.metadata.values()):
+            raise self.error("its user's metadata is corrupt")
         self._read_checksums(metadata["checksums"])
         rest = dict(reader.entries)
         self._weights = {
@@ -167,6 +170,9 @@ def is_palettized(path):
         return False
 
 
-def opened(path):
-    """A checkpoint of any kind, palettized or not."""
-    return Palettized(path) if is_palettized(path) else Checkpoint(path)
+def opened(path, key=None):
+    """A checkpoint of any kind, palettized or not; `key` as for a `Checkpoint`."""
+    if not is_palettized(path):
+        return Checkpoint(path, key)
+    refuse_key(path, key)
+    return Palettized(path)

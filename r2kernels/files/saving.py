@@ -7,6 +7,7 @@ by `container.Writer.finish`.
 import contextlib
 import json
 import math
+import warnings
 from collections import Counter
 
 import torch
@@ -22,8 +23,9 @@ def save_palettized(palettizer, path, *, entropy=None):
 
     `load_palettized` reads them back, bit for bit as `remove(bake=True)` leaves them. All other parameters and buffers
     of the model's state_dict are kept as they are; a tensor with several names is stored once. entropy: None packs
-    codes into `bits` bits each; "huffman" codes those weights that become smaller by it. The file is replaced as a
-    whole or not at all. TypeError or ValueError names the tensor that cannot be stored.
+    codes into `bits` bits each; "huffman" codes those weights by which the file becomes smaller. A weight with a NaN or
+    an infinity is stored dense, with a warning. The file is replaced as a whole or not at all. TypeError or ValueError
+    names the tensor that cannot be stored.
     """
     _save_attached(palettizer, palettizer.clustered(), path, entropy)
 
@@ -38,13 +40,19 @@ def save_quantized(quantizer, path, *, entropy=None):
 
 
 def _save_attached(attached, coded, path, entropy):
+    state = attached.model_state()
+    for layer in attached.layers:
+        if not layer.weight().isfinite().all():
+            warnings.warn(f"{layer.name} is stored dense: it has a NaN or an infinity", stacklevel=4)
+            state[layer.name] = layer.weight().detach()
+            del coded[layer.name]
     own = {id(layer.weight()): layer.name for layer in attached.layers}
     shared = {
         name: own[id(p)]
         for name, p in attached._model[0].named_parameters(remove_duplicate=False)
         if own.get(id(p), name) != name
     }
-    save_clustered(coded, attached.model_state(), path, entropy=entropy, aliases=shared)
+    save_clustered(coded, state, path, entropy=entropy, aliases=shared)
 
 
 def save_clustered(clustered, state, path, *, entropy=None, aliases=None):
@@ -79,15 +87,15 @@ def by_alignment(planned):
 
 
 @contextlib.contextmanager
-def saving(path, planned, aliases=None, *, entropy=None, overwrite=True):
+def saving(path, planned, aliases=None, *, entropy=None, overwrite=True, user=None):
     """A `Saver` of a file that is put in place at the end of the block.
 
-    Of the tensors `planned` those with a form are to be added first, in any order.
+    Of the tensors `planned` those with a form are to be added first, in any order. user: metadata of its own.
     """
     if entropy not in ENTROPIES:
         raise ValueError(f"entropy must be one of {ENTROPIES}, got {entropy!r}")
     with container.replacing(path, overwrite) as file:
-        saver = Saver(file, planned, aliases or {}, entropy)
+        saver = Saver(file, planned, aliases or {}, entropy, user)
         yield saver
         saver.finish()
 
@@ -95,11 +103,11 @@ def saving(path, planned, aliases=None, *, entropy=None, overwrite=True):
 class Saver:
     """Adds tensors to a palettized file, one at a time.
 
-    planned: a `Planned` for each. aliases: other name -> name of one of them.
+    planned: a `Planned` for each. aliases: other name -> name of one of them. user: name -> text.
     """
 
-    def __init__(self, file, planned, aliases, entropy):
-        self.aliases, self.entropy, self.weights, self.checksums = aliases, entropy, {}, []
+    def __init__(self, file, planned, aliases, entropy, user=None):
+        self.aliases, self.entropy, self.weights, self.checksums, self.user = aliases, entropy, {}, [], user
         parts = [f"{p.name}:{part}" for p in planned if p.form for part in PARTS]
         names = Counter(["__metadata__", *aliases, *[p.name for p in planned], *parts])
         twice = [name for name, times in names.items() if times > 1]
@@ -134,6 +142,7 @@ class Saver:
             "weights": _json(weights),
             "aliases": _json(self.aliases),
             "checksums": "".join(f"{c:08x}" for c in checksums) or container.NO_CHECKSUM * count,
+            **({"user": _json(self.user)} if self.user else {}),
         }
 
     def add(self, name, value):
@@ -141,7 +150,7 @@ class Saver:
         if isinstance(value, torch.Tensor):
             self.checksums.append(self.writer.add(name, value))
             return value.nbytes
-        entropy, parts = smallest(value, self.entropy)
+        entropy, parts = smallest(value, self.entropy, self._described_in(name, value))
         self.weights[name] = describe(value.shape, value.dtype, value.form, entropy)
         before = self.writer.size
         for part, tensor in sorted(parts.items(), key=lambda pair: (-pair[1].itemsize, pair[0] == "codes")):
@@ -150,9 +159,25 @@ class Saver:
             self.checksums.append(self.writer.add(f"{name}:{part}", tensor))
         return self.writer.size - before
 
+    def _described_in(self, name, value):
+        """Bytes of the header that describe the parts of an entropy code, at most."""
+        planned = Planned(name, value.shape, value.dtype, value.form)
+        here, most = self.writer.size, self.writer.size + _most_bytes(planned, self.entropy)
+
+        def size(entropy):
+            entries = {
+                part: container.entry(dtype, [most if n is None else n for n in shape], here, most)
+                for part, (dtype, shape) in parts_of_planned(planned, entropy).items()
+            }
+            described = _json(describe(value.shape, value.dtype, value.form, entropy))
+            return len(container.header(entries, {"checksums": container.NO_CHECKSUM * len(entries)} | {"": described}))
+
+        return size(self.entropy) - size(None)
+
     def finish(self):
         """Writes the header, which holds the checksums."""
-        self.writer.finish(self._metadata(self.weights, len(self.checksums), self.checksums))
+        tight = self.entropy is not None  # there is room for codes that turned out not to pay
+        self.writer.finish(self._metadata(self.weights, len(self.checksums), self.checksums), tight)
 
 
 def parts_of_planned(planned, entropy):
@@ -176,15 +201,16 @@ def _json(data):
     return json.dumps(data, separators=(",", ":"))
 
 
-def smallest(clustered, entropy):
-    """(entropy code used or None, part -> tensor): Huffman-coded where that is asked for and smaller than packed."""
+def smallest(clustered, entropy, described=0):
+    """(entropy code used or None, part -> tensor): Huffman-coded where that is asked for and smaller than packed, with
+    the bytes that describe the code, and those that fill up data and header."""
     parts = {part: tensor.cpu() for part, tensor in clustered.parts().items()}
     clustered = clustered._replace(codes=clustered.codes.cpu())
     if entropy == "huffman":
         lengths = huffman.code_lengths(clustered.counts().tolist())
         stream, sizes = huffman.encode(clustered.unpacked().codes, lengths)
         packed = clustered.form.groups(clustered.shape, clustered.form.bits).nbytes
-        if len(stream) + len(lengths) + sizes.nbytes < packed:
+        if len(stream) + len(lengths) + sizes.nbytes + (described and described + 24) < packed:
             lengths = torch.tensor(lengths, dtype=torch.uint8)
             return entropy, parts | {"codes": stream, "lengths": lengths, "blocks": sizes}
     return None, parts | {"codes": clustered.packed().codes}

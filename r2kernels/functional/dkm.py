@@ -12,6 +12,7 @@ import torch
 from .. import ops
 from ..lists import carve_gradients
 from ..reference import checks, parameters
+from ..reference.zeros import zeros_of
 
 
 class _DifferentiableKMeans(torch.autograd.Function):
@@ -20,7 +21,7 @@ class _DifferentiableKMeans(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        iterations, metric, gradient, clusters, tol, max_passes, d, layout, tau, *rest = inputs
+        iterations, metric, gradient, pinned, clusters, tol, max_passes, d, layout, tau, *rest = inputs
         count = len(clusters)
         given, weights = rest[:count], rest[count:]
         start = parameters.padded(given, d)
@@ -33,9 +34,9 @@ class _DifferentiableKMeans(torch.autograd.Function):
             iterations = max(int(passes), 1) if gradient == "unrolled" else 1
             if gradient == "unrolled":
                 start = parameters.padded(given, d) if d > 1 else _sorted(parameters.padded(given, d), clusters)[0]
-        buffers, history, moments = ops.dkm.fwd(weights, start, iterations, *problem)
+        buffers, history, moments = ops.dkm.fwd(weights, start, iterations, pinned, *problem)
         ctx.save_for_backward(tau, history, moments, order, *weights)
-        ctx.call = clusters, metric, gradient, d, layout
+        ctx.call = clusters, metric, gradient, pinned, d, layout
         ctx.shapes = [c.shape for c in given]
         ctx.backend = ops.backend_of_forward()
         ctx.set_materialize_grads(False)
@@ -44,19 +45,19 @@ class _DifferentiableKMeans(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         tau, history, moments, order, *weights = ctx.saved_tensors
-        clusters, metric, gradient, d, layout = ctx.call
+        clusters, metric, gradient, pinned, d, layout = ctx.call
         count = len(weights)
         gs = [torch.zeros_like(w) if g is None else g for g, w in zip(grads[:count], weights, strict=True)]
         gc = [history.new_zeros(shape) if g is None else g for g, shape in zip(grads[count:], ctx.shapes, strict=True)]
         upstream = parameters.padded(gc, d)
         if order is not None:
             upstream = upstream.gather(1, order)
-        needed = ctx.needs_input_grad[9:]
-        args = upstream, weights, gs, history, moments, gradient, any(needed[:count]), tau, clusters, metric, d, layout
+        needed, problem = ctx.needs_input_grad[10:], (tau, clusters, metric, d, layout)
+        args = upstream, weights, gs, history, moments, gradient, any(needed[:count]), pinned, *problem
         buffers, first = ops.backward(ctx.backend, ops.dkm.bwd, *args)
         centroid_gradients = _restored(first, order, ctx.shapes) if gradient == "unrolled" else [None] * count
         gradients = [*centroid_gradients, *carve_gradients(buffers, weights, d, layout)]
-        return *[None] * 9, *[g if need else None for g, need in zip(gradients, needed, strict=True)]
+        return *[None] * 10, *[g if need else None for g, need in zip(gradients, needed, strict=True)]
 
 
 def _sorted(c, clusters):
@@ -88,6 +89,7 @@ def dkm(
     layout="output",
     tol=None,
     max_passes=100,
+    preserve_zeros=False,
 ):
     """(W_hat, centroids) of differentiable k-means (Cho et al. 2022, DKM, arXiv 2108.12659); for a sequence two lists.
 
@@ -115,6 +117,9 @@ def dkm(
     gradient: "unrolled" through all iterations; "last" through the last one only; "implicit" that of the fixed point,
     (I - J)^T lambda = u, exact where the iteration has converged, in memory and time that do not depend on the
     iterations. The last two give `centroids` no gradient.
+    preserve_zeros: zeros of W (for cluster_dim=d: rows of d zeros) are zeros of W_hat, without gradient. Centroids that
+    are 0 stay exactly 0 in every iteration, without gradient, and for d = 1 none crosses 0; of `kmeans` with the same
+    option one is 0. Not for "converge" and "implicit".
 
     TypeError or ValueError names the argument that is wrong. NaN in W, or an invalid value in a tensor, gives NaN. More
     clusters than rows: a warning.
@@ -123,11 +128,17 @@ def dkm(
     given, clusters = checks.centroids(centroids, ws, single, cluster_dim)
     tau = parameters.temperature(tau, ws, single)
     checks.dkm_options(iterations, metric, gradient, tol, max_passes)
+    checks.preserved(preserve_zeros, iterations, gradient)
+    zeros = [zeros_of(w.detach(), cluster_dim, layout) for w in ws] if preserve_zeros else None
+    if preserve_zeros:  # so that these get no gradient through the centroids either
+        ws = [w.masked_fill(z, 0) for w, z in zip(ws, zeros, strict=True)]
     limit = parameters.tolerance(tol, [w.detach() for w in ws]) if iterations == "converge" else None
     results = _DifferentiableKMeans.apply(
-        iterations, metric, gradient, clusters, limit, max_passes, cluster_dim, layout, tau, *given, *ws
+        iterations, metric, gradient, preserve_zeros, clusters, limit, max_passes, cluster_dim, layout, tau, *given, *ws
     )
     outputs, fresh = list(results[: len(ws)]), list(results[len(ws) :])
+    if preserve_zeros:
+        outputs = [hat.masked_fill(z, 0) for hat, z in zip(outputs, zeros, strict=True)]
     return (outputs[0], fresh[0]) if single else (outputs, fresh)
 
 

@@ -5,9 +5,10 @@ from ..algorithms.kmeans import fit
 from ..backends import serving
 from ..reference import checks, parameters
 from ..reference.columns import columns
+from ..reference.zeros import anchored, with_zero
 
 
-def kmeans(W, clusters, *, cluster_dim=1, layout="output", weight=None, max_iter=100):
+def kmeans(W, clusters, *, cluster_dim=1, layout="output", weight=None, max_iter=100, preserve_zeros=False):
     """The K = `clusters` centroids c that (locally) minimise sum_i weight_i min_k |x_i - c_k|^2 over the rows x_i of
     W, without gradient.
 
@@ -24,6 +25,10 @@ def kmeans(W, clusters, *, cluster_dim=1, layout="output", weight=None, max_iter
     empty takes the row farthest from its centroid. Lloyd ends when no row changes its cluster, or after `max_iter`
     rounds.
 
+    preserve_zeros: one centroid is exactly 0 and the K - 1 others (K >= 2) fit the rows that are not, so that zeros of
+    W (of rows of d: rows of d zeros) are zeros of what is looked up. Other rows to which 0 is nearest take it as well:
+    the inertia is the least with a centroid there.
+
     The same bits in every run and for any number of threads. A NaN or an infinity anywhere in W gives NaN centroids.
     With more clusters than distinct rows, centroids are repeated (d = 1: the largest); more clusters than rows warn.
     Values are read back to the host: this is for setting up, not for a training step.
@@ -34,12 +39,16 @@ def kmeans(W, clusters, *, cluster_dim=1, layout="output", weight=None, max_iter
     ws, single = checks.weights(W, cluster_dim, layout)
     checks.count("max_iter", max_iter)
     counts, masses = checks.clusters(clusters, ws, single), parameters.masses(weight, ws, single, cluster_dim)
+    checks.clusters_with_zero(preserve_zeros, counts)
     pieces = {} if serving(ws[0].device) == "reference" else _pieces()
     found = []
     for i, (w, count, mass) in enumerate(zip(ws, counts, masses, strict=True)):
         rows = columns(w.detach(), cluster_dim, layout).t().contiguous()
         checks.warn_of_repeated_centroids(count, rows, mass, "W" if single else f"W[{i}]", stacklevel=2)
-        found.append(fit(rows, count, mass, max_iter, **pieces))
+        if preserve_zeros:
+            rows, mass = anchored(rows, mass)
+        c = fit(rows, count, mass, max_iter, **pieces)
+        found.append(with_zero(c.reshape(count, -1)).reshape(c.shape) if preserve_zeros else c)
     return found[0] if single else found
 
 

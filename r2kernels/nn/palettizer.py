@@ -1,109 +1,23 @@
 """Train a model through DKM: every weight a soft mixture of a few centroids, then hard codes."""
 
+import math
 import warnings
-from typing import NamedTuple
+from collections import defaultdict
 
 import torch
 from torch import nn
 
-from ..files.clustered import (
-    LUT_DTYPES,
-    Clustered,
-    Form,
-    along_channels,
-    assembled,
-    channel_scales,
-    divided,
-    quantized_lut,
-)
+from ..files.clustered import Clustered, Form, assembled, different, divided, joined, quantized_lut
 from ..functional.dkm import assign, dkm
-from ..functional.kmeans import kmeans
-from ..reference import checks
 from ..reference.columns import accumulator
+from ..reference.zeros import with_zero, zeros_of
 from .attach import Attached
+from .clustering import ClusteringOptions, few_rows, fitted, form_of, lost, spacing, spare_and_error, with_zeros_kept
 from .layers import layers_of
 
-# tau="auto": this part of the distance of neighbouring centroids (for "sqeuclidean" squared). In the demo's five
-# palettes and four trainings 0.25 leaves a soft-to-hard gap of 25 % and loses up to 40 points, 0.02 hardly lets a
-# weight change its centroid.
-SOFT = 0.1
-
-
-class ClusteringOptions(NamedTuple):
-    """How a layer is clustered; the fields are the arguments of `Palettizer`."""
-
-    bits: int
-    cluster_dim: int = 1
-    layout: str = "output"
-    tau: object = "auto"
-    iterations: int | str = 5
-    metric: str = "euclidean"
-    gradient: str = "unrolled"
-    group_size: int | None = None
-    per_channel_scale: bool = False
-    lut_dtype: str = "fp32"
-
-    def checked(self, name):
-        """These options, or an error that says which of them is not allowed for layer `name`."""
-        for option, value, least, most in (
-            ("bits", self.bits, 1, 8),
-            ("cluster_dim", self.cluster_dim, 1, None),
-            ("group_size", self.group_size, 1, None),
-        ):
-            if option == "group_size" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{option} of {name} must be an int, got {value!r}")
-            if value < least or (most and value > most):
-                raise ValueError(
-                    f"{option} of {name} must be an int {f'in {least}..{most}' if most else f'>= {least}'}, got {value}"
-                )
-        if self.layout not in checks.LAYOUTS:
-            raise ValueError(f"layout of {name} must be one of {checks.LAYOUTS}, got {self.layout!r}")
-        if self.lut_dtype not in LUT_DTYPES:
-            raise ValueError(f"lut_dtype of {name} must be one of {tuple(LUT_DTYPES)}, got {self.lut_dtype!r}")
-        if not isinstance(self.per_channel_scale, bool):
-            raise TypeError(f"per_channel_scale of {name} must be True or False, got {self.per_channel_scale!r}")
-        checks.dkm_options(self.iterations, self.metric, self.gradient, None, 1)
-        if self.tau != "auto" and not callable(self.tau):
-            values = self.tau if isinstance(self.tau, (tuple, list)) else (self.tau,)
-            if len(values) not in (1, 3):
-                raise ValueError(
-                    f'tau of {name} must be "auto", a number, (start, end, steps) or a function of the step, '
-                    f"got {self.tau!r}"
-                )
-            for value in values:
-                checks.number(f"tau of {name}", value, "a finite number > 0", lambda v: 0 < v < float("inf"))
-        return self
-
-    def temperature(self, step, centroids):
-        """tau of every group (G,) after `step` steps, for centroids (G, K, d)."""
-        if self.tau == "auto":
-            return _spacing(centroids, self.metric) * SOFT ** (2 if self.metric == "sqeuclidean" else 1)
-        if callable(self.tau):
-            value = checks.number("tau(step)", self.tau(step), "a finite number > 0", lambda v: 0 < v < float("inf"))
-        elif isinstance(self.tau, (tuple, list)):
-            first, last, steps = self.tau
-            value = first * (last / first) ** min(step / steps, 1.0)
-        else:
-            value = self.tau
-        return torch.full((len(centroids),), float(value), dtype=centroids.dtype, device=centroids.device)
-
-
-def _spacing(centroids, metric):
-    """(G,) mean distance of a centroid to the nearest other one, or its square; 1 where all are equal."""
-    if centroids.shape[1] == 1:
-        return torch.ones_like(centroids[:, 0, 0])
-    if centroids.shape[2] == 1:
-        gaps = centroids[..., 0].sort(1).values.diff(dim=1)
-        nearest = torch.minimum(torch.cat([gaps[:, :1], gaps], 1), torch.cat([gaps, gaps[:, -1:]], 1))
-    else:  # of differences: cdist's product of matrices errs by more than small distances
-        D = torch.cdist(centroids, centroids, compute_mode="donot_use_mm_for_euclid_dist")
-        itself = torch.eye(D.shape[-1], dtype=torch.bool, device=D.device)
-        nearest = D.masked_fill(itself, torch.inf).amin(-1)
-    mean = nearest.mean(-1)
-    mean = torch.where((mean > 0) & mean.isfinite(), mean, 1)
-    return mean.square() if metric == "sqeuclidean" else mean
+CHECKED = 64  # steps between two searches for spare centroids; before these at every power of two
+SPARE = 16  # centroids for each spare one from which on a group starts anew
+SQUARED = 1e-16, 1e16  # distances of centroids whose squares float32 holds
 
 
 class Palettizer(Attached):
@@ -128,18 +42,28 @@ class Palettizer(Attached):
     tau: a number; (start, end, steps), geometric from soft to hard; a function of the step; or "auto": a tenth of the
         mean distance of neighbouring centroids (for "sqeuclidean" squared), followed as they move.
     group_size: output channels that share centroids (None: all).
-    per_channel_scale: each output channel is divided by its max|W| first.
+    per_channel_scale: each output channel is divided by its max|W| first; a channel of zeros stays zero.
     lut_dtype: "fp32", "fp16" or "int8" (with one scale per group): how centroids are stored; training sees the rounding
-        of the nearest centroid (straight-through).
+        of the nearest centroid (straight-through). Warns where a quarter of the values of a table is lost.
+    preserve_zeros: zeros of a weight stay 0, soft and hard, and have no gradient; one centroid is always exactly 0, and
+        other weights may take it too. Of rows of `cluster_dim` those stay that are 0 as a whole; a warning counts the
+        other zeros. On by itself for pruned weights and for embeddings whose padding row is 0.
     include, exclude: as in `select_weights`; embeddings and recurrent weights are there without.
     overrides: name pattern (of the parameter or its module) -> dict of options, or "skip"; of several that match the
         last one counts.
     replace: removes what is attached to the same weights already, which else is an error.
 
+    A group whose weights have fewer different values than there are centroids, as in a layer that starts at 0, runs on
+    its dense weights, which are those values (its temperature is inf). `step()` number 1, 2, 4, ..., 64, 128, 192, ...
+    looks for centroids that no weight is nearest to or that coincide; a group with one (of more than 16 centroids: a
+    sixteenth) that is not exact starts anew from `kmeans`. A step that would make a centroid NaN or infinite leaves
+    those of its group as they are, and warns once: on a GPU at the next step of that series, where alone values are
+    read.
+
     Hard weights are made anew in every forward in eval(), from the weights and centroids as they are then; inside
     `with palettizer.frozen():` once. Backward in eval() gives the dense weights the gradient of the hard ones. A
     submodule in eval() runs on hard weights inside a model in train(). TypeError or ValueError names the option and
-    the layer.
+    the layer, also of a weight that is not finite.
     """
 
     def __init__(
@@ -156,6 +80,7 @@ class Palettizer(Attached):
         group_size=None,
         per_channel_scale=False,
         lut_dtype="fp32",
+        preserve_zeros=False,
         include=None,
         exclude=None,
         overrides=None,
@@ -163,7 +88,17 @@ class Palettizer(Attached):
     ):
         super().__init__()
         usual = ClusteringOptions(
-            bits, cluster_dim, layout, tau, iterations, metric, gradient, group_size, per_channel_scale, lut_dtype
+            bits,
+            cluster_dim,
+            layout,
+            tau,
+            iterations,
+            metric,
+            gradient,
+            group_size,
+            per_channel_scale,
+            lut_dtype,
+            preserve_zeros,
         ).checked("the model")
         layers = _layers(model, usual, overrides, include, exclude)
         self.centroids, self.taus = nn.Module(), nn.Module()
@@ -172,51 +107,89 @@ class Palettizer(Attached):
         with torch.no_grad():
             for layer in layers:
                 o = layer.options
-                found = kmeans(self._pieces(layer), 2**o.bits, cluster_dim=o.cluster_dim, layout=o.layout)
-                centroids = torch.stack(found).reshape(len(found), -1, o.cluster_dim)
+                form = form_of(layer)
+                centroids = fitted(divided(layer.weight(), form)[0], form, o.preserve_zeros)
+                if not centroids.isfinite().all():
+                    raise ValueError(f"{layer.name} has a NaN or an infinity; only finite weights can be clustered")
                 self.centroids.register_buffer(layer.key, centroids)
-                self.taus.register_buffer(layer.key, o.temperature(0, centroids))
+                waits = different(centroids) < centroids.shape[1]
+                self.taus.register_buffer(layer.key, o.temperature(0, centroids).masked_fill(waits, torch.inf))
         self._fresh = {}
+        self._waiting, self._wide, self._sound, self._told = {}, {}, {}, set()
+        self._read(layers)
         self._attach(model, layers, replace=replace)
+        self.register_load_state_dict_post_hook(_loaded)
 
-    @staticmethod
-    def _pieces(layer):
-        """The groups of a weight, scaled, as `dkm` takes them."""
-        return divided(layer.weight(), layer.options)[0]
+    @torch.no_grad()
+    def _read(self, layers):
+        """Reads what the Python code has to know of the centroids of some layers, and warns once of what they lose."""
+        for layer in layers:
+            c, tau, o = self.centroids._buffers[layer.key], self.taus._buffers[layer.key], layer.options
+            gaps = spacing(c.double(), "euclidean").tolist()
+            squares = accumulator(layer.weight().dtype) == torch.float32 and (
+                o.metric == "sqeuclidean" or o.cluster_dim > 1
+            )
+            self._waiting[layer.key] = frozenset(tau.isinf().nonzero()[:, 0].tolist())
+            self._wide[layer.key] = squares and not SQUARED[0] <= min(gaps) <= max(gaps) <= SQUARED[1]
+            if layer.name in self._told:
+                continue
+            w = layer.weight()
+            texts = lost(w, form_of(layer), c, o.preserve_zeros)
+            texts += ["it is 0 everywhere, and preserve_zeros keeps it so"] * (o.preserve_zeros and not w.any())
+            for text in texts:
+                self._told.add(layer.name)
+                warnings.warn(f"{layer.name}: {text}", stacklevel=4)
 
     def _centroids(self, layer):
         """(G, K, d), as precise as the weight asks for: `model.double()` does not convert them."""
         return self.centroids._buffers[layer.key].to(accumulator(layer.weight().dtype))
 
-    def _whole(self, layer, pieces):
-        """A weight made of the numbers of its groups."""
-        w = layer.weight()
-        out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        return out * along_channels(channel_scales(w), w.dim()) if layer.options.per_channel_scale else out
-
     def _soft(self, layers):
         """[(W_hat, new centroids (G, K, d))] of some layers: one batch for all that share their options."""
-        batches, results = {}, {}
+        batches, results = defaultdict(list), {}
         for layer in layers:
-            o, w = layer.options, layer.weight()
-            key = (w.dtype, w.device, o.cluster_dim, o.layout, o.iterations, o.metric, o.gradient)
-            batches.setdefault(key, []).append(layer)
-        for (_, _, d, layout, iterations, metric, gradient), some in batches.items():
-            pieces = [self._pieces(layer) for layer in some]
-            starts = [c.squeeze(-1) if d == 1 else c for layer in some for c in self._centroids(layer).unbind()]
-            tau = torch.cat([self.taus._buffers[layer.key] for layer in some])
-            flat = [p for group in pieces for p in group]
-            hats, moved = dkm(
-                flat, starts, tau, iterations=iterations, metric=metric, gradient=gradient, cluster_dim=d, layout=layout
-            )
-            at = 0
-            for layer, group in zip(some, pieces, strict=True):
-                mine, c = hats[at : at + len(group)], [c.reshape(-1, d) for c in moved[at : at + len(group)]]
-                at += len(group)
+            w, o, wide = layer.weight(), layer.options, self._wide[layer.key]
+            same = o.cluster_dim, o.layout, o.iterations, o.metric, o.gradient, o.preserve_zeros
+            batches[w.dtype, w.device, wide, same].append((layer, w, *divided(w, form_of(layer))))
+        for some in batches.values():
+            for (layer, w, pieces, scales), (hats, c) in zip(some, self._mixtures(some), strict=True):
                 if layer.options.lut_dtype != "fp32":
-                    mine = [self._rounded(h, p, c_, layer.options) for h, p, c_ in zip(mine, group, c, strict=True)]
-                results[layer.name] = self._whole(layer, mine), torch.stack(c).detach()
+                    hats = [self._rounded(h, p, c_, layer.options) for h, p, c_ in zip(hats, pieces, c, strict=True)]
+                results[layer.name] = joined(hats, w, form_of(layer), scales), torch.stack(c).detach()
         return [results[layer.name] for layer in layers]
+
+    def _mixtures(self, some):
+        """([W_hat], [new centroids]) of the groups of each (layer, weight, groups, scales), all of the same options."""
+        o, d = some[0][0].options, some[0][0].options.cluster_dim
+        found, flat, starts, taus, places = [], [], [], [], []
+        for layer, _, pieces, _ in some:
+            centroids, waiting = self._centroids(layer).unbind(), self._waiting[layer.key]
+            live = [g for g in range(len(pieces)) if g not in waiting]
+            if waiting and o.preserve_zeros:
+                pieces = [p.masked_fill(zeros_of(p.detach(), d, o.layout), 0) for p in pieces]
+            found.append((list(pieces), list(centroids)))
+            flat += [pieces[g] for g in live]
+            starts += [centroids[g].squeeze(-1) if d == 1 else centroids[g] for g in live]
+            taus.append(self.taus._buffers[layer.key][live] if waiting else self.taus._buffers[layer.key])
+            places += [(found[-1], g) for g in live]
+        if not places:
+            return found
+        if self._wide[some[0][0].key]:
+            flat, starts = [p.double() for p in flat], [c.double() for c in starts]
+        hats, moved = dkm(
+            flat,
+            starts,
+            torch.cat(taus),
+            iterations=o.iterations,
+            metric=o.metric,
+            gradient=o.gradient,
+            cluster_dim=d,
+            layout=o.layout,
+            preserve_zeros=o.preserve_zeros,
+        )
+        for ((weights, centroids), g), hat, c in zip(places, hats, moved, strict=True):
+            weights[g], centroids[g] = hat.to(weights[g].dtype), c.reshape(-1, d).to(centroids[g].dtype)
+        return found
 
     @staticmethod
     def _rounded(hat, w, c, o):
@@ -234,7 +207,7 @@ class Palettizer(Attached):
         return {layer.name: self._clustered(layer) for layer in self.layers}
 
     def _clustered(self, layer):
-        return Clustered.of(layer.weight(), self._centroids(layer), layer.options)
+        return Clustered.of(layer.weight(), self._centroids(layer), form_of(layer))
 
     @torch.no_grad()
     def _hard(self, layers):
@@ -254,24 +227,81 @@ class Palettizer(Attached):
         """
         self._count += 1
         self.steps.fill_(self._count)
-        for layer in self.layers:
-            if layer.name in self._fresh:
-                self.centroids._buffers[layer.key].copy_(self._fresh[layer.name])
+        self._adopt([layer for layer in self.layers if layer.name in self._fresh])
         self._forget()
+        due = self._count & (self._count - 1) == 0 or self._count % CHECKED == 0
+        if due or self.steps.device.type == "cpu":
+            self._warn_of_unsound()
+        if due:
+            for layer in self.layers:
+                self._renew(layer)
         self._warm_up()
+        if due:
+            self._read(self.layers)
+
+    def _adopt(self, layers):
+        """New centroids, but for groups where they are not finite."""
+        batches = defaultdict(list)
+        for layer in layers:
+            old, new = self.centroids._buffers[layer.key], self._fresh[layer.name]
+            batches[new.shape[1:], new.dtype, old.dtype, new.device].append((layer, old, new))
+        for some in batches.values():
+            of, old, new = zip(*some, strict=True)
+            groups = [len(c) for c in old]
+            joint = torch.cat(new)
+            sound = joint.isfinite().flatten(1).all(1)
+            joint = torch.where(sound[:, None, None], joint, torch.cat(old).to(joint.dtype))
+            torch._foreach_copy_(list(old), list(joint.split(groups)))
+            names = tuple(layer.name for layer, count in zip(of, groups, strict=True) for _ in range(count))
+            self._sound[names] = sound & self._sound[names] if names in self._sound else sound
+
+    def _warn_of_unsound(self):
+        """Says once of a layer that its centroids were left as they were."""
+        for names, sound in self._sound.items():
+            for name in dict.fromkeys(n for n, fine in zip(names, sound.tolist(), strict=True) if not fine):
+                if (name, "step") not in self._told:
+                    self._told.add((name, "step"))
+                    warnings.warn(f"{name} is not finite; its centroids stay as they are", stacklevel=4)
+        self._sound = {}
+
+    def _renew(self, layer):
+        """Starts groups anew that have spare centroids, and finds those that wait until their weights differ."""
+        w, form, c, key = layer.weight(), form_of(layer), self.centroids._buffers[layer.key], layer.key
+        found, most = spare_and_error(w, form, self._centroids(layer)), max(2**form.bits // SPARE, 1)
+        anew = [
+            g
+            for g, (spare, error) in enumerate(found)
+            if 0 < error < torch.inf and (spare >= most or g in self._waiting[key])
+        ]
+        waiting = {g for g, (spare, error) in enumerate(found) if error == 0 and spare}
+        if anew:
+            pieces = divided(w, form)[0]
+            c[anew] = fitted([pieces[g] for g in anew], form, layer.options.preserve_zeros).to(c.dtype)
+            waiting |= {anew[i] for i in (different(c[anew]) < c.shape[1]).nonzero()[:, 0].tolist()}
+        self._waiting[key] = frozenset(waiting)
 
     def _warm_up(self):
+        batches = defaultdict(list)
         for layer in self.layers:
-            self.taus._buffers[layer.key].copy_(
-                layer.options.temperature(self._count, self.centroids._buffers[layer.key])
-            )
+            c, o = self.centroids._buffers[layer.key], layer.options
+            tau = o.tau if o.tau == "auto" else id(o.tau)
+            batches[c.shape[1:], c.dtype, c.device, o.metric, tau].append(layer)
+        for some in batches.values():
+            centroids = [self.centroids._buffers[layer.key] for layer in some]
+            tau = some[0].options.temperature(self._count, torch.cat(centroids))
+            taus = [self.taus._buffers[layer.key] for layer in some]
+            torch._foreach_copy_(taus, list(tau.split([len(c) for c in centroids])))
+        for key, waiting in self._waiting.items():
+            if waiting:
+                self.taus._buffers[key][list(waiting)] = torch.inf
 
     @torch.no_grad()
     def gap(self):
         """name -> ||W_soft - W_hard|| / ||W||: what a layer loses when it is snapped to its centroids."""
         gaps = {}
         for layer, (hat, _), hard in zip(self.layers, self._soft(self.layers), self._hard(self.layers), strict=True):
-            gaps[layer.name] = ((hat - hard).double().norm() / layer.weight().double().norm()).item()
+            error, norm = ((hat - hard).double().norm().item(), layer.weight().double().norm().item())
+            gaps[layer.name] = error / norm if norm else error and math.inf
         return gaps
 
     def sizes(self):
@@ -294,17 +324,25 @@ class Palettizer(Attached):
         return f"layers={len(self.layers)}, steps={self._count}"
 
 
+def _loaded(palettizer, _):
+    """After `load_state_dict`."""
+    for layer in palettizer.layers:
+        if layer.options.preserve_zeros:
+            c = palettizer.centroids._buffers[layer.key]
+            c.copy_(with_zero(c))
+    palettizer._read(palettizer.layers)
+
+
 def _layers(model, usual, overrides, include, exclude):
     """The layers to cluster, with their options."""
     layers = []
     for layer in layers_of(model, usual, overrides, include, exclude, embeddings=True, stacklevel=5):
-        p, options = layer.weight(), layer.options
-        rows = min(len(p), options.group_size or len(p)) * (p.numel() // len(p)) // options.cluster_dim
-        if rows < 2**options.bits:
+        rows, options = few_rows(layer.weight().shape, form_of(layer)), layer.options
+        if rows is None:
+            layers.append(with_zeros_kept(layer))
+        else:
             few = f"{rows} rows of {options.cluster_dim} for {2**options.bits} centroids"
             warnings.warn(f"{layer.name} stays dense: it has {few}", stacklevel=3)
-        else:
-            layers.append(layer)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no weight left to cluster")
     return layers

@@ -181,6 +181,25 @@ def dkm_options(iterations, metric, gradient, tol, max_passes):
         number("tol", tol, "a finite number > 0", lambda v: 0 < v < math.inf)
 
 
+def preserved(preserve_zeros, iterations, gradient):
+    """ValueError or TypeError for a `preserve_zeros` of `dkm` that is not allowed."""
+    if not isinstance(preserve_zeros, bool):
+        raise TypeError(f"preserve_zeros must be True or False, got {preserve_zeros!r}")
+    if preserve_zeros and (iterations == "converge" or gradient == "implicit"):
+        raise ValueError(
+            "preserve_zeros=True needs a number of iterations and gradient='unrolled' or 'last', got "
+            f"iterations={iterations!r}, gradient={gradient!r}: the fixed point is that of free centroids"
+        )
+
+
+def clusters_with_zero(preserve_zeros, counts):
+    """ValueError or TypeError for a `preserve_zeros` of `kmeans` that is not allowed."""
+    if not isinstance(preserve_zeros, bool):
+        raise TypeError(f"preserve_zeros must be True or False, got {preserve_zeros!r}")
+    if preserve_zeros and min(counts) < 2:
+        raise ValueError("clusters must be >= 2 with preserve_zeros=True, of which one is 0, got 1")
+
+
 def bit_width(bits, name="bits"):
     """An int in 1..8, or an error that names it."""
     if isinstance(bits, bool) or not isinstance(bits, int):

@@ -13,6 +13,7 @@ import torch
 
 from . import checks, parameters
 from .columns import columns, from_columns
+from .zeros import zeros_of
 
 
 def distance(x, c, metric):
@@ -36,6 +37,12 @@ def iterate(x, c, tau, metric):
     S = a.sum(0)
     empty = (S == 0)[:, None]
     return a, S, torch.where(empty, c.detach(), a.t() @ x / torch.where(empty, 1, S[:, None]))
+
+
+def pinned(new, c):
+    """The new centroids of an iteration from c, where those that are 0 stay 0, and for scalars none crosses 0."""
+    stopped = new.sign() != c.sign() if c.shape[1] == 1 else (c == 0).all(1, keepdim=True)
+    return new.masked_fill(stopped & (new == new), 0)
 
 
 def slope(x, c, metric):
@@ -190,21 +197,27 @@ def dkm(
     layout="output",
     tol=None,
     max_passes=100,
+    preserve_zeros=False,
 ):
     ws, single = checks.weights(W, cluster_dim, layout)
     centroids, clusters = checks.centroids(centroids, ws, single, cluster_dim)
     tau = parameters.temperature(tau, ws, single)
     checks.dkm_options(iterations, metric, gradient, tol, max_passes)
+    checks.preserved(preserve_zeros, iterations, gradient)
     outputs, fresh = [], []
     for i, (w, c0) in enumerate(zip(ws, centroids, strict=True)):
+        zeros = zeros_of(w.detach(), cluster_dim, layout) if preserve_zeros else None
+        w = w.masked_fill(zeros, 0) if preserve_zeros else w  # no gradient through the centroids either
         x, c = columns(w, cluster_dim, layout).t(), c0.reshape(-1, cluster_dim)
         repeats = iterations
         if iterations == "converge":
             c_star, passes = _settled(x.detach(), c.detach(), tau[i], metric, tol, max_passes)
             repeats, c = (passes, c) if gradient == "unrolled" else (1, c_star)
-        last = _differentiable_start(x, c, tau[i], repeats, metric, gradient)
+        last = _differentiable_start(x, c, tau[i], repeats, metric, gradient, preserve_zeros)
         a, _, c = iterate(x, last, tau[i], metric)
-        outputs.append(DKM([w], tau, clusters, metric, cluster_dim, layout)._with_leftovers(a @ c, w, w))
+        c = pinned(c, last) if preserve_zeros else c
+        hat = DKM([w], tau, clusters, metric, cluster_dim, layout)._with_leftovers(a @ c, w, w)
+        outputs.append(hat.masked_fill(zeros, 0) if preserve_zeros else hat)
         fresh.append(c.reshape(c0.shape))
     return (outputs[0], fresh[0]) if single else (outputs, fresh)
 
@@ -227,10 +240,11 @@ def _settled(x, c, tau, metric, tol, max_passes):
     return c, max_passes
 
 
-def _differentiable_start(x, c, tau, iterations, metric, gradient):
+def _differentiable_start(x, c, tau, iterations, metric, gradient, preserve_zeros):
     """The centroids that the last iteration starts from, with the dependence on W and c that `gradient` grants them."""
     for _ in range(iterations - 1):
-        _, _, c = iterate(x, c, tau, metric)
+        new = iterate(x, c, tau, metric)[2]
+        c = pinned(new, c) if preserve_zeros else new
     if gradient == "unrolled":
         return c
     c = c.detach()

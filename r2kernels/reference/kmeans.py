@@ -8,23 +8,29 @@ import torch
 
 from . import checks, parameters
 from .columns import columns
+from .zeros import anchored, with_zero
 
 RESTARTS = 10
 
 
-def kmeans(W, clusters, *, cluster_dim=1, layout="output", weight=None, max_iter=100):
+def kmeans(W, clusters, *, cluster_dim=1, layout="output", weight=None, max_iter=100, preserve_zeros=False):
     ws, single = checks.weights(W, cluster_dim, layout)
     checks.count("max_iter", max_iter)
     counts, masses = checks.clusters(clusters, ws, single), parameters.masses(weight, ws, single, cluster_dim)
+    checks.clusters_with_zero(preserve_zeros, counts)
     found = []
     for i, (w, count, mass) in enumerate(zip(ws, counts, masses, strict=True)):
         rows = columns(w.detach(), cluster_dim, layout).t()
         checks.warn_of_repeated_centroids(count, rows, mass, "W" if single else f"W[{i}]", stacklevel=2)
-        found.append(fit(rows, count, mass, max_iter))
+        if preserve_zeros:
+            c = fit(*anchored(rows, mass), count, max_iter)
+            found.append(with_zero(c.reshape(count, -1)).reshape(c.shape))
+        else:
+            found.append(fit(rows, mass, count, max_iter))
     return found[0] if single else found
 
 
-def fit(rows, clusters, mass, max_iter):
+def fit(rows, mass, clusters, max_iter):
     """Centroids of the rows (N, d): (K,) in ascending order for d = 1, else (K, d)."""
     n, d = rows.shape
     if not rows.isfinite().all():

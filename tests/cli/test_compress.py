@@ -274,9 +274,12 @@ def test_a_full_disk(capsys, tmp_path, model, monkeypatch):
 
 def test_a_file_that_appears_meanwhile_is_kept(capsys, tmp_path, model, monkeypatch):
     original = compress.cluster
-    monkeypatch.setattr(
-        compress, "cluster", lambda *args: (tmp_path / "a.safetensors").write_text("mine") and original(*args)
-    )
+
+    def late(*args, **options):
+        (tmp_path / "a.safetensors").write_text("mine")
+        return original(*args, **options)
+
+    monkeypatch.setattr(compress, "cluster", late)
     assert_refused(
         command(capsys, "compress", model, "-o", tmp_path / "a.safetensors", "--bits", 2), "a.safetensors: File exists"
     )
@@ -284,7 +287,7 @@ def test_a_file_that_appears_meanwhile_is_kept(capsys, tmp_path, model, monkeypa
 
 
 def test_ctrl_c_leaves_nothing(capsys, tmp_path, model, monkeypatch):
-    def interrupted(*args):
+    def interrupted(*args, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(compress, "cluster", interrupted)

@@ -137,11 +137,12 @@ def test_opcheck(d, metric, device):
     c = torch.stack([start(4, d, seed=s, device=device).reshape(4, d) for s in range(2)]).float().sort(1).values
     c[1, 3] = 0
     problem = torch.tensor([0.5, 0.4], device=device), (4, 3), metric, d, "output"
-    torch.library.opcheck(ops.op["dkm_fwd"], (ws, c, 3, *problem))
-    buffers, history, moments = ops.op["dkm_fwd"](ws, c, 3, *problem)
+    torch.library.opcheck(ops.op["dkm_fwd"], (ws, c, 3, True, *problem))
+    buffers, history, moments = ops.op["dkm_fwd"](ws, c, 3, False, *problem)
     for gradient in ("unrolled", "last", "implicit"):
         torch.library.opcheck(
-            ops.op["dkm_bwd"], (c, ws, [torch.ones_like(w) for w in ws], history, moments, gradient, True, *problem)
+            ops.op["dkm_bwd"],
+            (c, ws, [torch.ones_like(w) for w in ws], history, moments, gradient, True, False, *problem),
         )
     torch.library.opcheck(
         ops.op["dkm_solve"], (ws, c, torch.tensor([1e-3, 1e-3], dtype=torch.float64, device=device), 50, True, *problem)

@@ -30,7 +30,7 @@ def small(tmp_path_factory):
         "a": Clustered.of(
             draw(5, 7).half(), torch.linspace(-1, 1, 16).reshape(2, 4, 2), Form(2, 2, "output", 3, True, "int8")
         ),
-        "h": Clustered.of(draw(40, 20), torch.linspace(-15, 15, 8).reshape(1, 8, 1), Form(3)),
+        "h": Clustered.of(draw(40, 40), torch.linspace(-15, 15, 8).reshape(1, 8, 1), Form(3)),
     }
     state = {name: c.decoded() for name, c in made.items()}
     save_clustered(

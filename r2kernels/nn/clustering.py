@@ -1,0 +1,170 @@
+"""How the layers of a Palettizer are clustered: options, temperatures, where centroids start and which are spare."""
+
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..files.clustered import LUT_DTYPES, Form, Geometry, divided, values_lost
+from ..functional.dkm import assign
+from ..functional.kmeans import kmeans
+from ..reference import checks
+from ..reference.columns import columns
+from ..reference.zeros import zeros_of
+
+# tau="auto": this part of the distance of neighbouring centroids (for "sqeuclidean" squared). In the demo's five
+# palettes and four trainings 0.25 leaves a soft-to-hard gap of 25 % and loses up to 40 points, 0.02 hardly lets a
+# weight change its centroid.
+SOFT = 0.1
+
+
+class ClusteringOptions(NamedTuple):
+    """How a layer is clustered; the fields are the arguments of `Palettizer`."""
+
+    bits: int
+    cluster_dim: int = 1
+    layout: str = "output"
+    tau: object = "auto"
+    iterations: int | str = 5
+    metric: str = "euclidean"
+    gradient: str = "unrolled"
+    group_size: int | None = None
+    per_channel_scale: bool = False
+    lut_dtype: str = "fp32"
+    preserve_zeros: bool = False
+
+    def checked(self, name):
+        """These options, or an error that says which of them is not allowed for layer `name`."""
+        for option, value, least, most in (
+            ("bits", self.bits, 1, 8),
+            ("cluster_dim", self.cluster_dim, 1, None),
+            ("group_size", self.group_size, 1, None),
+        ):
+            if option == "group_size" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{option} of {name} must be an int, got {value!r}")
+            if value < least or (most and value > most):
+                raise ValueError(
+                    f"{option} of {name} must be an int {f'in {least}..{most}' if most else f'>= {least}'}, got {value}"
+                )
+        if self.layout not in checks.LAYOUTS:
+            raise ValueError(f"layout of {name} must be one of {checks.LAYOUTS}, got {self.layout!r}")
+        if self.lut_dtype not in LUT_DTYPES:
+            raise ValueError(f"lut_dtype of {name} must be one of {tuple(LUT_DTYPES)}, got {self.lut_dtype!r}")
+        for option in ("per_channel_scale", "preserve_zeros"):
+            if not isinstance(getattr(self, option), bool):
+                raise TypeError(f"{option} of {name} must be True or False, got {getattr(self, option)!r}")
+        checks.dkm_options(self.iterations, self.metric, self.gradient, None, 1)
+        if self.preserve_zeros and (self.iterations == "converge" or self.gradient == "implicit"):
+            raise ValueError(
+                f"preserve_zeros of {name} (also of a pruned weight, or one with a padding row) needs a number of "
+                f'iterations and gradient="unrolled" or "last", got {self.iterations!r}, {self.gradient!r}'
+            )
+        if self.tau != "auto" and not callable(self.tau):
+            values = self.tau if isinstance(self.tau, (tuple, list)) else (self.tau,)
+            if len(values) not in (1, 3):
+                raise ValueError(
+                    f'tau of {name} must be "auto", a number, (start, end, steps) or a function of the step, '
+                    f"got {self.tau!r}"
+                )
+            for value in values:
+                checks.number(f"tau of {name}", value, "a finite number > 0", lambda v: 0 < v < float("inf"))
+        return self
+
+    def temperature(self, step, centroids):
+        """tau of every group (G,) after `step` steps, for centroids (G, K, d); float64, which holds squares of small
+        weights."""
+        if self.tau == "auto":
+            return spacing(centroids.double(), self.metric) * SOFT ** (2 if self.metric == "sqeuclidean" else 1)
+        if callable(self.tau):
+            value = checks.number("tau(step)", self.tau(step), "a finite number > 0", lambda v: 0 < v < float("inf"))
+        elif isinstance(self.tau, (tuple, list)):
+            first, last, steps = self.tau
+            value = first * (last / first) ** min(step / steps, 1.0)
+        else:
+            value = self.tau
+        return torch.full((len(centroids),), float(value), dtype=torch.float64, device=centroids.device)
+
+
+def spacing(centroids, metric):
+    """(G,) mean distance of a centroid to the nearest other one, or its square; 1 where all are equal."""
+    if centroids.shape[1] == 1:
+        return torch.ones_like(centroids[:, 0, 0])
+    if centroids.shape[2] == 1:
+        gaps = centroids[..., 0].sort(1).values.diff(dim=1)
+        nearest = torch.minimum(torch.cat([gaps[:, :1], gaps], 1), torch.cat([gaps, gaps[:, -1:]], 1))
+    else:  # of differences: cdist's product of matrices errs by more than small distances
+        D = torch.cdist(centroids, centroids, compute_mode="donot_use_mm_for_euclid_dist")
+        itself = torch.eye(D.shape[-1], dtype=torch.bool, device=D.device)
+        nearest = D.masked_fill(itself, torch.inf).amin(-1)
+    mean = nearest.mean(-1)
+    mean = torch.where((mean > 0) & mean.isfinite(), mean, 1)
+    return mean.square() if metric == "sqeuclidean" else mean
+
+
+def form_of(layer):
+    """How a layer's weight is stored. Each expert of a mixture is a group, unless `group_size` says otherwise."""
+    form = Form.of(layer.options)
+    return form._replace(group_size=form.group_size or 1) if layer.experts else form._replace(axis=layer.output_axis)
+
+
+def fitted(pieces, form, preserve_zeros=False):
+    """(groups, K, d) centroids of k-means of the groups of a weight; NaN where one has a NaN or an infinity."""
+    options = {"cluster_dim": form.cluster_dim, "layout": form.layout, "preserve_zeros": preserve_zeros}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "kmeans: .* centroids will be repeated")
+        return torch.stack(kmeans(pieces, 2**form.bits, **options)).reshape(len(pieces), -1, form.cluster_dim)
+
+
+def few_rows(shape, form):
+    """The fewest rows that a group of a weight of this shape has, where these are fewer than its centroids."""
+    geometry = Geometry(shape, form)
+    rows = min(geometry.each, geometry.each_of_last) if geometry.last and not geometry.each_of_last else geometry.each
+    return rows if rows < 2**form.bits else None
+
+
+def with_zeros_kept(layer):
+    """The layer with `preserve_zeros` where it is pruned, or an embedding with zeros for padding."""
+    w, options = layer.weight(), layer.options
+    if options.preserve_zeros or not (layer.is_pruned or _has_padding(layer, w)):
+        return layer
+    return layer._replace(options=options._replace(preserve_zeros=True).checked(layer.name))
+
+
+def _has_padding(layer, w):
+    tables = [p.module for p in layer.places if isinstance(p.module, (nn.Embedding, nn.EmbeddingBag))]
+    return bool(w.any()) and any(t.padding_idx is not None and not w[t.padding_idx].any() for t in tables)
+
+
+def lost(w, form, centroids, preserve_zeros):
+    """What is lost that the options promise, texts for warnings: values of the tables, zeros in rows with others."""
+    texts = [values_lost(centroids, form.lut_dtype)]
+    if preserve_zeros and form.cluster_dim > 1:
+        kept = sum(int(zeros_of(p, form.cluster_dim, form.layout).sum()) for p in divided(w.detach(), form)[0])
+        zeros = int((w == 0).sum())
+        if zeros > kept:
+            d = form.cluster_dim
+            texts.append(f"{zeros - kept} of its {zeros} zeros do not stay: they share a row of {d} with other weights")
+    return [text for text in texts if text]
+
+
+# a centroid this near to another, in units of the largest error, is no other one
+SAME = 1e-3
+
+
+def spare_and_error(w, form, centroids):
+    """For each group (how many centroids no row needs, the largest error); reads values on the host.
+
+    A centroid is spare that is nearest to no row, or where another one is.
+    """
+    d, found = form.cluster_dim, []
+    luts = [c[:, 0].contiguous() if d == 1 else c for c in centroids.unbind()]
+    pieces = divided(w, form)[0]
+    for piece, codes, c in zip(pieces, assign(pieces, luts, cluster_dim=d, layout=form.layout), centroids, strict=True):
+        error = (columns(piece, d, form.layout).t() - c[codes.long()]).abs().amax()
+        near = (c[:, None] - c).abs().amax(-1).le(SAME * error).tril(-1).any(1)
+        unused = torch.bincount(codes.long(), minlength=len(c)) == 0
+        found.append((int((near | unused).sum()), error.item()))
+    return found

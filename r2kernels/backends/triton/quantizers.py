@@ -15,7 +15,6 @@ from .quantizers_kernels import QUANTIZERS, correct_maxima
 from .skeletons import MERGE_LANES
 
 COLUMNS, LANES = 32, 16  # channels that a program merges, and chunks of each at a time; of one channel MERGE_LANES
-
 SHORT = 1024  # numbers in a channel that shares its program with others
 
 

@@ -128,6 +128,18 @@ def test_lsq_by_channel(axis, dtype, triton):
         both(triton, "lsq", [draw(2, 40, dtype=dtype)], step.repeat(20)[:40], 1, True, 1, "lsq")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("each", "columns"), [(1, (9,)), (5, (7, 2)), (16, (300, 1)), (128, (40, 33)), (700, (5,))])
+def test_lsq_by_short_channel(each, columns, dtype, triton):
+    """Several to a program, which may not fill the last one."""
+    xs = [draw(n, each, seed=n, dtype=dtype) for n in columns]
+    step = draw(sum(columns), seed=4, dtype=accumulator(dtype)).abs() + 0.05
+    step[0] = math.nan
+    for bits, kind in ((3, "lsq"), (1, "lsq"), (2, "ternary"), (2, "seq")):
+        both(triton, "lsq", xs, step, bits, True, 0, kind)
+    both(triton, "lsq", [xs[0].t()], step[: columns[0]], 3, False, 1, "lsq")
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_every_code_and_tie(dtype, triton):
     """Half-integers, and the numbers on either side of them"""

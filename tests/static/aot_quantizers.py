@@ -43,7 +43,7 @@ def compile_kernel(kernel, arguments, dtype, architecture, **options):
     signature, constants, divisible = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         kind = arguments.get(name, "i32")
-        if isinstance(kind, tuple) and kind[0] == "=":
+        if isinstance(kind, tuple) and kind[:1] == ("=",):
             signature[name], constants[name] = "constexpr", kind[1]
             continue
         signature[name] = tuple("constexpr" if k is None else k for k in kind) if isinstance(kind, tuple) else kind
@@ -99,6 +99,17 @@ def quantize_chunks(formula, dtype, place="WHOLE", aligned=True, target="FLAT", 
             UNROLL=unroll,
         ),
         **types(dtype, aligned),
+    }
+
+
+def quantize_columns(formula, dtype, each):
+    name, backward, _ = FORMULAS[formula]
+    block, unroll = chunks.tile_of_rows(DTYPES[dtype][1], reads=1 + backward)
+    width = triton.next_power_of_2(each)
+    return channels.quantize_columns, {
+        **quantize_chunks(formula, dtype)[1],
+        "p_gradients": ("*" + accumulator(dtype),) * (LEARNED[name] if backward else 0),
+        **constant(FINISH=quantizers.QUANTIZERS[name].finish, COLUMNS=block * unroll // width, EACH=each, WIDTH=width),
     }
 
 
@@ -237,17 +248,25 @@ def variants(everything):
                     {"place": "SPREAD"},
                 ):
                     yield quantize_chunks, formula, dtype, change
+            for formula in ("lsq_fwd", "lsq_bwd", "seq_bwd"):
+                yield quantize_columns, formula, dtype, {"each": 128}
+            yield quantize_columns, "lsq_bwd", dtype, {"each": 32}
         yield quantize_chunks, "lsq_bwd", "fp32", {"place": "HUGE"}
+        yield quantize_columns, "lsq_bwd", "fp32", {"each": 20}
 
 
 def check(make, op, dtype, change, architecture):
     kernel, arguments = make(op, dtype, **change)
     found = compile_kernel(
-        kernel, arguments, dtype, architecture, enable_fp_fusion=make not in (quantize_chunks, correct_maxima)
+        kernel,
+        arguments,
+        dtype,
+        architecture,
+        enable_fp_fusion=make not in (quantize_chunks, quantize_columns, correct_maxima),
     )
-    loop = found.main_loop()
+    loop = range(len(found.instructions)) if make is quantize_columns else found.main_loop()
     loads, stores = found.count("LDG", "128", loop), found.count("STG", "128", loop)
-    reads = 2 if make is quantize_chunks and not op.endswith("_fwd") else 1
+    reads = 2 if make in (quantize_chunks, quantize_columns) and not op.endswith("_fwd") else 1
     elements = loads * 16 // DTYPES[dtype][1] // reads
     return {
         "kernel": make.__name__,

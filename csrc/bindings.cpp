@@ -87,8 +87,9 @@ constexpr auto fields_of<Values> =
 template <>
 constexpr auto fields_of<Quantizer> = std::make_tuple(
     R2_FIELD(Quantizer, first), R2_FIELD(Quantizer, second), R2_FIELD(Quantizer, third), R2_FIELD(Quantizer, bits),
-    R2_FIELD(Quantizer, flag), R2_FIELD(Quantizer, grads), R2_FIELD(Quantizer, partial), R2_FIELD(Quantizer, target),
-    R2_FIELD(Quantizer, first_gradient), R2_FIELD(Quantizer, second_gradient));
+    R2_FIELD(Quantizer, low), R2_FIELD(Quantizer, high), R2_FIELD(Quantizer, flag), R2_FIELD(Quantizer, grads),
+    R2_FIELD(Quantizer, partial), R2_FIELD(Quantizer, target), R2_FIELD(Quantizer, first_gradient),
+    R2_FIELD(Quantizer, second_gradient));
 template <>
 constexpr auto fields_of<codes::Groups> =
     std::make_tuple(R2_FIELD(codes::Groups, rows), R2_FIELD(codes::Groups, each), R2_FIELD(codes::Groups, bits));

@@ -127,6 +127,7 @@ struct Values {
 struct Quantizer {
   const void *first, *second, *third;
   int bits;
+  double low, high;      // the codes run from -low to high
   bool flag;             // signed (lsq, ewgs), plus (pact), detach_max (dorefa)
   const int64_t* grads;  // addresses of dL/dy, lying as the tensors do
   double* partial;       // on a GPU room for (chunks, kQuantizerSums)

@@ -1,4 +1,4 @@
-// The integer codes of LSQ, for host and device; V as in losses.h.
+// LSQ's codes of msqe and bin_reg, for host and device; V as in losses.h.
 #pragma once
 #include "arithmetic.h"
 

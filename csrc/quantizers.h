@@ -3,7 +3,7 @@
 #pragma once
 #include <cstring>
 
-#include "levels.h"
+#include "arithmetic.h"
 
 namespace r2 {
 inline namespace R2_ISA {
@@ -82,7 +82,10 @@ R2_HD void set_gradient(void* flat, int64_t i, double x) {
 // An op has for each column `divisor`, what its formula divides by; the formula At<V, D>, with `forward` and
 // `backward`, which adds to kSums sums; and `finish`, which makes parameters' gradients of the sums of `rows` numbers.
 
-template <bool kSign>
+// The codes of LSQ: whole numbers, half-integers, or -1 and 1 alone.
+enum class Code { whole, half, sign };
+
+template <Code kCode>
 struct Lsq {
   static constexpr int kSums = 1;
 
@@ -96,13 +99,14 @@ struct Lsq {
     using A = typename Scalar<V>::type;
     D step;
     V low, high;
-    R2_HD At(const Quantizer& q, V s)
-        : step(s), low(splat<V>(A(-Levels(q.bits, q.flag).low))), high(splat<V>(A(Levels(q.bits, q.flag).high))) {}
+    R2_HD At(const Quantizer& q, V s) : step(s), low(splat<V>(A(-q.low))), high(splat<V>(A(q.high))) {}
     R2_HD At(const Quantizer& q, int64_t column) : At(q, splat<V>(divisor<A>(q, column))) {}
 
     R2_HD V code(V v) const {
-      if constexpr (kSign)
+      if constexpr (kCode == Code::sign)
         return sign_of(v);
+      else if constexpr (kCode == Code::half)
+        return rint_(clamp_(v, low, high) - splat<V>(A(0.5))) + splat<V>(A(0.5));
       else
         return rint_(clamp_(v, low, high));
     }
@@ -117,15 +121,23 @@ struct Lsq {
 
   template <class A>
   R2_HD static void finish(const Quantizer& q, int64_t column, const double* sums, double rows) {
-    set_gradient<A>(q.first_gradient, column, sums[0] / sqrt(rows * Levels(q.bits, q.flag).high));
+    set_gradient<A>(q.first_gradient, column, sums[0] / sqrt(rows * q.high));
   }
 };
 
 // Whether an op has parameters for each channel.
 template <class Op>
 constexpr bool kHasChannels = false;
-template <bool kSign>
-constexpr bool kHasChannels<Lsq<kSign>> = true;
+template <Code kCode>
+constexpr bool kHasChannels<Lsq<kCode>> = true;
+
+// Calls run with the `Lsq` of these codes.
+template <class Run>
+void with_lsq(const Quantizer& q, Run run) {
+  if (q.bits == 1 && q.low > 0) return run(Lsq<Code::sign>());
+  if (q.high != floor(q.high)) return run(Lsq<Code::half>());
+  run(Lsq<Code::whole>());
+}
 
 struct Ewgs {
   static constexpr int kSums = 2;

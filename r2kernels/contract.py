@@ -111,8 +111,8 @@ WEIGHT_TERMS = Op(
 )
 LSQ = Op(
     "lsq",
-    "(Tensor[] xs, Tensor step, int bits, bool signed, int? axis) -> Tensor[]",
-    "(Tensor[] gs, Tensor[] xs, Tensor step, int bits, bool signed, int? axis) -> (Tensor[], Tensor)",
+    "(Tensor[] xs, Tensor step, int bits, bool signed, int? axis, str levels) -> Tensor[]",
+    "(Tensor[] gs, Tensor[] xs, Tensor step, int bits, bool signed, int? axis, str levels) -> (Tensor[], Tensor)",
     learned=1,
 )
 EWGS = Op(

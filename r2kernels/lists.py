@@ -29,7 +29,8 @@ _kept: list = []  # tables that a captured CUDA graph reads at every replay
 
 class Plan(NamedTuple):
     """Chunk i belongs to tensor t = owner[i]; with j = i - first chunk of t it is rows [j // d * chunk, ...) of
-    column j % d. In a plan of whole rows it is rows [j * chunk, ...) of all columns."""
+    column j % d. In a plan of whole rows it is rows [j * chunk, ...) of all columns, in one of whole columns columns
+    [j * chunk, ...)."""
 
     tensors: Tensor  # (L, FIELDS) int64
     owner: Tensor  # (chunks,) int32
@@ -125,6 +126,19 @@ def channel_plan(tensors, axis, device):
     return value
 
 
+def column_plan(tensors, axis, columns, device):
+    """The plan in chunks of so many whole columns, which are the channels."""
+    value = _column_plan(tuple([(t.numel(), t.shape[axis]) for t in tensors]), columns, device)
+    _keep_if_captured(value, device)
+    return value
+
+
+@functools.lru_cache(maxsize=256)
+def _column_plan(sizes, chunk, device):
+    numel, columns = torch.tensor(sizes, dtype=torch.int64).unbind(1)
+    return _tabled(numel, numel // columns, columns, (columns + chunk - 1) // chunk, chunk, 0, device)
+
+
 @functools.lru_cache(maxsize=256)
 def _plan(numels, runs, d, device, whole, most_steps=MOST_STEPS):
     numel = torch.tensor(numels, dtype=torch.int64)
@@ -142,20 +156,16 @@ def _plan(numels, runs, d, device, whole, most_steps=MOST_STEPS):
             steps = int((rows * columns).sum()) // (BLOCK * FEWEST_PROGRAMS)
             chunk = BLOCK * min(max(steps, 1), most_steps)
     chunks = (1 if whole else columns) * ((rows + chunk - 1) // chunk)
+    run = torch.tensor(runs, dtype=torch.int64) if runs else torch.ones_like(numel)
+    return _tabled(numel, run, columns, chunks, chunk, d if isinstance(d, int) else 0, device)
+
+
+def _tabled(numel, run, columns, chunks, chunk, d, device):
     padded = (numel + SEGMENT - 1) // SEGMENT * SEGMENT
     first, offset = chunks.cumsum(0) - chunks, padded.cumsum(0) - padded
-    run = torch.tensor(runs, dtype=torch.int64) if runs else torch.ones_like(numel)
-    owner = torch.repeat_interleave(torch.arange(len(numels), dtype=torch.int32), chunks)
-    table = torch.stack([rows, numel, run, first, offset, columns, columns.cumsum(0) - columns], 1)
-    return Plan(
-        table.to(device),
-        owner.to(device),
-        len(numels),
-        len(owner),
-        chunk,
-        d if isinstance(d, int) else 0,
-        int(padded.sum()),
-    )
+    owner = torch.repeat_interleave(torch.arange(len(numel), dtype=torch.int32), chunks)
+    table = torch.stack([numel // columns, numel, run, first, offset, columns, columns.cumsum(0) - columns], 1)
+    return Plan(table.to(device), owner.to(device), len(numel), len(owner), chunk, d, int(padded.sum()))
 
 
 def host_table(tensors):

@@ -11,18 +11,25 @@
 namespace r2 {
 inline namespace R2_ISA {
 
-constexpr int kSumRun = 12;          // vectors in a run and runs in a block, as in cpu/skeletons.h
-constexpr int64_t kShortRun = 32;    // below, the columns of a tensor go abreast
-constexpr int64_t kAbreast = 65536;  // numbers for a unit of columns abreast
+constexpr int kSumRun = 12;           // vectors in a run and runs in a block, as in cpu/skeletons.h
+constexpr int64_t kShortRun = 32;     // below, the columns of a tensor go abreast
+constexpr int64_t kAbreast = 65536;   // numbers for a unit of columns abreast
+constexpr int64_t kTogether = 16384;  // and of columns one behind the other
 
-// What one thread does at a time: a chunk of the plan, or of a tensor whose columns go abreast some of its `outer`
-// repetitions of columns * run numbers.
+// Each column in chunks of the plan; columns that a chunk holds, and that lie one behind the other, some at a time; or
+// columns in short runs abreast.
+enum class Way { chunks, columns, abreast };
+
+// What one thread does at a time: a chunk; columns [begin, end); or of columns abreast some of the `outer` repetitions
+// of columns * run numbers.
 struct Unit {
-  int64_t tensor, chunk, begin, end;
+  int64_t tensor;
+  Way way;
+  int64_t chunk, begin, end;
   double* sums;
 };
 
-// The units of a list; their sums lie in `room`, for a chunk kSums numbers, for columns abreast kSums for each column.
+// The units of a list; their sums lie in `room`: for a chunk kSums numbers, for columns abreast kSums for each column.
 template <int kSums>
 struct Units {
   std::vector<Unit> all;
@@ -40,14 +47,19 @@ struct Units {
     for (int64_t t = 0; t < list.count; ++t) {
       const Tensor& tensor = list.tensors[t];
       first.push_back(all.size());
-      if (abreast(tensor)) {
+      const Way way = way_of(list, tensor);
+      if (way == Way::columns) {
+        const int64_t step = kTogether / tensor.rows > 1 ? kTogether / tensor.rows : 1;
+        for (int64_t c = 0; c < tensor.columns; c += step)
+          add({t, way, -1, c, c + step < tensor.columns ? c + step : tensor.columns, nullptr}, 0);
+      } else if (way == Way::abreast) {
         const int64_t outer = tensor.rows / tensor.run, period = tensor.columns * tensor.run,
                       step = kAbreast / period > 64 ? kAbreast / period : 64;
         for (int64_t o = 0; o < outer; o += step)
-          add({t, -1, o, o + step < outer ? o + step : outer, nullptr}, tensor.columns);
+          add({t, way, -1, o, o + step < outer ? o + step : outer, nullptr}, tensor.columns);
       } else {
         const int64_t end = t + 1 < list.count ? list.tensors[t + 1].first_chunk : list.chunks;
-        for (int64_t i = tensor.first_chunk; i < end; ++i) add({t, i, 0, 0, nullptr}, 1);
+        for (int64_t i = tensor.first_chunk; i < end; ++i) add({t, way, i, 0, 0, nullptr}, 1);
       }
     }
     first.push_back(all.size());
@@ -55,11 +67,15 @@ struct Units {
     for (size_t i = 0; i < all.size(); ++i) all[i].sums = room.data() + offsets[i];
   }
 
-  static bool abreast(const Tensor& tensor) { return tensor.columns > 1 && tensor.run < kShortRun; }
+  static Way way_of(const List& list, const Tensor& tensor) {
+    if (tensor.columns == 1) return Way::chunks;
+    if (tensor.run == tensor.rows && tensor.rows <= list.chunk) return Way::columns;
+    return tensor.run < kShortRun ? Way::abreast : Way::chunks;
+  }
 
   // Of one column, in the order of the units.
   void total(const Tensor& tensor, int64_t t, int64_t column, double* sums) const {
-    const bool beside = abreast(tensor);
+    const bool beside = all[first[t]].way == Way::abreast;
     for (int s = 0; s < kSums; ++s) sums[s] = 0;
     for (int64_t i = first[t] + (beside ? 0 : column); i < first[t + 1]; i += beside ? 1 : tensor.columns)
       for (int s = 0; s < kSums; ++s) sums[s] += all[i].sums[(beside ? column * kSums : 0) + s];
@@ -111,6 +127,36 @@ R2_HD void map_and_sum(const T* x, const T* g, T* out, int64_t n, const Wide& wi
   }
   for (; i < n; ++i) out[i] = narrow<T>(tail.backward(Acc<T>(widen(x[i])), Acc<T>(widen(g[i])), rest.s));
 }
+
+// The formula of a column, of vectors and of the numbers left over.
+template <class Op, class T>
+struct Formula {
+  using A = Acc<T>;
+  using V = Vec<A>;
+  typename Op::template At<V, Divisor<V>> wide;
+  typename Op::template At<A, Divisor<A>> tail;
+
+  R2_HD Formula(const Quantizer& q, int64_t column) : wide(q, column), tail(q, column) {}
+  R2_HD void forward(const Arrays<T>& at, int64_t j, int64_t n) const {
+    map_run<false>(at.x + j, at.out + j, n, [&](V x) { return wide.forward(x); }, [&](A x) { return tail.forward(x); });
+  }
+};
+
+// The same with sums of what it has seen.
+template <class Op, class T>
+struct Gradient : Formula<Op, T> {
+  static constexpr int kSums = Op::kSums;
+  Sums<Vec<Acc<T>>, kSums> sums = {};
+  Sums<Acc<T>, kSums> rest = {};
+
+  using Formula<Op, T>::Formula;
+  R2_HD void backward(const Arrays<T>& at, int64_t j, int64_t n) {
+    map_and_sum<kSums>(at.x + j, at.g + j, at.out + j, n, this->wide, this->tail, sums, rest);
+  }
+  R2_HD void total(double* to) const {
+    for (int s = 0; s < kSums; ++s) to[s] = sum(sums.s[s]) + double(rest.s[s]);
+  }
+};
 
 // The step of each number of a period, for columns abreast.
 template <class Op, class A>
@@ -180,8 +226,6 @@ void ask_for_huge_targets(const List& list, const Quantizer& q) {
 
 template <class Op, class T>
 void quantize_list(const List& list, const Quantizer& q, int threads) {
-  using A = Acc<T>;
-  using V = Vec<A>;
   threads = threads_for(list, threads);
   ask_for_huge_targets<T>(list, q);
   const Units<0> units(list);
@@ -191,18 +235,20 @@ void quantize_list(const List& list, const Quantizer& q, int threads) {
     const Unit& unit = units.all[u];
     const Tensor& tensor = list.tensors[unit.tensor];
     const Arrays<T> at(list, q, unit.tensor);
-    if constexpr (kHasChannels<Op>)
-      if (unit.chunk < 0) {
+    if constexpr (kHasChannels<Op>) {
+      if (unit.way == Way::abreast) {
         forward_abreast<Op>(tensor, q, unit, at);
         continue;
       }
+      if (unit.way == Way::columns) {
+        for (int64_t c = unit.begin; c < unit.end; ++c)
+          Formula<Op, T>(q, tensor.first_column + c).forward(at, c * tensor.rows, tensor.rows);
+        continue;
+      }
+    }
     const ChannelChunk part = channel_chunk_at(list, unit.chunk);
-    const typename Op::template At<V, Divisor<V>> wide(q, tensor.first_column + part.column);
-    const typename Op::template At<A, Divisor<A>> tail(q, tensor.first_column + part.column);
-    each_stretch(tensor, part, [&](int64_t j, int64_t length) {
-      map_run<false>(
-          at.x + j, at.out + j, length, [&](V x) { return wide.forward(x); }, [&](A x) { return tail.forward(x); });
-    });
+    const Formula<Op, T> formula(q, tensor.first_column + part.column);
+    each_stretch(tensor, part, [&](int64_t j, int64_t length) { formula.forward(at, j, length); });
   }
 }
 
@@ -226,7 +272,6 @@ void correct_maxima(const List& list, const Quantizer& q, const Units<Op::kSums>
 template <class Op, class T>
 void gradient_list(const List& list, const Quantizer& q, int threads) {
   using A = Acc<T>;
-  using V = Vec<A>;
   constexpr int kSums = Op::kSums;
   threads = threads_for(list, threads);
   ask_for_huge_targets<T>(list, q);
@@ -237,23 +282,30 @@ void gradient_list(const List& list, const Quantizer& q, int threads) {
     const Unit& unit = units.all[u];
     const Tensor& tensor = list.tensors[unit.tensor];
     const Arrays<T> at(list, q, unit.tensor);
-    if constexpr (kHasChannels<Op>)
-      if (unit.chunk < 0) {
+    if constexpr (kHasChannels<Op>) {
+      if (unit.way == Way::abreast) {
         backward_abreast<Op>(tensor, q, unit, at);
         continue;
       }
+      if (unit.way == Way::columns) {
+        for (int64_t c = unit.begin; c < unit.end; ++c) {
+          Gradient<Op, T> column(q, tensor.first_column + c);
+          column.backward(at, c * tensor.rows, tensor.rows);
+          double sums[kSums];
+          column.total(sums);
+          Op::template finish<A>(q, tensor.first_column + c, sums, double(tensor.rows));
+        }
+        continue;
+      }
+    }
     const ChannelChunk part = channel_chunk_at(list, unit.chunk);
-    const typename Op::template At<V, Divisor<V>> wide(q, tensor.first_column + part.column);
-    const typename Op::template At<A, Divisor<A>> tail(q, tensor.first_column + part.column);
-    Sums<V, kSums> sums = {};
-    Sums<A, kSums> rest = {};
-    each_stretch(tensor, part, [&](int64_t j, int64_t length) {
-      map_and_sum<kSums>(at.x + j, at.g + j, at.out + j, length, wide, tail, sums, rest);
-    });
-    for (int s = 0; s < kSums; ++s) unit.sums[s] = sum(sums.s[s]) + double(rest.s[s]);
+    Gradient<Op, T> column(q, tensor.first_column + part.column);
+    each_stretch(tensor, part, [&](int64_t j, int64_t length) { column.backward(at, j, length); });
+    column.total(unit.sums);
   }
   for (int64_t t = 0; t < list.count; ++t) {
     const Tensor& tensor = list.tensors[t];
+    if (units.all[units.first[t]].way == Way::columns) continue;  // each was finished by its unit
     for (int64_t c = 0; c < tensor.columns; ++c) {
       double sums[kSums];
       units.total(tensor, t, c, sums);
@@ -274,11 +326,10 @@ void quantize_gradient(const List& list, const Quantizer& q, int threads) {
 }
 
 void lsq_forward(const List& list, const Quantizer& q, int threads) {
-  q.bits == 1 && q.flag ? quantize<Lsq<true>>(list, q, threads) : quantize<Lsq<false>>(list, q, threads);
+  with_lsq(q, [&](auto op) { quantize<decltype(op)>(list, q, threads); });
 }
 void lsq_backward(const List& list, const Quantizer& q, int threads) {
-  q.bits == 1 && q.flag ? quantize_gradient<Lsq<true>>(list, q, threads)
-                        : quantize_gradient<Lsq<false>>(list, q, threads);
+  with_lsq(q, [&](auto op) { quantize_gradient<decltype(op)>(list, q, threads); });
 }
 void pact_backward(const List& list, const Quantizer& q, int threads) {
   q.flag ? quantize_gradient<Pact<true>>(list, q, threads) : quantize_gradient<Pact<false>>(list, q, threads);

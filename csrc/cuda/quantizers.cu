@@ -22,11 +22,11 @@ void quantize_gradient(const Queue& queue, const List& list, const Quantizer& q)
 
 void lsq_fwd(const List& list, const Quantizer& q, int device, uintptr_t stream) {
   Queue queue("lsq_fwd", device, stream);
-  q.bits == 1 && q.flag ? quantize<Lsq<true>>(queue, list, q) : quantize<Lsq<false>>(queue, list, q);
+  with_lsq(q, [&](auto op) { quantize<decltype(op)>(queue, list, q); });
 }
 void lsq_bwd(const List& list, const Quantizer& q, int device, uintptr_t stream) {
   Queue queue("lsq_bwd", device, stream);
-  q.bits == 1 && q.flag ? quantize_gradient<Lsq<true>>(queue, list, q) : quantize_gradient<Lsq<false>>(queue, list, q);
+  with_lsq(q, [&](auto op) { quantize_gradient<decltype(op)>(queue, list, q); });
 }
 void ewgs_fwd(const List& list, const Quantizer& q, int device, uintptr_t stream) {
   quantize<Ewgs>(Queue("ewgs_fwd", device, stream), list, q);

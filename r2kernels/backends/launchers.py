@@ -24,6 +24,7 @@ from ..contract import (
     STATISTICS,
     WEIGHT_STATS,
     accumulator,
+    levels,
 )
 
 
@@ -112,33 +113,34 @@ class Regularizers:
 
 
 class Quantizers:
-    """`_quantize(op, xs, parameters, bits, flag, axis)` gives the quantized tensors; `_quantize_bwd(op, gs, xs,
-    parameters, bits, flag, axis)` the gradients of the tensors and a tuple of those of the first `op.learned`
-    parameters."""
+    """`_quantize(op, xs, parameters, bits, flag, axis=None, codes=None)` gives the quantized tensors;
+    `_quantize_bwd(op, gs, xs, parameters, ...)` the gradients of the tensors and a tuple of those of the first
+    `op.learned` parameters. codes: (QN, QP) of LSQ, whose codes run from -QN to QP; those of the others from 0 to
+    2^bits - 1."""
 
-    def lsq_fwd(self, xs, step, bits, signed, axis):
-        return self._quantize(LSQ, xs, (step,), bits, signed, axis)
+    def lsq_fwd(self, xs, step, bits, signed, axis, kind):
+        return self._quantize(LSQ, xs, (step,), bits, signed, axis, levels(bits, signed, kind))
 
-    def lsq_bwd(self, gs, xs, step, bits, signed, axis):
-        made, (g_step,) = self._quantize_bwd(LSQ, gs, xs, (step,), bits, signed, axis)
+    def lsq_bwd(self, gs, xs, step, bits, signed, axis, kind):
+        made, (g_step,) = self._quantize_bwd(LSQ, gs, xs, (step,), bits, signed, axis, levels(bits, signed, kind))
         return made, g_step
 
     def ewgs_fwd(self, xs, lower, upper, delta, bits, signed):
-        return self._quantize(EWGS, xs, (lower, upper, delta), bits, signed, None)
+        return self._quantize(EWGS, xs, (lower, upper, delta), bits, signed)
 
     def ewgs_bwd(self, gs, xs, lower, upper, delta, bits, signed):
-        made, (g_lower, g_upper) = self._quantize_bwd(EWGS, gs, xs, (lower, upper, delta), bits, signed, None)
+        made, (g_lower, g_upper) = self._quantize_bwd(EWGS, gs, xs, (lower, upper, delta), bits, signed)
         return made, g_lower, g_upper
 
     def pact_fwd(self, xs, alpha, bits, plus):
-        return self._quantize(PACT, xs, (alpha,), bits, plus, None)
+        return self._quantize(PACT, xs, (alpha,), bits, plus)
 
     def pact_bwd(self, gs, xs, alpha, bits, plus):
-        made, (g_alpha,) = self._quantize_bwd(PACT, gs, xs, (alpha,), bits, plus, None)
+        made, (g_alpha,) = self._quantize_bwd(PACT, gs, xs, (alpha,), bits, plus)
         return made, g_alpha
 
     def dorefa_fwd(self, xs, scale, bits, detach_max):
-        return self._quantize(DOREFA, xs, (scale,), bits, detach_max, None)
+        return self._quantize(DOREFA, xs, (scale,), bits, detach_max)
 
     def dorefa_bwd(self, gs, xs, scale, bits, detach_max):
-        return self._quantize_bwd(DOREFA, gs, xs, (scale,), bits, detach_max, None)[0]
+        return self._quantize_bwd(DOREFA, gs, xs, (scale,), bits, detach_max)[0]

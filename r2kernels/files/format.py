@@ -2,8 +2,9 @@
 
 A clustered weight NAME is the tensors `NAME:lut` (groups, K, d), `NAME:codes` (bytes) and where it has them
 `NAME:lut_scale`, `NAME:scale` (of channels), `NAME:leftovers`; a weight on uniform levels is `NAME:codes`, `NAME:scale`
-and `NAME:zero` (twice the zero point). Huffman-coded both also have `NAME:lengths` (of the code words) and
-`NAME:blocks` (bytes of each). Every other tensor is under its own name. The metadata holds
+and `NAME:zero` (twice the zero point), one for the tensor, or for each channel or group. Huffman-coded both also have
+`NAME:lengths` (of the code words) and `NAME:blocks` (bytes of each). Every other tensor is under its own name. The
+metadata holds
 
     format, version     `FORMAT` and `VERSION`
     weights             what is known of the clustered and quantized weights (`describe`)

@@ -1,4 +1,5 @@
-"""A weight on uniform levels as it is stored: codes, a scale and a zero point for the tensor or for each channel."""
+"""A weight on uniform levels as it is stored: codes, a scale and a zero point for the tensor, or for each channel or
+group."""
 
 import math
 from typing import NamedTuple
@@ -12,13 +13,38 @@ from .packing import Groups, pack, unpack
 
 
 class Grid(NamedTuple):
-    """How a weight is quantized. axis: that of its channels, or None."""
+    """How a weight is quantized. axis: that of its channels, or None. group_size: how many of the numbers of a channel,
+    one after the other, share a scale; None, or as many as there are or more, for all of them."""
 
     bits: int
     axis: int | None = None
+    group_size: int | None = None
 
     def channels(self, shape):
-        return 1 if self.axis is None else shape[self.axis]
+        """How many scales there are: 1, or the channels, or the groups, those of the first channel first."""
+        return 1 if self.axis is None else shape[self.axis] * self.each(shape)
+
+    def each(self, shape):
+        """How many groups a channel has."""
+        return 1 if self.group_size is None else max(_inputs(shape, self.axis) // self.group_size, 1)
+
+    def rows(self, w):
+        """(scales, numbers of each): w by tensor, channel or group; a view where w is contiguous and the axis its
+        first, else a copy."""
+        return (w.movedim(self.axis, 0) if self.axis else w).reshape(self.channels(w.shape), -1)
+
+    def from_rows(self, rows, shape):
+        """A tensor of this shape of its `rows`, without a copy."""
+        if not self.axis:
+            return rows.reshape(shape)
+        others = [n for i, n in enumerate(shape) if i != self.axis]
+        return rows.reshape(shape[self.axis], *others).movedim(0, self.axis)
+
+    def over(self, values, shape):
+        """One number for each scale, as a factor of a tensor of this shape."""
+        if self.axis is None or self.each(shape) == 1:
+            return along(values, self.axis, len(shape))
+        return self.from_rows(values[:, None].expand(-1, math.prod(shape) // len(values)), shape)
 
     def groups(self, shape, bits):
         """How the codes lie in `bits` bits each."""
@@ -35,7 +61,16 @@ class Grid(NamedTuple):
             return "bits", self.bits
         if self.axis is not None and (type(self.axis) is not int or not 0 <= self.axis < len(shape)):
             return "axis", self.axis
+        if self.group_size is not None and not self._has_groups(shape):
+            return "group_size", self.group_size
         return None
+
+    def _has_groups(self, shape):
+        size = self.group_size
+        if self.axis is None or type(size) is not int or size < 1:
+            return False
+        inputs = _inputs(shape, self.axis)
+        return size >= inputs or inputs % size == 0
 
     def restored(self, shape, dtype, codes, width, parts):
         """The `Uniform` weight made of its parts as they are stored."""
@@ -53,14 +88,14 @@ class Uniform(NamedTuple):
     form: Grid
     codes: Tensor  # uint8, in the order of the weight, in `width` bits each
     width: int  # 8, or the bits of the form: packed
-    scale: Tensor  # (C,), or (1,) for the tensor, in the accumulator's dtype
-    zero: Tensor  # (C,) or (1,) int16: twice the code of 0
+    scale: Tensor  # (scales,), one for the tensor or for each channel or group, in the accumulator's dtype
+    zero: Tensor  # (scales,) int16: twice the code of 0
 
     @classmethod
     def of(cls, codes, dtype, form, scale, zero):
         """From codes shaped like the weight, as floating-point numbers.
 
-        scale: a tensor, 0-dim or one for each channel; zero: a number or one for each channel, twice the code of 0.
+        scale: a tensor, 0-dim or one for each channel or group; zero: a number or one for each, twice the code of 0.
         """
         shape = tuple(codes.shape)
         channels = form.channels(shape)
@@ -90,7 +125,7 @@ class Uniform(NamedTuple):
 
     def decoded(self):
         codes = self.unpacked().codes[: math.prod(self.shape)].reshape(self.shape)
-        scale, zero = (along(values, self.form.axis, len(self.shape)) for values in (self.scale, self.zero))
+        scale, zero = (self.form.over(values, self.shape) for values in (self.scale, self.zero))
         return (scale * (codes.to(scale.dtype) - zero.to(scale.dtype) / 2)).to(self.dtype)
 
     def counts(self):
@@ -101,6 +136,11 @@ class Uniform(NamedTuple):
         dense = math.prod(self.shape) * self.dtype.itemsize
         codes = self.form.groups(self.shape, self.form.bits).nbytes
         return Size(dense, codes, self.scale.nbytes + self.zero.nbytes, 0, entropy(self.counts()))
+
+
+def _inputs(shape, axis):
+    """How many numbers a channel has."""
+    return math.prod(shape) // shape[axis]
 
 
 def along(values, axis, dims):

@@ -49,20 +49,28 @@ def _quantized(op, xs, single, given, options):
     return ys[0] if single else list(ys)
 
 
-def lsq(x, step, bits, *, signed=True, axis=None) -> Tensor:
+def lsq(x, step, bits, *, signed=True, axis=None, levels="lsq") -> Tensor:
     """step round(clip(x / step, -QN, QP)) (Esser et al. 2020, "Learned Step Size Quantization", eqs. 1-3, 5).
     Differentiable in x and step.
 
     signed: QN = 2^(bits-1), QP = 2^(bits-1) - 1 (one bit: codes -1 and +1, +1 for 0); unsigned: QN = 0,
     QP = 2^bits - 1. `axis`: a step for each channel.
+    levels: "ternary" has the codes -1, 0, 1 (QN = QP = 1; 1.58 bits, stored in the two that `bits` must be); "seq"
+    half-integers without 0, round(v - 1/2) + 1/2 with QN = QP = 2^(bits-1) - 1/2 (for one bit LSQ's -1 and +1). Both
+    are signed.
     dL/dx = g [-QN <= x / step <= QP]; dL/dstep = sum g {round(v) - v inside, -QN below, QP above} / sqrt(N QP),
     v = x / step, N the elements of a step.
+
+    "ternary" and "seq" give the levels of stretched elastic quantization (Liu et al. 2025, "ParetoQ",
+    arXiv:2502.02631) with alpha = 3/2 step and 2^(bits-1) step. There the gradient also passes half a step beyond the
+    outermost levels (|x| <= 0.99 alpha), and is scaled by the levels of LSQ.
     """
     xs, single = checks.weights(x, name="x")
     checks.bit_width(bits)
+    checks.level_kind(levels, bits, signed)
     axis = checks.channel_axis(axis, xs, single)
     step = parameters.channels("step", step, xs, single, axis)
-    return _quantized(ops.lsq, xs, single, [step], (bits, bool(signed), axis))
+    return _quantized(ops.lsq, xs, single, [step], (bits, bool(signed), axis, levels))
 
 
 def ewgs(x, lower, upper, bits, *, delta=0.0, signed=True) -> Tensor:

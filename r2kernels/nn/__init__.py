@@ -5,6 +5,7 @@ places while the model runs (`attach`), and `calibrate` makes a quantizer withou
 """
 
 from .attach import attached
+from .batchnorm import reestimate_batchnorm
 from .calibrate import calibrate
 from .coefficient import LearnableCoefficient
 from .copies import copy_attached
@@ -21,5 +22,6 @@ __all__ = [
     "attached",
     "calibrate",
     "copy_attached",
+    "reestimate_batchnorm",
     "select_weights",
 ]

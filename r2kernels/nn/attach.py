@@ -73,8 +73,9 @@ class Attached(nn.Module):
 
     def _enter(self, module, inside, args, kwargs):
         if self._entry:
-            self._entered += module is self._entry[0]
-            if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            if module is self._entry[0]:
+                self._entered += 1
+            if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 self._reentrant.update(inside)  # as CheckpointFunction does, which runs the part again in backward
             return
         self._entry, self._entered = (module,), 1
@@ -116,11 +117,15 @@ class Attached(nn.Module):
         """The hard weights of some layers; their gradients pass to the dense ones as they are."""
         if not some:
             return []
-        hards, tracing = self._hard_once([self.layers[i] for i in some]), torch.jit.is_tracing()
-        ws = [self.layers[i].weight() for i in some]
-        if tracing or not torch.is_grad_enabled():
+        hards = self._hard_once([self.layers[i] for i in some])
+        if torch.jit.is_tracing() or not torch.is_grad_enabled():
             return hards
-        return [_HardWeight.apply(w, h) if w.requires_grad else h for w, h in zip(ws, hards, strict=True)]
+        ws = [self.layers[i].weight() for i in some]
+        learned = [n for n, w in enumerate(ws) if w.requires_grad]
+        if learned:
+            given = _HardWeights.apply(len(learned), *[hards[n] for n in learned], *[ws[n] for n in learned])
+            hards = list({**dict(enumerate(hards)), **dict(zip(learned, given, strict=True))}.values())
+        return hards
 
     def _hard_once(self, layers):
         """Hard weights; inside `frozen` those of the first forward."""
@@ -229,16 +234,18 @@ class Attached(nn.Module):
         return {**self.__dict__, **empty}
 
 
-class _HardWeight(torch.autograd.Function):
-    """Gives `hard`; its gradient is that of w."""
+class _HardWeights(torch.autograd.Function):
+    """Inputs: how many; hard weights; dense weights. Gives the hard ones; their gradients are those of the dense."""
 
     @staticmethod
-    def forward(ctx, w, hard):
-        return hard.view_as(hard)
+    def forward(ctx, count, *tensors):
+        ctx.count = count
+        ctx.set_materialize_grads(False)
+        return tuple(hard.view_as(hard) for hard in tensors[:count])
 
     @staticmethod
-    def backward(ctx, g):
-        return g, None
+    def backward(ctx, *gs):
+        return None, *[None] * ctx.count, *gs
 
 
 class EntryHook:

@@ -1,102 +1,153 @@
 """Steps and zero points for quantization after training, from one histogram of each tensor or channel.
 
-"minmax" clips nothing; "mse" clips where the mean squared error is least.
+"minmax" clips nothing; "mse" clips where the mean squared error is least; "percentile" clips what lies beyond a
+percentile of |x|, or for levels with a zero point beyond that of either tail.
 """
 
 import torch
 
-from ..files.uniform import Uniform, along
+from ..files.uniform import Grid, Uniform
 from ..reference.columns import accumulator
 from ..reference.parameters import levels
+from ..reference.quantizers import code
+from .groups import group_qparams
 
-METHODS = ("mse", "minmax")
-BINS = 4096  # from -top to top
+METHODS = ("mse", "minmax", "percentile")
+PERCENTILE = 99.99
+BINS = 2**12  # on either side of 0
 PART = 2**22  # elements that are counted at once
 ROWS = 64  # channels that are searched at once
+TINY = 1e-30  # the step of a row of zeros for 1 bit, which has no level 0
+LEAST = -960  # the exponent of a row of zeros: 2 to it is less than what float32 and float64 weights hold
 
 
 class Histogram:
-    """Counts and sums of the numbers in equal bins from -top to top, of each row.
+    """How many numbers of each row lie in equal bins from -2**exponent to 2**exponent.
 
-    A batch beyond the top doubles it, and joins neighbouring bins. All in float64.
+    A batch beyond that doubles it as often as needed, and joins neighbouring bins. The ends are powers of two and the
+    counts integers, so that batches in any order, on any number of ranks, give the same bits. The host reads nothing.
     """
 
     def __init__(self, rows, device=None):
-        self.count, self.sum = torch.zeros(2, rows, BINS, dtype=torch.float64, device=device).unbind()
-        self.square, self.top, self.low, self.high = torch.zeros(4, rows, dtype=torch.float64, device=device).unbind()
-        self.low, self.high = self.low + torch.inf, self.high - torch.inf
+        self.count = torch.zeros(rows, 2 * BINS, dtype=torch.int64, device=device)
+        self.exponent = torch.full((rows,), LEAST, dtype=torch.int64, device=device)
+        self.strange = torch.zeros(rows, dtype=torch.int64, device=device)  # NaN and infinities: how many
+        self.low = torch.full((rows,), torch.inf, dtype=torch.float64, device=device)
+        self.high = -self.low
 
     def add(self, x):
-        """x: (rows, N), finite."""
+        """x: (rows, N)."""
         for part in x.split(max(PART // len(x), 1), 1):
-            part = part.double()
-            self.low, self.high = torch.minimum(self.low, part.amin(1)), torch.maximum(self.high, part.amax(1))
-            self._widen(part.abs().amax(1))
-            scale = torch.where(self.top > 0, BINS / 2 / self.top, 0)[:, None]
-            first = torch.arange(len(x), device=x.device)[:, None] * BINS
-            place = (part * scale + BINS / 2).floor_().clamp_(0, BINS - 1).long() + first
-            place, flat = place.reshape(-1), part.reshape(-1)
-            self.count += torch.bincount(place, minlength=self.count.numel()).view_as(self.count)
-            self.sum += torch.bincount(place, flat, minlength=self.count.numel()).view_as(self.count)
-            self.square += part.square().sum(1)
+            finite = part.isfinite()
+            self.strange += (~finite).sum(1)
+            part = torch.where(finite, part, 0).double()
+            low, high = part.amin(1), part.amax(1)
+            self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+            top = torch.maximum(high, -low)
+            self.widen(torch.where(top > 0, top.frexp().exponent, LEAST))
+            place = (part / self._width()).floor_().long() + BINS
+            # int32: float atomics add in any order, and those of int64 are slower
+            new = torch.zeros_like(self.count, dtype=torch.int32)
+            self.count += new.scatter_add_(1, place, torch.ones_like(place, dtype=torch.int32))
 
-    def _widen(self, top):
-        doublings = torch.where(self.top > 0, (top / self.top).log2().ceil().clamp(min=0), 0)
-        if (doublings > 0).any():
-            half = BINS // 2
-            place = torch.arange(BINS, device=top.device)[None] - half
-            place = torch.div(place, (2**doublings)[:, None], rounding_mode="floor").long() + half
-            self.count, self.sum = (torch.zeros_like(old).scatter_add_(1, place, old) for old in (self.count, self.sum))
-        self.top = torch.where(self.top > 0, self.top * 2**doublings, top)
+    def widen(self, exponent):
+        """Has the bins reach to 2**exponent, (rows,), or as far as they do."""
+        exponent = torch.maximum(self.exponent, exponent)
+        doublings = (exponent - self.exponent).clamp(max=62)
+        place = torch.arange(-BINS, BINS, device=exponent.device) >> doublings[:, None]
+        self.count = torch.zeros_like(self.count).scatter_add_(1, place + BINS, self.count)
+        self.exponent = exponent
 
-    def errors(self, step, first, gap, count):
-        """(rows, candidates) sums of (x - nearest level)^2 for the levels step (first + gap j), j < count.
+    def _width(self):
+        """(rows, 1), of the bins: 2**exponent / BINS, put together as float64 has it, since exp2 may round on CUDA."""
+        return ((self.exponent + (1023 - 12)) << 52).view(torch.float64)[:, None]
 
-        step and first: (rows, candidates).
+    def errors(self):
+        """A function of (step, first, gap, count): sums of (x - nearest level)^2, (rows, candidates).
+
+        The levels are step (first + gap j), j < count, with step and first (rows, candidates). Each x counts as the
+        middle of its bin. The sums are in squared widths of the row's bins, and without x^2, which no level changes.
         """
-        cuts = first[..., None] + gap * (torch.arange(count - 1, device=step.device) + 0.5)
-        scale = torch.where(self.top > 0, BINS / 2 / self.top, 0)[:, None, None]
-        place = (cuts * step[..., None] * scale + BINS / 2).round_().clamp_(0, BINS).long()
-        # left of each edge of a bin
-        below = [torch.nn.functional.pad(t.cumsum(1), (1, 0)) for t in (self.count, self.sum)]
-        n, s = (t.gather(1, place.flatten(1)).view_as(cuts) for t in below)
-        last = first + gap * (count - 1)
-        total, sums = below[0][:, -1:], below[1][:, -1:]
-        first_moment = last * sums - gap * s.sum(2)
-        second_moment = last.square() * total - 2 * gap * (cuts * n).sum(2)
-        return self.square[:, None] - 2 * step * first_moment + step.square() * second_moment
+        width = self._width()
+        twice_middles = 2 * torch.arange(-BINS, BINS, device=width.device) + 1
+        # sums of integers: those of floats by cumsum differ from run to run on CUDA
+        counts, moments = (_below(t).double() for t in (self.count, self.count * twice_middles))
+
+        def of(step, first, gap, count):
+            step = step / width
+            cuts = first[..., None] + gap * (torch.arange(count - 1, device=step.device) + 0.5)
+            place = (cuts * step[..., None]).round_().clamp_(-BINS, BINS).long().flatten(1) + BINS
+            n, s = (t.gather(1, place).view_as(cuts) for t in (counts, moments))
+            last = first + gap * (count - 1)
+            twice_first_moment = last * moments[:, -1:] - gap * s.sum(2)
+            second_moment = last.square() * counts[:, -1:] - 2 * gap * (cuts * n).sum(2)
+            return step.square() * second_moment - step * twice_first_moment
+
+        return of
+
+    def percentile(self, percentile, tails):
+        """(low, high) of each row without what |x| beyond its percentile, or with `tails` x beyond either's, has.
+
+        By linear interpolation in a bin. Where less than a bin would be left, nothing is cut.
+        """
+        share, width = percentile / 100, self._width()[:, 0]
+        if tails:
+            low, high = ((_quantile(self.count, q) - BINS) * width for q in (1 - share, share))
+        else:
+            high = _quantile(self.count[:, BINS:] + self.count[:, :BINS].flip(1), share) * width
+            low = -high
+        low, high = torch.maximum(self.low, low), torch.minimum(self.high, high)
+        narrow = torch.maximum(high, -low) < width
+        return torch.where(narrow, self.low, low), torch.where(narrow, self.high, high)
 
 
-def step_of(histogram, bits, signed, method):
+def _below(count):
+    """(rows, bins + 1) sums of what is left of each edge."""
+    return torch.nn.functional.pad(count.cumsum(1), (1, 0))
+
+
+def _quantile(count, share):
+    """(rows,) where below which this share of the counts lies, in bins from the first edge."""
+    below = _below(count).double()
+    rank = share * below[:, -1:]
+    bin = (torch.searchsorted(below, rank) - 1).clamp(min=0)
+    left, right = below.gather(1, bin), below.gather(1, bin + 1)
+    return (bin + (rank - left) / (right - left).clamp(min=1))[:, 0]
+
+
+def step_of(histogram, bits, signed, method, percentile=PERCENTILE):
     """(rows,) steps of LSQ's levels, for symmetric quantization."""
     below, above = levels(bits, signed)
-    widest = torch.maximum(histogram.high / above, -histogram.low / below if below else torch.zeros_like(histogram.low))
-    widest = torch.where(widest > 0, widest, 1)
-    if method == "minmax":
-        return widest
+    low, high = histogram.percentile(percentile, False) if method == "percentile" else (histogram.low, histogram.high)
+    widest = torch.maximum(high / above, -low / below if below else torch.zeros_like(low))
     gap = 2 if bits == 1 and signed else 1
+    widest = torch.where(widest > 0, widest, TINY if gap == 2 else 1)
+    if method != "mse":
+        return widest
     count = (above + below) // gap + 1
-    best = widest
+    best, errors = widest, histogram.errors()
     for span, points in ((12, 49), (0.25, 17), (0.03, 13)):
         octaves = torch.linspace(-span, 0 if span == 12 else span, points)
         steps = torch.minimum(best[:, None] * 2 ** octaves.to(best), widest[:, None])
-        errors = histogram.errors(steps, torch.full_like(steps, -below), gap, count)
-        best = steps.gather(1, errors.argmin(1, keepdim=True))[:, 0]
+        least = errors(steps, torch.full_like(steps, -below), gap, count).argmin(1, keepdim=True)
+        best = steps.gather(1, least)[:, 0]
     return best
 
 
-def affine_of(histogram, bits, method):
+def affine_of(histogram, bits, method, percentile=PERCENTILE):
     """(rows,) steps and integer zero points of 2**bits levels step (j - zero)."""
     n = 2**bits - 1
-    low, high = histogram.low.clamp(max=0), histogram.high.clamp(min=0)
+    low, high = histogram.percentile(percentile, True) if method == "percentile" else (histogram.low, histogram.high)
+    low, high = low.clamp(max=0), high.clamp(min=0)
     below, above = torch.zeros_like(low)[:, None], torch.zeros_like(low)[:, None]  # octaves that are cut off
     if method == "mse":
+        errors = histogram.errors()
         for span, points in ((8, 17), (0.5, 5), (0.25, 5), (0.12, 5)):
             octaves = torch.linspace(0, span, points) if span == 8 else torch.linspace(-span, span, points)
             grid = torch.cartesian_prod(octaves, octaves).to(low)
             tried = [(cut + grid[:, i]).clamp(min=0) for i, cut in enumerate((below, above))]
             step, zero = _affine(low[:, None] * 2 ** -tried[0], high[:, None] * 2 ** -tried[1], n)
-            best = histogram.errors(step, -zero, 1, n + 1).argmin(1, keepdim=True)
+            best = errors(step, -zero, 1, n + 1).argmin(1, keepdim=True)
             below, above = (t.gather(1, best) for t in tried)
     step, zero = _affine(low[:, None] * 2**-below, high[:, None] * 2**-above, n)
     return step[:, 0], zero[:, 0]
@@ -108,11 +159,14 @@ def _affine(low, high, n):
     return step, (-low / step).round().clamp(0, n)
 
 
-def weight_qparams(w, bits, axis, method, symmetric):
-    """(step, zero point) of a weight: 0-dim, or (C,) for the channels along an axis, in the accumulator's dtype.
+def weight_qparams(w, bits, axis, method, symmetric, group_size=None, percentile=PERCENTILE):
+    """(step, zero point) of a weight: 0-dim, or (C,) for the channels along an axis, or one for each group of their
+    numbers, in the accumulator's dtype.
 
     With `symmetric` the zero point is None. Instead of both None where the weight is not finite.
     """
+    if group_size is not None:
+        return group_qparams(w, Grid(bits, axis % w.dim(), group_size), method, symmetric)
     rows = w.detach().reshape(1, -1) if axis is None else w.detach().movedim(axis, 0).reshape(w.shape[axis], -1)
     found = []
     for some in rows.split(ROWS):
@@ -120,33 +174,32 @@ def weight_qparams(w, bits, axis, method, symmetric):
             return None
         histogram = Histogram(len(some), w.device)
         histogram.add(some)
-        found.append(histogram_qparams(histogram, bits, method, symmetric))
+        found.append(histogram_qparams(histogram, bits, method, symmetric, percentile=percentile))
     step, zero = (None if parts[0] is None else torch.cat(parts) for parts in zip(*found, strict=True))
     step, zero = step.to(accumulator(w.dtype)), None if zero is None else zero.to(accumulator(w.dtype))
     return (step, zero) if axis is not None else (step[0], None if zero is None else zero[0])
 
 
-def histogram_qparams(histogram, bits, method, symmetric, signed=True):
+def histogram_qparams(histogram, bits, method, symmetric, signed=True, percentile=PERCENTILE):
     """(step, zero point or None) of each row, (rows,) in float64."""
-    return (step_of(histogram, bits, signed, method), None) if symmetric else affine_of(histogram, bits, method)
+    if symmetric:
+        return step_of(histogram, bits, signed, method, percentile), None
+    return affine_of(histogram, bits, method, percentile)
 
 
 def coded(w, form, method, symmetric):
     """The `Uniform` of a weight with the step and zero point that `method` finds, or None where it is not finite."""
-    found = weight_qparams(w, form.bits, form.axis, method, symmetric)
+    found = weight_qparams(w, form.bits, form.axis, method, symmetric, form.group_size)
     return found and nearest(w, form, *found)
 
 
-def nearest(w, form, step, zero):
-    """The `Uniform` of the nearest levels: LSQ's of this step, or with integer zero points step (code - zero)."""
-
-    def over(values):
-        return values if form.axis is None else along(values, form.axis, w.dim())
-
-    v = w.detach().to(step.dtype) / over(step)
+def nearest(w, form, step, zero, kind="lsq"):
+    """The `Uniform` of the nearest levels: LSQ's of this step, of the kind that `lsq` calls `levels`, or with integer
+    zero points step (code - zero)."""
+    v = w.detach().to(step.dtype) / form.over(step, w.shape)
     if zero is not None:
-        return Uniform.of(v.round() + over(zero), w.dtype, form, step, 2 * zero)
-    low, high = levels(form.bits, True)
+        return Uniform.of(v.round() + form.over(zero, w.shape), w.dtype, form, step, 2 * zero)
     if form.bits == 1:
         return Uniform.of((v >= 0).to(v.dtype), w.dtype, form, 2 * step, 1)
-    return Uniform.of(v.clamp(-low, high).round() + low, w.dtype, form, step, 2 * low)
+    low, _ = levels(form.bits, True, kind)
+    return Uniform.of(code(v, form.bits, True, kind) + low, w.dtype, form, step, 2 * low)

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..functional import quantizers
 from ..reference import parameters
-from .scales import bounds, initial_delta, learned, positive, wide
+from .scales import bounds, initial_delta, learned, other_form, positive, refuse_start, wide
 
 HALF_NORMAL = math.sqrt(1 - 2 / math.pi)  # std of |x| for a standard normal x
 
@@ -166,11 +166,15 @@ class FrozenInput(Input):
 
     def __init__(self, w, options, step, zero, signed):
         super().__init__(w, options)
+        self.register_buffer("form", torch.tensor([self.bits], device=w.device))
         self.register_buffer("step", step)
         self.register_buffer("zero", zero)
         self.signed.fill_(signed)
         self.started.fill_(True)
         self.read()
+
+    def start(self, name):
+        refuse_start()
 
     @property
     def clips_negative(self):
@@ -181,3 +185,7 @@ class FrozenInput(Input):
             return quantizers.lsq(x, self.step, self.bits, signed=self.is_signed)
         shift = self.step * self.zero
         return (quantizers.lsq(x.to(shift.dtype) + shift, self.step, self.bits, signed=False) - shift).to(x.dtype)
+
+    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
+        other_form(self, state, prefix, errors)
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)

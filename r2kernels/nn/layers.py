@@ -28,6 +28,13 @@ class Layer(NamedTuple):
         return self.places[0].module
 
     @property
+    def axis(self):
+        """The axis of the options as a number, or None: "output" is that of the output channels; experts are at least
+        channels of their own."""
+        axis = self.options.axis
+        return self.output_axis if axis == "output" else 0 if axis is None and self.experts else axis
+
+    @property
     def is_pruned(self):
         place = self.places[0]
         return isinstance(place, ComputedPlace) and place.is_pruned
@@ -62,9 +69,7 @@ def layers_of(model, usual, overrides, include=None, exclude=None, *, embeddings
         options = _options(found.name, usual, overrides, used)
         if options is None:
             continue
-        places = [place_of(c.module, c.attribute) for c in candidates if c.tensor is found.tensor]
-        axis, experts = output_axis(found.module, found.attribute), is_experts(found.module, found.tensor)
-        layers.append(Layer(found.name, places, options, axis, experts))
+        layers.append(layer_of(found, candidates, options))
     missed = [pattern for pattern in overrides if pattern not in used]
     if missed:
         raise ValueError(f"overrides[{missed[0]!r}] matches no weight of the model")
@@ -75,6 +80,13 @@ def layers_of(model, usual, overrides, include=None, exclude=None, *, embeddings
             "use include="
         )
     return layers
+
+
+def layer_of(found, candidates, options):
+    """The `Layer` of one of the candidates."""
+    places = [place_of(c.module, c.attribute) for c in candidates if c.tensor is found.tensor]
+    axis, experts = output_axis(found.module, found.attribute), is_experts(found.module, found.tensor)
+    return Layer(found.name, places, options, axis, experts)
 
 
 def _checked(overrides, usual):

@@ -3,7 +3,6 @@
 import math
 import warnings
 from fnmatch import fnmatchcase
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -11,51 +10,11 @@ from torch import nn
 from ..reference import checks
 from .attach import Attached, in_backward, switch
 from .hessian import ratios
-from .input_scales import EWGSInput, LSQInput, PACTInput
 from .inputs import InputHook, input_name, input_places
-from .layers import layers_of
+from .options import METHODS, QuantizationOptions, quantizable
 from .ranks import average_gradients, is_distributed
-from .scales import DoReFaWeight, EWGSWeight, LSQWeight
+from .restoring import restored
 from .starting import Starting, unchanged
-
-METHODS = {"lsq": (LSQWeight, LSQInput), "ewgs": (EWGSWeight, EWGSInput), "pact": (DoReFaWeight, PACTInput)}
-
-
-class QuantizationOptions(NamedTuple):
-    """How a layer is quantized; the fields are the arguments of `Quantizer`, and those that `overrides` alone have."""
-
-    method: str
-    weight_bits: int | None
-    activation_bits: int | None = None
-    axis: int | str | None = None
-    delta: float | str = 1e-3
-    plus: bool = False
-    detach_max: bool = False
-
-    def checked(self, name):
-        """These options, or an error that says which of them is not allowed for layer `name`."""
-        if self.method not in METHODS:
-            raise ValueError(f"method of {name} must be one of {tuple(METHODS)}, got {self.method!r}")
-        for option in ("weight_bits", "activation_bits"):
-            if getattr(self, option) is not None:
-                checks.bit_width(getattr(self, option), f"{option} of {name}")
-        if self.weight_bits is None and self.activation_bits is None:
-            raise ValueError(f'weight_bits and activation_bits of {name} are both None; "skip" leaves a layer out')
-        if self.axis not in (None, "output") and (isinstance(self.axis, bool) or not isinstance(self.axis, int)):
-            raise TypeError(f'axis of {name} must be an int, "output" or None, got {self.axis!r}')
-        if self.axis is not None and self.method != "lsq":
-            raise ValueError(
-                f"axis of {name} must be None for method {self.method!r}, which has one range for each tensor, "
-                f"got {self.axis!r}"
-            )
-        if self.delta != "hessian":
-            checks.number(
-                f"delta of {name}", self.delta, 'a finite number >= 0 or "hessian"', lambda v: 0 <= v < math.inf
-            )
-        for option in ("plus", "detach_max"):
-            if not isinstance(getattr(self, option), bool):
-                raise TypeError(f"{option} of {name} must be True or False, got {getattr(self, option)!r}")
-        return self
 
 
 class Quantizer(Starting):
@@ -72,6 +31,9 @@ class Quantizer(Starting):
         activations, DoReFa weights).
     weight_bits, activation_bits: an int in 1..8; activation_bits=None leaves activations alone.
     axis: of the weights' channels, each with its own step ("lsq"); None for one step for each tensor.
+    group_size: how many numbers of a channel, one after the other, share a step ("lsq"); it divides their number, or
+        is larger and gives each channel one. With axis=None the channels are the output channels.
+    levels: of the weights ("lsq"): "lsq", "ternary" (weight_bits=2) or "seq" (half-integers), see `lsq`.
     overrides: name pattern (of the parameter or its module) -> dict of options, or "skip"; of several that match the
         last one counts. Options: those above, `delta` (EWGS: a number or "hessian", see `estimate_delta`), `plus`
         (PACT+), `detach_max` (DoReFa).
@@ -101,6 +63,8 @@ class Quantizer(Starting):
         activation_bits=None,
         *,
         axis=None,
+        group_size=None,
+        levels="lsq",
         delay=0,
         observe=0,
         include=None,
@@ -109,7 +73,8 @@ class Quantizer(Starting):
         replace=False,
     ):
         super().__init__()
-        usual = QuantizationOptions(method, weight_bits, activation_bits, axis).checked("the model")
+        usual = QuantizationOptions(method, weight_bits, activation_bits, axis, group_size, levels)
+        usual = usual.checked("the model")
         for name, value in (("delay", delay), ("observe", observe)):
             checks.number(name, value, "an int >= 0", lambda v: v >= 0 and v % 1 == 0)
         layers = quantizable(model, usual, overrides, include, exclude)
@@ -144,6 +109,18 @@ class Quantizer(Starting):
         Attached.__init__(self)
         self._hold(model, layers, weights, inputs, started=True, replace=replace)
         return self
+
+    @classmethod
+    @torch.no_grad()
+    def from_state(cls, model, state, *, replace=False):
+        """The quantizer that `calibrate` made, from its `state_dict()`, without a loader and without calibrating.
+
+        model: as that one, with the same names and shapes; with the same weights its outputs are the same bits. Which
+        layers, bits, axes, steps and zero points, all is in the state. ValueError names the layer where the state does
+        not fit the model, is not complete, or is of a trained `Quantizer` (make that with the options it had, and call
+        `load_state_dict`).
+        """
+        return cls._frozen(model, *restored(model, state), replace=replace)
 
     def _input_modules(self):
         return [(module, input_name(key)) for module, key in self._input_of]
@@ -364,17 +341,3 @@ class Quantizer(Starting):
     def extra_repr(self):
         started = sum(self._is_started)
         return f"layers={len(self.layers)}, inputs={len(self.inputs._modules)}, started={started}"
-
-
-def quantizable(model, usual, overrides, include=None, exclude=None):
-    """The layers to quantize, checked."""
-    layers = []
-    for layer in layers_of(model, usual, overrides, include, exclude, stacklevel=5):
-        o, w = layer.options, layer.weight()
-        axis = layer.output_axis if o.axis == "output" else 0 if o.axis is None and layer.experts else o.axis
-        checks.weights(w, name=layer.name)
-        checks.channel_axis(axis, [w], True, layer.name)
-        if not w.isfinite().all():
-            raise ValueError(f"{layer.name} has a NaN or an infinity; it cannot be quantized")
-        layers.append(layer._replace(options=o._replace(axis=axis if o.method == "lsq" else None)))
-    return layers

@@ -1,4 +1,4 @@
-"""What the ranks of torch.distributed share, each in one message in float64."""
+"""What the ranks of torch.distributed share, each in one message."""
 
 import torch
 from torch import distributed
@@ -54,3 +54,11 @@ def average_gradients(parameters):
             p.grad.copy_(g.div_(distributed.get_world_size()).reshape(p.shape))
         elif count > 0:
             p.grad = g.div_(distributed.get_world_size()).reshape(p.shape).to(p.device, p.dtype)
+
+
+def reduce(tensors, operation):
+    """Gives the tensors, of one dtype, their "sum" or "max" over all ranks."""
+    flat = torch.cat([t.reshape(-1).to(tensors[0].device) for t in tensors])
+    distributed.all_reduce(flat, getattr(distributed.ReduceOp, operation.upper()))
+    for t, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        t.copy_(part.reshape(t.shape))

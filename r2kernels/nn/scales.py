@@ -10,7 +10,7 @@ import math
 import torch
 from torch import nn
 
-from ..files.uniform import Grid, Uniform, along
+from ..files.uniform import Grid, Uniform
 from ..functional import quantizers
 from ..reference import parameters
 from ..reference.columns import accumulator
@@ -29,9 +29,8 @@ def bounds(lower, upper):
     return lower, lower + positive(upper - lower)
 
 
-def _mean_size(w, axis=None):
-    size = w.detach().to(accumulator(w.dtype)).abs()
-    return size.mean() if axis is None else size.mean([i for i in range(w.dim()) if i != axis % w.dim()])
+def _mean_size(w):
+    return wide(w).abs().mean()
 
 
 def _or_usual(size, w, part=1.0):
@@ -49,36 +48,48 @@ def wide(w):
 
 
 class LSQWeight(nn.Module):
-    """A learned step of the tensor, or of each channel along an axis."""
+    """A learned step of the tensor, or of each channel along an axis, or of each group of a channel's numbers."""
 
     is_hard = True  # what `soft` gives is what `coded` stores, bit for bit
 
     def __init__(self, w, options):
         super().__init__()
         self.bits, self.axis = options.weight_bits, options.axis
-        self.step = learned(w, () if self.axis is None else (w.shape[self.axis],))
+        self.group_size, self.levels = options.group_size, options.levels
+        self.step = learned(w, () if self.axis is None else (grid(self, w).channels(w.shape),))
 
     def key(self):
-        return self.bits, self.axis
+        return self.bits, self.axis, self.group_size, self.levels
 
     @staticmethod
     def soft(some, ws):
-        bits, axis = some[0].key()
-        if axis is None:
-            return quantizers.lsq(ws, positive(torch.stack([q.step for q in some])), bits)
+        if some[0].axis is None:
+            return _lsq(some, ws, positive(torch.stack([q.step for q in some])))
         steps = positive(torch.cat([q.step for q in some])).split([len(q.step) for q in some])
-        return quantizers.lsq(ws, list(steps), bits, axis=axis)
+        return _lsq(some, ws, list(steps))
 
     def start(self, w):
-        size = _or_usual(_mean_size(w, self.axis), w, 0.5)
-        self.step.copy_(2 * size / math.sqrt(parameters.levels(self.bits, True)[1]))
+        size = _or_usual(grid(self, w).rows(wide(w).abs()).mean(1).reshape(self.step.shape), w, 0.5)
+        self.step.copy_(2 * size / math.sqrt(parameters.levels(self.bits, True, self.levels)[1]))
 
     def coded(self, w):
-        return nearest(w, grid(self.bits, self.axis, w), positive(self.step), None)
+        return nearest(w, grid(self, w), positive(self.step), None, self.levels)
 
 
-def grid(bits, axis, w):
-    return Grid(bits, None if axis is None else axis % w.dim())
+def grid(q, w):
+    """The form in which w, whose quantizer is q, is stored."""
+    return Grid(q.bits, None if q.axis is None else q.axis % w.dim(), q.group_size)
+
+
+def _lsq(some, ws, steps, signed=True):
+    """`lsq` of weights whose quantizers share their options. Groups are the rows of a view of a contiguous weight whose
+    channels lie along its first axis, else of a copy."""
+    q, options = some[0], {"signed": signed, "levels": some[0].levels}
+    if q.group_size is None:
+        return quantizers.lsq(ws, steps, q.bits, axis=q.axis, **options)
+    grids = [grid(q, w) for w in ws]
+    ys = quantizers.lsq([g.rows(w) for g, w in zip(grids, ws, strict=True)], steps, q.bits, axis=0, **options)
+    return [g.from_rows(y, w.shape) for g, y, w in zip(grids, ys, ws, strict=True)]
 
 
 class _Scaled(nn.Module):
@@ -162,11 +173,14 @@ class DoReFaWeight(_Scaled):
 
 
 class FrozenWeight(nn.Module):
-    """A step, and with `symmetric=False` an integer zero point, of the tensor or of each channel."""
+    """A step, and with `symmetric=False` an integer zero point, of the tensor or of each channel or group."""
 
-    def __init__(self, w, bits, axis, step, zero):
+    def __init__(self, w, bits, axis, step, zero, group_size=None, levels="lsq"):
         super().__init__()
-        self.bits, self.axis = bits, axis
+        self.bits, self.axis, self.group_size, self.levels = bits, axis, group_size, levels
+        # what `Quantizer.from_state` makes it of again; no axis is -1, no groups are 0
+        form = [bits, -1 if axis is None else axis, group_size or 0]
+        self.register_buffer("form", torch.tensor(form, device=w.device))
         self.register_buffer("step", step)
         self.register_buffer("zero", zero)
 
@@ -175,24 +189,35 @@ class FrozenWeight(nn.Module):
         return self.zero is None
 
     def key(self):
-        return self.bits, self.axis, self.zero is None
+        return self.bits, self.axis, self.group_size, self.levels, self.zero is None
 
     @staticmethod
     def soft(some, ws):
-        bits, axis, symmetric = some[0].key()
-        steps = torch.stack([q.step for q in some]) if axis is None else [q.step for q in some]
-        if symmetric:
-            return quantizers.lsq(ws, steps, bits, axis=axis)
-        shifts = [
-            q.step * q.zero if axis is None else along(q.step * q.zero, axis % w.dim(), w.dim())
-            for q, w in zip(some, ws, strict=True)
-        ]
-        wide = [w.to(shift.dtype) + shift for w, shift in zip(ws, shifts, strict=True)]
-        ys = quantizers.lsq(wide, steps, bits, signed=False, axis=axis)
+        steps = [q.step for q in some]
+        steps = torch.stack(steps) if some[0].axis is None else steps
+        if some[0].zero is None:
+            return _lsq(some, ws, steps)
+        shifts = [grid(q, w).over(q.step * q.zero, w.shape) for q, w in zip(some, ws, strict=True)]
+        ys = _lsq(some, [w.to(shift.dtype) + shift for w, shift in zip(ws, shifts, strict=True)], steps, signed=False)
         return [(y - shift).to(w.dtype) for y, shift, w in zip(ys, shifts, ws, strict=True)]
 
     def start(self, w):
-        pass
+        refuse_start()
 
     def coded(self, w):
-        return nearest(w, grid(self.bits, self.axis, w), self.step, self.zero)
+        return nearest(w, grid(self, w), self.step, self.zero, self.levels)
+
+    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
+        other_form(self, state, prefix, errors)
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
+
+
+def refuse_start():
+    raise RuntimeError("ranges that `calibrate` found do not start again; find others by calibrate(..., replace=True)")
+
+
+def other_form(frozen, state, prefix, errors):
+    """Adds an error where a state is of other bits, axis or groups than what would take it."""
+    given, own = state.get(f"{prefix}form"), frozen.form.tolist()
+    if given is not None and given.tolist() != own:
+        errors.append(f"{prefix}form (bits, axis, group_size) is {given.tolist()} in the state and {own} here.")

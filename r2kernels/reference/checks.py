@@ -209,6 +209,20 @@ def bit_width(bits, name="bits"):
     return bits
 
 
+LEVELS = ("lsq", "ternary", "seq")
+
+
+def level_kind(levels, bits, signed=True, of=""):
+    """One of `LEVELS` that goes with these bits, or an error that names it."""
+    if levels not in LEVELS:
+        raise ValueError(f"levels{of} must be one of {LEVELS}, got {levels!r}")
+    if levels == "ternary" and bits != 2:
+        raise ValueError(f'levels="ternary"{of} has the codes -1, 0, 1, which take 2 bits; got {bits}')
+    if levels != "lsq" and not signed:
+        raise ValueError(f"levels={levels!r}{of} has codes below 0 and needs signed=True, got signed=False")
+    return levels
+
+
 def channel_axis(axis, xs, single, name="x"):
     """None, or an int that is an axis of every tensor."""
     if axis is None:
@@ -221,6 +235,16 @@ def channel_axis(axis, xs, single, name="x"):
                 f"axis={axis} does not exist: {name if single else f'{name}[{i}]'} has shape {tuple(x.shape)}"
             )
     return axis
+
+
+def groups(group_size, w, axis, name):
+    """ValueError where the numbers of a channel do not fall into groups of this size."""
+    inputs = w.numel() // w.shape[axis] if group_size is not None else 0
+    if group_size is not None and group_size < inputs and inputs % group_size:
+        raise ValueError(
+            f"group_size={group_size} of {name} does not divide the {inputs} inputs of a channel: it has shape "
+            f"{tuple(w.shape)} and its channels lie along axis {axis}"
+        )
 
 
 # name -> options, in the order in which the term's op takes them as tensors (all but bits)

@@ -115,11 +115,15 @@ def tolerance(tol, ws):
     return torch.stack([1e-6 * (w.amax().double() - w.amin().double()) for w in ws])
 
 
-def levels(bits, signed):
-    """(QN, QP) of LSQ: codes run from -QN to QP; those of one signed bit are -1 and 1."""
+def levels(bits, signed, kind="lsq"):
+    """(QN, QP) of LSQ: codes run from -QN to QP in steps of 1; those of one signed bit are -1 and 1 alone. `kind`:
+    "ternary" for -1, 0, 1, "seq" for half-integers (of one bit again -1 and 1)."""
     if not signed:
         return 0, 2**bits - 1
-    return (1, 1) if bits == 1 else (2 ** (bits - 1), 2 ** (bits - 1) - 1)
+    if bits == 1 or kind == "ternary":
+        return 1, 1
+    half = 2 ** (bits - 1)
+    return (half - 0.5, half - 0.5) if kind == "seq" else (half, half - 1)
 
 
 def channels(

@@ -17,7 +17,6 @@ import torch
 
 from . import checks, parameters
 from .columns import accumulator
-from .parameters import levels
 
 
 def _parameters(flat, xs, axis=None):
@@ -54,26 +53,29 @@ def _sign(v):
     return torch.where(v < 0, -1, torch.where(v >= 0, 1, v))
 
 
-def code(v, bits, signed):
-    """LSQ's integer code, as a floating-point number, of v = x / step."""
-    low, high = levels(bits, signed)
-    return _sign(v) if bits == 1 and signed else v.clamp(-low, high).round()
+def code(v, bits, signed, levels="lsq"):
+    """LSQ's code, as a floating-point number, of v = x / step."""
+    low, high = parameters.levels(bits, signed, levels)
+    if bits == 1 and signed:
+        return _sign(v)
+    clipped, shift = v.clamp(-low, high), high % 1
+    return (clipped - shift).round() + shift if shift else clipped.round()
 
 
-def lsq_fwd(xs, step, bits, signed, axis):
+def lsq_fwd(xs, step, bits, signed, axis, levels):
     return [
-        (s * code(_wide(x) / s, bits, signed)).to(x.dtype)
+        (s * code(_wide(x) / s, bits, signed, levels)).to(x.dtype)
         for x, s in zip(xs, _parameters(_positive(step), xs, axis), strict=True)
     ]
 
 
-def lsq_bwd(gs, xs, step, bits, signed, axis):
-    low, high = levels(bits, signed)
+def lsq_bwd(gs, xs, step, bits, signed, axis, levels):
+    low, high = parameters.levels(bits, signed, levels)
     gradients, g_step = [], []
     for g, x, s in zip(gs, xs, _parameters(_positive(step), xs, axis), strict=True):
         v, g = _wide(x) / s, _wide(g)
         below, above = v < -low, v > high
-        slope = torch.where(below, -low, torch.where(above, high, code(v, bits, signed) - v))
+        slope = torch.where(below, -low, torch.where(above, high, code(v, bits, signed, levels) - v))
         channel = x.numel() if axis is None else x.numel() // x.shape[axis]
         gradients.append(torch.where(below | above, 0, g).to(x.dtype))
         g_step.append(_sum(g * slope, axis) / math.sqrt(channel * high))
@@ -179,17 +181,18 @@ def _results(ys, single):
     return ys[0] if single else ys
 
 
-def lsq(x, step, bits, *, signed=True, axis=None):
+def lsq(x, step, bits, *, signed=True, axis=None, levels="lsq"):
     xs, single = checks.weights(x, name="x")
     checks.bit_width(bits)
+    checks.level_kind(levels, bits, signed)
     axis = checks.channel_axis(axis, xs, single)
     step = parameters.channels("step", step, xs, single, axis)
-    (low, high), ys = levels(bits, signed), []
+    (low, high), ys = parameters.levels(bits, signed, levels), []
     for w, s in zip(xs, _parameters(_positive(step), xs, axis), strict=True):
         scale = 1 / math.sqrt((w.numel() if axis is None else w.numel() // w.shape[axis]) * high)
         s = s.detach() + scale * (s - s.detach())
         v = (_wide(w) / s).clamp(-low, high)
-        c = _sign(v).detach() + (v - v.detach()) if bits == 1 and signed else _round(v)
+        c = code(v.detach(), bits, signed, levels) + (v - v.detach())
         ys.append((s * c).to(w.dtype))
     return _results(ys, single)
 

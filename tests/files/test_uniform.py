@@ -10,7 +10,7 @@ from r2kernels.files.format import ENTROPIES
 from r2kernels.files.loading import Palettized, load_palettized
 from r2kernels.files.saving import save_clustered
 from r2kernels.files.uniform import Grid, Uniform
-from r2kernels.nn.clipping import nearest, weight_qparams
+from r2kernels.nn.clipping import coded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -35,20 +35,42 @@ def test_the_file(tmp_path):
     )
 
 
+def test_groups(tmp_path):
+    """Of two numbers, along either axis of a matrix; the scales of the first channel come first."""
+    codes, scale = torch.tensor([[1.0, 2, 3, 0], [3, 3, 1, 1]]), torch.tensor([1.0, 10, 100, 1000])
+    rows = Uniform.of(codes, torch.float32, Grid(2, 0, 2), scale, torch.tensor([2, 2, 3, 0]))
+    assert rows.decoded().tolist() == [[0, 1, 20, -10], [150, 150, 1000, 1000]]
+    columns = Uniform.of(codes, torch.float32, Grid(2, 1, 1), torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 8]), 0)
+    assert columns.decoded().tolist() == [[1, 6, 15, 0], [6, 12, 6, 8]]
+    one = Uniform.of(codes, torch.float32, Grid(2, 0, 64), torch.tensor([1.0, 2]), 0)  # as large as a channel or larger
+    assert one.decoded().tolist() == [[1, 2, 3, 0], [6, 6, 2, 2]]
+    assert (rows.size().codes, rows.size().luts) == (2, 4 * 6)
+    made = {"rows": rows, "columns": columns, "one": one}
+    state = {name: u.decoded() for name, u in made.items()}
+    save_clustered(made, state, tmp_path / "f")
+    header, _ = parsed((tmp_path / "f").read_bytes())
+    described = header["__metadata__"]["weights"]
+    assert described["rows"] == {
+        "shape": [2, 4], "dtype": "F32", "bits": 2, "axis": 0, "group_size": 2, "kind": "uniform"
+    }  # fmt: skip
+    assert_same(load_palettized(tmp_path / "f"), state)
+
+
 @given(
     shape=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     bits=st.integers(1, 8),
     axis=st.none() | st.integers(0, 3),
+    group_size=st.none() | st.integers(1, 12),
     seed=st.integers(0, 9),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
     entropy=st.sampled_from(ENTROPIES),
 )
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
-def test_round_trip_of_anything(tmp_path_factory, shape, bits, axis, seed, dtype, entropy):
-    if axis is not None and axis >= len(shape):
+def test_round_trip_of_anything(tmp_path_factory, shape, bits, axis, group_size, seed, dtype, entropy):
+    form = Grid(bits, axis, group_size)
+    if form.wrong(shape):
         return
     g, path = torch.Generator().manual_seed(seed), tmp_path_factory.mktemp("any") / "f"
-    form = Grid(bits, axis)
     codes = torch.randint(2**bits, shape, generator=g).double()
     channels = (form.channels(shape),)
     made = Uniform.of(
@@ -65,12 +87,9 @@ def test_round_trip_of_anything(tmp_path_factory, shape, bits, axis, seed, dtype
 def small(tmp_path_factory):
     path = tmp_path_factory.mktemp("small") / "f"
     g = torch.Generator().manual_seed(0)
-    state = {name: torch.randn(9, 400, generator=g).pow(3) for name in ("a", "h")}
-    forms = {"a": Grid(4, 0), "h": Grid(4)}
-    made = {
-        name: nearest(w, forms[name], *weight_qparams(w, 4, forms[name].axis, "minmax", False))
-        for name, w in state.items()
-    }
+    state = {name: torch.randn(9, 400, generator=g).pow(3) for name in ("a", "g", "h")}
+    forms = {"a": Grid(4, 0), "g": Grid(4, 0, 8), "h": Grid(4)}
+    made = {name: coded(w, forms[name], "minmax", False) for name, w in state.items()}
     save_clustered(made, {**state, "s": torch.ones(3)}, path, entropy="huffman")
     return path.read_bytes()
 
@@ -86,6 +105,17 @@ EDITS = {
     "axis text": (weight("a", "axis", "0"), "a has axis '0', which is not allowed"),
     "axis true": (weight("a", "axis", True), "a has axis True, which is not allowed"),
     "no axis": (weight("a", "axis", None), "a has a part 'scale' of .* does not agree"),
+    "group_size 0": (weight("g", "group_size", 0), "g has group_size 0, which is not allowed"),
+    "group_size -8": (weight("g", "group_size", -8), "g has group_size -8, which is not allowed"),
+    "group_size 7": (weight("g", "group_size", 7), "g has group_size 7, which is not allowed"),
+    "group_size true": (weight("g", "group_size", True), "g has group_size True, which is not allowed"),
+    "group_size 8.0": (weight("g", "group_size", 8.0), "list of weights is corrupt .*8.0 is not an int"),
+    "group_size text": (weight("g", "group_size", "8"), "g has group_size '8', which is not allowed"),
+    "group_size 4": (weight("g", "group_size", 4), "g has a part 'scale' of .* does not agree"),
+    "group_size large": (weight("g", "group_size", 2**80), "g has a part 'scale' of .* does not agree"),
+    "no group_size": (weight("g", "group_size", None), "g has a part 'scale' of .* does not agree"),
+    "group_size of a tensor": (weight("h", "group_size", 8), "h has group_size 8, which is not allowed"),
+    "groups without an axis": (weight("g", "axis", None), "g has group_size 8, which is not allowed"),
     "kind": (weight("a", "kind", "odd"), "a is not described as"),
     "kind list": (weight("a", "kind", []), "a is not described as"),
     "kind clustered": (weight("a", "kind", "clustered"), "a has no part 'lut'"),

@@ -141,6 +141,18 @@ def test_copies_and_state():
     assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), out)
 
 
+@pytest.mark.parametrize("bits", [(4, 4), (None, 4)], ids=str)
+def test_frozen_ranges_do_not_start_again(bits):
+    model, x = plain(), images()
+    quantizer = calibrate(model, [x], *bits)
+    state = copy.deepcopy(quantizer.state_dict())
+    with pytest.raises(
+        RuntimeError, match="ranges that `calibrate` found do not start again; find others by calibrate"
+    ):
+        quantizer.initialize(3 * x)
+    assert_same(dict(quantizer.state_dict()), dict(state))
+
+
 class Keyword(nn.Module):
     def __init__(self):
         super().__init__()
@@ -202,10 +214,22 @@ def test_loaders_that_cannot_be_used(loader, error, message):
     [
         ({"weight_bits": 0}, ValueError, "weight_bits of the model must be an int in 1..8, got 0"),
         ({"activation_bits": 9}, ValueError, "activation_bits of the model must be an int in 1..8, got 9"),
-        ({"method": "entropy"}, ValueError, r"method must be one of \('mse', 'minmax'\), got 'entropy'"),
+        (
+            {"method": "entropy"},
+            ValueError,
+            r"method of the model must be one of \('mse', 'minmax', 'percentile'\), got",
+        ),
         ({"axis": 2}, ValueError, r"axis=2 does not exist: a.weight has shape \(4, 4\)"),
         ({"axis": 0.0}, TypeError, 'axis of the model must be an int, "output" or None, got 0.0'),
-        ({"symmetric": "no"}, TypeError, "symmetric must be True or False, got 'no'"),
+        ({"symmetric": "no"}, TypeError, "symmetric of the model must be True or False, got 'no'"),
+        ({"percentile": 50}, ValueError, r"percentile of the model must be a number in \(50, 100\], got 50"),
+        ({"group_size": 3}, ValueError, "group_size"),
+        ({"group_size": 2, "method": "percentile"}, ValueError, 'must be "mse" or "minmax" with group_size'),
+        ({"batches": 0}, ValueError, "batches must be an int >= 1, got 0"),
+        ({"forward": 3}, TypeError, r"forward must be a function of \(model, batch\) or None, got 3"),
+        ({"overrides": {"a": {"bits": 2}}}, ValueError, r"overrides\['a'\] has no option 'bits'; allowed are"),
+        ({"overrides": {"a": {"method": "kl"}}}, ValueError, r"method of a.weight must be one of .* got 'kl'"),
+        ({"overrides": {"z": "skip"}}, ValueError, r"overrides\['z'\] matches no weight"),
         ({"model": nn.ReLU()}, ValueError, "ReLU has no conv, linear or attention weight"),
     ],
     ids=str,

@@ -75,21 +75,73 @@ def test_asymmetric_clipping_against_brute_force(kind, bits):
     st.lists(st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=20), min_size=1, max_size=6), st.booleans()
 )
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
-def test_a_histogram_that_widens(batches, zeros_first):
-    """Batch by batch or at once: the same sums, and bins as fine as half of those at once."""
+def test_a_histogram_of_batches(batches, zeros_first):
+    """In any order or at once: the same bits, and every number in its bin."""
     batches = [torch.zeros(1, 3)] * zeros_first + [torch.tensor([batch]) for batch in batches]
-    parts, whole = Histogram(1), Histogram(1)
-    for batch in batches:
-        parts.add(batch)
     x = torch.cat(batches, 1)
+    parts, turned, whole = Histogram(1), Histogram(1), Histogram(1)
+    for batch, last in zip(batches, reversed(batches), strict=True):
+        parts.add(batch)
+        turned.add(last)
     whole.add(x)
-    assert (parts.low, parts.high, parts.count.sum()) == (x.min(), x.max(), x.numel())
-    assert_close(parts.sum.sum(), x.double().sum())
-    assert_close(parts.square[0], x.double().square().sum())
-    assert whole.top <= parts.top * (1 + 1e-9) and parts.top <= 2 * max(whole.top.item(), 1e-300)
-    edges = torch.linspace(-1, 1, BINS + 1).double() * parts.top
-    inside = (parts.sum >= edges[:-1] * parts.count - 1e-6) & (parts.sum <= edges[1:] * parts.count + 1e-6)
-    assert inside.all()
+    for histogram in (parts, turned):
+        assert all(torch.equal(vars(histogram)[name], value) for name, value in vars(whole).items())
+    assert (whole.low, whole.high, whole.strange) == (x.min(), x.max(), 0)
+    top = 2.0 ** math.frexp(x.abs().max())[1]
+    counts, _ = torch.histogram(x.double(), 2 * BINS, range=(-top, top))
+    if x.any():
+        assert torch.equal(whole.count[0].double(), counts)
+    assert whole.count.sum() == x.numel()
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-30, 1e30, 1e300])
+def test_a_histogram_of_any_scale(size):
+    """Rows do not disturb each other; what is not finite is counted and in no bin."""
+    histogram = Histogram(3)
+    histogram.add(torch.tensor([[size, -size], [0.0, math.nan], [math.inf, 1.0]], dtype=torch.float64))
+    assert histogram.strange.tolist() == [0, 1, 1] and histogram.count.sum(1).tolist() == [2, 2, 2]
+    assert histogram.high.tolist() == [size, 0, 1] and histogram.low.tolist() == [-size, 0, 0]
+    assert_close(step_of(histogram, 4, True, "minmax"), torch.tensor([size / 7, 1, 1 / 7], dtype=torch.float64))
+    step = step_of(histogram, 4, True, "mse")
+    x = torch.tensor([size, -size, 1], dtype=torch.float64)
+    assert_close((x / step[[0, 0, 2]]).round().clamp(-8, 7) * step[[0, 0, 2]], x, rtol=0.13, atol=0)
+
+
+@pytest.mark.parametrize("percentile", [50, 90, 99, 99.99, 100])
+def test_percentiles(percentile):
+    """Of |x| for LSQ's levels, of either tail with a zero point; against sorting, to the width of a bin."""
+    x = sample("skewed", 20000) - 0.7
+    histogram = Histogram(1)
+    histogram.add(x[None])
+    bin = 2.0 ** histogram.exponent.item() / BINS
+    top = x.abs().quantile(percentile / 100)
+    low, high = x.quantile(1 - percentile / 100), x.quantile(percentile / 100)
+    assert_close(step_of(histogram, 4, True, "percentile", percentile)[0], top / 7, rtol=1e-3, atol=bin)
+    step, zero = affine_of(histogram, 4, "percentile", percentile)
+    assert_close(step[0], (high.clamp(min=0) - low.clamp(max=0)) / 15, rtol=1e-3, atol=bin)
+    assert zero[0] == (-low.clamp(max=0) / step[0]).round()
+    if percentile == 100:
+        assert torch.equal(step_of(histogram, 4, True, "percentile", 100), step_of(histogram, 4, True, "minmax"))
+
+
+def test_a_percentile_of_mostly_zeros_clips_nothing():
+    x = torch.zeros(1, 1000)
+    x[0, 0] = 3.5
+    histogram = Histogram(1)
+    histogram.add(x)
+    assert step_of(histogram, 4, True, "percentile", 99)[0] == 0.5
+    assert affine_of(histogram, 3, "percentile", 99) == (torch.tensor([0.5]), torch.tensor([0]))
+
+
+def test_one_bit_of_zeros_stays_zero():
+    """The levels of one bit are both beside 0; they are too small for any dtype but float64 to tell from it."""
+    for dtype in (torch.float32, torch.float16):
+        w = torch.tensor([[0.0, 0.0], [1.0, -1.0]], dtype=dtype)
+        for method in ("mse", "minmax", "percentile"):
+            step, zero = weight_qparams(w, 1, 0, method, True)
+            assert nearest(w, Grid(1, 0), step, zero).decoded().abs().amax(1).tolist() == pytest.approx(
+                [0, 1], abs=1e-29
+            )
 
 
 def test_min_max_ranges():

@@ -29,6 +29,7 @@ class Call(NamedTuple):
     bits: int
     flag: bool
     axis: int | None = None
+    levels: str = "lsq"
 
     @property
     def dtype(self):
@@ -36,7 +37,7 @@ class Call(NamedTuple):
 
     @property
     def arguments(self):
-        return [*self.parameters, self.bits, self.flag, *([self.axis] if self.op == "lsq" else [])]
+        return [*self.parameters, self.bits, self.flag, *([self.axis, self.levels] if self.op == "lsq" else [])]
 
     def to(self, dtype):
         wide = accumulator(dtype)
@@ -60,7 +61,7 @@ class Call(NamedTuple):
         return buffers, of_parameters
 
 
-def call(op, xs, bits, flag, axis=None, seed=0, spread=1.0):
+def call(op, xs, bits, flag, axis=None, seed=0, spread=1.0, kind="lsq"):
     """Parameters that fit numbers of standard deviation `spread`, different ones for each tensor or channel."""
     g, wide, device = torch.Generator().manual_seed(seed + 77), accumulator(xs[0].dtype), xs[0].device
     count = len(xs) if axis is None else sum(x.shape[axis] for x in xs)
@@ -71,7 +72,7 @@ def call(op, xs, bits, flag, axis=None, seed=0, spread=1.0):
     if op == "dorefa":
         parameters = [dorefa_scale(xs, bits)]
     gs = [torch.randn(x.shape, generator=g, dtype=torch.float64).to(device, x.dtype) for x in xs]
-    return Call(op, gs, xs, parameters, bits, flag, axis)
+    return Call(op, gs, xs, parameters, bits, flag, axis, kind)
 
 
 def dorefa_scale(xs, bits):
@@ -136,9 +137,10 @@ def _sizes(wide, i, dx):
     """The sum of the sizes of the terms of each parameter's gradient, in tensor i."""
     g, x = wide.gs[i], wide.xs[i]
     if wide.op == "lsq":
-        step, (low, high) = wide.parameters[0][i], levels(wide.bits, wide.flag)
+        step, (low, high) = wide.parameters[0][i], levels(wide.bits, wide.flag, wide.levels)
         v = x / step
-        slope = torch.where(v < -low, low, torch.where(v > high, high, formulas.code(v, wide.bits, wide.flag) - v))
+        code = formulas.code(v, wide.bits, wide.flag, wide.levels)
+        slope = torch.where(v < -low, low, torch.where(v > high, high, code - v))
         return [(g * slope).abs().sum() / math.sqrt(x.numel() * high)]
     if wide.op == "ewgs":
         return [dx.abs().sum()] * 2

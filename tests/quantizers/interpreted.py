@@ -101,11 +101,13 @@ def test_quantizers(dtype, bits, triton):
     xs = tensors(dtype)
     step = numbers(0.25, 0.01, 0.5, 0.1, 1.0, dtype=dtype)
     for flag in (False, True):
-        both(triton, "lsq", xs, step, bits, flag, None)
+        both(triton, "lsq", xs, step, bits, flag, None, "lsq")
         both(triton, "ewgs", xs, -3 * step, 4 * step, step / 10, bits, flag, bits_of_gradients=False)
         both(triton, "pact", xs, 2 * step, bits, flag)
+    both(triton, "lsq", xs, step, bits, True, None, "seq")
     both(triton, "dorefa", xs, tops(xs, bits), bits, False, bits_of_gradients=bits == 1)
     if bits == 2:
+        both(triton, "lsq", xs, step, bits, True, None, "ternary")
         both(triton, "dorefa", xs, tops(xs, bits), bits, True, bits_of_gradients=False)
 
 
@@ -118,11 +120,24 @@ def test_lsq_by_channel(axis, dtype, triton):
         draw(2, 3, 2, 2, seed=3, dtype=dtype).contiguous(memory_format=torch.channels_last),
     ]
     step = draw(sum(x.shape[axis] for x in xs), seed=4, dtype=accumulator(dtype)).abs() + 0.05
-    both(triton, "lsq", xs, step, 3, True, axis)
-    both(triton, "lsq", [draw(2, 4100, dtype=dtype)], step[:2], 2, False, 0)
+    both(triton, "lsq", xs, step, 3, True, axis, "lsq")
+    both(triton, "lsq", [draw(2, 4100, dtype=dtype)], step[:2], 2, False, 0, "lsq")
+    both(triton, "lsq", xs, step, 2, True, axis, "ternary" if axis else "seq")
     if axis == 1:
-        both(triton, "lsq", [draw(2, 2, 2100, dtype=dtype)], step[:2], 2, False, 1)
-        both(triton, "lsq", [draw(2, 40, dtype=dtype)], step.repeat(20)[:40], 1, True, 1)
+        both(triton, "lsq", [draw(2, 2, 2100, dtype=dtype)], step[:2], 2, False, 1, "lsq")
+        both(triton, "lsq", [draw(2, 40, dtype=dtype)], step.repeat(20)[:40], 1, True, 1, "lsq")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("each", "columns"), [(1, (9,)), (5, (7, 2)), (16, (300, 1)), (128, (40, 33)), (700, (5,))])
+def test_lsq_by_short_channel(each, columns, dtype, triton):
+    """Several to a program, which may not fill the last one."""
+    xs = [draw(n, each, seed=n, dtype=dtype) for n in columns]
+    step = draw(sum(columns), seed=4, dtype=accumulator(dtype)).abs() + 0.05
+    step[0] = math.nan
+    for bits, kind in ((3, "lsq"), (1, "lsq"), (2, "ternary"), (2, "seq")):
+        both(triton, "lsq", xs, step, bits, True, 0, kind)
+    both(triton, "lsq", [xs[0].t()], step[: columns[0]], 3, False, 1, "lsq")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -135,7 +150,9 @@ def test_every_code_and_tie(dtype, triton):
             [x, torch.nextafter(x, torch.full_like(x, math.inf)), torch.nextafter(x, torch.full_like(x, -math.inf))]
         )
         for bits, signed in ((8, True), (8, False), (3, True)):
-            both(triton, "lsq", [x], numbers(s, dtype=dtype), bits, signed, None)
+            both(triton, "lsq", [x], numbers(s, dtype=dtype), bits, signed, None, "lsq")
+        both(triton, "lsq", [x], numbers(s, dtype=dtype), 8, True, None, "seq")
+        both(triton, "lsq", [x], numbers(s, dtype=dtype), 2, True, None, "ternary")
         both(triton, "pact", [x], numbers(255 * s, dtype=dtype), 8, True)
         low, high, delta = (numbers(v, dtype=dtype) for v in (-127.5 * s, 127.5 * s, 0.1))
         both(triton, "ewgs", [x], low, high, delta, 8, True, bits_of_gradients=False)
@@ -173,7 +190,7 @@ def test_special_values_and_invalid_parameters(triton):
     for bits in (1, 3):
         for flag in (False, True):
             for p in (0.3, 0.0, -1.0, math.nan, math.inf, 1e-38):
-                both(triton, "lsq", [x], torch.tensor([p]), bits, flag, None)
+                both(triton, "lsq", [x], torch.tensor([p]), bits, flag, None, "seq" if flag and bits > 1 else "lsq")
                 both(triton, "pact", [x], torch.tensor([p]), bits, flag)
             for low, high in ((-1.0, 1.0), (1.0, 1.0), (1.0, -1.0), (math.nan, 1.0)):
                 both(
@@ -300,10 +317,10 @@ def test_flat_target_and_added_gradients(triton, monkeypatch):
     sums = [torch.ones_like(w) for w in ws]
     triton.msqe_bwd(grad, ws, step, saved, 3, out=sums)
     close(sums, [e + 1 for e in exact])
-    exact_y = triton.lsq_fwd(ws, step[:, 0], 3, True, None)
+    exact_y = triton.lsq_fwd(ws, step[:, 0], 3, True, None, "lsq")
     monkeypatch.setattr(triton, "_targets", lambda *_, **__: ([flat], flat, chunks.FLAT))
     for run, wanted in (
-        (lambda: triton.lsq_fwd(ws, step[:, 0], 3, True, None), exact_y),
+        (lambda: triton.lsq_fwd(ws, step[:, 0], 3, True, None, "lsq"), exact_y),
         (lambda: triton.msqe_bwd(grad, ws, step, saved, 3), exact),
     ):
         flat.fill_(math.nan)

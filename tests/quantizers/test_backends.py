@@ -19,6 +19,8 @@ OPS = [op.function for op in cases.of("quantizers")]
 EXACT = [op for op in OPS if op != "dorefa"]  # forward the bits of the reference; lsq and pact backward too
 BITS = range(1, 9)
 
+SPECIALS = [math.nan, math.inf, -math.inf]
+
 every_op = pytest.mark.parametrize("op", OPS)
 every_flag = pytest.mark.parametrize("flag", [True, False], ids=["flag", "plain"])
 
@@ -74,6 +76,40 @@ def test_channels(axis, form, bits, dtype, device, variants):
             assert all(map(same, one.forward(), ys)) and all(map(same, found, gradients)), v
         assert step.shape == g_step.shape and step.dtype == g_step.dtype
         assert ((step - g_step).abs() <= 64 * torch.finfo(step.dtype).eps * (1 + g_step.abs())).all(), v
+
+
+LEVELS = [("ternary", 2), ("seq", 2), ("seq", 4), ("seq", 1)]
+
+
+@first_dtypes(torch.float32, torch.bfloat16)
+@pytest.mark.parametrize(("kind", "bits"), LEVELS)
+def test_levels(kind, bits, dtype, device, variants):
+    """Of tensors, of channels of any place, of groups of one to 130 numbers, and with NaN, inf and steps of no use."""
+    sizes = [(70, 1), (33, 7), (40, 16), (19, 32), (600, 128), (5, 130)]
+    groups = [numbers(shape, dtype, device, i) for i, shape in enumerate(sizes)]
+    special = call("lsq", [numbers((9, 33), dtype, device)], bits, True, 0, kind=kind)
+    special.xs[0][:3, 4] = torch.tensor(SPECIALS, dtype=dtype)
+    special.parameters[0][5:8] = torch.tensor([0, -1, math.nan])
+    for one in (
+        at_half_steps(call("lsq", mixed(dtype, device), bits, True, kind=kind), dtype),
+        *[call("lsq", many_axes(dtype, device), bits, True, axis, kind=kind) for axis in (0, 1, -1)],
+        call("lsq", groups, bits, True, 0, kind=kind),
+        special,
+    ):
+        ys, gradients, (g_step,) = expected(one)
+        for v in variants:
+            with v.chosen():
+                found, (step,) = one.backward()
+                assert all(map(same, one.forward(), ys)) and all(map(same, found, gradients)), v
+            close = (step - g_step).abs() <= 64 * torch.finfo(step.dtype).eps * (1 + g_step.abs())
+            assert (close | (step.isnan() & g_step.isnan()) | (step == g_step)).all(), v
+
+
+@first_dtypes(torch.float32, torch.bfloat16)
+@pytest.mark.parametrize(("kind", "bits"), LEVELS[:3])
+def test_budget_of_levels(kind, bits, dtype, device, variants):
+    draws = [call("lsq", mixed(dtype, device, 100 * seed), bits, True, seed=seed, kind=kind) for seed in range(4)]
+    budget.hold(draws, variants, gradients, truth)
 
 
 @first_dtypes(torch.float32)
@@ -145,9 +181,6 @@ def test_sums_of_many(op, device, variant):
     for i, a in enumerate(one.backward()[1]):
         name = f"dparameter {i}"
         assert (a.double() - exact[name]).abs() <= 8 * torch.finfo(torch.float32).eps * scales[name]
-
-
-SPECIALS = [math.nan, math.inf, -math.inf]
 
 
 @first_dtypes(torch.float32, torch.float16)

@@ -16,8 +16,9 @@ IN_FLIGHT = 4  # 128-bit loads of each array at a time
 
 # instructions per number of a full tile: float32, 16 bit
 FORWARD = {
-    "Lsq<false>": (14.5, 16),
-    "Lsq<true>": (14.5, 16),
+    "Lsq<whole>": (14.5, 16),
+    "Lsq<half>": (16.5, 18),
+    "Lsq<sign>": (14.5, 16),
     "Ewgs": (18.5, 20),
     "Pact<false>": (15.5, 17),
     "Dorefa": (32, 33.5),
@@ -25,8 +26,9 @@ FORWARD = {
     "Copy": (1, 3),
 }
 BACKWARD = {
-    "Lsq<false>": (19, 22),
-    "Lsq<true>": (20, 23),
+    "Lsq<whole>": (19, 22),
+    "Lsq<half>": (21, 24),
+    "Lsq<sign>": (20, 23),
     "Ewgs": (26.5, 30),
     "Pact<false>": (7, 10),
     "Pact<true>": (19, 22),
@@ -41,7 +43,8 @@ def kernels():
 
 def find(kernels, kind, op, dtype):
     op, _, flag = op.rstrip(">").partition("<")
-    argument = {"": "", "false": "ILb0EE", "true": "ILb1EE"}[flag]
+    codes = {name: rf"IL\w*4CodeE{i}EE" for i, name in enumerate(("whole", "half", "sign"))}  # of csrc/quantizers.h
+    argument = {"": "", "false": "ILb0EE", "true": "ILb1EE", **codes}[flag]
     pattern = rf"{kind}IN.*\d{op}{argument}E{TYPES[dtype][0]}EEv"
     found = [kernel for mangled, kernel in kernels.items() if re.search(pattern, mangled)]
     assert len(found) == 1, pattern

@@ -337,8 +337,8 @@ def test_nothing_is_saved_but_x_and_numbers(name):
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        ("lsq", (torch.tensor([0.3, 0.2]), 3, True, None)),
-        ("lsq", (torch.rand(7).add(0.1), 1, True, 0)),
+        ("lsq", (torch.tensor([0.3, 0.2]), 3, True, None, "lsq")),
+        ("lsq", (torch.rand(7).add(0.1), 2, True, 0, "seq")),
         ("ewgs", (*torch.tensor([[-1.0, -2], [1, 2], [0.1, 0]]), 4, True)),
         ("pact", (torch.tensor([1.0, 0.8]), 2, True)),
         ("dorefa", (torch.tensor([[1.5, 1.0], [1.7, 2.0]]), 2, False)),

@@ -8,6 +8,8 @@ from processes import Interpreted, compiled, offenders
 MOST = {  # instructions for an fp32 element, for a 16-bit one, on sm_90; of sets of terms not more than of those apart
     "lsq_fwd": (17.5, 19),
     "lsq_bwd": (27, 29.5),
+    "seq_fwd": (19.5, 21),
+    "seq_bwd": (29, 31.5),
     "ewgs_fwd": (23.5, 25),
     "ewgs_bwd": (34, 36.5),
     "pact_fwd": (19.5, 21),
@@ -31,6 +33,7 @@ MOST = {  # instructions for an fp32 element, for a 16-bit one, on sm_90; of set
     "map l_inf+margin+soft_min_max+kure+bin_reg+msqe+partial_l2": (83, 85),
 }
 MASKED = (
+    "quantize_columns",
     "merge_columns",
     "merge_terms",
     "correct_maxima",
@@ -77,6 +80,11 @@ def test_bulk_accesses_are_128_bits_wide_and_four_loads_are_in_flight(rows):
         filter(fast, rows), lambda row: row["loads128"] < (2 if row["op"] == "sign_bwd" else 4) or row["other_stores"]
     )
     assert not offenders(filter(fast, rows), lambda row: (row["stores128"] >= 2) == (row["kernel"] == "reduce_terms"))
+
+
+def test_short_channels_are_read_and_written_128_bits_at_a_time(rows):
+    columns = [row for row in rows if row["kernel"] == "quantize_columns"]
+    assert len(columns) == 9 and not offenders(columns, lambda row: row["loads128"] < 4 or row["stores128"] < 2)
 
 
 def test_instructions_per_element(rows):

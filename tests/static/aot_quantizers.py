@@ -21,6 +21,8 @@ terms_kernels, counts = kernels("regularizers_terms_kernels"), kernels("regulari
 FORMULAS = {  # of the passes: quantizer, backward, FLAG
     "lsq_fwd": ("lsq", False, False),
     "lsq_bwd": ("lsq", True, False),
+    "seq_fwd": ("lsq", False, False),
+    "seq_bwd": ("lsq", True, False),
     "ewgs_fwd": ("ewgs", False, True),
     "ewgs_bwd": ("ewgs", True, True),
     "pact_fwd": ("pact", False, False),
@@ -31,6 +33,7 @@ FORMULAS = {  # of the passes: quantizer, backward, FLAG
     "sign_fwd": ("dorefa_sign", False, False),
     "sign_bwd": ("dorefa_sign", True, False),
 }
+CODES = {"lsq": (8.0, 7.0), "seq": (7.5, 7.5)}  # LOW and HIGH; else 0 and 7
 PARAMETERS = {"ewgs": 3}  # else one
 LEARNED = {"lsq": 1, "ewgs": 2, "pact": 1}
 
@@ -40,7 +43,7 @@ def compile_kernel(kernel, arguments, dtype, architecture, **options):
     signature, constants, divisible = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         kind = arguments.get(name, "i32")
-        if isinstance(kind, tuple) and kind[0] == "=":
+        if isinstance(kind, tuple) and kind[:1] == ("=",):
             signature[name], constants[name] = "constexpr", kind[1]
             continue
         signature[name] = tuple("constexpr" if k is None else k for k in kind) if isinstance(kind, tuple) else kind
@@ -68,8 +71,9 @@ def types(dtype, aligned=True):
     return constant(DT=DTYPES[dtype][0], ACC=DTYPES[accumulator(dtype)][0], ALIGNED=aligned)
 
 
-def quantize_chunks(formula, dtype, place="WHOLE", aligned=True, target="FLAT", alone=False, high=7):
+def quantize_chunks(formula, dtype, place="WHOLE", aligned=True, target="FLAT", alone=False):
     name, backward, flag = FORMULAS[formula]
+    low, high = CODES.get(formula.partition("_")[0], (0.0, 7.0))
     quantizer, wide = quantizers.QUANTIZERS[name], accumulator(dtype)
     block, unroll = chunks.tile_of_rows(DTYPES[dtype][1], reads=1 + backward)
     weights, sums = "*" + dtype if alone else "*i64", quantizer.sums if backward else 0
@@ -87,14 +91,25 @@ def quantize_chunks(formula, dtype, place="WHOLE", aligned=True, target="FLAT", 
             SUMS=sums,
             FLAG=flag,
             TARGET=getattr(chunks, target),
-            LOW=8.0 if name == "lsq" else 0.0,
-            HIGH=float(high),
+            LOW=low,
+            HIGH=high,
             ALONE=alone,
             PLACE=getattr(channels, place),
             BLOCK=block,
             UNROLL=unroll,
         ),
         **types(dtype, aligned),
+    }
+
+
+def quantize_columns(formula, dtype, each):
+    name, backward, _ = FORMULAS[formula]
+    block, unroll = chunks.tile_of_rows(DTYPES[dtype][1], reads=1 + backward)
+    width = triton.next_power_of_2(each)
+    return channels.quantize_columns, {
+        **quantize_chunks(formula, dtype)[1],
+        "p_gradients": ("*" + accumulator(dtype),) * (LEARNED[name] if backward else 0),
+        **constant(FINISH=quantizers.QUANTIZERS[name].finish, COLUMNS=block * unroll // width, EACH=each, WIDTH=width),
     }
 
 
@@ -233,17 +248,25 @@ def variants(everything):
                     {"place": "SPREAD"},
                 ):
                     yield quantize_chunks, formula, dtype, change
+            for formula in ("lsq_fwd", "lsq_bwd", "seq_bwd"):
+                yield quantize_columns, formula, dtype, {"each": 128}
+            yield quantize_columns, "lsq_bwd", dtype, {"each": 32}
         yield quantize_chunks, "lsq_bwd", "fp32", {"place": "HUGE"}
+        yield quantize_columns, "lsq_bwd", "fp32", {"each": 20}
 
 
 def check(make, op, dtype, change, architecture):
     kernel, arguments = make(op, dtype, **change)
     found = compile_kernel(
-        kernel, arguments, dtype, architecture, enable_fp_fusion=make not in (quantize_chunks, correct_maxima)
+        kernel,
+        arguments,
+        dtype,
+        architecture,
+        enable_fp_fusion=make not in (quantize_chunks, quantize_columns, correct_maxima),
     )
-    loop = found.main_loop()
+    loop = range(len(found.instructions)) if make is quantize_columns else found.main_loop()
     loads, stores = found.count("LDG", "128", loop), found.count("STG", "128", loop)
-    reads = 2 if make is quantize_chunks and not op.endswith("_fwd") else 1
+    reads = 2 if make in (quantize_chunks, quantize_columns) and not op.endswith("_fwd") else 1
     elements = loads * 16 // DTYPES[dtype][1] // reads
     return {
         "kernel": make.__name__,

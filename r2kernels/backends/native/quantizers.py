@@ -19,19 +19,19 @@ def functions(library):
 
 
 class NativeQuantizers(launchers.Quantizers, Half):
-    def _quantize(self, op, xs, parameters, bits, flag, axis):
-        return self._run(self.quantizers[op][0], xs, parameters, bits, flag, axis, None, ())
+    def _quantize(self, op, xs, parameters, bits, flag, axis=None, codes=None):
+        return self._run(self.quantizers[op][0], xs, parameters, bits, flag, axis, codes, None, ())
 
-    def _quantize_bwd(self, op, gs, xs, parameters, bits, flag, axis):
+    def _quantize_bwd(self, op, gs, xs, parameters, bits, flag, axis=None, codes=None):
         function = self.quantizers[op][1]
         if op is DOREFA and bits == 1:  # the gradients themselves, lying as the tensors
             lying = lists.like_weights(gs, lists.dense(xs)[0])
-            return self._run(function, lying, parameters, bits, flag, axis, None, ()), ()
+            return self._run(function, lying, parameters, bits, flag, axis, codes, None, ()), ()
         # where the others put their gradient of the first parameter, dorefa keeps a sum
         gradients = [torch.empty_like(p) for p in parameters[: max(op.learned, 1)]]
-        return self._run(function, xs, parameters, bits, flag, axis, gs, gradients), gradients[: op.learned]
+        return self._run(function, xs, parameters, bits, flag, axis, codes, gs, gradients), gradients[: op.learned]
 
-    def _run(self, function, xs, parameters, bits, flag, axis, gs, gradients):
+    def _run(self, function, xs, parameters, bits, flag, axis, codes, gs, gradients):
         device = xs[0].device
         tensors, _ = lists.dense(xs)
         plan = lists.channel_plan(tensors, axis, device)
@@ -45,6 +45,7 @@ class NativeQuantizers(launchers.Quantizers, Half):
         target, _targets = self.target(made, False)
         parameters = [p.contiguous() for p in parameters]
         first, second, third = (*parameters, None, None)[:3]
+        low, high = codes or (0, 2**bits - 1)
         first_gradient, second_gradient = (*gradients, None, None)[:2]
         device, queue = self.queue(device)
         function(
@@ -56,6 +57,8 @@ class NativeQuantizers(launchers.Quantizers, Half):
             second=address(second),
             third=address(third),
             bits=bits,
+            low=low,
+            high=high,
             flag=flag,
             grads=address(grads),
             partial=address(partial),

@@ -200,6 +200,57 @@ def quantize_chunks(
 
 
 @triton.jit
+def quantize_columns(
+    p_xs,
+    p_gs,
+    p_ys,
+    p_tensors,
+    p_owner,
+    p_parameters,
+    p_gradients,
+    SETUP: tl.constexpr,
+    FORMULA: tl.constexpr,
+    FINISH: tl.constexpr,
+    SUMS: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    FLAG: tl.constexpr,
+    TARGET: tl.constexpr,
+    ALONE: tl.constexpr,
+    DT: tl.constexpr,
+    ACC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EACH: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """One program for COLUMNS short channels of EACH numbers (WIDTH: the power of two above), one behind the other:
+    FORMULA of every element, and the gradients of the channels' parameters."""
+    i = tl.program_id(0)
+    t = tl.load(p_owner + i)
+    p_tensor = p_tensors + t * FIELDS
+    columns, first = tl.load(p_tensor + N_COLUMNS), (i - tl.load(p_tensor + FIRST_CHUNK)) * COLUMNS
+    c, o = first + tl.arange(0, COLUMNS), tl.arange(0, WIDTH)
+    m = (c < columns)[:, None] if EACH == WIDTH else (c < columns)[:, None] & (o < EACH)[None, :]
+    at = (first * EACH) + (tl.arange(0, COLUMNS) * EACH)[:, None] + o[None, :]
+    x = tl.load(tensor_pointer(p_xs, t, DT, ALIGNED, ALONE) + at, mask=m)
+    g = x if p_gs is None else tl.load(tensor_pointer(p_gs, t, DT, ALIGNED, ALONE) + at, mask=m)
+    column = tl.load(p_tensor + FIRST_COLUMN) + tl.minimum(c, columns - 1)
+    y, terms = FORMULA(x.to(ACC), g.to(ACC), SETUP(p_parameters, column[:, None]), LOW, HIGH, FLAG)
+    p_y, end = target_of_tensor(p_ys, p_tensor, t, tl.load(p_tensor + N_ELEMENTS), TARGET, DT, ALIGNED)
+    tl.store(p_y + at, y.to(DT), mask=m)
+    if SUMS > 0:
+        totals = ()
+        for s in tl.static_range(SUMS):
+            totals += (tl.sum(tl.where(m, terms[s], 0), 1).to(tl.float64),)
+        gradients = FINISH(totals, p_parameters, column, c < columns, tl.load(p_tensor + N_ROWS).to(tl.float64), HIGH)
+        for s in tl.static_range(len(p_gradients)):
+            tl.store(p_gradients[s] + column, gradients[s], mask=c < columns)
+    if first + COLUMNS >= columns:
+        zero_gap(p_y, columns * EACH, end)
+
+
+@triton.jit
 def merge_columns(
     p_sums,
     p_tensors,

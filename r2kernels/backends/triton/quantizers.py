@@ -1,9 +1,13 @@
 """The quantizers onto the skeletons by channel: one launch forward, two backward, for a list of any length."""
 
+import functools
+import math
+
 import torch
+import triton
 
 from ... import lists
-from ...contract import DOREFA, EWGS, LSQ, PACT, accumulator, levels
+from ...contract import DOREFA, EWGS, LSQ, accumulator
 from .. import launchers
 from . import channel_skeletons
 from .launch import OPTIONS, Launcher, current, types
@@ -11,84 +15,104 @@ from .quantizers_kernels import QUANTIZERS, correct_maxima
 from .skeletons import MERGE_LANES
 
 COLUMNS, LANES = 32, 16  # channels that a program merges, and chunks of each at a time; of one channel MERGE_LANES
+SHORT = 1024  # numbers in a channel that shares its program with others
 
 
 class TritonQuantizers(Launcher, launchers.Quantizers):
-    """Codes of LSQ run from -LOW to HIGH, those of the others from 0 to HIGH. FLAG: codes of EWGS are signed; the
-    gradient of PACT is that of PACT+."""
+    """Codes run from -LOW to HIGH. FLAG: those of LSQ are -1 and 1 alone, or those of EWGS signed; the gradient of
+    PACT is that of PACT+."""
 
-    def _quantize(self, op, xs, parameters, bits, flag, axis):
-        low, high = levels(bits, op is LSQ and flag)
-        return self._run(op, None, xs, parameters, bits, flag, axis, LOW=low, HIGH=high, FLAG=op is EWGS and flag)[0]
+    def _quantize(self, op, xs, parameters, bits, flag, axis=None, codes=None):
+        low, high = codes or (0, 2**bits - 1)
+        flagged = (op is EWGS or (op is LSQ and bits == 1)) and flag
+        return self._run(op, None, xs, parameters, bits, flag, axis, LOW=low, HIGH=high, FLAG=flagged)[0]
 
-    def _quantize_bwd(self, op, gs, xs, parameters, bits, flag, axis):
-        low, high = (0, 1) if op is DOREFA else levels(bits, op is LSQ and flag)  # one kernel of DoReFa for all bits
-        flagged = (op is EWGS or op is PACT) and flag
+    def _quantize_bwd(self, op, gs, xs, parameters, bits, flag, axis=None, codes=None):
+        low, high = (0, 1) if op is DOREFA else codes or (0, 2**bits - 1)  # one kernel of DoReFa for all bits
+        flagged = op is not DOREFA and (op is not LSQ or bits == 1) and flag
         return self._run(op, gs, xs, parameters, bits, flag, axis, LOW=low, HIGH=high, FLAG=flagged)
 
     def _run(self, op, gs, xs, parameters, bits, flag, axis, LOW, HIGH, FLAG):
         """(the results, the gradients of the learned parameters); `gs` None: forward."""
         quantizer, device, dtype = _quantizer(op, bits, flag), xs[0].device, xs[0].dtype
         tensors, _ = lists.dense(xs)
-        plan = lists.channel_plan(tensors, axis, device)
         grads = () if gs is None else lists.like_weights(gs, tensors)
         made, targets, target = self._targets(xs)
         parameters = tuple([p.contiguous() for p in parameters])
+        given = (_table(tensors, device), _table(grads, device) if grads else None, targets)
         sums = 0 if gs is None else quantizer.sums
-        partial = torch.empty(plan.chunks * sums, dtype=accumulator(dtype), device=device) if sums else None
+        learned = tuple([torch.empty_like(p) for p in parameters[: op.learned]]) if sums else ()
         tile = self._tile(dtype, reads=1 if gs is None else 2)
-        problem = (
-            _table(tensors, device),
-            _table(grads, device) if grads else None,
-            targets,
-            plan.tensors,
-            plan.owner,
-            parameters,
-            partial,
-            plan.chunk,
-        )
+        formula = {
+            "SETUP": quantizer.setup,
+            "FORMULA": quantizer.fwd if gs is None else quantizer.bwd,
+            "SUMS": sums,
+            "LOW": float(LOW),
+            "HIGH": float(HIGH),
+            "FLAG": bool(FLAG),
+        }
+        everything, each = [*tensors, *grads, *made], _short_channels(tensors, axis)
         constants = {
             **types(dtype),
             "TARGET": target,
             "ALONE": len(xs) == 1,
-            "ALIGNED": _is_aligned([*tensors, *grads, *made], tensors, axis),
+            "ALIGNED": lists.is_aligned(everything) if each else _is_aligned(everything, tensors, axis),
             **OPTIONS,
             "enable_fp_fusion": False,
         }
-        gradients = ()
+        launch = functools.partial(_by_columns, each) if each else _by_chunks
         with current(device):
-            channel_skeletons.quantize_chunks[(plan.chunks,)](
-                *problem,
-                SETUP=quantizer.setup,
-                FORMULA=quantizer.fwd if gs is None else quantizer.bwd,
-                SUMS=sums,
-                LOW=float(LOW),
-                HIGH=float(HIGH),
-                FLAG=bool(FLAG),
-                PLACE=_place(tensors, axis),
-                **constants,
-                **tile,
-            )
-            if sums and quantizer.finish:
-                gradients = tuple([torch.empty_like(p) for p in parameters[: op.learned]])
-                columns, lanes = (1, MERGE_LANES) if axis is None else (COLUMNS, LANES)
-                most = 1 if axis is None else max([t.shape[axis] for t in tensors])
-                channel_skeletons.merge_columns[(plan.count, -(-most // columns))](
-                    partial,
-                    plan.tensors,
-                    parameters,
-                    gradients,
-                    plan.chunk,
-                    FINISH=quantizer.finish,
-                    SUMS=sums,
-                    HIGH=float(HIGH),
-                    COLUMNS=columns,
-                    LANES=lanes,
-                    **OPTIONS,
-                )
-            elif sums:
-                correct_maxima[(plan.chunks,)](*problem, LANES=MERGE_LANES, BLOCK=tile["BLOCK"], **constants)
-        return made, gradients
+            launch(quantizer.finish, given, tensors, axis, parameters, learned, formula, constants, tile)
+        return made, learned
+
+
+def _by_columns(each, finish, given, tensors, axis, parameters, learned, formula, constants, tile):
+    """Several channels of `each` numbers to a program, which makes the gradients of their parameters too."""
+    width = triton.next_power_of_2(each)
+    columns = max(math.prod(tile.values()) // width, 1)
+    plan = lists.column_plan(tensors, axis, columns, tensors[0].device)
+    channel_skeletons.quantize_columns[(plan.chunks,)](
+        *given,
+        plan.tensors,
+        plan.owner,
+        parameters,
+        learned,
+        FINISH=finish,
+        COLUMNS=columns,
+        EACH=each,
+        WIDTH=width,
+        **formula,
+        **constants,
+    )
+
+
+def _by_chunks(finish, given, tensors, axis, parameters, learned, formula, constants, tile):
+    """A chunk of a channel to a program; what these leave is merged."""
+    device, sums = tensors[0].device, formula["SUMS"]
+    plan = lists.channel_plan(tensors, axis, device)
+    partial = torch.empty(plan.chunks * sums, dtype=accumulator(tensors[0].dtype), device=device) if sums else None
+    problem = (*given, plan.tensors, plan.owner, parameters, partial, plan.chunk)
+    channel_skeletons.quantize_chunks[(plan.chunks,)](
+        *problem, PLACE=_place(tensors, axis), **formula, **constants, **tile
+    )
+    if sums and finish:
+        columns, lanes = (1, MERGE_LANES) if axis is None else (COLUMNS, LANES)
+        most = 1 if axis is None else max([t.shape[axis] for t in tensors])
+        channel_skeletons.merge_columns[(plan.count, -(-most // columns))](
+            partial,
+            plan.tensors,
+            parameters,
+            learned,
+            plan.chunk,
+            FINISH=finish,
+            SUMS=sums,
+            HIGH=formula["HIGH"],
+            COLUMNS=columns,
+            LANES=lanes,
+            **OPTIONS,
+        )
+    elif sums:
+        correct_maxima[(plan.chunks,)](*problem, LANES=MERGE_LANES, BLOCK=tile["BLOCK"], **constants)
 
 
 def _quantizer(op, bits, flag):
@@ -110,6 +134,16 @@ def _place(tensors, axis):
     if all([t.shape[axis] == 1 or t.stride(axis) * t.shape[axis] == t.numel() for t in tensors]):
         return channel_skeletons.RUNS
     return channel_skeletons.SPREAD if max([t.numel() for t in tensors]) < 2**31 else channel_skeletons.HUGE
+
+
+def _short_channels(tensors, axis):
+    """How many numbers the channels of all tensors have, where they are few and lie one behind the other; else 0."""
+    if axis is None:
+        return 0
+    sizes = {t.numel() // t.shape[axis] for t in tensors}
+    each = sizes.pop()
+    dense = all([t.stride(axis) == each or t.shape[axis] == 1 for t in tensors])
+    return each if dense and not sizes and each <= SHORT else 0
 
 
 def _is_aligned(everything, tensors, axis):

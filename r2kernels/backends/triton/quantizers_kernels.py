@@ -32,15 +32,15 @@ def lsq_setup(p_parameters, column):
 
 
 @triton.jit
-def lsq_fwd(x, g, constants, LOW: tl.constexpr, HIGH: tl.constexpr, FLAG: tl.constexpr):
-    return constants[0] * lsq_code(divide(x, constants[0]), LOW, HIGH), ()
+def lsq_fwd(x, g, constants, LOW: tl.constexpr, HIGH: tl.constexpr, SIGN: tl.constexpr):
+    return constants[0] * lsq_code(divide(x, constants[0]), LOW, HIGH, SIGN), ()
 
 
 @triton.jit
-def lsq_bwd(x, g, constants, LOW: tl.constexpr, HIGH: tl.constexpr, FLAG: tl.constexpr):
+def lsq_bwd(x, g, constants, LOW: tl.constexpr, HIGH: tl.constexpr, SIGN: tl.constexpr):
     v = divide(x, constants[0])
     below, above = v < -LOW, v > HIGH
-    slope = tl.where(below, -LOW, tl.where(above, HIGH, lsq_code(v, LOW, HIGH) - v))
+    slope = tl.where(below, -LOW, tl.where(above, HIGH, lsq_code(v, LOW, HIGH, SIGN) - v))
     return tl.where(below | above, 0, g), (g * slope,)
 
 

@@ -15,7 +15,8 @@ from .skeletons import gradient_of_loss, sums_of_column
 @triton.jit
 def error_and_code(x, s, BITS: tl.constexpr):
     """(x - s code, code) with signed codes"""
-    c = lsq_code(divide(x, s), 1.0 if BITS == 1 else 2.0 ** (BITS - 1), 1.0 if BITS == 1 else 2.0 ** (BITS - 1) - 1)
+    HALF: tl.constexpr = 2.0 ** (BITS - 1)
+    c = lsq_code(divide(x, s), HALF, 1.0 if BITS == 1 else HALF - 1, BITS == 1)
     return tl.fma(-s, c, x), c
 
 

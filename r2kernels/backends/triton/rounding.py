@@ -62,6 +62,11 @@ def sign_or_one(v):
 
 
 @triton.jit
-def lsq_code(v, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """LSQ's code of v = x / step. Only one signed bit has LOW = 1."""
-    return sign_or_one(v) if LOW == 1 else nearest_integer(clip(v, 0 - LOW, HIGH))
+def lsq_code(v, LOW: tl.constexpr, HIGH: tl.constexpr, SIGN: tl.constexpr):
+    """LSQ's code of v = x / step, one of -LOW, -LOW + 1, ..., HIGH; with SIGN -1 or 1."""
+    if SIGN:
+        return sign_or_one(v)
+    elif HIGH % 1 == 0:
+        return nearest_integer(clip(v, 0 - LOW, HIGH))
+    else:
+        return nearest_integer(clip(v, 0 - LOW, HIGH) - 0.5) + 0.5

@@ -75,6 +75,8 @@ def test_a_state_dict_of_coremltools(tmp_path, options, form):
         ((8, 4, 3, 3), Form(4, 1, "output", 2, True, "int8")),
         ((6, 2, 2, 3, 4), Form(1, 2, lut_dtype="fp16")),
         ((10, 4), Form(2, group_size=20)),
+        ((12, 8), Form(2, 2, "output", 4, axis=1)),
+        ((4, 8, 3, 3), Form(3, 1, "output", 2, True, axis=1)),
     ],
     ids=str,
 )
@@ -82,12 +84,14 @@ def test_constexpr_lut_to_dense(shape, form):
     """What Core ML computes from our codes and tables, and the codes that coremltools finds for our weights."""
     g = torch.Generator().manual_seed(0)
     w = torch.randn(shape, generator=g)
-    groups = len(w) // min(form.group_size or len(w), len(w))
+    channels = shape[form.axis]
+    groups = channels // min(form.group_size or channels, channels)
     c = Clustered.of(w, torch.randn(groups, 2**form.bits, form.cluster_dim, generator=g), form)
     entries, codes, axis = to_coreml("fc.weight", c), indices("fc.weight", c).numpy(), vector_axis("fc.weight", c)
     lut = entries["fc._COREML_/weight/lut"].numpy()
     scale = entries.get("fc._COREML_/weight/palettization_scale", torch.ones(())).numpy()
-    assert lut.shape == (groups, *[1] * (w.dim() - 1), 2**form.bits, form.cluster_dim)
+    blocks = [groups if i == form.axis else 1 for i in range(w.dim())]
+    assert lut.shape == (*blocks, 2**form.bits, form.cluster_dim)
     dense = _utils.lut_to_dense(codes, lut, axis) * scale
     assert (dense == c.decoded().numpy()).all()
     if c.scales is None:

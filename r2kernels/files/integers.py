@@ -7,27 +7,30 @@ import torch
 from torch import Tensor
 
 from ..reference.columns import accumulator
-from .uniform import along
+from .uniform import Grid
 
 
 class IntegerWeight(NamedTuple):
     """A weight is scale (codes - zero_point), in float32 and then rounded to the weight's dtype.
 
     codes: in the weight's shape. int8 with a zero point of 0 for levels around 0; uint8 where the zero point is another
-        one. EWGS, DoReFa and one bit have no level at 0: their codes are the odd numbers from 1 - levels to levels - 1
+        number. EWGS, DoReFa and one bit have no level at 0: their codes are the odd numbers from 1 - levels to levels - 1
         and the scale is half a step, which is exact (int8; for 8 bits int16).
-    scale: (C,) for the channels along `axis`, or (1,). zero_point: as many, in the dtype of the codes.
+    scale: (1,); (C,) for the channels along `axis`; or one for every `group_size` numbers of a channel, those of the
+    first channel first. zero_point: as many, in the dtype of the codes. bits: 2^bits levels, or 3 for 2.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
     axis: int | None
-    levels: int
+    bits: int
+    group_size: int | None = None
 
     def decoded(self, dtype=None):
         """The weight, in the scale's dtype or another one."""
-        scale, zero = (along(values, self.axis, self.codes.dim()) for values in (self.scale, self.zero_point))
+        form = Grid(self.bits, self.axis, self.group_size)
+        scale, zero = (form.over(values, self.codes.shape) for values in (self.scale, self.zero_point))
         return (scale * (self.codes.to(scale.dtype) - zero.to(scale.dtype))).to(dtype or scale.dtype)
 
 
@@ -106,17 +109,17 @@ class Integers(NamedTuple):
 
 def integer_weight(uniform):
     """The `IntegerWeight` of a `Uniform`: the same numbers."""
-    bits = uniform.form.bits
+    bits, axis, group_size = uniform.form
     codes = uniform.unpacked().codes.reshape(uniform.shape)
     scale, zero = uniform.scale, uniform.zero.long()
     if (zero % 2).any():
-        codes = 2 * codes.long() - along(zero, uniform.form.axis, codes.dim())
+        codes = 2 * codes.long() - uniform.form.over(zero, uniform.shape)
         codes, scale, zero = codes.to(torch.int16 if bits == 8 else torch.int8), scale / 2, torch.zeros_like(zero)
-    elif (zero == 2**bits).all():
-        codes, zero = (codes.long() - 2 ** (bits - 1)).to(torch.int8), torch.zeros_like(zero)
+    elif (zero == 2**bits).all() or (bits == 2 and (zero == 2).all()):  # the latter of three levels
+        codes, zero = (codes.long() - zero[0] // 2).to(torch.int8), torch.zeros_like(zero)
     else:
         zero = zero // 2
-    return IntegerWeight(codes, scale, zero.to(codes.dtype), uniform.form.axis, 2**bits)
+    return IntegerWeight(codes, scale, zero.to(codes.dtype), axis, bits, group_size)
 
 
 def palette_weight(clustered):

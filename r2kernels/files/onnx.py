@@ -117,15 +117,30 @@ class _Maker:
         return self.dequantized(stored) if isinstance(stored, Uniform) else self.looked_up(stored)
 
     def dequantized(self, uniform):
-        w = integer_weight(uniform)
-        zero, scale, kind = w.zero_point, w.scale.float(), self.small(w.codes)
-        if w.axis is None:
-            zero, scale = zero[0], scale[0]
-        values = [self.constant("codes", w.codes, kind), self.constant("scale", scale)]
+        """Codes and DequantizeLinear, of groups in blocks along the numbers of a channel."""
+        w, shape, form = integer_weight(uniform), uniform.shape, uniform.form
+        codes, zero, scale, placed = w.codes, w.zero_point, w.scale.float(), {"axis": w.axis}
+        each = form.each(shape) if w.group_size else 1
+        if each > 1:
+            codes = codes.movedim(w.axis, 0).flatten(1)
+            zero, scale = zero.reshape(-1, each), scale.reshape(-1, each)
+            placed = {"axis": 1, "block_size": w.group_size}
+        elif w.axis is None:
+            zero, scale, placed = zero[0], scale[0], {}
+        kind = self.small(codes)
+        values = [self.constant("codes", codes, kind), self.constant("scale", scale)]
         if zero.any():
             values.append(self.constant("zero_point", zero, kind))
-        along = {} if w.axis is None else {"axis": w.axis}
-        return self.cast(self.op("DequantizeLinear", *values, **along), torch.float32, uniform.dtype)
+        y = self.cast(self.op("DequantizeLinear", *values, **placed), torch.float32, uniform.dtype)
+        return self._from_rows(y, shape, w.axis) if each > 1 else y
+
+    def _from_rows(self, y, shape, axis):
+        """A weight of this shape of its channels, (C, numbers of each)."""
+        others = [i for i in range(len(shape)) if i != axis]
+        if len(shape) > 2:
+            y = self.op("Reshape", y, self._shape("shape", [shape[axis], *(shape[i] for i in others)]))
+        order = [others.index(i) + 1 if i != axis else 0 for i in range(len(shape))]
+        return self.op("Transpose", y, perm=order) if axis else y
 
     def quantized(self, x, dtype, levels, has_kernel):
         """x on its levels, by codes of uint8: int8 is turned into it by onnxruntime, which then fails on some graphs.

@@ -35,7 +35,7 @@ def test_lsq_codes_are_signed_with_a_zero_point_of_0():
     quantizer = started(linear([[0.5, -0.3], [9.0, -9.0]]), "lsq", 4, 3, step=0.25)
     w, x = quantizer.export().weights["0.weight"], quantizer.export().inputs["0"]
     assert w.codes.tolist() == [[2, -1], [7, -8]] and w.codes.dtype == torch.int8
-    assert (w.scale.tolist(), w.zero_point.tolist(), w.axis, w.levels) == ([0.25], [0], None, 16)
+    assert (w.scale.tolist(), w.zero_point.tolist(), w.axis, w.bits) == ([0.25], [0], None, 4)
     assert x == (3, 0.25, 0, True, 0.0) and x.range() == (-4, 3)
     assert x.quantized(torch.tensor([0.1, 0.125, 0.375, -7.0, 7.0])).tolist() == [0.0, 0.0, 0.5, -1.0, 0.75]
 
@@ -44,7 +44,7 @@ def test_levels_without_a_zero_are_odd_codes_and_half_a_step():
     """EWGS's four levels -1, -1/3, 1/3, 1 times the scale."""
     quantizer = started(linear([[0.9, 0.2], [-0.2, -5.0]]), "ewgs", 2, 2, lower=-1.0, upper=1.0, scale=3.0)
     w, x = quantizer.export().weights["0.weight"], quantizer.export().inputs["0"]
-    assert w.codes.tolist() == [[3, 1], [-1, -3]] and w.codes.dtype == torch.int8 and w.levels == 4
+    assert w.codes.tolist() == [[3, 1], [-1, -3]] and w.codes.dtype == torch.int8 and w.bits == 2
     assert torch.equal(w.scale, torch.tensor([1.0])) and torch.equal(w.decoded(), torch.tensor([[3.0, 1], [-1, -3]]))
     assert x == (2, pytest.approx(2 / 3), 0, False, -1.0)
     torch.testing.assert_close(
@@ -60,6 +60,19 @@ def test_one_bit_and_eight_bits_without_a_zero():
     quantizer = started(linear([[1.0, -1.0]]), "ewgs", 8, lower=-1.0, upper=1.0)
     w = quantizer.export().weights["0.weight"]
     assert w.codes.tolist() == [[255, -255]] and w.codes.dtype == torch.int16
+
+
+def test_groups_ternary_and_half_integer_levels():
+    model = linear([[0.5, -0.3, 8.0, -8.0]])
+    for levels, codes in (("ternary", [[1, 0, 1, -1]]), ("seq", [[1, -1, 3, -3]]), ("lsq", [[1, 0, 1, -2]])):
+        quantizer = Quantizer(model, "lsq", 2, axis=0, group_size=2, levels=levels)
+        quantizer.initialize(torch.ones(1, 4))
+        with torch.no_grad():
+            quantizer.weights._modules["0/weight"].step.copy_(torch.tensor([0.8, 4.0]))
+        w = quantizer.export().weights["0.weight"]
+        assert w.codes.tolist() == codes and w.zero_point.tolist() == [0, 0] and w.group_size == 2
+        quantizer.remove(bake=False)
+        assert torch.equal(w.scale, torch.tensor([0.8, 4.0]) / (2 if levels == "seq" else 1))
 
 
 def test_pact_and_unsigned_inputs():
@@ -154,6 +167,9 @@ CASES = {
     "ewgs of 8 bits": (quantized("ewgs", 8, 4), INT16),
     "pact": (quantized("pact", 2, 3), INT4),
     "asymmetric": (lambda model: calibrate(model, [images()[0]], 4, 4, symmetric=False), UINT4),
+    "ternary": (quantized("lsq", 2, 4, axis="output", levels="ternary"), INT4),
+    "quantized groups": (quantized("lsq", 8, 4, axis="output", group_size=2), INT8),
+    "asymmetric groups": (lambda m: calibrate(m, [images()[0]], 3, 4, symmetric=False, group_size=2), UINT4),
     "palettes": (lambda model: Palettizer(model, 2), UINT4),
     "groups": (lambda model: Palettizer(model, 5, group_size=3, lut_dtype="int8", per_channel_scale=True), UINT8),
 }

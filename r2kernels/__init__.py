@@ -3,7 +3,7 @@
 from . import reference
 from .backends import backends, use_backend
 from .files import coreml
-from .files.loading import load_palettized
+from .files.loading import load_palettized, load_ranges
 from .files.saving import save_palettized, save_quantized
 from .functional import (
     WeightStats,
@@ -25,7 +25,7 @@ from .functional import (
     weight_stats,
     weight_terms,
 )
-from .nn import LearnableCoefficient, Palettizer, Quantizer, RangeRegularizer, calibrate
+from .nn import LearnableCoefficient, Palettizer, Quantizer, RangeRegularizer, calibrate, export
 from .version import __version__
 
 __all__ = [
@@ -43,10 +43,12 @@ __all__ = [
     "dkm",
     "dorefa",
     "ewgs",
+    "export",
     "kmeans",
     "kure",
     "l_inf",
     "load_palettized",
+    "load_ranges",
     "lsq",
     "margin",
     "msqe",

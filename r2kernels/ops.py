@@ -41,6 +41,14 @@ class PackedReference(reference.DKM):
         return pack_gradients(super().gradient(steps, grads), self.weights, *self.geometry)
 
 
+def is_recorded():
+    """Whether torch.jit.trace, torch.export or torch.onnx.export records a graph, which may run without this package.
+
+    It is made of the reference's operations; results that are like the weights are then a list.
+    """
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
 def _dkm_fwd(DKM, weights, centroids, repeats, pinned, *problem):
     return iterations.forward(DKM(weights, *problem), centroids, repeats, pinned)
 
@@ -104,6 +112,7 @@ def _kernels(name, at, row):
 def _function(name, schema, at, row):
     """The op `name` as a function of the same arguments; the weights are argument `at`."""
     plain, kernel = _kernels(name, at, row)
+    recorded = getattr(reference, name, plain)
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     if name != "dkm_solve":  # how often that goes round depends on values
         _library.impl(name, plain, "CompositeExplicitAutograd")
@@ -113,6 +122,8 @@ def _function(name, schema, at, row):
     call[name], op[name] = kernel, dispatched
 
     def run(*args):
+        if is_recorded():
+            return recorded(*args)
         traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
         return (dispatched if traced else kernel)(*args)
 

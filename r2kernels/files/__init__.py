@@ -9,5 +9,7 @@ clustered       a weight as codes and look-up tables
 uniform         a weight as codes, scale and zero point
 packing         codes of 1 to 8 bits as bytes
 huffman         codes as a Huffman stream
+integers        weights and activations as integers, scales and zero points
+onnx            a traced model with those in ONNX
 coreml          clustered weights as coremltools has them
 """

@@ -12,6 +12,7 @@ metadata holds
     checksums           CRC-32 of all tensors, eight hexadecimal digits each, in the order of the data
     user                where there is any: the metadata of the checkpoint that was compressed, name -> text
     checksum            CRC-32 of the header, with zeros in this place
+    inputs              in version `WITH_INPUTS` alone: the levels of quantized activations (`describe_input`)
 
 `saving` writes such a file and `loading` reads it; `container` makes both kinds of checksums and checks them.
 """
@@ -22,9 +23,10 @@ import torch
 
 from . import container, huffman
 from .clustered import Form
+from .integers import IntegerInput
 from .uniform import Grid
 
-FORMAT, VERSION = "r2kernels.palettized", "1"
+FORMAT, VERSION, WITH_INPUTS = "r2kernels.palettized", "1", "2"
 ENTROPIES = (None, "huffman")
 PARTS = ("lut", "codes", "lut_scale", "scale", "zero", "leftovers", "lengths", "blocks")
 KINDS = {"clustered": Form, "uniform": Grid}
@@ -45,6 +47,22 @@ def describe(shape, dtype, form, entropy):
     usual, fields = usual_fields(kind), form._asdict() | {"kind": kind, "entropy": entropy}
     unusual = {key: value for key, value in fields.items() if key not in usual or value != usual[key]}
     return {"shape": list(shape), "dtype": container.NAMES[dtype], **unusual}
+
+
+def describe_input(levels):
+    """What the metadata says of an `IntegerInput`: numbers that are not ints in hexadecimal, which is exact."""
+    return {**levels._asdict(), "scale": levels.scale.hex(), "offset": levels.offset.hex()}
+
+
+def restored_input(fields):
+    """The `IntegerInput` so described; an error for what does not describe one."""
+    if fields.keys() != set(IntegerInput._fields):
+        raise ValueError(f"it has the fields {', '.join(fields)}")
+    levels = IntegerInput(**{**fields, **{name: float.fromhex(fields[name]) for name in ("scale", "offset")}})
+    wrong = levels.wrong()
+    if wrong:
+        raise ValueError(f"it has {wrong[0]} {wrong[1]!r:.40}")
+    return levels
 
 
 def usual_fields(kind):

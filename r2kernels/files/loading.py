@@ -3,7 +3,7 @@
 from ..reference.checks import DTYPES
 from . import container, huffman
 from .checkpoint import Checkpoint, CheckpointError, Entry, natural, refuse_key
-from .format import ENTROPIES, FORMAT, KINDS, PARTS, VERSION, parts_of, usual_fields
+from .format import ENTROPIES, FORMAT, KINDS, PARTS, VERSION, WITH_INPUTS, parts_of, restored_input, usual_fields
 
 
 def load_palettized(path):
@@ -16,6 +16,16 @@ def load_palettized(path):
     with Palettized(path) as file:
         tensors = {entry.name: tensor for entry, tensor in file.read(file.own)}
     return {entry.name: tensors[file.aliases.get(entry.name, entry.name)] for entry in file.entries}
+
+
+def load_ranges(path):
+    """Layer's name -> `IntegerInput`: what quantizes the activations of a model that `save_quantized` wrote.
+
+    Bits, scale, zero point, whether signed, and for EWGS an offset; empty for a file without. Checks the header alone;
+    ValueError names what is wrong.
+    """
+    with Palettized(path) as file:
+        return file.inputs
 
 
 class Palettized(Checkpoint):
@@ -38,18 +48,21 @@ class Palettized(Checkpoint):
         reader, metadata = self.reader, self.reader.metadata
         if metadata.get("format") != FORMAT:
             raise self.error("is not a palettized file")
-        if metadata.get("version") != VERSION:
+        if metadata.get("version") not in (VERSION, WITH_INPUTS):
             raise self.error(
                 f"has version {metadata.get('version')!r:.40} of the format; "
-                f"this version of r2kernels reads {VERSION!r}"
+                f"this version of r2kernels reads {VERSION!r} and {WITH_INPUTS!r}"
             )
         reader.check_header()
-        if metadata.keys() - {"user"} != {"checksum", "format", "version", "weights", "aliases", "checksums"}:
+        known = {"checksum", "format", "version", "weights", "aliases", "checksums"}
+        known |= {"inputs"} if metadata["version"] == WITH_INPUTS else set()
+        if metadata.keys() - {"user"} != known:
             raise self.error("has metadata other than those of the format")
         self.metadata, self.unread = reader.json("user's metadata", metadata.get("user", "{}")), {}
         if not all(isinstance(value, str) for value in self.metadata.values()):
             raise self.error("its user's metadata is corrupt")
         self._read_checksums(metadata["checksums"])
+        self.inputs = self._read_inputs(metadata.get("inputs", "{}"))
         rest = dict(reader.entries)
         self._weights = {
             name: self._described(name, fields)
@@ -80,6 +93,15 @@ class Palettized(Checkpoint):
         if len(text) != 8 * len(names) or not set(text) <= set("0123456789abcdef"):
             raise self.error(f"has checksums that are not those of {len(names)} tensors")
         self._checksums = {name: int(text[8 * i : 8 * i + 8], 16) for i, name in enumerate(names)}
+
+    def _read_inputs(self, text):
+        inputs = {}
+        for name, fields in self.reader.json("list of inputs", text).items():
+            try:
+                inputs[name] = restored_input(fields)
+            except (ValueError, TypeError, AttributeError, OverflowError) as error:
+                raise self.error(f"the input of {name} is not described as it must be ({str(error)[:80]})") from error
+        return inputs
 
     def _described(self, name, fields):
         """(shape, dtype, form, entropy) of a clustered weight, from its description."""

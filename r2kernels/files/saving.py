@@ -15,7 +15,7 @@ import torch
 from . import container, huffman
 from .checkpoint import CheckpointError, same_tensors
 from .clustered import MOST_DIM, Form
-from .format import ENTROPIES, FORMAT, PARTS, VERSION, Planned, describe, parts_of
+from .format import ENTROPIES, FORMAT, PARTS, VERSION, WITH_INPUTS, Planned, describe, describe_input, parts_of
 
 
 def save_palettized(palettizer, path, *, entropy=None):
@@ -33,13 +33,17 @@ def save_palettized(palettizer, path, *, entropy=None):
 def save_quantized(quantizer, path, *, entropy=None):
     """Writes the model of a `Quantizer` with its weights as packed integer codes, scales and zero points.
 
-    `load_palettized` reads them back, bit for bit as `remove(bake=True)` leaves them. The rest is as in
-    `save_palettized`. What quantizes the activations is not in the file; it is in `quantizer.state_dict()`.
+    `load_palettized` reads them back, bit for bit as `remove(bake=True)` leaves them, and `load_ranges` what quantizes
+    the activations. The rest is as in `save_palettized`.
     """
-    _save_attached(quantizer, quantizer.coded(), path, entropy)
+    inputs = quantizer.levels()
+    for name, levels in inputs.items():
+        if wrong := levels.wrong():
+            raise CheckpointError(f"the input of {name} has {wrong[0]} {wrong[1]!r}, which cannot be stored")
+    _save_attached(quantizer, quantizer.coded(), path, entropy, inputs)
 
 
-def _save_attached(attached, coded, path, entropy):
+def _save_attached(attached, coded, path, entropy, inputs=None):
     state = attached.model_state()
     for layer in attached.layers:
         if not layer.weight().isfinite().all():
@@ -52,14 +56,14 @@ def _save_attached(attached, coded, path, entropy):
         for name, p in attached._model[0].named_parameters(remove_duplicate=False)
         if own.get(id(p), name) != name
     }
-    save_clustered(coded, state, path, entropy=entropy, aliases=shared)
+    save_clustered(coded, state, path, entropy=entropy, aliases=shared, inputs=inputs)
 
 
-def save_clustered(clustered, state, path, *, entropy=None, aliases=None):
+def save_clustered(clustered, state, path, *, entropy=None, aliases=None, inputs=None):
     """Writes a state_dict in which some weights are `clustered`, and the others as they are in `state`.
 
     clustered: name -> `Clustered` or `Uniform`. aliases: other name -> name of the same weight, beside those that
-    tensors in `state` are seen to have.
+    tensors in `state` are seen to have. inputs: layer's name -> `IntegerInput`.
     """
     first = sorted(state.items(), key=lambda pair: pair[0] not in clustered)
     state = {name: _checked(name, tensor) for name, tensor in first}
@@ -67,7 +71,7 @@ def save_clustered(clustered, state, path, *, entropy=None, aliases=None):
     dense = {name: tensor for name, tensor in state.items() if name not in clustered and name not in aliases}
     planned = [Planned(name, c.shape, c.dtype, c.form) for name, c in clustered.items()]
     planned += by_alignment([Planned(name, tuple(t.shape), t.dtype) for name, t in dense.items()])
-    with saving(path, planned, aliases, entropy=entropy) as saver:
+    with saving(path, planned, aliases, entropy=entropy, inputs=inputs) as saver:
         for name, *_, form in planned:
             saver.add(name, clustered[name] if form else dense[name])
 
@@ -87,7 +91,7 @@ def by_alignment(planned):
 
 
 @contextlib.contextmanager
-def saving(path, planned, aliases=None, *, entropy=None, overwrite=True, user=None):
+def saving(path, planned, aliases=None, *, entropy=None, overwrite=True, user=None, inputs=None):
     """A `Saver` of a file that is put in place at the end of the block.
 
     Of the tensors `planned` those with a form are to be added first, in any order. user: metadata of its own.
@@ -95,7 +99,7 @@ def saving(path, planned, aliases=None, *, entropy=None, overwrite=True, user=No
     if entropy not in ENTROPIES:
         raise ValueError(f"entropy must be one of {ENTROPIES}, got {entropy!r}")
     with container.replacing(path, overwrite) as file:
-        saver = Saver(file, planned, aliases or {}, entropy, user)
+        saver = Saver(file, planned, aliases or {}, entropy, user, inputs)
         yield saver
         saver.finish()
 
@@ -103,11 +107,13 @@ def saving(path, planned, aliases=None, *, entropy=None, overwrite=True, user=No
 class Saver:
     """Adds tensors to a palettized file, one at a time.
 
-    planned: a `Planned` for each. aliases: other name -> name of one of them. user: name -> text.
+    planned: a `Planned` for each. aliases: other name -> name of one of them. user: name -> text. inputs: as in
+    `save_clustered`.
     """
 
-    def __init__(self, file, planned, aliases, entropy, user=None):
+    def __init__(self, file, planned, aliases, entropy, user=None, inputs=None):
         self.aliases, self.entropy, self.weights, self.checksums, self.user = aliases, entropy, {}, [], user
+        self.inputs = {name: describe_input(levels) for name, levels in (inputs or {}).items()}
         parts = [f"{p.name}:{part}" for p in planned if p.form for part in PARTS]
         names = Counter(["__metadata__", *aliases, *[p.name for p in planned], *parts])
         twice = [name for name, times in names.items() if times > 1]
@@ -138,9 +144,10 @@ class Saver:
         return {
             "checksum": container.NO_CHECKSUM,
             "format": FORMAT,
-            "version": VERSION,
+            "version": WITH_INPUTS if self.inputs else VERSION,
             "weights": _json(weights),
             "aliases": _json(self.aliases),
+            **({"inputs": _json(self.inputs)} if self.inputs else {}),
             "checksums": "".join(f"{c:08x}" for c in checksums) or container.NO_CHECKSUM * count,
             **({"user": _json(self.user)} if self.user else {}),
         }

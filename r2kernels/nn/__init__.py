@@ -9,6 +9,7 @@ from .batchnorm import reestimate_batchnorm
 from .calibrate import calibrate
 from .coefficient import LearnableCoefficient
 from .copies import copy_attached
+from .export import export
 from .palettizer import Palettizer
 from .quantizer import Quantizer
 from .regularizer import RangeRegularizer
@@ -22,6 +23,7 @@ __all__ = [
     "attached",
     "calibrate",
     "copy_attached",
+    "export",
     "reestimate_batchnorm",
     "select_weights",
 ]

@@ -9,6 +9,8 @@ import contextlib
 import torch
 from torch import nn
 
+from . import tracing
+
 
 class Attached(nn.Module):
     """A module that gives the layers of a model other weights.
@@ -99,9 +101,11 @@ class Attached(nn.Module):
         hats = {i: self._hats[i] for i in inside if again and self._hats[i] is not None and i not in self._reentrant}
         soft = [i for i in inside if i not in hats and self.layers[i].module.training]
         hard = [i for i in inside if i not in hats and not self.layers[i].module.training]
+        if soft:
+            tracing.refuse_train(self.layers[soft[0]].name)
         hats.update(zip(soft, self._soft_weights([self.layers[i] for i in soft]) if soft else [], strict=True))
         hats.update(zip(hard, self._straight_through(hard), strict=True))
-        for i, hat in hats.items():
+        for i, hat in () if tracing.is_recorded() else hats.items():
             if hat.requires_grad or self.layers[i].module.training:
                 self._hats[i] = hat if hat.requires_grad else None
         self._put(hats)
@@ -117,8 +121,10 @@ class Attached(nn.Module):
         """The hard weights of some layers; their gradients pass to the dense ones as they are."""
         if not some:
             return []
+        if tracing.is_recorded():
+            return [tracing.weight(self, i) for i in some]
         hards = self._hard_once([self.layers[i] for i in some])
-        if torch.jit.is_tracing() or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return hards
         ws = [self.layers[i].weight() for i in some]
         learned = [n for n, w in enumerate(ws) if w.requires_grad]
@@ -255,6 +261,8 @@ class EntryHook:
         self.owner, self.inside = owner, inside
 
     def __call__(self, module, args, kwargs):
+        if tracing.is_strict():
+            tracing.visit(module)
         self.owner._enter(module, self.inside, args, kwargs)
 
 

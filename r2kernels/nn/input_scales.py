@@ -1,6 +1,7 @@
 """The parameters of one quantizer of a layer's input, learned (LSQ, EWGS, PACT) or frozen.
 
-It is called with x. Its range starts from what it has `seen`.
+It is called with x. Its range starts from what it has `seen`; `affine()` are its scale, zero point and whether it is
+signed, and for EWGS the offset.
 """
 
 import math
@@ -8,6 +9,7 @@ import math
 import torch
 from torch import nn
 
+from ..files.integers import IntegerInput
 from ..functional import quantizers
 from ..reference import parameters
 from .scales import bounds, initial_delta, learned, other_form, positive, refuse_start, wide
@@ -73,6 +75,10 @@ class Input(nn.Module):
         self.read()
         self.from_seen(self.seen)
 
+    def integers(self):
+        """The `IntegerInput` of these levels."""
+        return IntegerInput(self.bits, *self.affine())
+
     @property
     def clips_negative(self):
         """Whether it has no levels for negative values, because there were none when it started."""
@@ -115,6 +121,9 @@ class LSQInput(Input):
     def from_seen(self, seen):
         self.step.copy_(2 * seen.size / math.sqrt(parameters.levels(self.bits, self.is_signed)[1]))
 
+    def affine(self):
+        return positive(self.step).item(), 0, self.is_signed
+
     def forward(self, x):
         return quantizers.lsq(x, by_sample(positive(self.step), x), self.bits, signed=self.is_signed)
 
@@ -136,6 +145,9 @@ class EWGSInput(Input):
     def span(self):
         return positive(self.upper - self.lower)
 
+    def affine(self):
+        return (self.span() / (2**self.bits - 1)).item(), 0, False, self.lower.item()
+
     def forward(self, x):
         lower, upper = bounds(self.lower, self.upper)
         q = quantizers.ewgs(x, lower, upper, self.bits, delta=self.delta, signed=False)
@@ -152,6 +164,10 @@ class PACTInput(Input):
     def from_seen(self, seen):
         spread = 3 * seen.std / (1 if self.is_signed else HALF_NORMAL)
         self.alpha.copy_(torch.where(spread > 0, torch.minimum(seen.top, spread), seen.top))
+
+    def affine(self):
+        top = parameters.levels(self.bits, self.is_signed)[1]
+        return (positive(self.alpha) / top).item(), 0, self.is_signed
 
     def forward(self, x):
         alpha = positive(self.alpha)
@@ -179,6 +195,11 @@ class FrozenInput(Input):
     @property
     def clips_negative(self):
         return self.zero is None and not self.is_signed
+
+    def affine(self):
+        if self.zero is None:
+            return self.step.item(), 0, self.is_signed
+        return self.step.item(), int(self.zero.item()), False
 
     def forward(self, x):
         if self.zero is None:

@@ -5,6 +5,11 @@ from torch import nn
 from .select import is_conv1d
 
 
+def module_name(key):
+    """The name of the module whose input has this key; of the model itself ""."""
+    return key.replace("/", ".").strip(".")
+
+
 def input_places(model, layers):
     """(key, number of the layer, module) of every conv and linear layer whose input is quantized."""
     names = {module: name for name, module in model.named_modules()}
@@ -20,8 +25,8 @@ def input_places(model, layers):
 
 
 def input_name(key):
-    """The name of the module whose input has this key."""
-    return "the model" if key == "/" else key.replace("/", ".")
+    """The name of the module whose input has this key, for a sentence."""
+    return module_name(key) or "the model"
 
 
 def _is_read_by_another(model, module):

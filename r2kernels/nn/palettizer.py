@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..files.clustered import Clustered, Form, assembled, different, divided, joined, quantized_lut
+from ..files.integers import Integers, palette_weight
 from ..functional.dkm import assign, dkm
 from ..reference.columns import accumulator
 from ..reference.zeros import with_zero, zeros_of
@@ -206,6 +207,10 @@ class Palettizer(Attached):
     def clustered(self):
         """name -> `Clustered`: codes and look-up tables of every weight, as they are stored."""
         return {layer.name: self._clustered(layer) for layer in self.layers}
+
+    def export(self):
+        """`Integers`: the codes and tables of every weight as `PaletteWeight`; no inputs."""
+        return Integers({name: palette_weight(c) for name, c in self.clustered().items()}, {})
 
     def _clustered(self, layer):
         return Clustered.of(layer.weight(), self._centroids(layer), form_of(layer), wide=self._wide[layer.key])

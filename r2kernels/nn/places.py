@@ -31,7 +31,7 @@ class Place:
         object.__setattr__(self.module, self.attribute, hat)
 
     def take(self):
-        if torch.compiler.is_compiling():  # which cannot delete
+        if torch.compiler.is_dynamo_compiling():  # which cannot delete
             object.__setattr__(self.module, self.attribute, self.module._parameters[self.attribute])
         elif self.attribute in self.module.__dict__:
             object.__delattr__(self.module, self.attribute)

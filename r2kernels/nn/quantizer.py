@@ -7,7 +7,9 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
+from ..files.integers import Integers, integer_weight
 from ..reference import checks
+from . import tracing
 from .attach import Attached, in_backward, switch
 from .hessian import ratios
 from .inputs import InputHook, input_name, input_places
@@ -172,13 +174,12 @@ class Quantizer(Starting):
     @torch.no_grad()
     def coded(self):
         """name -> `Uniform`: codes, scale and zero point of every weight, as they are stored."""
-        late = [layer.name for i, layer in enumerate(self.layers) if not self._is_started[i]]
-        if late:
-            raise RuntimeError(
-                f"the ranges of {late[0]} have no values before the first forward in train(); call `initialize` with "
-                "a batch"
-            )
+        self._refuse_late(range(len(self.layers)))
         return {layer.name: self._weight_quantizer(layer).coded(layer.weight()) for layer in self._own_layers()}
+
+    def export(self):
+        """`Integers` of all weights and quantized inputs; RuntimeError before the ranges have values."""
+        return Integers({name: integer_weight(c) for name, c in self.coded().items()}, self.levels())
 
     def errors(self):
         """name -> ||W - W_hat|| / ||W|| of every weight."""
@@ -223,7 +224,11 @@ class Quantizer(Starting):
     def _input(self, key, i, module, x):
         """A layer's quantized input."""
         q = self.inputs._modules[key]
-        if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.numel() == 0:
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            return x
+        if tracing.is_recorded():
+            return tracing.quantized(self, key, x) if q.is_started and self._activations_on else x
+        if x.numel() == 0:
             return x
         if i in self._observing:
             q.seen.add(x)

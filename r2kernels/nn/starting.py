@@ -5,8 +5,9 @@ import warnings
 
 import torch
 
+from . import tracing
 from .attach import Attached
-from .inputs import InputHook, input_name, mean_output
+from .inputs import InputHook, input_name, mean_output, module_name
 from .ranks import broadcast, first_started, is_distributed
 from .scales import positive
 
@@ -34,12 +35,27 @@ class Starting(Attached):
             q.read()
         self._all_started = all(self._is_started) and all(q.is_started for q in self.inputs.children())
 
+    def levels(self):
+        """Layer's name -> `IntegerInput` of every quantized input whose range has a value."""
+        return {module_name(key): q.integers() for key, q in self.inputs._modules.items() if q.is_started}
+
     def has_started(self):
         return all(self._is_started)
 
     def _begin(self, module, inside, args, kwargs):
-        if not self._all_started:
+        if tracing.is_recorded():
+            self._refuse_late(inside)
+        elif not self._all_started:
             self._prepare(module, inside, args, kwargs)
+
+    def _refuse_late(self, some):
+        """An error where ranges of some layers have no values."""
+        late = [self.layers[i].name for i in some if not self._is_started[i]]
+        if late:
+            raise RuntimeError(
+                f"the ranges of {late[0]} have no values before the first forward in train(); call `initialize` with "
+                "a batch"
+            )
 
     @torch._disable_dynamo
     @torch.no_grad()

@@ -64,8 +64,8 @@ EDITS = {
     "another format": (put("__metadata__", "format", "other"), "is not a palettized file"),
     "no format": (put("__metadata__", "format", KeyError), "is not a palettized file"),
     "another version": (
-        put("__metadata__", "version", "2"),
-        "has version '2' of the format; this version of r2kernels reads '1'",
+        put("__metadata__", "version", "3"),
+        "has version '3' of the format; this version of r2kernels reads '1' and '2'",
     ),
     "no version": (put("__metadata__", "version", KeyError), "has version None"),
     "more metadata": (put("__metadata__", "more", "x"), "has metadata other than"),

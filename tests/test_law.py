@@ -105,7 +105,8 @@ LAW = {
     "nn.input_scales": {"files.integers", "functional.quantizers", "nn.scales", "reference.parameters"},
     "nn.starting": {"nn.attach", "nn.inputs", "nn.ranks", "nn.scales", "nn.tracing"},
     "nn.clustering": SPECIFIED | {"files.clustered", "functional.dkm", "functional.kmeans"},
-    "nn.palettizer": SPECIFIED | {"files.clustered", "functional.dkm", "nn.attach", "nn.clustering", "nn.layers"},
+    "nn.palettizer": SPECIFIED
+    | {"files.clustered", "files.integers", "functional.dkm", "nn.attach", "nn.clustering", "nn.layers"},
     "nn.copies": {"nn.attach", "reference.checks"},
     "nn.quantizer": {
         "files.integers",

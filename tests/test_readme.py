@@ -10,7 +10,8 @@ import r2kernels
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = (ROOT / "README.md", *sorted((ROOT / "benchmarks").rglob("*.md")))
+GUIDE = ROOT / "r2kernels" / "nn" / "README.md"
+PAGES = (ROOT / "README.md", GUIDE, *sorted((ROOT / "benchmarks").rglob("*.md")))
 
 
 def test_examples_run():
@@ -29,6 +30,15 @@ def test_examples_run():
     assert all(p.grad is not None for p in scope["model"].parameters())
     assert scope["model"][0].weight.unique().numel() <= 16 * 64  # LSQ's levels, a step for each channel
     assert scope["codes"].max() < 16 and scope["layer"].weight.grad is not None
+
+
+def test_examples_of_the_guide_run():
+    blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    assert len(blocks) == 4
+    scope = {}
+    for block in blocks:
+        exec(compile(block, "nn/README.md", "exec"), scope)
+    assert not scope["attached"](scope["model"])
 
 
 def test_every_public_name_is_told():

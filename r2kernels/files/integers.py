@@ -14,8 +14,8 @@ class IntegerWeight(NamedTuple):
     """A weight is scale (codes - zero_point), in float32 and then rounded to the weight's dtype.
 
     codes: in the weight's shape. int8 with a zero point of 0 for levels around 0; uint8 where the zero point is another
-        number. EWGS, DoReFa and one bit have no level at 0: their codes are the odd numbers from 1 - levels to
-        levels - 1 and the scale is half a step, which is exact (int8; for 8 bits int16).
+        number. EWGS, DoReFa, SEQ and one bit have no level at 0: their codes are the odd numbers from 1 - 2^bits to
+        2^bits - 1 and the scale is half a step, which is exact (int8; for 8 bits int16).
     scale: (1,); (C,) for the channels along `axis`; or one for every `group_size` numbers of a channel, those of the
     first channel first. zero_point: as many, in the dtype of the codes. bits: 2^bits levels, or 3 for 2.
     """

@@ -58,6 +58,11 @@ class QuantizationOptions(NamedTuple):
                 raise TypeError(f"{option} of {name} must be True or False, got {getattr(self, option)!r}")
         return self._replace(axis="output") if self.group_size is not None and self.axis is None else self
 
+    @property
+    def has_zero(self):
+        """Whether 0 is one of the levels of a weight."""
+        return self.method == "lsq" and self.levels != "seq" and self.weight_bits > 1
+
 
 def quantizable(model, usual, overrides, include=None, exclude=None):
     """The layers to quantize, checked."""
@@ -69,5 +74,10 @@ def quantizable(model, usual, overrides, include=None, exclude=None):
         checks.groups(o.group_size, w, axis, layer.name)
         if not w.isfinite().all():
             raise ValueError(f"{layer.name} has a NaN or an infinity; it cannot be quantized")
+        if layer.is_pruned and o.weight_bits is not None and not o.has_zero:
+            raise ValueError(
+                f'{layer.name} is pruned, but method "{o.method}" with weight_bits={o.weight_bits} and '
+                f'levels="{o.levels}" has no level 0 for its zeros; use "lsq" with 2 bits or more, or skip the layer'
+            )
         layers.append(layer._replace(options=o._replace(axis=axis if o.method == "lsq" else None)))
     return layers

@@ -141,6 +141,16 @@ def test_pruned_zeros_stay_zero():
     assert zeros.sum() == 768 and (owner._hard(owner.layers[1:])[0][zeros] == 0).all()
 
 
+@pytest.mark.parametrize("method, options", [("ewgs", {}), ("pact", {}), ("lsq", {"levels": "seq"})])
+def test_pruned_weights_need_a_level_0(method, options):
+    model, _ = pruned()
+    with pytest.raises(ValueError, match=r'4\.weight is pruned, but method ".*" with weight_bits=2 .* has no level 0'):
+        Quantizer(model, method, 2, **options)
+    owner = Quantizer(model, method, 2, overrides={"4": {"method": "lsq", "levels": "ternary"}}, **options)
+    owner.initialize(torch.randn(8, 2, 6, 6))
+    assert (owner._hard(owner.layers[1:])[0][model[4].weight_mask == 0] == 0).all()
+
+
 def test_pruning_after_the_attachment_is_an_error():
     model = plain()
     palettize(model)

@@ -147,7 +147,8 @@ def test_one_bit_of_zeros_stays_zero():
 def test_min_max_ranges():
     w = torch.tensor([[-1.0, 0.5, 0.25], [3.0, -0.3, 0.0], [0.0, 0.0, 0.0]])
     step, zero = weight_qparams(w, 3, 0, "minmax", True)
-    assert_close(step, torch.tensor([0.25, 1.0, 1.0])) and zero is None
+    assert_close(step, torch.tensor([0.25, 1.0, 1.0]))
+    assert zero is None
     step, zero = weight_qparams(w, 3, 0, "minmax", False)
     assert_close(step, torch.tensor([1.5 / 7, 3.3 / 7, 1.0]))
     assert zero.tolist() == [5, 1, 0]

@@ -109,6 +109,7 @@ LAW = {
     | {"files.clustered", "files.integers", "functional.dkm", "nn.attach", "nn.clustering", "nn.layers"},
     "nn.copies": {"nn.attach", "reference.checks"},
     "nn.quantizer": {
+        "nn.select",
         "files.integers",
         "nn.tracing",
         "nn.attach",

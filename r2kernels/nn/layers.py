@@ -1,12 +1,11 @@
 """The layers of a model that something attaches to, with their options."""
 
-import fnmatch
 from typing import NamedTuple
 
 from torch import nn
 
 from .places import ComputedPlace, place_of
-from .select import is_conv1d, is_experts, is_weight, matrices, none_left, selected, warn_of_coverage
+from .select import is_conv1d, is_experts, is_weight, matches, matrices, none_left, selected, warn_of_coverage
 
 
 class Layer(NamedTuple):
@@ -104,9 +103,9 @@ def _checked(overrides, usual):
 
 def _options(name, usual, overrides, used):
     """The options of a weight, or None where it is skipped; adds to `used` the patterns that match."""
-    path, options = name.rpartition(".")[0], usual
+    options = usual
     for pattern, given in overrides.items():
-        if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(path, pattern):
+        if matches(name, pattern):
             used.add(pattern)
             options = None if given == "skip" else (options or usual)._replace(**given).checked(name)
     return options

@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
@@ -16,6 +15,7 @@ from .inputs import InputHook, input_name, input_places
 from .options import METHODS, QuantizationOptions, quantizable
 from .ranks import average_gradients, is_distributed
 from .restoring import restored
+from .select import matches
 from .starting import Starting, unchanged
 
 
@@ -213,9 +213,7 @@ class Quantizer(Starting):
         held = [(layer.name, self._weight_quantizer(layer)) for layer in self._own_layers()]
         held += [(input_name(key), q) for key, q in self.inputs._modules.items()]
         for pattern in patterns or ("*",):
-            some = [
-                q for name, q in held if fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[0], pattern)
-            ]
+            some = [q for name, q in held if matches(name, pattern)]
             if not some:
                 raise ValueError(f"{pattern!r} matches no quantized weight or input of the model")
             for p in (p for q in some for p in q.parameters()):

@@ -76,7 +76,7 @@ def matrices(model, computed=False):
             yield from _computed(path, module)
         if isinstance(module, parametrize.ParametrizationList):
             continue
-        made = {hook_name for hook_name in _computed_names(module)}
+        made = _computed_names(module)
         for attribute, p in module._parameters.items():
             if p is None or not p.is_floating_point() or p.dim() < 2:
                 continue
@@ -114,10 +114,9 @@ def selected(candidates, include, exclude, usual):
     for candidate in candidates:
         name, module, attribute, p = candidate
         alive.append(p)  # what is computed would else leave its id to another
-        path = name.rpartition(".")[0]
-        if excluded(path, name, p):
+        if excluded(name, p):
             dropped.add(id(p))
-        wanted = included(path, name, p)
+        wanted = included(name, p)
         added += wanted
         (found if wanted or usual(module, attribute, p) else others).setdefault(id(p), candidate)
     if include is not None and not added:
@@ -144,11 +143,11 @@ def warn_of_coverage(kept, left, stacklevel):
 
 
 def _matcher(argument, rule):
-    """The rule `include` or `exclude` as a function of (module's name, parameter's name, parameter)."""
+    """The rule `include` or `exclude` as a function of (parameter's name, parameter)."""
     if rule is None:
-        return lambda path, name, p: False
+        return lambda name, p: False
     if callable(rule):
-        return lambda path, name, p: bool(rule(name, p))
+        return lambda name, p: bool(rule(name, p))
     patterns = [rule] if isinstance(rule, str) else rule
     if not isinstance(patterns, (list, tuple, set, frozenset)) or not all(
         isinstance(pattern, str) for pattern in patterns
@@ -156,6 +155,9 @@ def _matcher(argument, rule):
         raise TypeError(
             f"{argument} must be a name pattern, a list of them, or a predicate (name, parameter) -> bool, got {rule!r}"
         )
-    return lambda path, name, p: any(
-        fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(path, pattern) for pattern in patterns
-    )
+    return lambda name, p: any(matches(name, pattern) for pattern in patterns)
+
+
+def matches(name, pattern):
+    """Whether a pattern is of this parameter's name, or of its module's."""
+    return any(fnmatch.fnmatchcase(n, pattern) for n in (name, name.rpartition(".")[0]))

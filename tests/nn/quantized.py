@@ -14,6 +14,17 @@ def plain(seed=0):
     return nn.Sequential(nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 10))
 
 
+def quantized(method, *bits, **options):
+    """A function that attaches a Quantizer whose ranges have started."""
+
+    def attach(model):
+        quantizer = Quantizer(model, method, *bits, **options)
+        quantizer.initialize(images()[0])
+        return quantizer
+
+    return attach
+
+
 def train(model, quantizer, steps=10, lr=0.02, run=None):
     x, y = images()
     optimizer = torch.optim.SGD([{"params": model.parameters()}, *quantizer.param_groups()], lr=lr, momentum=0.9)

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from nn.attached import images, net, tokens
+from nn.quantized import quantized
 from torch import nn
 
 import r2kernels
@@ -148,15 +149,6 @@ def convolutions():
     return nn.Sequential(
         nn.Conv2d(2, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 25, 10)
     )
-
-
-def quantized(method, *bits, **options):
-    def attach(model):
-        quantizer = Quantizer(model, method, *bits, **options)
-        quantizer.initialize(images()[0])
-        return quantizer
-
-    return attach
 
 
 INT8, UINT8, INT16, UINT4, INT4 = 3, 2, 5, 21, 22

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from nn.attached import images
+from nn.quantized import quantized
 from torch import nn
 
 from r2kernels import Palettizer, Quantizer, calibrate
@@ -19,15 +20,6 @@ def network():
     return nn.Sequential(
         nn.Conv2d(2, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 4, 2), nn.Flatten(), nn.Linear(4 * 25, 10)
     )
-
-
-def quantized(method, *bits, **options):
-    def attach(model):
-        quantizer = Quantizer(model, method, *bits, **options)
-        quantizer.initialize(images()[0])
-        return quantizer
-
-    return attach
 
 
 ATTACH = {

@@ -245,6 +245,7 @@ void def_terms(py::module_& m, const char* name, Run run) {
   def(def_op, Forward, regularizers, kure_fwd);          \
   def(def_op, Backward, regularizers, kure_bwd);         \
   def(def_op, Forward, regularizers, weight_stats_fwd);  \
+  def(def_op, Forward, regularizers, sampled_std_fwd);   \
   def(def_terms, Forward, regularizers, terms_fwd);      \
   def(def_terms, Backward, regularizers, terms_bwd);     \
   def(def_op, Rank, regularizers, rank);                 \

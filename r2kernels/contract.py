@@ -81,6 +81,8 @@ KURE = Op(
 # (L, STATISTICS): min, max, mean, unbiased std, kurtosis, max|w|
 WEIGHT_STATS = Op("weight_stats", "(Tensor[] weights) -> Tensor")
 STATISTICS = 6
+# (L,): the std of a sample of each weight, told in reference/sample.py
+SAMPLED_STD = Op("sampled_std", "(Tensor[] weights) -> Tensor")
 BIN_REG = Op(
     "bin_reg",
     "(Tensor[] weights, Tensor step, int bits) -> (Tensor, Tensor)",
@@ -156,6 +158,7 @@ OPS = (
     SOFT_EXTREMA,
     KURE,
     WEIGHT_STATS,
+    SAMPLED_STD,
     BIN_REG,
     MSQE,
     PARTIAL_L2,

@@ -23,6 +23,7 @@ LAW = {
     "reference.columns": set(),
     "reference.zeros": {"reference.columns"},
     "reference.checks": {"reference.columns"},
+    "reference.sample": {"reference.columns"},
     "reference.parameters": {"reference.checks", "reference.columns"},
     "reference.range_losses": SPECIFIED,
     "reference.regularizers": SPECIFIED | {"reference.quantizers", "reference.range_losses"},
@@ -97,6 +98,7 @@ LAW = {
     "nn.regularizer": {
         "functional",
         "functional.loss",
+        "functional.regularizers",
         "lists",
         "nn.select",
         "reference.checks",

@@ -14,7 +14,7 @@ struct RangeLosses {
 };
 
 struct Regularizers {
-  Function<Forward> kure_fwd, weight_stats_fwd;
+  Function<Forward> kure_fwd, weight_stats_fwd, sampled_std_fwd;
   Function<Backward> kure_bwd;
   Function<Terms<Forward>> terms_fwd;
   Function<Terms<Backward>> terms_bwd;

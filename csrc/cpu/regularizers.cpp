@@ -10,6 +10,7 @@ namespace cpu::R2_ISA {
 const Regularizers regularizers = {
     .kure_fwd = loss_forward<MomentsReader, KureOp>,
     .weight_stats_fwd = loss_forward<MomentsReader, WeightStatsOp>,
+    .sampled_std_fwd = sampled_std,
     .kure_bwd = loss_backward<KureOp>,
     .terms_fwd = terms_forward,
     .terms_bwd = terms_backward,

@@ -17,7 +17,7 @@ using PassFunction = void(const List&, const Clusters&, const Pass&, int device,
 Function<Forward> l_inf_fwd, margin_fwd, soft_min_max_fwd, soft_extrema_fwd;
 Function<Backward> l_inf_bwd, margin_bwd, soft_min_max_bwd, soft_extrema_bwd;
 
-Function<Forward> kure_fwd, weight_stats_fwd;
+Function<Forward> kure_fwd, weight_stats_fwd, sampled_std_fwd;
 Function<Backward> kure_bwd;
 Function<Terms<Forward>> terms_fwd;
 Function<Terms<Backward>> terms_bwd;

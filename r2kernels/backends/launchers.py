@@ -71,7 +71,8 @@ class RangeLosses:
 
 
 class Regularizers:
-    """kure and weight_stats by the skeletons of `RangeLosses`; bin_reg, msqe and partial_l2 as sets of one term."""
+    """kure and weight_stats by the skeletons of `RangeLosses`; bin_reg, msqe and partial_l2 as sets of one term.
+    `_sampled_std(weights, out)` fills out."""
 
     def kure_fwd(self, weights, target):
         return self._loss(KURE, weights, (target,), 1, "output")
@@ -84,6 +85,12 @@ class Regularizers:
         table = torch.empty(len(weights), STATISTICS, dtype=accumulator(w.dtype), device=w.device)
         self._reduce(WEIGHT_STATS, weights, (), 1, "output", table, None, False)
         return table
+
+    def sampled_std_fwd(self, weights):
+        w = weights[0]
+        out = torch.empty(len(weights), dtype=accumulator(w.dtype), device=w.device)
+        self._sampled_std(weights, out)
+        return out
 
     def bin_reg_fwd(self, weights, step, bits):
         return self._term(BIN_REG, weights, step, bits)

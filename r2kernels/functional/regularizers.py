@@ -81,6 +81,16 @@ def weight_stats(W) -> WeightStats:
         return WeightStats.of(ops.weight_stats.fwd(ws), ws, single)
 
 
+def sampled_std(ws):
+    """(L,) standard deviations of weights without gradient, of those from 32,768 numbers on of a sample of 16,384.
+
+    Against that of all numbers such a deviation errs by about sqrt((kurtosis - 1) / (4 * 16384)), 0.6 % for normal
+    weights, and costs no second read of them. Which they are is told in reference/sample.py.
+    """
+    with torch.no_grad():
+        return ops.sampled_std.fwd(ws)
+
+
 class _WeightTerms(torch.autograd.Function):
     """Inputs: (names, bits, flags), how many parameters follow; the (L, 1) tensors of all terms, one term's after the
     other's; the weights."""

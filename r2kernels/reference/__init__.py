@@ -52,6 +52,7 @@ from .regularizers import (
     weight_stats_fwd,
     weight_terms,
 )
+from .sample import sampled_std_fwd
 
 __all__ = [
     "DKM",
@@ -92,6 +93,7 @@ __all__ = [
     "partial_l2",
     "partial_l2_bwd",
     "partial_l2_fwd",
+    "sampled_std_fwd",
     "soft_extrema",
     "soft_extrema_bwd",
     "soft_extrema_fwd",

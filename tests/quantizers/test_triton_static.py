@@ -39,6 +39,7 @@ MASKED = (
     "correct_maxima",
     "count_chunks",
     "store_threshold",
+    "std_of_sample",
 )  # no loop over full tiles
 
 

@@ -18,6 +18,7 @@ from triton.compiler import ASTSource
 
 channels, quantizers = kernels("channel_skeletons"), kernels("quantizers_kernels")
 terms_kernels, counts = kernels("regularizers_terms_kernels"), kernels("regularizers_counts_kernels")
+sample = kernels("regularizers_sample_kernels")
 FORMULAS = {  # of the passes: quantizer, backward, FLAG
     "lsq_fwd": ("lsq", False, False),
     "lsq_bwd": ("lsq", True, False),
@@ -222,6 +223,16 @@ def store_threshold(op, dtype):
     }
 
 
+def std_of_sample(op, dtype):
+    return sample.std_of_sample, {
+        "p_weights": "*i64",
+        "p_tensors": "*i64",
+        "p_out": "*" + accumulator(dtype),
+        **constant(BLOCK=1024),
+        **types(dtype),
+    }
+
+
 def variants(everything):
     """(function above, its op, dtype, other arguments)"""
     for dtype in DTYPES if everything else ("fp32", "bf16"):
@@ -234,6 +245,7 @@ def variants(everything):
         yield count_chunks, "bin_reg", dtype, {"bits": 4}
         yield count_chunks, "partial_l2", dtype, {"digit": 1}
         yield store_threshold, "partial_l2", dtype, {}
+        yield std_of_sample, "sampled_std", dtype, {}
     yield merge_terms, "+".join(TERMS), "fp32", {}
     for op in LEARNED:
         yield merge_columns, op, "fp32", {}

@@ -48,6 +48,11 @@ class NativeRegularizers(launchers.Regularizers, Half):
         self.library.terms_fwd(listed, address(table), *self.queue(device), term=codes, of=arguments)
         return losses, states
 
+    def _sampled_std(self, weights, out):
+        listed, table, _, _tensors = self.listed(weights, 1, "output")
+        nothing = dict(first=0, second=0, flag=False, partial=0, saved=0, bits=0)
+        self.library.sampled_std_fwd(listed, address(table), *self.queue(out.device), out=out.data_ptr(), **nothing)
+
     def _rank(self, listed, table, plan, rank, theta):
         """The rank[t]-th smallest |w| of each tensor into `theta`."""
         scratch = None

@@ -10,6 +10,7 @@ from ... import lists
 from ...contract import BIN_REG, BY_NAME, PARTIAL_L2, SOFT_MIN_MAX, tensors_of_term
 from .. import launchers
 from . import regularizers_counts_kernels as counts_kernels
+from . import regularizers_sample_kernels as sample_kernels
 from . import regularizers_terms_kernels as terms_kernels
 from . import skeletons
 from .launch import OPTIONS, Launcher, current, types
@@ -85,6 +86,13 @@ class TritonRegularizers(Launcher, launchers.Regularizers):
                 **self._tile(weights[0].dtype),
             )
         return gradients, [g for g in learned if g is not None]
+
+    def _sampled_std(self, weights, out):
+        tensors, table, plan = self._list(weights, 1, "output")
+        with current(out.device):
+            sample_kernels.std_of_sample[(plan.count,)](
+                table, plan.tensors, out, BLOCK=COUNTED, **self._constants(weights[0].dtype, tensors)
+            )
 
     def _threshold(self, tensors, table, plan, rank, theta):
         """The |w| of this rank of every tensor, digit by digit, into `theta`."""

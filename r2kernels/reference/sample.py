@@ -1,0 +1,34 @@
+"""The standard deviation of a sample of a weight: the unit of an exponent, where reading all of it would cost a pass.
+
+A weight of fewer than 2 * NUMBERS numbers is taken whole. One of more has NUMBERS / RUN equal parts, and each gives RUN
+neighbours, at a place in it that wanders by the golden ratio (at equal distances a matrix would give some of its
+columns). Numbers are counted in the order of memory, or of `contiguous()` where memory has gaps.
+"""
+
+import torch
+
+from .columns import accumulator
+
+NUMBERS, RUN = 16384, 16
+
+
+def sample(w):
+    """The numbers that stand for w."""
+    by_stride = w.permute(sorted(range(w.dim()), key=lambda i: -w.stride(i)))
+    x = (by_stride if by_stride.is_contiguous() else w).reshape(-1)
+    if w.numel() < 2 * NUMBERS:
+        return x
+    runs, part = NUMBERS // RUN, w.numel() // NUMBERS
+    i = torch.arange(runs, device=w.device)
+    start = (i * part + ((i * 40503 & 0xFFFF) * part >> 16)) * RUN
+    return x[(start[:, None] + torch.arange(RUN, device=w.device)).reshape(-1)]
+
+
+def sampled_std_fwd(weights):
+    """(L,) unbiased standard deviations, 0 of one number; summed in float64, which no square of a float32 leaves."""
+    stds = []
+    for w in weights:
+        x = sample(w).double()
+        std = ((x - x.mean()).square().sum() / max(x.numel() - 1, 1)).sqrt()
+        stds.append(torch.where(x.amin() == x.amax(), 0, std).to(accumulator(w.dtype)))
+    return torch.stack(stds)

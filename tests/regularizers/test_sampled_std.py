@@ -1,4 +1,4 @@
-"""The standard deviation of a sample, the unit of `alpha_unit="std"`: on every backend that of the reference's sample."""
+"""The standard deviation of a sample, the unit of `alpha_unit="std"`, on every backend."""
 
 import math
 

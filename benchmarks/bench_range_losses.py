@@ -19,6 +19,7 @@ from range_losses_contenders import (
     BACKWARD,
     BOTH,
     FORWARD,
+    IN_STD,
     MOVES,
     OPS,
     Case,
@@ -27,6 +28,7 @@ from range_losses_contenders import (
     contenders,
     copy,
     floors,
+    in_std,
     line,
 )
 
@@ -35,9 +37,10 @@ L2_SETS = 2.5  # inputs on a GPU rotate among sets of so many times its L2 cache
 MOST_SETS = 32
 
 
-def names(device):
-    ours = ("triton", "cuda", "CUDA graph") if device == "cuda" else ("cpu",)
-    return ("eager", "torch.compile", *ours, "floor", "copy")
+def names(case):
+    ours = ("triton", "cuda", "CUDA graph") if case.device == "cuda" else ("cpu",)
+    units = (IN_STD,) if case.op.label == "soft_min_max" and case.work == ACCUMULATE else ()
+    return ("eager", "torch.compile", *ours, *units, "floor", "copy")
 
 
 SHAPES = ("ResNet-18", "Llama-7B block", "one tensor 11.7M", "1,000 x 1,000", "one tensor 10k", "MobileNet-V2")
@@ -104,7 +107,7 @@ def measured(case, deadline, seconds):
             "contender": name,
             "absent": "not usable here",
         }
-        for name in names(case.device)
+        for name in names(case)
     }
     if time.monotonic() > deadline:
         for row in rows.values():
@@ -123,6 +126,9 @@ def measured(case, deadline, seconds):
     wrong = check(case, inputs[0], found) if "eager" in found else {}
     for name in wrong:
         del found[name]
+    if IN_STD in rows and default in found:
+        found[IN_STD] = in_std(inputs[0])
+        rows[IN_STD].update(work=IN_STD, contender=default)
     ways = floors(case)
     for way in ways.values():
         sample(way, inputs[:1], 1, synchronize)
@@ -133,7 +139,10 @@ def measured(case, deadline, seconds):
     timed = interleave(found, inputs, seconds, synchronize)
     for name, (samples, calls) in timed.items():
         rows[name].update(
-            _numbers(case, inputs[0], name, found[name], timed), samples=samples, calls=calls, default=name == default
+            _numbers(case, inputs[0], name, found[name], timed, default),
+            samples=samples,
+            calls=calls,
+            default=name in (default, IN_STD),
         )
         del rows[name]["absent"]
     for name, reason in absent.items():
@@ -143,7 +152,7 @@ def measured(case, deadline, seconds):
     return rows
 
 
-def _numbers(case, inputs, name, contender, timed):
+def _numbers(case, inputs, name, contender, timed, default):
     samples = timed[name][0]
     moved = inputs.bytes * (2 if name == "copy" else MOVES[case.work])
     quartiles = statistics.quantiles(samples, n=4)
@@ -151,6 +160,7 @@ def _numbers(case, inputs, name, contender, timed):
     compared = {
         "to_floor": ratios(timed, name, "floor"),
         "to_copy": ratios(timed, name, "copy", moved / (2 * inputs.bytes)),
+        **({"to_raw": ratios(timed, IN_STD, default)} if name == IN_STD else {}),
         "over_eager": ratios(timed, "eager", name),
         "over_compile": ratios(timed, "torch.compile", name),
     }
@@ -176,7 +186,7 @@ clock = Clock()
 
 def pytest_generate_tests(metafunc):
     device = metafunc.config.getoption("bench_device")
-    rows = [(case, name) for case in in_order(device) for name in names(device)]
+    rows = [(case, name) for case in in_order(device) for name in names(case)]
     metafunc.parametrize(
         "case, contender", rows, ids=[f"{case.op.label}, {case.table}, {case.work}, {name}" for case, name in rows]
     )

@@ -14,6 +14,7 @@ from torch import nn
 
 import r2kernels
 from r2kernels import RangeRegularizer, reference, use_backend
+from r2kernels.functional.regularizers import sampled_std
 
 
 class Op(NamedTuple):
@@ -30,6 +31,7 @@ OPS = (
     Op("kure", "kure"),
 )
 FORWARD, BOTH, ACCUMULATE, BACKWARD = "forward", "forward + backward", "accumulate_grad_", "backward"
+IN_STD = "accumulate_grad_, alpha in std"
 MOVES = {FORWARD: 1, BOTH: 3, ACCUMULATE: 4, BACKWARD: 2}  # times every weight or gradient is read or written, at least
 
 
@@ -184,6 +186,23 @@ def _loss(case, function, active=contextlib.nullcontext):
 
 def _regularizer(case, active):
     return Contender(lambda inputs: inputs.regularizer.accumulate_grad_(), _prepare(case), active)
+
+
+def in_std(inputs):
+    """The default backend's accumulate_grad_ with alpha in units of the deviation, which adds the same as the one that
+    is given alpha over the deviation; AssertionError where it does not."""
+    model, value = nn.ParameterList(inputs.weights), inputs.op.value
+    alphas = (value / sampled_std(inputs.weights)).tolist()
+    given = dict(learn=False, include="*")
+    raw = RangeRegularizer(model, weight=1.0, alpha=alphas, **given)
+    own = RangeRegularizer(model, weight=1.0, alpha=value, alpha_unit="std", **given)
+    inputs.zero_gradients()
+    raw.accumulate_grad_()
+    expected = [w.grad.clone() for w in inputs.weights]
+    inputs.zero_gradients()
+    own.accumulate_grad_()
+    torch.testing.assert_close([w.grad for w in inputs.weights], expected)
+    return Contender(lambda _: own.accumulate_grad_(), Inputs.some_gradients, contextlib.nullcontext)
 
 
 def _graph(contender, inputs):

@@ -116,7 +116,8 @@ def run_expand(args):
     from . import compress, shards
 
     folder = args.shard_size or args.out.endswith(shards.SLASHES)
-    out = shards.folder_path(args.out) if folder else checkpoint_path(args.out, args.force, compress.SUFFIXES)
+    allowed = *compress.SUFFIXES, "FOLDER/"
+    out = shards.folder_path(args.out) if folder else checkpoint_path(args.out, args.force, allowed)
     with Palettized(args.file) as file:
         total = sum(entry.numel for entry in file.entries)
         with progress("decoding weights", total, quiet=args.json) as advance, writable(out):

@@ -238,7 +238,7 @@ def _state_dict(path, loaded, key=None):
         for other, value in loaded.items():
             if other != name:
                 unread[".".join([*chosen, str(other)])] = _tensors_in(value, known)
-        chosen.append(name)
+        chosen.append(str(name))
         loaded = loaded[name]
 
     while key:
@@ -246,10 +246,10 @@ def _state_dict(path, loaded, key=None):
         if name is None or not isinstance(loaded[name], Mapping):
             mappings = {str(name): value for name, value in loaded.items() if isinstance(value, Mapping)}
             held = [".".join([*chosen, name]) for name, value in mappings.items() if _tensors_in(value, known)]
-            reason = f"allowed are {', '.join(held)}" if held else "it holds none but the one that is read without"
+            reason = f"allowed are {some(held)}" if held else "it holds none but the one that is read without"
             raise CheckpointError(f"{path}: has no state dict {'.'.join([*chosen, key])!r}; {reason}")
         enter(name)
-        key = key[len(name) + 1 :]
+        key = key[len(str(name)) + 1 :]
     for _ in NESTED:
         name = next((name for name in NESTED if isinstance(loaded.get(name), Mapping)), None)
         if name:

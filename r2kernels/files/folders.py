@@ -79,7 +79,8 @@ def _refuse_parts(path):
     if parts or "zero_to_fp32.py" in names:
         folder = path.absolute().parent if parts else path
         command = f"python -m deepspeed.utils.zero_to_fp32 {folder} OUT"
-        raise CheckpointError(f"{path}: is a checkpoint of DeepSpeed, in parts; `{command}` merges them")
+        pickles = "in pickled parts that can run code; where you trust them"
+        raise CheckpointError(f"{path}: is a checkpoint of DeepSpeed, {pickles} `{command}` merges them")
 
 
 def _distributed(path, folder):
@@ -105,24 +106,20 @@ class Sharded(Checkpoint):
         missing = [name for name in named if not (self.path.parent / name).exists()]
         if missing:
             raise CheckpointError(f"{path}: its shards are not all there; missing are {some(missing)}")
-        self._shard_of, entries, metadata, more = {}, [], {}, []
-        for name in named:
-            shard = self._opened(name)
-            more += self._take(shard, named[name])
-            entries += shard.entries
-            for key, value in shard.metadata.items():
-                metadata.setdefault(key, set()).add(value)
-        self.entries = sorted(entries, key=lambda entry: natural(entry.name))
-        self.metadata = {key: values.pop() for key, values in metadata.items() if len(values) == 1}
+        self._shard_of, self.entries, metadata, more = {}, [], {}, []
+        for name, expected in named.items():
+            more += self._take(name, expected, metadata)
+        self.entries.sort(key=lambda entry: natural(entry.name))
+        self.metadata = {key: min(values) for key, values in metadata.items() if len(values) == 1}
         if more:
-            warnings.warn(f"{path}: is not all of it; its shards have {some(more)} too", stacklevel=3)
-        if len(self.metadata) < len(metadata):
-            differ = [key for key in metadata if key not in self.metadata]
+            warnings.warn(f"{path}: does not name {some(more)}, which its shards have and which are read", stacklevel=3)
+        differ = [key for key, values in metadata.items() if len(values) > 1]
+        if differ:
             warnings.warn(f"{path}: metadata differs between shards and is not kept: {some(differ)}", stacklevel=3)
 
-    def _take(self, shard, expected):
-        """Notes where the tensors of a shard are; the names of those that are not expected in it."""
-        name = shard.path.name
+    def _take(self, name, expected, metadata):
+        """Notes what is in a shard, its metadata too; the names of tensors that are not expected in it."""
+        shard = self._opened(name)
         found = {entry.name for entry in shard.entries}
         lacking = sorted(expected - found, key=natural)
         if lacking:
@@ -131,6 +128,9 @@ class Sharded(Checkpoint):
             if tensor in self._shard_of:
                 raise CheckpointError(f"{self.path}: {tensor} is in two shards, {self._shard_of[tensor]} and {name}")
             self._shard_of[tensor] = name
+        self.entries += shard.entries
+        for key, value in shard.metadata.items():
+            metadata.setdefault(key, set()).add(value)
         self.aliases |= shard.aliases
         self.unread |= {f"{name}: {key}": count for key, count in shard.unread.items()}
         return sorted(found - expected, key=natural)

@@ -153,6 +153,8 @@ def _tensors_of_shards(path):
             raise ValueError("a name occurs twice")
         return dict(pairs)
 
+    if path.exists() and not path.is_file():  # such as a FIFO, to open which is to wait
+        raise CheckpointError(f"{path}: is not a regular file")
     try:
         found = json.loads(path.read_bytes(), object_pairs_hook=unique)
     except OSError as error:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import warnings
 import weakref
 
@@ -88,6 +89,20 @@ def test_shards_one_at_a_time(tmp_path, monkeypatch, kind, infix):
     assert len(count) == 2 * (3 + 3)
 
 
+def test_links_to_blobs(tmp_path):
+    """As the cache of Hugging Face has them: the names of shards lead out of their folder, to files without suffix."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    sharded(tmp_path / "snapshot")
+    for i, path in enumerate(sorted((tmp_path / "snapshot").iterdir())):
+        path.rename(tmp_path / "blobs" / str(i))
+        path.symlink_to(tmp_path / "blobs" / str(i))
+    assert_same(contents(opened(tmp_path / "snapshot")))
+    (tmp_path / "blobs" / "1").unlink()
+    with pytest.raises(CheckpointError, match=r"missing are model-00002-of-00003\.safetensors"):
+        opened(tmp_path / "snapshot")
+
+
 def test_metadata_and_tensors_beside_the_index(tmp_path):
     index = sharded(tmp_path)
     write(
@@ -164,9 +179,12 @@ def test_wrong_indices(tmp_path, kind):
     assert_line(caught, str(tmp_path), message)
 
 
-def test_an_index_that_is_not_there_and_a_key(tmp_path):
+def test_an_index_that_is_not_there_or_no_file_and_a_key(tmp_path):
     with pytest.raises(CheckpointError, match="No such file"):
         opened(tmp_path / "model.safetensors.index.json")
+    os.mkfifo(tmp_path / "fifo.index.json")
+    with pytest.raises(CheckpointError, match="is not a regular file"):
+        opened(tmp_path / "fifo.index.json")
     with pytest.raises(CheckpointError, match="has no entry 'ema'"):
         opened(sharded(tmp_path), key="ema")
 

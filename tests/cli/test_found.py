@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from r2kernels.cli import shards
 from r2kernels.files.container import as_bytes
+from r2kernels.files.format import Planned
 from r2kernels.files.loading import load_palettized, opened
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -84,6 +85,11 @@ def test_expand_to_shards(capsys, tmp_path, small):
         read |= part
     assert_same(read, expected)
     assert_same({entry.name: tensor for entry, tensor in opened(tmp_path / "back").read()}, expected)
+
+
+def test_split():
+    planned = [Planned(str(n), (n,), torch.uint8) for n in (2, 2, 1, 5, 0, 4)]
+    assert [[p.shape[0] for p in shard] for shard in shards.split(planned, 4)] == [[2, 2], [1], [5], [0, 4]]
 
 
 def test_a_folder_of_one_file(capsys, tmp_path, small):
@@ -192,6 +198,9 @@ def test_a_checkpoint_that_is_quantized_already(capsys, tmp_path):
     for line in (["report"], ["compress", "-o", tmp_path / "b.safetensors", "--bits", 2]):
         refused = command(capsys, *line, tmp_path / "a.safetensors")
         assert_refused(refused, "among its 3 tensors; 2 are of layers that are quantized already")
+    save_file({**layer, "b.weight": draw(8, 6)}, tmp_path / "a.safetensors")
+    code, out, error = command(capsys, "report", tmp_path / "a.safetensors", "--sizes")
+    assert (code, error) == (0, "") and f"{48 + 192 + 32} B that are no weights are counted everywhere" in out
 
 
 def test_views(capsys, tmp_path):

@@ -5,6 +5,7 @@ import json
 import os
 import warnings
 import weakref
+import zipfile
 
 import pytest
 import torch
@@ -319,6 +320,21 @@ def test_tensors_that_are_refused(tmp_path):
         with pytest.raises(CheckpointError) as caught:
             opened(write(tmp_path / "a.pt", {"w": tensor}))
         assert_line(caught, f"w is a {kind}; only dense tensors with data")
+
+
+def test_what_holds_itself_and_what_is_nested_too_deep(tmp_path):
+    loop = [W]
+    loop.append(loop)
+    checkpoint = opened(write(tmp_path / "a.pt", {**STATE, "loop": loop, "twice": [loop, loop]}))
+    assert_same(contents(checkpoint))
+    assert checkpoint.unread == {"loop": 1, "twice": 2}
+    deep = b"\x80\x02}X\x01\0\0\0a" + b"]" * 3000 + b"a" * 2999 + b"s."
+    with zipfile.ZipFile(write(tmp_path / "b.pt", {}), "r") as made, zipfile.ZipFile(tmp_path / "c.pt", "w") as file:
+        for name in made.namelist():
+            file.writestr(name, deep if name.endswith("data.pkl") else made.read(name))
+    with pytest.raises(CheckpointError) as caught:
+        opened(tmp_path / "c.pt")
+    assert_line(caught, "is nested too deep")
 
 
 def test_keys_that_are_numbers(tmp_path):

@@ -1,6 +1,7 @@
 """The arguments of the commands: a function for each adds them to its parser."""
 
 import argparse
+import re
 
 from .. import __version__
 from ..reference.checks import LAYOUTS
@@ -111,7 +112,18 @@ def expand(parser):
         help="a file that `r2kernels compress` or `quantize`, `save_palettized` or `save_quantized` wrote",
     )
     parser.add_argument(
-        "-o", "--out", metavar="OUT", required=True, help="the dense checkpoint (.safetensors, .pt, .pth)"
+        "-o",
+        "--out",
+        metavar="OUT",
+        required=True,
+        help="the dense checkpoint (.safetensors, .pt, .pth); or FOLDER/, a new folder with shards and their index, "
+        "as transformers reads it",
+    )
+    parser.add_argument(
+        "--shard-size",
+        type=size,
+        metavar="SIZE",
+        help="write a folder, with shards of at most this size, such as 500MB (default for FOLDER/: 5GB)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_force(parser)
@@ -131,10 +143,13 @@ def demo(parser):
 
 def add_checkpoint(parser):
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help=".safetensors, .pt or .pth; a nested state_dict or model is found"
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help=".safetensors, .pt, .pth, .bin, .ckpt or .pth.tar, in which a nested state_dict or model is found; "
+        "or a folder of Hugging Face, or the .index.json of its shards",
     )
     parser.add_argument(
-        "--key", metavar="NAME", help="which state dict of a .pt or .pth file, such as ema or ema.module"
+        "--key", metavar="NAME", help="which state dict of a file of torch.save, such as ema or ema.module"
     )
 
 
@@ -161,6 +176,15 @@ def add_coding(parser):
 
 def add_force(parser):
     parser.add_argument("--force", action="store_true", help="overwrite files that exist")
+
+
+def size(text):
+    """Bytes, from a number with a unit."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B", text, re.IGNORECASE)
+    value = found and int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " "))
+    if not value:
+        raise argparse.ArgumentTypeError(f"must be a size such as 5GB, 500MB or 2GiB, got {text}")
+    return value
 
 
 def positive(text):

@@ -8,7 +8,7 @@ import torch
 from .. import __version__
 from ..backends import backends, select, versions
 from . import arguments
-from .console import print_json, progress, show, table
+from .console import count, print_json, progress, show, table
 from .outputs import BadInput, checkpoint_path, figure_path, output_path, save_figure, writable, write
 
 
@@ -113,16 +113,24 @@ def _code(args, doing, work, form, options, entropy=None):
 
 def run_expand(args):
     from ..files.loading import Palettized
-    from . import compress
+    from . import compress, shards
 
-    out = checkpoint_path(args.out, args.force, compress.SUFFIXES)
+    folder = args.shard_size or args.out.endswith(shards.SLASHES)
+    allowed = *compress.SUFFIXES, "FOLDER/"
+    out = shards.folder_path(args.out) if folder else checkpoint_path(args.out, args.force, allowed)
     with Palettized(args.file) as file:
         total = sum(entry.numel for entry in file.entries)
         with progress("decoding weights", total, quiet=args.json) as advance, writable(out):
-            size = compress.expand(file, out, overwrite=args.force, advance=advance)
-        if args.json:
-            return print_json({"file": args.file, "out": str(out), "tensors": len(file.entries), "bytes": size})
-        show(f"{out}: {len(file.entries)} tensors, {compress.size_text(size)}")
+            if folder:
+                size, files = shards.expand(file, out, args.shard_size or shards.MOST, advance=advance)
+            else:
+                size, files = compress.expand(file, out, overwrite=args.force, advance=advance), None
+        tensors = len(file.entries)
+    if args.json:
+        found = {"file": args.file, "out": str(out), "tensors": tensors, "bytes": size}
+        return print_json(found | ({"files": files} if folder else {}))
+    places = f" in {count(len(files), 'file')}" if folder else ""
+    show(f"{out}: {tensors} tensors{places}, {compress.size_text(size)}")
 
 
 def run_demo(args):

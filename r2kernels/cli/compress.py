@@ -26,6 +26,7 @@ from .report import PANELS, figure, histogram, unread_lines
 PART = 2**15  # elements of a weight whose error is summed at once: they stay in the cache, on one thread
 SUFFIXES = (".safetensors", ".pt", ".pth")
 FEW_ROWS, NOT_FINITE, SKIPPED = "fewer rows than centroids", "not finite", "skipped"
+QUANTIZED = "of layers that are quantized already"
 
 
 class Row(NamedTuple):
@@ -75,7 +76,7 @@ def plan(checkpoint, form, skip=(), verb="cluster"):
     CheckpointError where nothing is left to `verb`.
     """
     planned, kept, used = [], {}, set()
-    weights = {entry.name for entry in checkpoint.weights}
+    weights, quantized = {entry.name for entry in checkpoint.weights}, checkpoint.quantized
     for entry in checkpoint.entries:
         matching = {
             pattern
@@ -85,7 +86,9 @@ def plan(checkpoint, form, skip=(), verb="cluster"):
         used |= matching
         if entry.name in checkpoint.aliases:
             continue
-        reason = None if entry.name not in weights else SKIPPED if matching else too_small(entry.shape, form)
+        reason = QUANTIZED if entry.name in quantized else None
+        if entry.name in weights:
+            reason = SKIPPED if matching else too_small(entry.shape, form)
         if reason:
             kept[entry.name] = reason
         coded_as = form if entry.name in weights and not reason else None
@@ -197,13 +200,14 @@ def expand(file, path, *, overwrite=False, advance=lambda elements: None):
     size = sum(math.prod(p.shape) * p.dtype.itemsize for p in planned)
     with container.replacing(path, overwrite) as out:
         if path.suffix.lower() == ".safetensors":
-            _expand_safetensors(file, planned, out, size, advance)
+            write_dense(file, planned, out, size, advance)
         else:
             _expand_torch(file, planned, out, path.parent, advance)
     return size
 
 
-def _expand_safetensors(file, planned, out, size, advance):
+def write_dense(file, planned, out, size, advance):
+    """Writes those tensors of a `Palettized` file, of `size` bytes together, as a safetensors file."""
     metadata = {"format": "pt"} | file.metadata
     entries = {p.name: container.entry(p.dtype, p.shape, size, size) for p in planned}
     writer = container.Writer(out, len(container.header(entries, metadata)))

@@ -129,7 +129,9 @@ def summary(checkpoint, rows):
     """One line: how many weights, how many tensors are not in the table and why."""
     others = len(checkpoint.entries) - len(rows)
     elements = sum(row.numel for row in rows)
+    quantized = len(checkpoint.quantized)
     reasons = "not floating point, fewer than two dimensions, or empty"
+    reasons += f"; {quantized} of layers that are quantized already" if quantized else ""
     return f"{count(len(rows), 'weight')}, {elements:,} elements; {count(others, 'tensor')} left out ({reasons})"
 
 

@@ -67,7 +67,8 @@ def size_table(sizes):
 
 
 def size_lines(checkpoint, sizes):
-    others = sum(math.prod(e.shape) * e.dtype.itemsize for e in checkpoint.entries if not e.is_weight)
+    weights = {entry.name for entry in checkpoint.weights}
+    others = sum(math.prod(e.shape) * e.dtype.itemsize for e in checkpoint.entries if e.name not in weights)
     return [
         f"first and last: {', '.join(sizes['ends'])}",
         f"{size_text(others)} that are no weights are counted everywhere, and all look-up tables",

@@ -1,6 +1,7 @@
 """Checkpoints that are read, and palettized files that are written and read.
 
-checkpoint      reads .safetensors, .pt and .pth
+checkpoint      reads .safetensors and files of torch.save
+folders         reads folders of Hugging Face, and checkpoints in shards
 container       safetensors files byte by byte, and their checksums
 format          what is in a palettized file
 saving          writes one: `save_palettized`, `save_quantized`

@@ -1,7 +1,7 @@
-"""Reading checkpoints tensor by tensor: .safetensors, .pt, .pth.
+"""Reading checkpoints tensor by tensor: .safetensors, and what torch.save writes. `folders` reads those in shards.
 
-A large file is mapped into memory, never loaded whole; the exception is a .pt or .pth in torch's format from before
-1.6, which can only be loaded at once. No code from a file is ever run.
+A large file is mapped into memory, never loaded whole; the exception is one in torch's format from before 1.6, which
+can only be loaded at once. No code from a file is ever run.
 """
 
 import math
@@ -18,6 +18,8 @@ from torch import Tensor
 from ..reference.checks import DTYPES
 
 NESTED = ("state_dict", "model", "model_state_dict", "module")
+_INTEGERS = {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
+_POINTER = b"version https://git-lfs"
 _EXPECTED = f"a checkpoint is a state dict (name -> tensor), or has one under {', '.join(NESTED)}"
 
 
@@ -42,13 +44,21 @@ class Entry(NamedTuple):
     @property
     def is_weight(self):
         """Whether it is a weight matrix or kernel: floating point, two or more dimensions, not empty."""
-        return self.dtype in DTYPES and len(self.shape) >= 2 and self.numel > 0
+        return self.dtype in DTYPES and self.is_matrix
+
+    @property
+    def is_matrix(self):
+        return len(self.shape) >= 2 and self.numel > 0
+
+    @property
+    def module(self):
+        return self.name.rpartition(".")[0]
 
 
 class Checkpoint:
     """A state dict in the file at `path`; CheckpointError where it cannot be read.
 
-    key: of which entry of a .pt or .pth file, with dots for entries of entries; by default the first of `NESTED`.
+    key: of which entry of a file of torch.save, with dots for entries of entries; by default the first of `NESTED`.
     `entries`: name, shape and dtype of every tensor; `read` gives the tensors, one at a time. `aliases`: of those that
     are one tensor under several names, name -> the first of them. `unread`: name of every entry beside the state dict
     that holds tensors -> how many. `metadata`: text that a .safetensors file holds beside its tensors, but for
@@ -60,21 +70,35 @@ class Checkpoint:
         opener = _OPENERS.get(self.path.suffix.lower())
         if opener is None:
             raise CheckpointError(
-                f"{path}: unknown kind of checkpoint {self.path.suffix!r}; allowed are {', '.join(_OPENERS)}"
+                f"{path}: unknown kind of checkpoint {self.path.suffix!r}; "
+                f"allowed are {', '.join(SUFFIXES)}, a folder with one of these, and its .index.json"
             )
         _check_file(self.path)
+        _refuse_pointer(self.path)
         self.aliases, self.unread, self.metadata = {}, {}, {}
         opener(self, key)
 
     @property
     def weights(self):
-        """The entries that are weights, at least one."""
-        found = [entry for entry in self.entries if entry.is_weight]
+        """The entries that are weights, but for those `quantized`; at least one."""
+        quantized = self.quantized
+        found = [entry for entry in self.entries if entry.is_weight and entry.name not in quantized]
         if not found:
-            raise CheckpointError(
-                f"{self.path}: no weight (floating point, two or more dimensions) among its {len(self.entries)} tensors"
-            )
+            already = f"; {len(quantized)} are of layers that are quantized already" if quantized else ""
+            of = f"among its {len(self.entries)} tensors{already}"
+            raise CheckpointError(f"{self.path}: no weight (floating point, two or more dimensions) {of}")
         return found
+
+    @property
+    def quantized(self):
+        """Names of what was quantized before: matrices in float8, and scales in modules with weights in such or ints.
+
+        Coded once more, the few scales of a layer would take all its weights with them.
+        """
+        low = {e.name for e in self.entries if e.is_matrix and e.dtype.is_floating_point and e.dtype.itemsize == 1}
+        whole = {e.name for e in self.entries if e.is_matrix and e.dtype in _INTEGERS} | low
+        modules = {e.module for e in self.entries if e.name in whole and "weight" in e.name.rpartition(".")[2]}
+        return low | {e.name for e in self.entries if e.is_weight and e.module in modules}
 
     def read(self, entries=None):
         """Yields (entry, tensor on the CPU) for all entries or for these, in order."""
@@ -96,6 +120,12 @@ def _check_file(path):
         raise CheckpointError(f"{path}: {error.strerror}") from error
 
 
+def _refuse_pointer(path):
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise CheckpointError(f"{path}: is a pointer of Git LFS in place of the file; `git lfs pull` fetches it")
+
+
 def _open_safetensors(checkpoint, key):
     from safetensors import SafetensorError, safe_open
 
@@ -103,7 +133,7 @@ def _open_safetensors(checkpoint, key):
     refuse_key(path, key)
     try:
         file = safe_open(path, framework="pt")
-        checkpoint.entries = [_safetensors_entry(file, name) for name in sorted(file.keys(), key=natural)]
+        checkpoint.entries = [_safetensors_entry(path, file, name) for name in sorted(file.keys(), key=natural)]
         checkpoint._get, metadata = file.get_tensor, sorted((file.metadata() or {}).items())
         checkpoint.metadata = dict(pair for pair in metadata if pair != ("format", "pt"))
     except (SafetensorError, OSError) as error:
@@ -113,13 +143,17 @@ def _open_safetensors(checkpoint, key):
 
 def refuse_key(path, key):
     if key is not None:
-        raise CheckpointError(f"{path}: has no entry {key!r}; only .pt and .pth files hold several state dicts")
+        raise CheckpointError(f"{path}: has no entry {key!r}; only files of torch.save hold several state dicts")
 
 
-def _safetensors_entry(file, name):
+def _safetensors_entry(path, file, name):
     stored = file.get_slice(name)
     shape = tuple(stored.get_shape())
-    return Entry(name, shape, (stored[:0] if shape else file.get_tensor(name)).dtype)
+    try:
+        return Entry(name, shape, (stored[:0] if shape else file.get_tensor(name)).dtype)
+    except Exception as error:  # of many kinds, for what torch has no dtype
+        reason = f"which cannot be read ({_first_line(error)})"
+        raise CheckpointError(f"{path}: {name} has dtype {stored.get_dtype()}, {reason}") from error
 
 
 def natural(name):
@@ -130,16 +164,34 @@ def natural(name):
 
 def _open_torch(checkpoint, key):
     path = checkpoint.path
-    found, checkpoint.unread = _state_dict(path, _load_torch(path), key)
-    tensors = {str(name): value.detach() for name, value in found.items() if isinstance(value, Tensor)}
+    loaded = _load_torch(path)
+    try:
+        found, checkpoint.unread = _state_dict(path, loaded, key)
+    except RecursionError as error:
+        raise CheckpointError(f"{path}: is nested too deep; {_EXPECTED}") from error
+    tensors = {}
+    for name, value in found.items():
+        if isinstance(value, Tensor):
+            if str(name) in tensors:
+                raise CheckpointError(f"{path}: has two tensors of the name {str(name)!r}")
+            tensors[str(name)] = value.detach()
     if not tensors:
-        raise CheckpointError(f"{path}: holds no tensors; {_EXPECTED}")
+        raise CheckpointError(f"{path}: holds no tensors {_elsewhere(loaded)}")
     for name, tensor in tensors.items():
-        if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.device.type != "cpu":
-            kind = f"{type(tensor).__name__} ({tensor.layout}, {tensor.device})"
+        kind = _kind(tensor)
+        if kind:
             raise CheckpointError(f"{path}: {name} is a {kind}; only dense tensors with data are supported")
     checkpoint.entries = [Entry(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
     checkpoint._get, checkpoint.aliases = tensors.get, same_tensors(tensors)
+
+
+def _kind(tensor):
+    """What a tensor is that is not dense or has no data, or None."""
+    if tensor.is_quantized or tensor.is_nested:
+        return f"{'quantized' if tensor.is_quantized else 'nested'} tensor ({tensor.dtype})"
+    if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return f"{type(tensor).__name__} ({tensor.layout}, {tensor.device})"
+    return None
 
 
 def same_tensors(tensors):
@@ -170,8 +222,8 @@ def _refusal(message):
     if not unsafe:
         return None
     return (
-        f"holds a pickled object ({unsafe[1]}), refused because loading it can run code; "
-        "save the model's state_dict() instead"
+        f"holds a pickled object ({unsafe[1]}), refused because loading it can run code; save the model's state_dict() "
+        "alone, where you trust the file after torch.load(file, weights_only=False)"
     )
 
 
@@ -179,48 +231,73 @@ def _state_dict(path, loaded, key=None):
     """(the mapping of names to tensors in what was loaded, which may be nested; name -> tensors of what is beside)."""
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{path}: holds a {type(loaded).__name__}; {_EXPECTED}")
-    chosen, unread = [], {}
+    chosen, unread, known = [], {}, {}
 
     def enter(name):
         nonlocal loaded
         for other, value in loaded.items():
             if other != name:
-                unread[".".join([*chosen, str(other)])] = _tensors_in(value)
-        chosen.append(name)
+                unread[".".join([*chosen, str(other)])] = _tensors_in(value, known)
+        chosen.append(str(name))
         loaded = loaded[name]
 
     while key:
         name = _entry_of(loaded, key)
         if name is None or not isinstance(loaded[name], Mapping):
-            held = [".".join([*chosen, str(n)]) for n, v in loaded.items() if isinstance(v, Mapping) and _tensors_in(v)]
-            reason = f"allowed are {', '.join(held)}" if held else "it holds none but the one that is read without"
+            mappings = {str(name): value for name, value in loaded.items() if isinstance(value, Mapping)}
+            held = [".".join([*chosen, name]) for name, value in mappings.items() if _tensors_in(value, known)]
+            reason = f"allowed are {some(held)}" if held else "it holds none but the one that is read without"
             raise CheckpointError(f"{path}: has no state dict {'.'.join([*chosen, key])!r}; {reason}")
         enter(name)
-        key = key[len(name) + 1 :]
+        key = key[len(str(name)) + 1 :]
     for _ in NESTED:
         name = next((name for name in NESTED if isinstance(loaded.get(name), Mapping)), None)
         if name:
             enter(name)
     for name, value in loaded.items():
         if not isinstance(value, Tensor):
-            unread[".".join([*chosen, str(name)])] = _tensors_in(value)
+            unread[".".join([*chosen, str(name)])] = _tensors_in(value, known)
     return loaded, {name: count for name, count in unread.items() if count}
 
 
 def _entry_of(mapping, key):
     """The longest name in the mapping that is the key, or that the key goes on from after a dot."""
-    names = [name for name in mapping if isinstance(name, str) and (key == name or key.startswith(f"{name}."))]
-    return max(names, key=len, default=None)
+    names = [name for name in mapping if key == str(name) or key.startswith(f"{name}.")]
+    return max(names, key=lambda name: len(str(name)), default=None)
 
 
-def _tensors_in(value, above=()):
-    """How many tensors there are in a value, in mappings and lists too; each once where it holds itself."""
+def _elsewhere(loaded):
+    """What to do about a file without tensors: the keys of what else is in it, or what it should be."""
+    held = list(_state_dicts(loaded, set(), ()))
+    return f"of its own; --key NAME reads one of {some(held)}" if held else f"in a state dict; {_EXPECTED}"
+
+
+def _state_dicts(mapping, seen, above):
+    """Dotted keys of the mappings inside that hold tensors themselves, each mapping once."""
+    for name, value in mapping.items():
+        if isinstance(value, Mapping) and id(value) not in seen:
+            seen.add(id(value))
+            if any(isinstance(one, Tensor) for one in value.values()):
+                yield ".".join([*above, str(name)])
+            yield from _state_dicts(value, seen, [*above, str(name)])
+
+
+def some(names, most=8):
+    """The first of some names, and how many there are beside."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _tensors_in(value, known):
+    """How many tensors there are in a value, in mappings and lists too. `known`: those of values seen before, by id."""
     if isinstance(value, Tensor):
         return 1
-    if not isinstance(value, (Mapping, list, tuple)) or id(value) in above:
+    if not isinstance(value, (Mapping, list, tuple)):
         return 0
-    inner = value.values() if isinstance(value, Mapping) else value
-    return sum(_tensors_in(one, (*above, id(value))) for one in inner)
+    if id(value) not in known:
+        known[id(value)] = 0  # of one that holds itself
+        inner = value.values() if isinstance(value, Mapping) else value
+        known[id(value)] = sum(_tensors_in(one, known) for one in inner)
+    return known[id(value)]
 
 
 def _first_line(error):
@@ -229,4 +306,6 @@ def _first_line(error):
     return f"{type(error).__name__}: {lines[0].split('. ')[0]}" if lines else type(error).__name__
 
 
-_OPENERS = {".safetensors": _open_safetensors, ".pt": _open_torch, ".pth": _open_torch}
+TORCH = (".pt", ".pth", ".bin", ".ckpt", ".tar")  # as in model.pth.tar
+_OPENERS = {".safetensors": _open_safetensors, **dict.fromkeys(TORCH, _open_torch)}
+SUFFIXES = tuple(_OPENERS)

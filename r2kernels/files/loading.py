@@ -3,6 +3,7 @@
 from ..reference.checks import DTYPES
 from . import container, huffman
 from .checkpoint import Checkpoint, CheckpointError, Entry, natural, refuse_key
+from .folders import INDEX, Sharded, chosen
 from .format import ENTROPIES, FORMAT, KINDS, PARTS, VERSION, WITH_INPUTS, parts_of, restored_input, usual_fields
 
 
@@ -193,7 +194,14 @@ def is_palettized(path):
 
 
 def opened(path, key=None):
-    """A checkpoint of any kind, palettized or not; `key` as for a `Checkpoint`."""
+    """A checkpoint of any kind: palettized or not, in one file or in shards, or the one of a folder (`chosen`).
+
+    `key` as for a `Checkpoint`.
+    """
+    path = chosen(path)
+    if path.name.endswith(INDEX):
+        refuse_key(path, key)
+        return Sharded(path)
     if not is_palettized(path):
         return Checkpoint(path, key)
     refuse_key(path, key)

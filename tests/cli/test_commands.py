@@ -92,12 +92,14 @@ def test_a_plot_that_appears_meanwhile_is_kept(capsys, tmp_path, model, monkeypa
 def test_bad_input(capsys, tmp_path, model):
     (tmp_path / "broken.pt").write_bytes(b"hello world")
     torch.save({"bias": torch.ones(3)}, tmp_path / "bias.pt")
+    empty = tmp_path / "empty"
+    empty.mkdir()
     for args, message in [
         (["report", tmp_path / "none.pt"], "none.pt: No such file or directory"),
         (["report", tmp_path / "broken.pt"], "broken.pt: is truncated, corrupt or not written by torch.save"),
         (["report", tmp_path / "broken.pt", "--json"], "broken.pt: is truncated"),
         (["report", tmp_path / "bias.pt"], "no weight (floating point, two or more dimensions) among its 1 tensors"),
-        (["report", tmp_path], "unknown kind of checkpoint"),
+        (["report", empty], "is a directory without a checkpoint"),
         (["report", model, "--plot", tmp_path / "a.xyz"], "unknown kind of image '.xyz'; allowed are "),
         (["report", model, "--plot", tmp_path / "none" / "a.png"], "there is no directory"),
         (["report"], "required: CHECKPOINT"),
@@ -111,7 +113,7 @@ def test_bad_input(capsys, tmp_path, model):
         (["demo", "--json", tmp_path], "is a directory"),
     ]:
         assert_refused(command(capsys, *args), message)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bias.pt", "broken.pt", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bias.pt", "broken.pt", "empty", "model.safetensors"]
 
 
 @pytest.mark.parametrize(

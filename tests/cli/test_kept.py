@@ -101,7 +101,7 @@ def test_keys_that_are_not_there(capsys, tmp_path, training):
     assert command(capsys, "compress", training, "-o", small, "--bits", 2)[0] == 0
     for path in (tmp_path / "b.safetensors", small):
         assert_refused(
-            command(capsys, "report", path, "--key", "ema"), "has no entry 'ema'; only .pt and .pth files hold"
+            command(capsys, "report", path, "--key", "ema"), "has no entry 'ema'; only files of torch.save hold"
         )
 
 

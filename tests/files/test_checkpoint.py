@@ -138,7 +138,7 @@ REFUSED = {
     "missing": (lambda d: d / "a.pt", "No such file"),
     "missing safetensors": (lambda d: d / "a.safetensors", "No such file"),
     "directory": (lambda d: directory(d / "a.pt"), "is a directory"),
-    "suffix": (lambda d: raw(d / "a.bin"), r"unknown kind of checkpoint '.bin'; allowed are .safetensors, .pt, .pth"),
+    "suffix": (lambda d: raw(d / "a.gguf"), r"unknown kind of checkpoint '.gguf'; allowed are .safetensors, .pt, .pth"),
     "no suffix": (lambda d: raw(d / "a"), "unknown kind of checkpoint ''"),
     "empty": (lambda d: raw(d / "a.pt", b""), "is empty"),
     "empty safetensors": (lambda d: raw(d / "a.safetensors", b""), "is empty"),

@@ -42,6 +42,8 @@ REPLAYED = {
     "pytorch#81296, transformers#43203: reentrant": (
         "nn/test_entries.py::test_every_kind_of_checkpointing_gives_the_same_gradients"
     ),
+    "vllm#38336, mlx-vlm#1464, AutoAWQ#47: shards in low memory": "files/test_found.py::test_shards_one_at_a_time",
+    "vllm#38336, mlx-vlm#1464, AutoAWQ#47: shards are written": "cli/test_found.py::test_transformers_save_and_load",
     "coremltools#2316: activations": "nn/test_entries.py::test_palettes_with_quantized_activations",
 }
 

@@ -1,0 +1,84 @@
+"""Palettized files to folders as transformers reads them: shards of safetensors and the index that names them."""
+
+import contextlib
+import json
+import math
+import os
+import secrets
+import shutil
+from pathlib import Path
+
+from ..files import container
+from ..files.folders import INDEX
+from ..files.format import Planned
+from ..files.saving import by_alignment
+from .compress import SUFFIXES, write_dense
+from .outputs import BadInput
+
+MOST = 5 * 10**9
+MODEL = "model.safetensors"
+SLASHES = tuple({"/", os.sep})
+
+
+def folder_path(name):
+    """The path of a folder that does not exist, checked before any work is done for it."""
+    path = Path(name).absolute() if Path(name).name in ("", "..") else Path(name)
+    if not name.endswith(SLASHES) and path.suffix.lower() in SUFFIXES:
+        raise BadInput(f"{path}: --shard-size writes a folder, not a {path.suffix} file")
+    if path.exists():
+        raise BadInput(f"{path}: exists already; shards are written to a new folder")
+    if not path.parent.is_dir():
+        raise BadInput(f"{path}: there is no directory {path.parent}")
+    return path
+
+
+def expand(file, path, most, *, advance=lambda elements: None):
+    """Writes the dense checkpoint of a `Palettized` file to the new folder `path`, which appears as a whole.
+
+    In shards of at most `most` bytes, or one larger tensor; where there is one shard alone, without an index. Gives
+    the bytes of all tensors and the names of the files.
+    """
+    shards = split([Planned(*entry) for entry in file.entries], most)
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    names = names if len(shards) > 1 else [MODEL]
+    total, files = sum(map(nbytes, shards)), dict(zip(names, shards, strict=True))
+    with _new_folder(path) as folder:
+        for name, shard in files.items():
+            with container.replacing(folder / name) as out:
+                write_dense(file, by_alignment(shard), out, nbytes(shard), advance)
+        if len(shards) > 1:
+            weight_map = {p.name: name for name, shard in files.items() for p in shard}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            with container.replacing(folder / f"{MODEL}{INDEX}") as out:
+                out.write(json.dumps(index, indent=2).encode())
+            names = [*names, f"{MODEL}{INDEX}"]
+    return total, names
+
+
+def split(planned, most):
+    """Consecutive lists of tensors, of at most so many bytes each, or one larger tensor."""
+    shards, size = [[]], 0
+    for p in planned:
+        size += nbytes([p])
+        if shards[-1] and size > most:
+            shards.append([])
+            size = nbytes([p])
+        shards[-1].append(p)
+    return shards
+
+
+def nbytes(planned):
+    return sum(math.prod(p.shape) * p.dtype.itemsize for p in planned)
+
+
+@contextlib.contextmanager
+def _new_folder(path):
+    """A new folder that is `path` at the end of the block, or vanishes on an error."""
+    temporary = path.with_name(f".r2kernels-{secrets.token_hex(6)}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary)
+        raise

@@ -7,13 +7,18 @@ ARCH := $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>
 export R2KERNELS_CUDA_ARCH ?= $(ARCH)
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test bench paper gpu-check lint format clean
+.PHONY: demo test sanitize bench paper gpu-check lint format clean
 
 demo: $(VENV)/.built
 	$(VENV)/bin/r2kernels demo --force
 
 test: $(VENV)/.built $(TRITON36)/.built
 	$(VENV)/bin/python -m pytest tests
+
+# AddressSanitizer and UndefinedBehaviorSanitizer over the extension on the CPU: every op, and the tests of files, on a
+# build of its own in build/sanitize. About 15 minutes on two cores; ends at the first report. Needs g++.
+sanitize: $(VENV)/.built
+	$(VENV)/bin/python tests/sanitize/run.py
 
 bench: $(VENV)/.built
 	$(VENV)/bin/python -m pytest benchmarks/bench_range_losses.py -q --benchmark-quiet -rs

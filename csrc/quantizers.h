@@ -262,9 +262,7 @@ R2_HD double ratio(double a, double b) { return a / b; }
 #else
 template <class V>
 R2_HD V power_of_two(V shifted) {
-  using E = Exp2<typename Lane<V>::A>;
-  using bits = typename Lane<V>::bits;
-  return bit_cast<V>((bit_cast<bits>(shifted) << E::mantissa) + bit_cast<bits>(splat<V>(1)));
+  return scaled(splat<V>(1), shifted);
 }
 template <class V>
 R2_HD V ratio(V a, V b) {

@@ -83,7 +83,7 @@ def dense(weights, d=1, layout="output"):
     """(tensors, runs): each weight as memory that a kernel can address; copied only where its strides do not allow
     that."""
     if d == 1:
-        return [w if w.is_contiguous() or is_dense(w) else w.contiguous() for w in weights], None
+        return _positive([w if w.is_contiguous() or is_dense(w) else w.contiguous() for w in weights]), None
     tensors, runs = [], []
     for w in weights:
         strides, run = memory_order(w, d, layout)
@@ -93,7 +93,14 @@ def dense(weights, d=1, layout="output"):
             else torch.empty_strided(w.shape, strides, dtype=w.dtype, device=w.device).copy_(w)
         )
         runs.append(run)
-    return tensors, tuple(runs)
+    return _positive(tensors), tuple(runs)
+
+
+def _positive(tensors):
+    """Tensors whose memory holds their numbers, not the negatives of them as that of `z.conj().imag` does."""
+    if True in map(Tensor.is_neg, tensors):
+        return [t.resolve_neg() for t in tensors]
+    return tensors
 
 
 def plan(tensors, runs, d, device):
@@ -263,7 +270,7 @@ def like_weights(others, tensors):
     where they do not."""
     return [
         o
-        if o.stride() == w.stride()
+        if o.stride() == w.stride() and not o.is_neg()
         else torch.empty_strided(w.shape, w.stride(), dtype=w.dtype, device=w.device).copy_(o)
         for o, w in zip(others, tensors, strict=True)
     ]

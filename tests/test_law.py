@@ -21,6 +21,7 @@ LAW = {
     # the specification: torch and itself
     "reference": {"reference.*"},
     "reference.columns": set(),
+    "reference.precision": set(),
     "reference.zeros": {"reference.columns"},
     "reference.checks": {"reference.columns"},
     "reference.sample": {"reference.columns"},
@@ -28,7 +29,7 @@ LAW = {
     "reference.range_losses": SPECIFIED,
     "reference.regularizers": SPECIFIED | {"reference.quantizers", "reference.range_losses"},
     "reference.quantizers": SPECIFIED,
-    "reference.dkm": SPECIFIED,
+    "reference.dkm": SPECIFIED | {"reference.precision"},
     "reference.kmeans": SPECIFIED,
     # the contract, and how a list becomes one launch
     "contract": SPECIFIED,

@@ -41,13 +41,11 @@ struct AttentionScale<double> {
 template <class V>
 R2_HD V power(V s) {
   using A = typename Lane<V>::A;
-  using bits = typename Lane<V>::bits;
   using E = Exp2<A>;
   using S = AttentionScale<A>;
   const V x = at_least(s, splat<V>(S::least)), shifted = x + (E::round + S::shift),
           f = x - (shifted - (E::round + S::shift));
-  const V y = bit_cast<V>(bit_cast<bits>(horner<0, 1>(f)) + (bit_cast<bits>(shifted) << E::mantissa));
-  return x <= splat<V>(S::least) ? V{} : y;
+  return x <= splat<V>(S::least) ? V{} : scaled(horner<0, 1>(f), shifted);
 }
 
 #if defined(__AVX512F__)

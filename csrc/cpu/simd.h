@@ -44,12 +44,14 @@ template <>
 struct Vector<float> {
   typedef float type __attribute__((vector_size(kBytes)));
   typedef int32_t bits __attribute__((vector_size(kBytes)));
+  typedef uint32_t words __attribute__((vector_size(kBytes)));
   typedef uint16_t half __attribute__((vector_size(kBytes / 2)));
 };
 template <>
 struct Vector<double> {
   typedef double type __attribute__((vector_size(kBytes)));
   typedef int64_t bits __attribute__((vector_size(kBytes)));
+  typedef uint64_t words __attribute__((vector_size(kBytes)));
 };
 template <class A>
 using Vec = typename Vector<A>::type;
@@ -65,28 +67,32 @@ R2_HD To bit_cast(From from) {
   return to;
 }
 
-// float or double, or vectors of them, with integers of the same shape
+// float or double, or vectors of them, with signed and unsigned integers of the same shape
 template <class V>
 struct Lane;
 template <>
 struct Lane<float> {
   using A = float;
   using bits = int32_t;
+  using words = uint32_t;
 };
 template <>
 struct Lane<double> {
   using A = double;
   using bits = int64_t;
+  using words = uint64_t;
 };
 template <>
 struct Lane<Vec<float>> {
   using A = float;
   using bits = Vector<float>::bits;
+  using words = Vector<float>::words;
 };
 template <>
 struct Lane<Vec<double>> {
   using A = double;
   using bits = Vector<double>::bits;
+  using words = Vector<double>::words;
 };
 
 template <class V, class = std::enable_if_t<!std::is_arithmetic<V>::value>>
@@ -144,13 +150,25 @@ R2_HD V bounded(V x) {
   return at_least(x, splat<V>(Exp2<typename Lane<V>::A>::least));
 }
 
+// The integer of a number to which Exp2::round was added, where a number has its exponent; unsigned, for a negative one
+// must not be shifted
+template <class V>
+R2_HD auto exponent(V shifted) {
+  return bit_cast<typename Lane<V>::words>(shifted) << Exp2<typename Lane<V>::A>::mantissa;
+}
+
+// x 2^k for such a number of k
+template <class V>
+R2_HD V scaled(V x, V shifted) {
+  return bit_cast<V>(bit_cast<typename Lane<V>::words>(x) + exponent(shifted));
+}
+
 // 2^x for bounded x <= 126 (1022)
 template <class V>
 R2_HD V exp2_fast(V x) {
   using E = Exp2<typename Lane<V>::A>;
-  using bits = typename Lane<V>::bits;
   V shifted = x + E::round, f = x - (shifted - E::round);
-  return bit_cast<V>(bit_cast<bits>(horner<0, 1>(f)) + (bit_cast<bits>(shifted) << E::mantissa));
+  return scaled(horner<0, 1>(f), shifted);
 }
 
 // 2^y and 2^-y for |y| < 120 (1000), from one reduction and one polynomial: its even and odd halves
@@ -159,11 +177,10 @@ struct Exp2Pair {
   V up, down;
   R2_HD explicit Exp2Pair(V y) {
     using E = Exp2<typename Lane<V>::A>;
-    using bits = typename Lane<V>::bits;
     V shifted = y + E::round, f = y - (shifted - E::round), square = f * f;
     V even = horner<E::degree % 2, 2>(square), odd = horner<1 - E::degree % 2, 2>(square) * f;
-    bits exponent = bit_cast<bits>(shifted) << E::mantissa;
-    up = bit_cast<V>(bit_cast<bits>(even + odd) + exponent), down = bit_cast<V>(bit_cast<bits>(even - odd) - exponent);
+    up = scaled(even + odd, shifted);
+    down = bit_cast<V>(bit_cast<typename Lane<V>::words>(even - odd) - exponent(shifted));
   }
 };
 
@@ -219,7 +236,7 @@ R2_HD V load(const T* p) {
   } else if constexpr (std::is_same<T, bf16>::value) {
     Vector<float>::half half;
     std::memcpy(&half, p, sizeof(half));
-    return bit_cast<V>(__builtin_convertvector(half, Vector<float>::bits) << 16);
+    return bit_cast<V>(__builtin_convertvector(half, Vector<float>::words) << 16);
   } else if constexpr (std::is_same<T, f16>::value) {
 #if defined(__AVX512F__)
     return bit_cast<V>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));

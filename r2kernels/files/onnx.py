@@ -86,7 +86,7 @@ class _Maker:
 
         name = f"{self.name}:{part}"
         if name not in self.graph.initializers:
-            values = values.detach().cpu().contiguous()
+            values = values.detach().cpu().contiguous().resolve_neg()
             stored = TorchTensor(values, name) if dtype is None else self._as(values, dtype, name)
             kind = self.ir.TensorType(stored.dtype)
             self.graph.initializers[name] = self.ir.Value(name=name, shape=stored.shape, type=kind, const_value=stored)

@@ -69,7 +69,7 @@ def unpack(packed, groups):
 
 def look_up(packed, groups, tables):
     """The (rows, d) entries of `tables`, (number of groups, K, d), K a power of two; each code counts modulo K."""
-    tables = tables.contiguous()
+    tables = tables.contiguous().resolve_neg()
     count, entries, d = tables.shape
     if count < -(-groups.rows // groups.each) or entries & (entries - 1) or entries >> groups.bits > 1:
         raise ValueError(f"tables of shape {tuple(tables.shape)} for {groups}")

@@ -43,7 +43,7 @@ def kmeans(W, clusters, *, cluster_dim=1, layout="output", weight=None, max_iter
     pieces = {} if serving(ws[0].device) == "reference" else _pieces()
     found = []
     for i, (w, count, mass) in enumerate(zip(ws, counts, masses, strict=True)):
-        rows = columns(w.detach(), cluster_dim, layout).t().contiguous()
+        rows = columns(w.detach(), cluster_dim, layout).t().contiguous().resolve_neg()
         checks.warn_of_repeated_centroids(count, rows, mass, "W" if single else f"W[{i}]", stacklevel=2)
         if preserve_zeros:
             rows, mass = anchored(rows, mass)

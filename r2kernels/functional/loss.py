@@ -49,7 +49,7 @@ class Loss(torch.autograd.Function):
         op, call, count, backend = ctx.of_forward
         saved, learned, *tensors = ctx.saved_tensors
         given, weights = tensors[:count], tensors[count:]
-        grad = grad.reshape(2, len(weights), -1) if call.planes else grad.reshape(-1)
+        grad = grad.resolve_neg().reshape((2, len(weights), -1) if call.planes else -1)
         result = ops.backward(backend, op.bwd, grad, weights, *given, saved, *call.backward)
         buffers, g_learned = result if op.row.learned else (result, None)
         needed = ctx.needs_input_grad

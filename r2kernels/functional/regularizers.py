@@ -109,7 +109,8 @@ class _WeightTerms(torch.autograd.Function):
         names, bits, flags, count, terms, backend = ctx.of_forward
         tensors = ctx.saved_tensors  # read once, as activation checkpointing asks
         given, ws, saved = tensors[:count], tensors[count:-terms], tensors[-terms:]
-        buffers, of_parameters = ops.backward(backend, ops.terms.bwd, list(grads), ws, names, given, bits, flags, saved)
+        grads = [g.resolve_neg() for g in grads]
+        buffers, of_parameters = ops.backward(backend, ops.terms.bwd, grads, ws, names, given, bits, flags, saved)
         learned, gradients = iter(of_parameters), []
         for name in names:
             n = BY_NAME[name].learned

@@ -265,6 +265,7 @@ class RangeRegularizer(nn.Module):
             and self.cluster_dim == 1
             and all([w.is_contiguous() for w in weights])
             and all([g.is_contiguous() for g in grads])
+            and not any([g.is_neg() for g in grads])
         )
 
     @staticmethod
@@ -285,6 +286,8 @@ class RangeRegularizer(nn.Module):
 
     def _lie_alike(self, g, w):
         """Whether a kernel that reads w in place can add to g in place."""
+        if g.is_neg():
+            return False
         if self.cluster_dim == 1 and w.is_contiguous():
             return g.is_contiguous()
         return g.stride() == w.stride() == memory_order(w, self.cluster_dim, self.layout)[0]

@@ -7,11 +7,12 @@ d), filled up with zeros where tensor t has fewer than K; for d = 1 they are sor
 where w = c.
 """
 
+import functools
 import warnings
 
 import torch
 
-from . import checks, parameters
+from . import checks, parameters, precision
 from .columns import columns, from_columns
 from .zeros import zeros_of
 
@@ -31,12 +32,22 @@ def attention(x, c, tau, metric):
     return torch.softmax(distance(x, c, metric) / -torch.where(tau > 0, tau, torch.nan), 1)
 
 
-def iterate(x, c, tau, metric):
+def sums(a, x):
+    """(K, d): sum_i a_ij x_i; not as a product of matrices, whose derivative autocast and TF32 would take."""
+    return (a[..., None] * x[:, None]).sum(0)
+
+
+def averages(a, c):
+    """(N, d): sum_j a_ij c_j; as `sums`."""
+    return (a[..., None] * c).sum(1)
+
+
+def iterate(x, c, tau, metric, sums=sums):
     """(attention, S, new centroids) of one iteration."""
     a = attention(x, c, tau, metric)
     S = a.sum(0)
     empty = (S == 0)[:, None]
-    return a, S, torch.where(empty, c.detach(), a.t() @ x / torch.where(empty, 1, S[:, None]))
+    return a, S, torch.where(empty, c.detach(), sums(a, x) / torch.where(empty, 1, S[:, None]))
 
 
 def pinned(new, c):
@@ -54,6 +65,15 @@ def slope(x, c, metric):
         return difference.sign()
     D = difference.square().sum(-1, keepdim=True).sqrt()
     return difference / torch.where(D == 0, 1, D)
+
+
+def _in_full_precision(one_pass):
+    @functools.wraps(one_pass)
+    def run(passes, *args):
+        with precision.full(passes.weights[0].device):
+            return one_pass(passes, *args)
+
+    return run
 
 
 class DKM:
@@ -79,12 +99,13 @@ class DKM:
         most = like.shape[1]
         return torch.stack([torch.cat([r, r.new_zeros(most - r.shape[0], *r.shape[1:])]) for r in rows])
 
+    @_in_full_precision
     def update(self, c):
         """(new centroids, moments): S_j, and for scalars in the Euclidean metric sum_i sign(w_i - c_j) a_ij {1, w_i -
         c'_j}. (L, K, 3) or (L, K, 1)."""
         fresh, moments = [], []
         for _, x, ct, tau in self._each(c):
-            a, S, new = iterate(x, ct, tau, self.metric)
+            a, S, new = iterate(x, ct, tau, self.metric, lambda a, x: a.t() @ x)
             fresh.append(new)
             columns_ = [S]
             if self.signed:
@@ -93,6 +114,7 @@ class DKM:
             moments.append(torch.stack(columns_, 1))
         return self._padded(fresh, c), self._padded(moments, c)
 
+    @_in_full_precision
     def output(self, c, new):
         """W_hat = attention to c, applied to `new`; leftovers as they were."""
         outputs = []
@@ -109,6 +131,7 @@ class DKM:
         used = from_columns(torch.ones_like(rows.t()), w, *self.geometry) != 0
         return torch.where(used, out, leftovers)
 
+    @_in_full_precision
     def upstream(self, c, grads):
         """u_j = sum_i a_ij g_i for the gradients g of W_hat."""
         us = []
@@ -132,6 +155,7 @@ class DKM:
             k = ct.shape[0]
             yield i, x, tau, self._pull(x, ct, tau, new[i, :k], u[i, :k], moments[i, :k, 0], gs[i])
 
+    @_in_full_precision
     def recur(self, c, new, u, moments, grads=None):
         """dL/dc from u = dL/dnew; with `grads`, of the last iteration, for which `upstream(c, grads)` was called
         before."""
@@ -143,6 +167,7 @@ class DKM:
             c,
         )
 
+    @_in_full_precision
     def gradient(self, steps, grads):
         """dL/dW, summed over steps (c, new, u, moments, last)."""
         total = [0] * len(self.weights)
@@ -151,6 +176,7 @@ class DKM:
                 total[i] = total[i] + a @ v - torch.einsum("nk,nkd->nd", Q, s) / tau
         return [self._with_leftovers(rows, w, g) for rows, w, g in zip(total, self.weights, grads, strict=True)]
 
+    @_in_full_precision
     def jacobian(self, c, new, moments):
         """(L, K, K) float64: dnew_j / dc_l, for scalars in the Euclidean metric (`signed`)."""
         blocks = c.new_zeros(c.shape[0], c.shape[1], c.shape[1], dtype=torch.float64)
@@ -216,7 +242,7 @@ def dkm(
         last = _differentiable_start(x, c, tau[i], repeats, metric, gradient, preserve_zeros)
         a, _, c = iterate(x, last, tau[i], metric)
         c = pinned(c, last) if preserve_zeros else c
-        hat = DKM([w], tau, clusters, metric, cluster_dim, layout)._with_leftovers(a @ c, w, w)
+        hat = DKM([w], tau, clusters, metric, cluster_dim, layout)._with_leftovers(averages(a, c), w, w)
         outputs.append(hat.masked_fill(zeros, 0) if preserve_zeros else hat)
         fresh.append(c.reshape(c0.shape))
     return (outputs[0], fresh[0]) if single else (outputs, fresh)
@@ -250,11 +276,10 @@ def _differentiable_start(x, c, tau, iterations, metric, gradient, preserve_zero
     c = c.detach()
     if gradient == "last" or not x.requires_grad:
         return c
-    J = torch.autograd.functional.jacobian(lambda c: iterate(x.detach(), c, tau, metric)[2], c).reshape(
-        c.numel(), c.numel()
-    )
+    J = torch.autograd.functional.jacobian(lambda c: iterate(x.detach(), c, tau, metric)[2], c)
+    J = J.reshape(c.numel(), c.numel()).double()
     moved = iterate(x, c, tau, metric)[2]
     moved.register_hook(
-        lambda u: torch.linalg.solve((torch.eye(c.numel()).to(J) - J).t(), u.reshape(-1)).reshape(u.shape)
+        lambda u: torch.linalg.solve((torch.eye(len(J)).to(J) - J).t(), u.double().reshape(-1)).reshape(u.shape).to(u)
     )
     return c + (moved - moved.detach())

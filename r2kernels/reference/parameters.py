@@ -28,7 +28,7 @@ def parameter(name, value, count, single, d, like, *, differentiable=True, allow
             value = value.to(dtype)
         if value.dim() == 1:
             value = value.unsqueeze(0 if single else 1)
-        return value.expand(count, d).contiguous()
+        return value.expand(count, d).contiguous().resolve_neg()
     if isinstance(value, (list, tuple)):
         if single or len(value) != count:
             lengths = "a number or a tensor" if single else f"one number, or {count}, one for each tensor of W"
@@ -266,7 +266,7 @@ def masses(weight, ws, single, d):
 
 def _mass(name, mass, w, d):
     row_weights(name, mass, w, d)
-    mass = mass.detach().reshape(-1).double()
+    mass = mass.detach().reshape(-1).double().resolve_neg()
     low, high = torch.aminmax(mass)
     if not 0 <= low.item() <= high.item() < math.inf:
         raise ValueError(f"{name} must be finite and >= 0, got values from {low.item():g} to {high.item():g}")

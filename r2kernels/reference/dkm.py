@@ -254,7 +254,6 @@ def _differentiable_start(x, c, tau, iterations, metric, gradient, preserve_zero
         c.numel(), c.numel()
     )
     moved = iterate(x, c, tau, metric)[2]
-    moved.register_hook(
-        lambda u: torch.linalg.solve((torch.eye(c.numel()).to(J) - J).t(), u.reshape(-1)).reshape(u.shape)
-    )
+    adjoint = (torch.eye(c.numel(), dtype=J.dtype, device=J.device) - J).t()
+    moved.register_hook(lambda u: torch.linalg.solve(adjoint, u.reshape(-1)).reshape(u.shape))
     return c + (moved - moved.detach())

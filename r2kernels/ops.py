@@ -165,11 +165,7 @@ def backend_of_forward():
 
 
 def backward(backend, bwd, *args):
-    """bwd(*args) on the backend of the forward; RuntimeError where a second derivative is asked for."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            "r2kernels: second derivatives (create_graph=True, or backward within enabled grad) are not implemented"
-        )
+    """bwd(*args) on the backend of the forward."""
     if backend is None:
         return bwd(*args)
     with use_backend(backend):

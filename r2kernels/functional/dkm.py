@@ -13,6 +13,7 @@ from .. import ops
 from ..lists import carve_gradients
 from ..reference import checks, parameters
 from ..reference.zeros import zeros_of
+from . import differentiable
 
 
 class _DifferentiableKMeans(torch.autograd.Function):
@@ -40,11 +41,13 @@ class _DifferentiableKMeans(torch.autograd.Function):
         ctx.shapes = [c.shape for c in given]
         ctx.backend = ops.backend_of_forward()
         ctx.set_materialize_grads(False)
+        ctx.function = "dkm"
         return *carve_gradients(buffers, weights, d, layout), *_restored(history[-1], order, ctx.shapes)
 
     @staticmethod
-    def backward(ctx, *grads):
-        tau, history, moments, order, *weights = ctx.saved_tensors
+    @differentiable.once
+    def backward(ctx, tensors, *grads):
+        tau, history, moments, order, *weights = tensors
         clusters, metric, gradient, pinned, d, layout = ctx.call
         count = len(weights)
         gs = [torch.zeros_like(w) if g is None else g for g, w in zip(grads[:count], weights, strict=True)]
@@ -124,7 +127,7 @@ def dkm(
     TypeError or ValueError names the argument that is wrong. NaN in W, or an invalid value in a tensor, gives NaN. More
     clusters than rows: a warning.
     """
-    ws, single = checks.weights(W, cluster_dim, layout)
+    ws, single = differentiable.weights("dkm", W, cluster_dim, layout)
     given, clusters = checks.centroids(centroids, ws, single, cluster_dim)
     tau = parameters.temperature(tau, ws, single)
     checks.dkm_options(iterations, metric, gradient, tol, max_passes)
@@ -149,7 +152,7 @@ def assign(W, centroids, *, cluster_dim=1, layout="output"):
     Rows are in the order of `layout`. Ties take the lower index; a row with NaN takes 0. No gradient. Nothing of size
     N x K is stored.
     """
-    ws, single = checks.weights(W, cluster_dim, layout)
+    ws, single = differentiable.weights("assign", W, cluster_dim, layout)
     given, clusters = checks.centroids(centroids, ws, single, cluster_dim)
     with torch.no_grad():
         codes = ops.assign.fwd(ws, parameters.padded(given, cluster_dim), clusters, cluster_dim, layout)

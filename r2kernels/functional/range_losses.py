@@ -17,7 +17,8 @@ value. The values of tensors are never read: an invalid one gives NaN.
 from torch import Tensor
 
 from .. import ops
-from ..reference import checks, parameters
+from ..reference import parameters
+from .differentiable import weights
 from .loss import Call, Loss, learnable
 
 
@@ -26,7 +27,7 @@ def l_inf(W, *, cluster_dim=1, layout="output") -> Tensor:
 
     dL/dW = sign(W) / ties where |W| is the maximum (split evenly, as `torch.amax` does), 0 elsewhere.
     """
-    ws, single = checks.weights(W, cluster_dim, layout)
+    ws, single = weights("l_inf", W, cluster_dim, layout)
     columns = cluster_dim, layout
     return Loss.apply(ops.l_inf, Call(single, columns, columns, *columns), 0, None, *ws)
 
@@ -39,7 +40,7 @@ def margin(W, M, *, k=1, cluster_dim=1, layout="output") -> Tensor:
     collapses to 0), 0.01 the mean of the top 1 %, a good start.
     dL/dW = sign(W) [|W| > |M|] / k; dL/dM = sign(M) (1 - #{|W| > |M|} / k). Keep M out of weight decay.
     """
-    ws, single = checks.weights(W, cluster_dim, layout)
+    ws, single = weights("margin", W, cluster_dim, layout)
     k = parameters.margin_k(k, ws, single, cluster_dim)
     learned, fixed = learnable("M", M, ws, single, cluster_dim)
     columns = cluster_dim, layout
@@ -58,7 +59,7 @@ def soft_min_max(W, alpha, *, cluster_dim=1, layout="output") -> Tensor:
     is nearly no softmax, and `RangeRegularizer(alpha_unit="std", alpha=8, learn=False)` is a good start. Keep alpha out
     of weight decay. Leaving alpha without gradient is cheaper.
     """
-    ws, single = checks.weights(W, cluster_dim, layout)
+    ws, single = weights("soft_min_max", W, cluster_dim, layout)
     learned, fixed = learnable("alpha", alpha, ws, single, cluster_dim)
     call = _soft_call(single, learned, cluster_dim, layout)
     return Loss.apply(ops.soft_min_max, call, len(fixed), learned, *fixed, *ws)
@@ -67,7 +68,7 @@ def soft_min_max(W, alpha, *, cluster_dim=1, layout="output") -> Tensor:
 def soft_extrema(W, alpha, *, cluster_dim=1, layout="output") -> tuple[Tensor, Tensor]:
     """(s_min, s_max) of `soft_min_max`, differentiable in W and alpha; with cluster_dim > 1 per column: (d,), or (L,
     d) for a sequence."""
-    ws, single = checks.weights(W, cluster_dim, layout)
+    ws, single = weights("soft_extrema", W, cluster_dim, layout)
     learned, fixed = learnable("alpha", alpha, ws, single, cluster_dim)
     call = _soft_call(single, learned, cluster_dim, layout, planes=True)
     return Loss.apply(ops.soft_extrema, call, len(fixed), learned, *fixed, *ws).unbind(0)

@@ -132,6 +132,11 @@ def dkm(
     tau = parameters.temperature(tau, ws, single)
     checks.dkm_options(iterations, metric, gradient, tol, max_passes)
     checks.preserved(preserve_zeros, iterations, gradient)
+    if torch.compiler.is_compiling() and (iterations, gradient) == ("converge", "unrolled"):
+        raise RuntimeError(
+            'dkm(iterations="converge", gradient="unrolled") runs as many iterations as the values ask for, which no '
+            'compiled graph can hold; give gradient="last" or "implicit", or a number of iterations'
+        )
     zeros = [zeros_of(w.detach(), cluster_dim, layout) for w in ws] if preserve_zeros else None
     if preserve_zeros:  # so that these get no gradient through the centroids either
         ws = [w.masked_fill(z, 0) for w, z in zip(ws, zeros, strict=True)]

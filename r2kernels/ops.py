@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import contract, reference
+from . import contract, empty, reference
 from .algorithms import fixed_point, iterations
 from .backends import chosen, select, use_backend
 from .contract import Op
@@ -112,6 +112,7 @@ def _kernels(name, at, row):
 def _function(name, schema, at, row):
     """The op `name` as a function of the same arguments; the weights are argument `at`."""
     plain, kernel = _kernels(name, at, row)
+    kernel = empty.apart(kernel, plain, row, schema, at)
     recorded = getattr(reference, name, plain)
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     if name != "dkm_solve":  # how often that goes round depends on values

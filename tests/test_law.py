@@ -48,7 +48,8 @@ LAW = {
     "algorithms.fixed_point": set(),
     "algorithms.iterations": {"algorithms.fixed_point"},
     "algorithms.kmeans": set(),
-    "ops": {"algorithms.fixed_point", "algorithms.iterations", "backends", "contract", "lists", "reference"},
+    "empty": set(),
+    "ops": {"algorithms.fixed_point", "algorithms.iterations", "backends", "contract", "empty", "lists", "reference"},
     # what a user calls
     "functional": {"functional.*"},
     "functional.differentiable": {"reference.checks"},

@@ -72,7 +72,7 @@ def test_through_a_parameter_raises(device):
     ws, alpha = weights(device), torch.tensor(2.0, device=device, requires_grad=True)
     (first,) = grad(r2.soft_min_max(ws, alpha).sum(), alpha, create_graph=True)
     for source in (alpha, ws[0]):
-        with pytest.raises(RuntimeError, match="^soft_min_max has no second derivative"):
+        with pytest.raises(RuntimeError, match=r"^soft_min_max has no second derivative"):
             grad(first, source, retain_graph=True)
 
 

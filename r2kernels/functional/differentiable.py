@@ -7,14 +7,14 @@ import torch
 from ..reference import checks
 
 
-def weights(function, W, cluster_dim=1, layout="output", name="W"):
+def weights(function, W, cluster_dim=1, layout="output", name="W", empty=True):
     """`checks.weights` for the public `function`; RuntimeError in a transform, whose tensors have no memory."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             f"{function} cannot run inside of vmap, grad, jvp or another transform of torch.func; instead of vmap pass "
             f"a list of tensors, instead of grad call backward(), or take r2kernels.reference.{function}"
         )
-    return checks.weights(W, cluster_dim, layout, name)
+    return checks.weights(W, cluster_dim, layout, name, empty)
 
 
 class _LastGradients(torch.autograd.Function):

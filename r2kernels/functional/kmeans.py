@@ -37,7 +37,7 @@ def kmeans(W, clusters, *, cluster_dim=1, layout="output", weight=None, max_iter
     TypeError or ValueError for a wrong type, dtype, device, shape or length; for `clusters` or `max_iter` below 1;
     for a `weight` that is negative, infinite, NaN, or 0 for every row.
     """
-    ws, single = weights("kmeans", W, cluster_dim, layout)
+    ws, single = weights("kmeans", W, cluster_dim, layout, empty=False)
     checks.count("max_iter", max_iter)
     counts, masses = checks.clusters(clusters, ws, single), parameters.masses(weight, ws, single, cluster_dim)
     checks.clusters_with_zero(preserve_zeros, counts)

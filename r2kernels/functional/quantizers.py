@@ -118,6 +118,6 @@ def dorefa(w, bits, *, detach_max=False) -> Tensor:
 def _mean_size(ws):
     """(mean |w|, 1) of each tensor: a margin of 0 for N weights."""
     zeros = parameters.parameter("M", 0.0, len(ws), False, 1, ws[0])
-    numels = parameters.parameter("k", [w.numel() for w in ws], len(ws), False, 1, ws[0])
+    numels = parameters.parameter("k", [max(w.numel(), 1) for w in ws], len(ws), False, 1, ws[0])
     loss, _ = ops.margin.fwd(ws, zeros, numels, 1, "output")
     return torch.stack([loss, torch.ones_like(loss)], 1)

@@ -68,7 +68,7 @@ def soft_min_max(W, alpha, *, cluster_dim=1, layout="output") -> Tensor:
 def soft_extrema(W, alpha, *, cluster_dim=1, layout="output") -> tuple[Tensor, Tensor]:
     """(s_min, s_max) of `soft_min_max`, differentiable in W and alpha; with cluster_dim > 1 per column: (d,), or (L,
     d) for a sequence."""
-    ws, single = weights("soft_extrema", W, cluster_dim, layout)
+    ws, single = weights("soft_extrema", W, cluster_dim, layout, empty=False)
     learned, fixed = learnable("alpha", alpha, ws, single, cluster_dim)
     call = _soft_call(single, learned, cluster_dim, layout, planes=True)
     return Loss.apply(ops.soft_extrema, call, len(fixed), learned, *fixed, *ws).unbind(0)

@@ -6,13 +6,15 @@ import re
 import torch
 
 _EACH = ("weights", "xs", "gs", "clusters", "out")  # arguments with something for each tensor of a list
-_SECOND = ("history", "moments")  # those in which tensors are counted in the second dimension
+_SECOND = ("history", "moments")  # those in which tensors are counted in the second dimension,
+_SECOND_RESULTS = {("soft_extrema", 0), ("dkm", 1), ("dkm", 2)}  # and results of a forward, by their place
 
 
 def apart(kernel, plain, op, schema, at):
     """The kernel of an op for lists that may hold empty tensors; its weights are argument `at`."""
     names = [re.split(r"[ =]", field.strip())[1] for field in schema[1 : schema.index(")")].split(",")]
     each = (*_EACH, "grads") if op.name == "dkm" else _EACH
+    second = (*_SECOND, "grad") if op.name == "soft_extrema" else _SECOND
 
     def run(*args, **options):
         weights = args[at]
@@ -25,7 +27,7 @@ def apart(kernel, plain, op, schema, at):
         results = []
         for some, function in zip(parts, (kernel, plain), strict=True):
             if some:
-                cut = [_some(given[n], some, sizes, n in each, int(n in _SECOND)) for n in names]
+                cut = [_some(given[n], some, sizes, n in each, int(n in second)) for n in names]
                 kept = {n: _some(value, some, sizes, n in each, 0) for n, value in options.items()}
                 results.append(function(*cut, **kept))
         if len(results) == 1:
@@ -39,11 +41,11 @@ def apart(kernel, plain, op, schema, at):
             if place == 0 and options.get("out") is not None:
                 joined.append(options["out"])
             elif op.name == "terms" and place >= by_term:
-                joined.append([_joined(tensors, parts, sizes, order) for tensors in zip(*pair, strict=True)])
+                joined.append([_joined(tensors, parts, sizes, order, 0) for tensors in zip(*pair, strict=True)])
             elif isinstance(pair[0], list) and op.name != "assign" and weights[0].device.type == "cuda":
                 joined.append(pair[0])  # the flat tensor, in which empty ones take no room
             else:
-                joined.append(_joined(pair, parts, sizes, order))
+                joined.append(_joined(pair, parts, sizes, order, int(not at and (op.name, place) in _SECOND_RESULTS)))
         return tuple(joined) if many else joined[0]
 
     return run
@@ -61,13 +63,12 @@ def _some(value, some, sizes, is_each, dim):
     return value
 
 
-def _joined(pair, parts, sizes, order):
+def _joined(pair, parts, sizes, order, dim):
     """The results of the two parts as one of the list."""
     if isinstance(pair[0], list):
         pieces = [*pair[0], *pair[1]]
         return [pieces[i] for i in order]
     if pair[0].dim() == 0:  # how often `dkm_solve` went round
         return torch.maximum(*pair)
-    dim = int(pair[0].dim() == 4)  # a history
     pieces = [p for t, some in zip(pair, parts, strict=True) for p in t.split([sizes[i] for i in some], dim)]
     return torch.cat([pieces[i] for i in order], dim)

@@ -97,6 +97,40 @@ def test_all_terms_at_once(device, variant):
     assert all(torch.equal(a, b) for a, b in zip(full(gradients), expected, strict=True))
 
 
+def test_extrema(device, variant):
+    ws, alpha = some(device), torch.tensor([1.0, 2.0, 3.0, 4.0], device=device, requires_grad=True)
+    for d in (1, 2):
+        low, high = r2.soft_extrema(ws, alpha, cluster_dim=d)
+        alone = r2.soft_extrema(full(ws), alpha[[0, 2]], cluster_dim=d)
+        assert torch.equal(low[[0, 2]], alone[0]) and torch.equal(high[[0, 2]], alone[1])
+        assert (low[[1, 3]] == 0).all() and (high[[1, 3]] == 0).all()
+        gradients = torch.autograd.grad((high - 2 * low).sum(), [*ws, alpha])
+        expected = torch.autograd.grad((alone[1] - 2 * alone[0]).sum(), [*full(ws), alpha])
+        assert all(torch.equal(a, b) for a, b in zip([*full(gradients), gradients[4]], expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"alpha_unit": "std", "alpha": 8.0}, {"loss": "margin"}, {"loss": "kure"}], ids=str
+)
+def test_a_regularizer(options, device, variant):
+    """An empty weight changes nothing for the others; with `accumulate_grad_` neither."""
+    found = []
+    for count in (2, 3):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(*[torch.nn.Linear(6, 5) for _ in range(count)]).to(device)
+        if count == 3:
+            model[2].weight = torch.nn.Parameter(torch.empty(0, 6, device=device))
+        regularizer = r2.RangeRegularizer(model, include="*.weight", **options)
+        parameters = [model[0].weight, model[1].weight]
+        gradients = torch.autograd.grad(regularizer(), parameters)
+        regularizer.accumulate_grad_()
+        for w, g in zip(parameters, gradients, strict=True):
+            assert_close(w.grad, g)
+        found.append(gradients)
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_statistics(device, variant):
     """What a merge of shards by their numbers does not change."""
     stats, alone = r2.weight_stats(some(device)), r2.weight_stats(full(some(device)))
@@ -214,6 +248,5 @@ def test_what_stays_an_error(layer, device):
         layer.l_inf(ws[1])
     with pytest.raises(ValueError, match=rows):
         layer.l_inf([ws[0], ws[0][:1], ws[1]], cluster_dim=2)
-    for call in (lambda: layer.soft_extrema(ws, 2.0), lambda: layer.kmeans(ws, 2)):
-        with pytest.raises(ValueError, match=r"W\[1\] is empty"):
-            call()
+    with pytest.raises(ValueError, match=r"W\[1\] is empty"):
+        layer.kmeans(ws, 2)

@@ -100,7 +100,7 @@ def dkm(
     ("euclidean", the paper's) or ||w_i - c_j||^2 ("sqeuclidean", coremltools'; tau then has the units of W^2). After T
     iterations W_hat = A_T C_T with A_T the attention to C_(T-1). W_hat has the shape, strides and dtype of W; centroids
     come back in the caller's order. A centroid that no weight attends to (sum 0 in this precision) stays where it is,
-    without gradient. For the numel mod d leftovers W_hat is W.
+    without gradient; so do all those of an empty tensor of a sequence. For the numel mod d leftovers W_hat is W.
 
     Nothing of size N x K is stored; saved for backward are W and O(T K) numbers. With d = 1 and "euclidean" the time
     does not grow with K: with sorted centroids and w between c_k and c_(k+1), exp(-|w - c_j| / tau) =
@@ -115,8 +115,8 @@ def dkm(
     iterations: an int >= 1, or "converge": until |F(C) - C| <= tol (default 1e-6 of the range of each tensor), by
     Newton (d = 1, "euclidean"; from `kmeans` typically 3 to 10 passes for K <= 16, where plain iterations take
     hundreds) or Anderson's acceleration, which may end at another fixed point than plain iterations; with
-    gradient="unrolled" by plain iterations, all differentiated. It reads values on the host; a warning after
-    max_passes.
+    gradient="unrolled" by plain iterations, all differentiated, which torch.compile(fullgraph=True) refuses. It reads
+    values on the host; a warning after max_passes.
     gradient: "unrolled" through all iterations; "last" through the last one only; "implicit" that of the fixed point,
     (I - J)^T lambda = u, exact where the iteration has converged, in memory and time that do not depend on the
     iterations. The last two give `centroids` no gradient.
@@ -125,7 +125,7 @@ def dkm(
     option one is 0. Not for "converge" and "implicit".
 
     TypeError or ValueError names the argument that is wrong. NaN in W, or an invalid value in a tensor, gives NaN. More
-    clusters than rows: a warning.
+    clusters than rows: a warning. A second derivative through it raises RuntimeError.
     """
     ws, single = differentiable.weights("dkm", W, cluster_dim, layout)
     given, clusters = checks.centroids(centroids, ws, single, cluster_dim)

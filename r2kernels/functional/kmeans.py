@@ -34,8 +34,8 @@ def kmeans(W, clusters, *, cluster_dim=1, layout="output", weight=None, max_iter
     With more clusters than distinct rows, centroids are repeated (d = 1: the largest); more clusters than rows warn.
     Values are read back to the host: this is for setting up, not for a training step.
 
-    TypeError or ValueError for a wrong type, dtype, device, shape or length; for `clusters` or `max_iter` below 1;
-    for a `weight` that is negative, infinite, NaN, or 0 for every row.
+    TypeError or ValueError for a wrong type, dtype, device, shape or length; for an empty tensor; for `clusters` or
+    `max_iter` below 1; for a `weight` that is negative, infinite, NaN, or 0 for every row.
     """
     ws, single = weights("kmeans", W, cluster_dim, layout, empty=False)
     checks.count("max_iter", max_iter)

@@ -9,7 +9,8 @@ gradients of the parameters in a fixed order. Rounding is half to even; NaN in x
 never read: an invalid parameter gives NaN.
 
 TypeError or ValueError names the argument, for a wrong type, dtype, device, shape or value. A second derivative
-raises RuntimeError.
+through a quantizer raises RuntimeError. An empty tensor of a sequence stays empty, and has no share in the gradients
+of parameters.
 """
 
 import torch

@@ -2,7 +2,8 @@
 
 `W` is a floating-point tensor or a sequence of them, and parameters are given, as in range_losses.py, with
 cluster_dim 1. TypeError or ValueError names the argument, for a wrong type, dtype, device mix, shape or value. The
-values of tensors are never read: an invalid one gives NaN. A second derivative raises RuntimeError.
+values of tensors are never read: an invalid one gives NaN. A second derivative through a loss raises RuntimeError. An
+empty tensor of a sequence has the loss 0, and no share in the gradient of a step.
 """
 
 import torch
@@ -75,7 +76,8 @@ def weight_stats(W) -> WeightStats:
     """Named tuple `min, max, mean, std, kurtosis, abs_max, numel` from one pass, without gradient.
 
     std is unbiased (0 for one element), kurtosis = mean z^4 with that std (0 for a constant tensor). `numel` is an
-    int, or a tuple of ints.
+    int, or a tuple of ints. Of an empty tensor of a sequence min is inf, max -inf and all else 0: a merge of shards by
+    their `numel` leaves it out.
     """
     ws, single = weights("weight_stats", W)
     with torch.no_grad():

@@ -143,7 +143,7 @@ def margin(W, M, *, k=1, cluster_dim=1, layout="output"):
 
 
 def soft_extrema(W, alpha, *, cluster_dim=1, layout="output"):
-    ws, single = checks.weights(W, cluster_dim, layout, empty=False)
+    ws, single = checks.weights(W, cluster_dim, layout)
     alpha = parameters.parameter("alpha", alpha, len(ws), single, cluster_dim, ws[0])
     low, high = [], []
     for i, x in _each(ws, cluster_dim, layout):

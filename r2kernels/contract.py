@@ -1,9 +1,10 @@
 """The op contract: one table of what every backend has, a row for each op.
 
 The op `margin_fwd` is the function of that name in reference/, and the method of that name of every backend's
-launchers; `ops.py` registers it as `torch.ops.r2kernels.margin_fwd`. Lists of tensors have one dtype and device.
-Losses, parameters and what is saved have the accumulator's dtype; gradients and quantized tensors have the dtype of
-the weights and are laid out as `lists.empty_gradients` has them.
+launchers; `ops.py` registers it as `torch.ops.r2kernels.margin_fwd`. Lists of tensors have one dtype and device; the
+empty ones among them never come to a backend (empty.py). Losses, parameters and what is saved have the accumulator's
+dtype; gradients and quantized tensors have the dtype of the weights and are laid out as `lists.empty_gradients` has
+them.
 
 Losses: `<op>_fwd(weights, parameters..., options..., d, layout) -> (loss, saved)`, loss (L,), saved (L, d, numbers),
 parameters (L, d); `<op>_bwd(grad, weights, parameters..., saved, options..., d, layout)` gives the gradients of the

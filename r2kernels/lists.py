@@ -142,14 +142,14 @@ def column_plan(tensors, axis, columns, device):
 
 @functools.lru_cache(maxsize=256)
 def _column_plan(sizes, chunk, device):
-    numel, columns = torch.tensor(sizes, dtype=torch.int64).unbind(1)
+    numel, columns = torch.tensor(sizes, dtype=torch.int64, device="cpu").unbind(1)
     return _tabled(numel, numel // columns, columns, (columns + chunk - 1) // chunk, chunk, 0, device)
 
 
 @functools.lru_cache(maxsize=256)
 def _plan(numels, runs, d, device, whole, most_steps=MOST_STEPS):
-    numel = torch.tensor(numels, dtype=torch.int64)
-    columns = torch.tensor(d, dtype=torch.int64).expand(len(numels)).contiguous()
+    numel = torch.tensor(numels, dtype=torch.int64, device="cpu")
+    columns = torch.tensor(d, dtype=torch.int64, device="cpu").expand(len(numels)).contiguous()
     rows = numel // columns
     if whole:
         chunk = (
@@ -163,14 +163,14 @@ def _plan(numels, runs, d, device, whole, most_steps=MOST_STEPS):
             steps = int((rows * columns).sum()) // (BLOCK * FEWEST_PROGRAMS)
             chunk = BLOCK * min(max(steps, 1), most_steps)
     chunks = (1 if whole else columns) * ((rows + chunk - 1) // chunk)
-    run = torch.tensor(runs, dtype=torch.int64) if runs else torch.ones_like(numel)
+    run = torch.tensor(runs, dtype=torch.int64, device="cpu") if runs else torch.ones_like(numel)
     return _tabled(numel, run, columns, chunks, chunk, d if isinstance(d, int) else 0, device)
 
 
 def _tabled(numel, run, columns, chunks, chunk, d, device):
     padded = (numel + SEGMENT - 1) // SEGMENT * SEGMENT
     first, offset = chunks.cumsum(0) - chunks, padded.cumsum(0) - padded
-    owner = torch.repeat_interleave(torch.arange(len(numel), dtype=torch.int32), chunks)
+    owner = torch.repeat_interleave(torch.arange(len(numel), dtype=torch.int32, device="cpu"), chunks)
     table = torch.stack([numel // columns, numel, run, first, offset, columns, columns.cumsum(0) - columns], 1)
     return Plan(table.to(device), owner.to(device), len(numel), len(owner), chunk, d, int(padded.sum()))
 
@@ -194,7 +194,7 @@ def _device_table(pointers, device):
             "r2kernels met these weights for the first time during CUDA-graph capture; "
             "run one step with them before the capture"
         )
-    return torch.tensor(pointers, dtype=torch.int64).to(device, non_blocking=True)
+    return torch.tensor(pointers, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
 
 
 def sizes(counts, device):
@@ -206,7 +206,7 @@ def sizes(counts, device):
 
 @functools.lru_cache(maxsize=256)
 def _sizes(counts, device):
-    return torch.tensor(counts, dtype=torch.int32).to(device, non_blocking=True)
+    return torch.tensor(counts, dtype=torch.int32, device="cpu").to(device, non_blocking=True)
 
 
 def _keep_if_captured(value, device):

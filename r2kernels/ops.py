@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import contract, reference
+from . import contract, empty, reference
 from .algorithms import fixed_point, iterations
 from .backends import chosen, select, use_backend
 from .contract import Op
@@ -112,6 +112,7 @@ def _kernels(name, at, row):
 def _function(name, schema, at, row):
     """The op `name` as a function of the same arguments; the weights are argument `at`."""
     plain, kernel = _kernels(name, at, row)
+    kernel = empty.apart(kernel, plain, row, schema, at)
     recorded = getattr(reference, name, plain)
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     if name != "dkm_solve":  # how often that goes round depends on values
@@ -166,11 +167,7 @@ def backend_of_forward():
 
 
 def backward(backend, bwd, *args):
-    """bwd(*args) on the backend of the forward; RuntimeError where a second derivative is asked for."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            "r2kernels: second derivatives (create_graph=True, or backward within enabled grad) are not implemented"
-        )
+    """bwd(*args) on the backend of the forward."""
     if backend is None:
         return bwd(*args)
     with use_backend(backend):

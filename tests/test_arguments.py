@@ -58,7 +58,6 @@ WEIGHTS = [
     ),
     ([W, W.to("meta")], ValueError, "W[1] is on meta but W[0] is on cpu; a sequence must be on one device"),
     (torch.empty(0, 3), ValueError, "W is empty (shape (0, 3)); it must have at least one element"),
-    ([W, torch.empty(0)], ValueError, "W[1] is empty (shape (0,)); it must have at least one element"),
     (sparse, TypeError, "W has layout torch.sparse_coo; only dense (strided) tensors are supported"),
     (subclass, TypeError, "W is a Subclass; only plain tensors and parameters are supported"),
     (lambda: [W, subclass()], TypeError, "W[1] is a Subclass; only plain tensors and parameters are supported"),

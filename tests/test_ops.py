@@ -171,16 +171,6 @@ def test_autocast_leaves_full_precision(op, device):
         assert torch.equal(a, b)
 
 
-@one_each
-def test_second_derivatives_raise(op, device):
-    """Also where the gradient of the loss is a constant, which `once_differentiable` lets pass with a wrong result."""
-    ws, given = weights(device), op.arguments(cases.SCALE)
-    for outer in (lambda x: x, lambda x: x * x):
-        loss = outer(total(getattr(r2, op.function)(ws, **given)))
-        with pytest.raises(RuntimeError, match=r"second derivatives .* are not implemented"):
-            torch.autograd.grad(loss, ws, create_graph=True)
-
-
 @pytest.mark.parametrize("alpha_learned", [False, True])
 @pytest.mark.parametrize("frozen", [f for n in range(4) for f in itertools.combinations(range(3), n)], ids=str)
 def test_only_what_needs_a_gradient_gets_one(frozen, alpha_learned, device):

@@ -47,7 +47,7 @@ def solve(passes_of, centroids, tol, max_passes, accelerated=True):
             "their centroids, and an implicit gradient, are those of the last point",
             stacklevel=2,
         )
-    return c, torch.tensor(count)
+    return c, torch.tensor(count, device="cpu")
 
 
 def _newton(passes, active, now, new, moments, r, size, state):

@@ -108,7 +108,7 @@ def partition(prefix, clusters):
     starts = [cells]
     for k in reversed(range(clusters)):
         starts.append(cuts[k, starts[-1]])
-    return torch.tensor(starts[:0:-1])
+    return torch.tensor(starts[:0:-1], device="cpu")
 
 
 def _fit_line(values, weight, clusters, max_iter, partition):
@@ -160,7 +160,7 @@ def _seed(rows, weight, clusters):
     generator = torch.Generator().manual_seed(0)
     n = max(FEWEST_SEEDS, SEEDS * clusters)
     if len(rows) > n:
-        drawn = torch.randint(len(rows), (n,), generator=generator).to(rows.device)
+        drawn = torch.randint(len(rows), (n,), generator=generator, device="cpu").to(rows.device)
         rows, weight = rows[drawn], None if weight is None else weight[drawn]
     rows = rows.cpu().double()
     weight = rows.new_ones(len(rows)) if weight is None else weight.cpu()
@@ -170,7 +170,7 @@ def _seed(rows, weight, clusters):
         if share[-1] == 0:
             chosen += chosen[-1:] * (clusters - len(chosen))
             break
-        drawn = torch.rand(tries, generator=generator, dtype=torch.float64) * share[-1]
+        drawn = torch.rand(tries, generator=generator, dtype=torch.float64, device="cpu") * share[-1]
         drawn = torch.searchsorted(share, drawn, right=True).clamp_(max=len(rows) - 1)
         after = torch.cdist(rows[drawn], rows, compute_mode="donot_use_mm_for_euclid_dist").square()
         after = torch.minimum(after, left) if chosen else after

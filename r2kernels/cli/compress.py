@@ -237,7 +237,7 @@ def _mapped(memory, planned, at):
     """The tensor whose bytes lie at a place of the memory."""
     numel = math.prod(planned.shape)
     if not numel:
-        return torch.empty(planned.shape, dtype=planned.dtype)
+        return torch.empty(planned.shape, dtype=planned.dtype, device="cpu")
     return torch.frombuffer(memory, dtype=planned.dtype, count=numel, offset=at).reshape(planned.shape)
 
 
@@ -320,6 +320,7 @@ def result_figure(result, title):
     made = figure(title, [(f"{row.name[-36:]}\nSNR {row.snr:.1f} dB", *row.panel[:2]) for row in drawn])
     for axes, row in zip(made.axes, drawn, strict=True):
         (low, high), _, near = row.panel
-        axes.stairs(near, torch.linspace(low, high, len(near) + 1).tolist(), color="tab:red", fill=True, alpha=0.7)
+        edges = torch.linspace(low, high, len(near) + 1, dtype=torch.float32, device="cpu").tolist()
+        axes.stairs(near, edges, color="tab:red", fill=True, alpha=0.7)
         axes.set_ylim(top=2 * max(near))
     return made

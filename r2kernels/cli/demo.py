@@ -25,6 +25,7 @@ BITS = (32, 4, 3, 2)
 TRAIN, BATCH = 1200, 120
 LEARNING_RATE = 0.2
 TIMED_CALLS = 100
+HOST = {"device": "cpu", "dtype": torch.float32}  # where networks are drawn, whatever the defaults
 PALETTES = ((1, 1), (2, 1), (4, 1), (2, 2), (4, 4))  # (bits of a code, weights that share it)
 PALETTE_EPOCHS, PALETTE_LEARNING_RATE = 3, 0.05
 
@@ -152,7 +153,7 @@ def network():
             block4=_separable(128, 128, 2),
             pool=nn.AdaptiveAvgPool2d(1),
             flatten=nn.Flatten(),
-            head=nn.Linear(128, 10),
+            head=nn.Linear(128, 10, **HOST),
         )
     )
 
@@ -163,8 +164,8 @@ def _separable(inputs, outputs, stride):
 
 
 def _convolution(inputs, outputs, size, stride=1, groups=1):
-    conv = nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=False)
-    return nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(outputs), relu=nn.ReLU()))
+    conv = nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=False, **HOST)
+    return nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(outputs, **HOST), relu=nn.ReLU()))
 
 
 def weight_matrices(model):
@@ -179,7 +180,7 @@ def weight_matrices(model):
 def train(case, seed, epochs, images, labels, advance):
     """(model, its regularizer or None, (training indices, test indices))."""
     torch.manual_seed(seed)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed), device="cpu")
     split = order.split([TRAIN, len(images) - TRAIN])
     model = network().to(images.device)
     groups = [{"params": list(model.parameters())}]
@@ -190,7 +191,7 @@ def train(case, seed, epochs, images, labels, advance):
         optimizer, [LEARNING_RATE, case.learning_rate][: len(groups)], total_steps=epochs * (TRAIN // BATCH)
     )
     for _ in range(epochs):
-        for batch in split[0][torch.randperm(TRAIN)].split(BATCH):
+        for batch in split[0][torch.randperm(TRAIN, device="cpu")].split(BATCH):
             optimizer.zero_grad()
             cross_entropy(model(images[batch]), labels[batch]).backward()
             if regularizer:
@@ -231,7 +232,7 @@ def _cluster(model, bits, cluster_dim, split, images, labels, advance):
     optimizer = torch.optim.SGD(model.parameters(), PALETTE_LEARNING_RATE, momentum=0.9, nesterov=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, PALETTE_EPOCHS * (TRAIN // BATCH))
     for _ in range(PALETTE_EPOCHS):
-        for batch in split[0][torch.randperm(TRAIN)].split(BATCH):
+        for batch in split[0][torch.randperm(TRAIN, device="cpu")].split(BATCH):
             optimizer.zero_grad()
             cross_entropy(model(images[batch]), labels[batch]).backward()
             optimizer.step()

@@ -185,7 +185,8 @@ def figure(title, panels, columns=4):
     drawn.supylabel("weights per bin", fontsize="small")
     for i, (name, (low, high), counts) in enumerate(panels):
         axes = drawn.add_subplot(lines, columns, i + 1)
-        axes.stairs(counts, torch.linspace(low, high, len(counts) + 1).tolist(), fill=True)
+        edges = torch.linspace(low, high, len(counts) + 1, dtype=torch.float32, device="cpu").tolist()
+        axes.stairs(counts, edges, fill=True)
         axes.set_yscale("log")
         axes.set_ylim(bottom=0.7)
         axes.set_title(name, fontsize="small", parse_math=False)

@@ -78,7 +78,7 @@ class Form(NamedTuple):
 
     def restored(self, shape, dtype, codes, width, parts):
         """The `Clustered` weight made of its parts as they are stored."""
-        leftovers, scales = parts.get("leftovers", torch.empty(0, dtype=dtype)), parts.get("scale")
+        leftovers, scales = parts.get("leftovers", codes.new_empty(0, dtype=dtype)), parts.get("scale")
         return Clustered(shape, dtype, self, codes, width, parts["lut"], parts.get("lut_scale"), scales, leftovers)
 
 

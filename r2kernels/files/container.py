@@ -264,7 +264,7 @@ class Reader:
     def read(self, name, expected=None):
         """The tensor; an error where its checksum is not the one expected."""
         stored = self.entries[name]
-        data = torch.empty(stored.end - stored.begin, dtype=torch.uint8)
+        data = torch.empty(stored.end - stored.begin, dtype=torch.uint8, device="cpu")
         self.file.seek(self.start + stored.begin)
         if self.file.readinto(memoryview(data.numpy())) < len(data):
             raise self.error(f"{name} is truncated")

@@ -24,10 +24,10 @@ def to_coreml(name, clustered):
     ones, d = [1] * (len(clustered.shape) - 1), clustered.form.cluster_dim
     found = {
         "lut": turned(clustered.luts().reshape(-1, *ones, 2**clustered.form.bits, d), clustered.form),
-        "compression_type": torch.tensor([PALETTIZATION]),
+        "compression_type": torch.tensor([PALETTIZATION], device="cpu"),
     }
     if d > 1:
-        found["vector_axis"] = torch.tensor(axis)
+        found["vector_axis"] = torch.tensor(axis, device="cpu")
     if clustered.scales is not None:
         found["palettization_scale"] = turned(clustered.scales.reshape(-1, *ones), clustered.form)
     return {name: clustered.decoded()} | {_beside(name, key): tensor for key, tensor in found.items()}

@@ -39,13 +39,13 @@ def encode(codes, lengths):
     if call is None:
         blocks = [_encoded(block, words, known) for block in np.split(codes.numpy(), range(BLOCK, rows, BLOCK))]
         return torch.from_numpy(np.concatenate(blocks)), torch.tensor(
-            [len(block) for block in blocks], dtype=torch.int32
+            [len(block) for block in blocks], dtype=torch.int32, device="cpu"
         )
     known, words = torch.from_numpy(known), torch.from_numpy(words)
-    sizes = torch.empty(-(-rows // BLOCK), dtype=torch.int32)
+    sizes = torch.empty(-(-rows // BLOCK), dtype=torch.int32, device="cpu")
     _check(call("coded_sizes", codes, rows, BLOCK, known, sizes))
     offsets = _offsets(sizes)
-    stream = torch.empty(int(offsets[-1]), dtype=torch.uint8)
+    stream = torch.empty(int(offsets[-1]), dtype=torch.uint8, device="cpu")
     _check(call("encode", codes, rows, BLOCK, words, known, offsets, stream))
     return stream, sizes
 
@@ -63,7 +63,7 @@ def decode(stream, sizes, rows, lengths):
         return torch.from_numpy(
             np.concatenate([_decoded(data[a:b], n, table) for a, b, n in zip(ends[:-1], ends[1:], counts, strict=True)])
         )
-    out = torch.empty(rows, dtype=torch.uint8)
+    out = torch.empty(rows, dtype=torch.uint8, device="cpu")
     _check(call("decode", stream, len(stream), offsets, rows, BLOCK, torch.from_numpy(table), out))
     return out
 
@@ -74,7 +74,7 @@ def _check(status):
 
 
 def _offsets(sizes):
-    return torch.cat([torch.zeros(1, dtype=torch.int64), sizes.long().cumsum(0)])
+    return torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), sizes.long().cumsum(0)])
 
 
 def _ordered(lengths):

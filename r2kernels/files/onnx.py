@@ -63,6 +63,10 @@ def expand(model, weights, inputs):
     model.opset_imports.pop(DOMAIN, None)
 
 
+def _float(number):
+    return torch.tensor(number, dtype=torch.float32, device="cpu")
+
+
 def _has_kernel(levels, weight):
     """Whether runtimes may compute a layer with these inputs and this weight in integers."""
     return isinstance(weight, Uniform) and weight.form.bits == levels.bits == 8
@@ -151,11 +155,8 @@ class _Maker:
         quantization (0.026 in outputs of about 1, measured at 4 bits).
         """
         middle = 128 if levels.signed else 0
-        zero = self.constant("zero_point", torch.tensor(levels.zero_point + middle, dtype=torch.uint8))
-        step, offset = (
-            torch.tensor(levels.scale),
-            levels.offset and self.constant("offset", torch.tensor(levels.offset)),
-        )
+        zero = self.constant("zero_point", torch.tensor(levels.zero_point + middle, dtype=torch.uint8, device="cpu"))
+        step, offset = _float(levels.scale), levels.offset and self.constant("offset", _float(levels.offset))
         x, scale = self.cast(x, dtype, torch.float32), self.constant("scale", step)
         x = self.op("Sub", x, offset) if levels.offset else x
         if levels.signed and levels.bits == 1:
@@ -171,10 +172,10 @@ class _Maker:
     def _signs(self, x, middle):
         """The codes -1 below 0 and else 1, as uint8 around `middle`."""
         below, above = (
-            self.constant(part, torch.tensor(middle + code, dtype=torch.uint8))
+            self.constant(part, torch.tensor(middle + code, dtype=torch.uint8, device="cpu"))
             for part, code in (("below", -1), ("above", 1))
         )
-        return self.op("Where", self.op("Less", x, self.constant("threshold", torch.tensor(0.0))), below, above)
+        return self.op("Where", self.op("Less", x, self.constant("threshold", _float(0.0))), below, above)
 
     def looked_up(self, clustered):
         """Codes and Gather: of one table of all groups, so the codes of a group come after those before it."""
@@ -200,7 +201,7 @@ class _Maker:
         return self.cast(table, torch.float32, c.dtype)
 
     def _shape(self, part, shape):
-        return self.constant(part, torch.tensor(shape))
+        return self.constant(part, torch.tensor(shape, device="cpu"))
 
     def _index(self, part, codes, groups):
         """Indices into the table of all groups: of codes, and of what group they are, a tensor or None."""
@@ -210,7 +211,7 @@ class _Maker:
     def _gathered(self, c, table):
         groups, g = None, c.geometry
         if g.groups > 1:
-            groups = torch.arange(c.shape[0]) // g.size * 2**c.form.bits
+            groups = torch.arange(c.shape[0], device=c.codes.device) // g.size * 2**c.form.bits
             groups = groups.reshape(-1, *[1] * (len(c.shape) - 1))
         return self.op("Gather", table, self._index("codes", c.codes.reshape(c.shape), groups), axis=0)
 
@@ -219,7 +220,7 @@ class _Maker:
         for j, (count, channels, each, left) in enumerate(c.geometry.blocks()):
             groups = None
             if c.geometry.groups > 1:
-                groups = (first + torch.arange(count)[:, None]) * 2**c.form.bits
+                groups = (first + torch.arange(count, device=c.codes.device)[:, None]) * 2**c.form.bits
             codes = c.codes[done : done + count * each].reshape(count, each)
             rows = self.op("Gather", table, self._index(f"codes{j}", codes, groups), axis=0)
             w = self.op("Reshape", rows, self._shape(f"flat{j}", [count, each * c.form.cluster_dim]))

@@ -52,7 +52,7 @@ def pack(codes, groups):
         raise ValueError(f"code {int(codes.max())} does not fit {groups.bits} bits")
     if call is None:
         return torch.from_numpy(_packed(codes.numpy(), groups))
-    out = torch.empty(groups.nbytes, dtype=torch.uint8)
+    out = torch.empty(groups.nbytes, dtype=torch.uint8, device="cpu")
     call("pack", codes, tuple(groups), out)
     return out
 
@@ -62,7 +62,7 @@ def unpack(packed, groups):
     packed, call = checked(packed, groups.nbytes), extension()
     if call is None:
         return torch.from_numpy(_unpacked(packed.numpy(), groups))
-    out = torch.empty(groups.rows, dtype=torch.uint8)
+    out = torch.empty(groups.rows, dtype=torch.uint8, device="cpu")
     call("unpack", packed, tuple(groups), out)
     return out
 
@@ -76,7 +76,7 @@ def look_up(packed, groups, tables):
     call = None if packed.device.type != "cpu" or torch.compiler.is_compiling() else extension()
     if call is None:
         return _looked_up(packed, groups, tables)
-    out = torch.empty(groups.rows, d, dtype=tables.dtype)
+    out = torch.empty(groups.rows, d, dtype=tables.dtype, device="cpu")
     call(
         "look_up",
         checked(packed, groups.nbytes),

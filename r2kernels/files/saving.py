@@ -218,6 +218,6 @@ def smallest(clustered, entropy, described=0):
         stream, sizes = huffman.encode(clustered.unpacked().codes, lengths)
         packed = clustered.form.groups(clustered.shape, clustered.form.bits).nbytes
         if len(stream) + len(lengths) + sizes.nbytes + (described and described + 24) < packed:
-            lengths = torch.tensor(lengths, dtype=torch.uint8)
+            lengths = torch.tensor(lengths, dtype=torch.uint8, device="cpu")
             return entropy, parts | {"codes": stream, "lengths": lengths, "blocks": sizes}
     return None, parts | {"codes": clustered.packed().codes}

@@ -13,6 +13,7 @@ from .. import ops
 from ..lists import carve_gradients
 from ..reference import checks, parameters
 from ..reference.zeros import zeros_of
+from . import differentiable
 
 
 class _DifferentiableKMeans(torch.autograd.Function):
@@ -40,11 +41,13 @@ class _DifferentiableKMeans(torch.autograd.Function):
         ctx.shapes = [c.shape for c in given]
         ctx.backend = ops.backend_of_forward()
         ctx.set_materialize_grads(False)
+        ctx.function = "dkm"
         return *carve_gradients(buffers, weights, d, layout), *_restored(history[-1], order, ctx.shapes)
 
     @staticmethod
-    def backward(ctx, *grads):
-        tau, history, moments, order, *weights = ctx.saved_tensors
+    @differentiable.once
+    def backward(ctx, tensors, *grads):
+        tau, history, moments, order, *weights = tensors
         clusters, metric, gradient, pinned, d, layout = ctx.call
         count = len(weights)
         gs = [torch.zeros_like(w) if g is None else g for g, w in zip(grads[:count], weights, strict=True)]
@@ -97,7 +100,7 @@ def dkm(
     ("euclidean", the paper's) or ||w_i - c_j||^2 ("sqeuclidean", coremltools'; tau then has the units of W^2). After T
     iterations W_hat = A_T C_T with A_T the attention to C_(T-1). W_hat has the shape, strides and dtype of W; centroids
     come back in the caller's order. A centroid that no weight attends to (sum 0 in this precision) stays where it is,
-    without gradient. For the numel mod d leftovers W_hat is W.
+    without gradient; so do all those of an empty tensor of a sequence. For the numel mod d leftovers W_hat is W.
 
     Nothing of size N x K is stored; saved for backward are W and O(T K) numbers. With d = 1 and "euclidean" the time
     does not grow with K: with sorted centroids and w between c_k and c_(k+1), exp(-|w - c_j| / tau) =
@@ -112,8 +115,8 @@ def dkm(
     iterations: an int >= 1, or "converge": until |F(C) - C| <= tol (default 1e-6 of the range of each tensor), by
     Newton (d = 1, "euclidean"; from `kmeans` typically 3 to 10 passes for K <= 16, where plain iterations take
     hundreds) or Anderson's acceleration, which may end at another fixed point than plain iterations; with
-    gradient="unrolled" by plain iterations, all differentiated. It reads values on the host; a warning after
-    max_passes.
+    gradient="unrolled" by plain iterations, all differentiated, which torch.compile(fullgraph=True) refuses. It reads
+    values on the host; a warning after max_passes.
     gradient: "unrolled" through all iterations; "last" through the last one only; "implicit" that of the fixed point,
     (I - J)^T lambda = u, exact where the iteration has converged, in memory and time that do not depend on the
     iterations. The last two give `centroids` no gradient.
@@ -122,13 +125,18 @@ def dkm(
     option one is 0. Not for "converge" and "implicit".
 
     TypeError or ValueError names the argument that is wrong. NaN in W, or an invalid value in a tensor, gives NaN. More
-    clusters than rows: a warning.
+    clusters than rows: a warning. A second derivative through it raises RuntimeError.
     """
-    ws, single = checks.weights(W, cluster_dim, layout)
+    ws, single = differentiable.weights("dkm", W, cluster_dim, layout)
     given, clusters = checks.centroids(centroids, ws, single, cluster_dim)
     tau = parameters.temperature(tau, ws, single)
     checks.dkm_options(iterations, metric, gradient, tol, max_passes)
     checks.preserved(preserve_zeros, iterations, gradient)
+    if torch.compiler.is_compiling() and (iterations, gradient) == ("converge", "unrolled"):
+        raise RuntimeError(
+            'dkm(iterations="converge", gradient="unrolled") runs as many iterations as the values ask for, which no '
+            'compiled graph can hold; give gradient="last" or "implicit", or a number of iterations'
+        )
     zeros = [zeros_of(w.detach(), cluster_dim, layout) for w in ws] if preserve_zeros else None
     if preserve_zeros:  # so that these get no gradient through the centroids either
         ws = [w.masked_fill(z, 0) for w, z in zip(ws, zeros, strict=True)]
@@ -149,7 +157,7 @@ def assign(W, centroids, *, cluster_dim=1, layout="output"):
     Rows are in the order of `layout`. Ties take the lower index; a row with NaN takes 0. No gradient. Nothing of size
     N x K is stored.
     """
-    ws, single = checks.weights(W, cluster_dim, layout)
+    ws, single = differentiable.weights("assign", W, cluster_dim, layout)
     given, clusters = checks.centroids(centroids, ws, single, cluster_dim)
     with torch.no_grad():
         codes = ops.assign.fwd(ws, parameters.padded(given, cluster_dim), clusters, cluster_dim, layout)

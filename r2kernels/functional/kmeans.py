@@ -6,6 +6,7 @@ from ..backends import serving
 from ..reference import checks, parameters
 from ..reference.columns import columns
 from ..reference.zeros import anchored, with_zero
+from .differentiable import weights
 
 
 def kmeans(W, clusters, *, cluster_dim=1, layout="output", weight=None, max_iter=100, preserve_zeros=False):
@@ -33,10 +34,10 @@ def kmeans(W, clusters, *, cluster_dim=1, layout="output", weight=None, max_iter
     With more clusters than distinct rows, centroids are repeated (d = 1: the largest); more clusters than rows warn.
     Values are read back to the host: this is for setting up, not for a training step.
 
-    TypeError or ValueError for a wrong type, dtype, device, shape or length; for `clusters` or `max_iter` below 1;
-    for a `weight` that is negative, infinite, NaN, or 0 for every row.
+    TypeError or ValueError for a wrong type, dtype, device, shape or length; for an empty tensor; for `clusters` or
+    `max_iter` below 1; for a `weight` that is negative, infinite, NaN, or 0 for every row.
     """
-    ws, single = checks.weights(W, cluster_dim, layout)
+    ws, single = weights("kmeans", W, cluster_dim, layout, empty=False)
     checks.count("max_iter", max_iter)
     counts, masses = checks.clusters(clusters, ws, single), parameters.masses(weight, ws, single, cluster_dim)
     checks.clusters_with_zero(preserve_zeros, counts)

@@ -9,6 +9,7 @@ from .. import ops
 from ..contract import BY_NAME
 from ..lists import carve_gradients
 from ..reference import checks, parameters
+from .differentiable import once
 
 
 class Call(NamedTuple):
@@ -42,12 +43,14 @@ class Loss(torch.autograd.Function):
         loss, saved = op.fwd(weights, *given, *call.forward)
         ctx.save_for_backward(saved, learned, *given, *weights)
         ctx.of_forward = op, call, len(given), ops.backend_of_forward()
+        ctx.function = op.row.name
         return call.shaped(loss) if call.planes else loss.squeeze(0) if call.single else loss
 
     @staticmethod
-    def backward(ctx, grad):
+    @once
+    def backward(ctx, tensors, grad):
         op, call, count, backend = ctx.of_forward
-        saved, learned, *tensors = ctx.saved_tensors
+        saved, learned, *tensors = tensors
         given, weights = tensors[:count], tensors[count:]
         grad = grad.resolve_neg().reshape((2, len(weights), -1) if call.planes else -1)
         result = ops.backward(backend, op.bwd, grad, weights, *given, saved, *call.backward)

@@ -9,7 +9,8 @@ gradients of the parameters in a fixed order. Rounding is half to even; NaN in x
 never read: an invalid parameter gives NaN.
 
 TypeError or ValueError names the argument, for a wrong type, dtype, device, shape or value. A second derivative
-raises RuntimeError.
+through a quantizer raises RuntimeError. An empty tensor of a sequence stays empty, and has no share in the gradients
+of parameters.
 """
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from .. import ops
 from ..lists import carve_gradients
 from ..reference import checks, parameters
+from .differentiable import once, weights
 
 
 class _Quantize(torch.autograd.Function):
@@ -30,12 +32,13 @@ class _Quantize(torch.autograd.Function):
         ys = carve_gradients(op.fwd(xs, *given, *options), xs)
         ctx.save_for_backward(*tensors)
         ctx.of_forward = op, count, options, ops.backend_of_forward()
+        ctx.function = op.row.name
         return tuple(ys)
 
     @staticmethod
-    def backward(ctx, *gs):
+    @once
+    def backward(ctx, tensors, *gs):
         op, count, options, backend = ctx.of_forward
-        tensors = ctx.saved_tensors  # read once, as activation checkpointing asks
         given, xs = tensors[:count], tensors[count:]
         result = ops.backward(backend, op.bwd, list(gs), xs, *given, *options)
         buffers, *of_parameters = result if op.row.learned else (result,)
@@ -65,7 +68,7 @@ def lsq(x, step, bits, *, signed=True, axis=None, levels="lsq") -> Tensor:
     arXiv:2502.02631) with alpha = 3/2 step and 2^(bits-1) step. There the gradient also passes half a step beyond the
     outermost levels (|x| <= 0.99 alpha), and is scaled by the levels of LSQ.
     """
-    xs, single = checks.weights(x, name="x")
+    xs, single = weights("lsq", x, name="x")
     checks.bit_width(bits)
     checks.level_kind(levels, bits, signed)
     axis = checks.channel_axis(axis, xs, single)
@@ -81,7 +84,7 @@ def ewgs(x, lower, upper, bits, *, delta=0.0, signed=True) -> Tensor:
     (signed: weights), or q (activations). The gradient g of q reaches z as g + delta |g| (z - q); delta = 0 is
     straight-through. What is clipped gives no gradient.
     """
-    xs, single = checks.weights(x, name="x")
+    xs, single = weights("ewgs", x, name="x")
     checks.bit_width(bits)
     return _quantized(ops.ewgs, xs, single, parameters.bounds(lower, upper, delta, xs, single), (bits, bool(signed)))
 
@@ -93,7 +96,7 @@ def pact(x, alpha, bits, *, plus=False) -> Tensor:
     dL/dx = g [0 <= x < alpha]; dL/dalpha = sum g [x >= alpha]; `plus` adds sum g (round(z) - z) / (2^bits - 1) inside,
     z = x / s. Add weight decay on alpha.
     """
-    xs, single = checks.weights(x, name="x")
+    xs, single = weights("pact", x, name="x")
     checks.bit_width(bits)
     return _quantized(ops.pact, xs, single, [parameters.channels("alpha", alpha, xs, single)], (bits, bool(plus)))
 
@@ -106,7 +109,7 @@ def dorefa(w, bits, *, detach_max=False) -> Tensor:
     dL/dw = g (1 - t^2) / m, and where |t| = m, split over ties, - sign(t) (1 - t^2) / m^2 sum g t, which
     `detach_max=True` drops, as many ports do. Weights that are all 0 have m = 1.
     """
-    ws, single = checks.weights(w, name="w")
+    ws, single = weights("dorefa", w, name="w")
     checks.bit_width(bits)
     with torch.no_grad():
         scale = _mean_size(ws) if bits == 1 else ops.l_inf.fwd(ws, 1, "output")[1][:, 0]
@@ -116,6 +119,6 @@ def dorefa(w, bits, *, detach_max=False) -> Tensor:
 def _mean_size(ws):
     """(mean |w|, 1) of each tensor: a margin of 0 for N weights."""
     zeros = parameters.parameter("M", 0.0, len(ws), False, 1, ws[0])
-    numels = parameters.parameter("k", [w.numel() for w in ws], len(ws), False, 1, ws[0])
+    numels = parameters.parameter("k", [max(w.numel(), 1) for w in ws], len(ws), False, 1, ws[0])
     loss, _ = ops.margin.fwd(ws, zeros, numels, 1, "output")
     return torch.stack([loss, torch.ones_like(loss)], 1)

@@ -2,8 +2,12 @@
 
 `W` is a floating-point tensor (float64, float32, bfloat16, float16; any shape and strides), giving a 0-dim loss, or a
 sequence of L of them with one dtype and device, giving an (L,) loss from one fused pass over all. Losses are float32
-(float64 for float64 W); gradients have the dtype of what they belong to. Nothing is read back to the host. A second
-derivative raises RuntimeError.
+(float64 for float64 W); gradients have the dtype of what they belong to. Nothing is read back to the host. With
+create_graph=True a first derivative is part of the graph; RuntimeError where a second one would go through the loss,
+and inside of vmap, grad and the other transforms of torch.func.
+
+A tensor of a sequence may be empty, as the local shards of a sharded model are: a range of no numbers is 0, so the
+loss is 0, |M| or exp(-alpha) for each column, both soft extrema are 0, and the gradient is empty.
 
 Parameters are a number, a 0-dim tensor, for a sequence also an (L,) tensor or a sequence of numbers. `cluster_dim=d`
 reads W as rows of d (`layout="output"`: `W.transpose(0, -1).reshape(-1, d)`, d consecutive output channels;
@@ -17,7 +21,8 @@ value. The values of tensors are never read: an invalid one gives NaN.
 from torch import Tensor
 
 from .. import ops
-from ..reference import checks, parameters
+from ..reference import parameters
+from .differentiable import weights
 from .loss import Call, Loss, learnable
 
 
@@ -26,7 +31,7 @@ def l_inf(W, *, cluster_dim=1, layout="output") -> Tensor:
 
     dL/dW = sign(W) / ties where |W| is the maximum (split evenly, as `torch.amax` does), 0 elsewhere.
     """
-    ws, single = checks.weights(W, cluster_dim, layout)
+    ws, single = weights("l_inf", W, cluster_dim, layout)
     columns = cluster_dim, layout
     return Loss.apply(ops.l_inf, Call(single, columns, columns, *columns), 0, None, *ws)
 
@@ -39,7 +44,7 @@ def margin(W, M, *, k=1, cluster_dim=1, layout="output") -> Tensor:
     collapses to 0), 0.01 the mean of the top 1 %, a good start.
     dL/dW = sign(W) [|W| > |M|] / k; dL/dM = sign(M) (1 - #{|W| > |M|} / k). Keep M out of weight decay.
     """
-    ws, single = checks.weights(W, cluster_dim, layout)
+    ws, single = weights("margin", W, cluster_dim, layout)
     k = parameters.margin_k(k, ws, single, cluster_dim)
     learned, fixed = learnable("M", M, ws, single, cluster_dim)
     columns = cluster_dim, layout
@@ -58,7 +63,7 @@ def soft_min_max(W, alpha, *, cluster_dim=1, layout="output") -> Tensor:
     is nearly no softmax, and `RangeRegularizer(alpha_unit="std", alpha=8, learn=False)` is a good start. Keep alpha out
     of weight decay. Leaving alpha without gradient is cheaper.
     """
-    ws, single = checks.weights(W, cluster_dim, layout)
+    ws, single = weights("soft_min_max", W, cluster_dim, layout)
     learned, fixed = learnable("alpha", alpha, ws, single, cluster_dim)
     call = _soft_call(single, learned, cluster_dim, layout)
     return Loss.apply(ops.soft_min_max, call, len(fixed), learned, *fixed, *ws)
@@ -67,7 +72,7 @@ def soft_min_max(W, alpha, *, cluster_dim=1, layout="output") -> Tensor:
 def soft_extrema(W, alpha, *, cluster_dim=1, layout="output") -> tuple[Tensor, Tensor]:
     """(s_min, s_max) of `soft_min_max`, differentiable in W and alpha; with cluster_dim > 1 per column: (d,), or (L,
     d) for a sequence."""
-    ws, single = checks.weights(W, cluster_dim, layout)
+    ws, single = weights("soft_extrema", W, cluster_dim, layout)
     learned, fixed = learnable("alpha", alpha, ws, single, cluster_dim)
     call = _soft_call(single, learned, cluster_dim, layout, planes=True)
     return Loss.apply(ops.soft_extrema, call, len(fixed), learned, *fixed, *ws).unbind(0)

@@ -2,7 +2,8 @@
 
 `W` is a floating-point tensor or a sequence of them, and parameters are given, as in range_losses.py, with
 cluster_dim 1. TypeError or ValueError names the argument, for a wrong type, dtype, device mix, shape or value. The
-values of tensors are never read: an invalid one gives NaN. A second derivative raises RuntimeError.
+values of tensors are never read: an invalid one gives NaN. A second derivative through a loss raises RuntimeError. An
+empty tensor of a sequence has the loss 0, and no share in the gradient of a step.
 """
 
 import torch
@@ -13,6 +14,7 @@ from ..contract import BY_NAME, tensors_of_term
 from ..lists import carve_gradients
 from ..reference import checks, parameters
 from ..reference.regularizers import WeightStats
+from .differentiable import once, weights
 from .loss import Call, Loss, learnable
 
 
@@ -23,7 +25,7 @@ def kure(W, *, target=1.8) -> Tensor:
     1.8 is the kurtosis of the uniform distribution. A constant tensor has loss and gradient 0.
     dkurtosis/dW = 4 / (N std) (z^3 - mean z^3 - N / (N - 1) kurtosis z).
     """
-    ws, single = checks.weights(W)
+    ws, single = weights("kure", W)
     target = parameters.parameter("target", target, len(ws), single, 1, ws[0], differentiable=False)
     return Loss.apply(ops.kure, Call(single), 1, None, target, *ws)
 
@@ -36,7 +38,7 @@ def bin_reg(W, step, bits) -> Tensor:
     bins of (mean_b - q_b)^2 + var_b.
     dL/dW = 2 / V_b (W - q_b), with V_b weights in the bin. `bits` 1..8; step > 0 has no gradient.
     """
-    ws, single = checks.weights(W)
+    ws, single = weights("bin_reg", W)
     checks.bit_width(bits)
     step = parameters.step("step", step, ws, single, differentiable=False)
     call = Call(single, (bits,), (bits,))
@@ -49,7 +51,7 @@ def msqe(W, step, bits) -> Tensor:
     dL/dW = 2/N (W - Q); dL/dstep = -2/N sum (W - Q) code. `bits` 1..8. (US patent 11,270,187 B2 claims the use with a
     growing coefficient.)
     """
-    ws, single = checks.weights(W)
+    ws, single = weights("msqe", W)
     checks.bit_width(bits)
     if isinstance(step, Tensor):
         learned, fixed = learnable("step", step, ws, single)
@@ -65,7 +67,7 @@ def partial_l2(W, fraction) -> Tensor:
 
     fraction: a number in (0, 1]; no gradient. dL/dW = 2/N W [|W| <= theta].
     """
-    ws, single = checks.weights(W)
+    ws, single = weights("partial_l2", W)
     rank = parameters.rank(fraction, ws, single)
     return Loss.apply(ops.partial_l2, Call(single), 1, None, rank, *ws)
 
@@ -74,9 +76,10 @@ def weight_stats(W) -> WeightStats:
     """Named tuple `min, max, mean, std, kurtosis, abs_max, numel` from one pass, without gradient.
 
     std is unbiased (0 for one element), kurtosis = mean z^4 with that std (0 for a constant tensor). `numel` is an
-    int, or a tuple of ints.
+    int, or a tuple of ints. Of an empty tensor of a sequence min is inf, max -inf and all else 0: a merge of shards by
+    their `numel` leaves it out.
     """
-    ws, single = checks.weights(W)
+    ws, single = weights("weight_stats", W)
     with torch.no_grad():
         return WeightStats.of(ops.weight_stats.fwd(ws), ws, single)
 
@@ -102,12 +105,13 @@ class _WeightTerms(torch.autograd.Function):
         losses, saved = ops.terms.fwd(ws, names, given, bits, flags)
         ctx.save_for_backward(*tensors, *saved)
         ctx.of_forward = names, bits, flags, count, len(saved), ops.backend_of_forward()
+        ctx.function = "weight_terms"
         return tuple(losses)
 
     @staticmethod
-    def backward(ctx, *grads):
+    @once
+    def backward(ctx, tensors, *grads):
         names, bits, flags, count, terms, backend = ctx.of_forward
-        tensors = ctx.saved_tensors  # read once, as activation checkpointing asks
         given, ws, saved = tensors[:count], tensors[count:-terms], tensors[-terms:]
         grads = [g.resolve_neg() for g in grads]
         buffers, of_parameters = ops.backward(backend, ops.terms.bwd, grads, ws, names, given, bits, flags, saved)
@@ -148,7 +152,7 @@ def weight_terms(W, terms) -> dict:
     in passes of its own.) The penalty is what you make of them, say
     `coefficient(terms["msqe"]) + 0.01 * terms["kure"]` with a `LearnableCoefficient`.
     """
-    ws, single = checks.weights(W)
+    ws, single = weights("weight_terms", W)
     terms = checks.terms(terms)
     given = [_parameters(name, options, ws, single) for name, options in terms.items()]
     bits = [options.get("bits", 0) for options in terms.values()]

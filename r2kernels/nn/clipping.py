@@ -75,7 +75,7 @@ class Histogram:
 
         def of(step, first, gap, count):
             step = step / width
-            cuts = first[..., None] + gap * (torch.arange(count - 1, device=step.device) + 0.5)
+            cuts = first[..., None] + gap * (torch.arange(count - 1, dtype=torch.float32, device=step.device) + 0.5)
             place = (cuts * step[..., None]).round_().clamp_(-BINS, BINS).long().flatten(1) + BINS
             n, s = (t.gather(1, place).view_as(cuts) for t in (counts, moments))
             last = first + gap * (count - 1)
@@ -115,6 +115,11 @@ def _quantile(count, share):
     return (bin + (rank - left) / (right - left).clamp(min=1))[:, 0]
 
 
+def _octaves(low, high, points):
+    """On the CPU, whose bits they have for every device."""
+    return torch.linspace(low, high, points, dtype=torch.float32, device="cpu")
+
+
 def step_of(histogram, bits, signed, method, percentile=PERCENTILE):
     """(rows,) steps of LSQ's levels, for symmetric quantization."""
     below, above = levels(bits, signed)
@@ -127,7 +132,7 @@ def step_of(histogram, bits, signed, method, percentile=PERCENTILE):
     count = (above + below) // gap + 1
     best, errors = widest, histogram.errors()
     for span, points in ((12, 49), (0.25, 17), (0.03, 13)):
-        octaves = torch.linspace(-span, 0 if span == 12 else span, points)
+        octaves = _octaves(-span, 0 if span == 12 else span, points)
         steps = torch.minimum(best[:, None] * 2 ** octaves.to(best), widest[:, None])
         least = errors(steps, torch.full_like(steps, -below), gap, count).argmin(1, keepdim=True)
         best = steps.gather(1, least)[:, 0]
@@ -143,7 +148,7 @@ def affine_of(histogram, bits, method, percentile=PERCENTILE):
     if method == "mse":
         errors = histogram.errors()
         for span, points in ((8, 17), (0.5, 5), (0.25, 5), (0.12, 5)):
-            octaves = torch.linspace(0, span, points) if span == 8 else torch.linspace(-span, span, points)
+            octaves = _octaves(0 if span == 8 else -span, span, points)
             grid = torch.cartesian_prod(octaves, octaves).to(low)
             tried = [(cut + grid[:, i]).clamp(min=0) for i, cut in enumerate((below, above))]
             step, zero = _affine(low[:, None] * 2 ** -tried[0], high[:, None] * 2 ** -tried[1], n)

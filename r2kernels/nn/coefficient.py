@@ -21,7 +21,8 @@ class LearnableCoefficient(nn.Module):
     def __init__(self, strength, init=0.0):
         super().__init__()
         self.strength = checks.number("strength", strength, "a finite number > 0", lambda v: 0 < v < math.inf)
-        self.omega = nn.Parameter(torch.tensor(checks.number("init", init)))
+        init, device = checks.number("init", init), torch.get_default_device()  # as of any module without weights
+        self.omega = nn.Parameter(torch.tensor(init, dtype=torch.float32, device=device))
 
     def forward(self, R):
         omega = self.omega.to(R.device)

@@ -11,7 +11,7 @@ from ..reference.columns import accumulator
 
 PART = 2**18  # numbers that are searched at once: a core's cache holds them for all tries
 TINY = 1e-30  # the step of a group of zeros, for levels without 0
-COARSE = torch.linspace(-6, 0, 25).tolist()  # octaves, below the step that clips nothing
+COARSE = [i / 4 for i in range(-24, 1)]  # octaves, below the step that clips nothing
 FINE = [octave * scale for scale in (0.06, 0.02) for octave in (-3, -2, -1, 1, 2, 3)]
 CUTS = (0, 0.5, 1, 2)  # octaves that are cut off either end of a range
 STEPS = (0.25, 0.12, 0.06, 0.03)  # by which the best cuts then move

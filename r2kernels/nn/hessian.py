@@ -48,16 +48,16 @@ class Probe:
 def ratios(evaluate, keys, probes, epsilon):
     """key -> (trace / N) / (3 std(g)), of Hessian and gradient g with regard to the quantized tensor (N numbers).
 
-    evaluate(probe): the loss, with the probe in place. It is called 1 + 2 * probes times.
+    evaluate(probe): `probe.gradients` of the loss, with the probe in place. It is called 1 + 2 * probes times.
     """
     base = Probe(keys, epsilon)
-    gradients = base.gradients(evaluate(base))
+    gradients = evaluate(base)
     traces = {key: 0.0 for key in gradients}
     for seed in range(probes):
         ends = []
         for sign in (1, -1):
             probe = Probe(keys, epsilon, seed, sign, base.sizes)
-            ends.append((probe, probe.gradients(evaluate(probe))))
+            ends.append((probe, evaluate(probe)))
         for key in traces:
             for above, below in zip(ends[0][1][key], ends[1][1][key], strict=True):
                 v = probe.direction(key, above)

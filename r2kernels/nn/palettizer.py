@@ -103,7 +103,7 @@ class Palettizer(Attached):
         ).checked("the model")
         layers = _layers(model, usual, overrides, include, exclude)
         self.centroids, self.taus = nn.Module(), nn.Module()
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=layers[0].weight().device))
         self._count = 0
         with torch.no_grad():
             for layer in layers:

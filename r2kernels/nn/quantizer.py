@@ -303,7 +303,7 @@ class Quantizer(Starting):
         def evaluate(probe):
             self._probe = probe
             with torch.enable_grad(), unchanged(model, self):
-                return loss_closure()
+                return probe.gradients(loss_closure())
 
         try:
             found = ratios(evaluate, list(chosen), probes, epsilon)

@@ -92,7 +92,7 @@ class RangeRegularizer(nn.Module):
             if isinstance(alpha, (list, tuple)) and len(alpha) != count:
                 raise ValueError(f"alpha has {len(alpha)} values, the model has {count} weights")
             values = alpha if isinstance(alpha, (list, tuple)) else [alpha] * count
-            alpha = torch.tensor([checks.number("alpha", a) for a in values])
+            alpha = torch.tensor([checks.number("alpha", a) for a in values], dtype=torch.float32, device=device)
         elif tuple(alpha.shape) not in ((), (count,)):
             raise ValueError(f"alpha has shape {tuple(alpha.shape)}; allowed are () and ({count},)")
         return alpha.detach().to(device, torch.float32).expand(count).clone()
@@ -101,7 +101,7 @@ class RangeRegularizer(nn.Module):
     def _initial_margins(self, margin_std):
         groups = self._groups()
         device = groups[0].weights[0].device
-        values = torch.empty(len(self.names), device=device)
+        values = torch.empty(len(self.names), dtype=torch.float32, device=device)
         for places, weights in groups:
             values[places] = (margin_std * functional.weight_stats(weights).std).to(device, torch.float32)
         return values

@@ -77,7 +77,14 @@ def levels(attached, key):
 
 
 def visit(module):
-    """Has torch.export (strict=True) know the modules inside by their own names, not by their ways through hooks."""
+    """Has torch.export (strict=True) know the modules inside by their own names, not by their ways through hooks.
+
+    RuntimeError for what it cannot record with other weights in place."""
+    if isinstance(module, torch.nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        raise RuntimeError(
+            "torch.export (strict=True) cannot record the fused kernel of nn.TransformerEncoderLayer with attached "
+            "weights; give strict=False, or call torch.backends.mha.set_fastpath_enabled(False)"
+        )
     for part in module._modules.values():
         if part is not None:
             visit(part)

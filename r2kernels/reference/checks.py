@@ -14,9 +14,9 @@ LAYOUTS = ("output", "contiguous")
 _DTYPES, _STRIDED, _PLAIN = {*DTYPES}, {torch.strided}, {Tensor, torch.nn.Parameter, torch.nn.Buffer}
 
 
-def weights(W, cluster_dim=1, layout="output", name="W"):
+def weights(W, cluster_dim=1, layout="output", name="W", empty=True):
     """(list of tensors, whether W was a single tensor); TypeError or ValueError says what is wrong with which one.
-    `name` is what the caller calls W."""
+    `name` is what the caller calls W. empty: whether tensors of a list may be, as shards are."""
     count("cluster_dim", cluster_dim)
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
@@ -30,7 +30,7 @@ def weights(W, cluster_dim=1, layout="output", name="W"):
     if not ws:
         raise ValueError(f"{name} is an empty sequence; it must hold at least one tensor")
     if torch.compiler.is_compiling() or not _uniform(ws, cluster_dim):
-        _check_each(ws, single, cluster_dim, name)
+        _check_each(ws, single, cluster_dim, name, empty and not single)
     return ws, single
 
 
@@ -48,7 +48,7 @@ def _uniform(ws, cluster_dim):
     )
 
 
-def _check_each(ws, single, cluster_dim, called):
+def _check_each(ws, single, cluster_dim, called, empty):
     names = [called if single else f"{called}[{i}]" for i in range(len(ws))]
     dtype, device = getattr(ws[0], "dtype", None), getattr(ws[0], "device", None)
     for i, w in enumerate(ws):
@@ -58,7 +58,7 @@ def _check_each(ws, single, cluster_dim, called):
             w.dtype != dtype
             or w.device != device
             or w.dtype not in DTYPES
-            or w.numel() < cluster_dim
+            or (w.numel() < cluster_dim and not (empty and w.numel() == 0))
             or w.layout != torch.strided
         ):
             _reject(w, names[i], ws[0], f"{called}[0]", cluster_dim)
@@ -154,7 +154,7 @@ def centroids(value, ws, single, d):
             raise TypeError(f"{name} has dtype {c.dtype}; allowed is {dtype} for W of {w.dtype}")
         if c.device != w.device:
             raise ValueError(f"{name} is on {c.device} but W is on {w.device}")
-        if c.shape[0] > w.numel() // d:
+        if c.shape[0] > w.numel() // d and w.numel():
             warnings.warn(
                 f"{name} has {c.shape[0]} clusters for {w.numel() // d} rows of W: some will be empty or equal",
                 stacklevel=4,

@@ -279,7 +279,6 @@ def _differentiable_start(x, c, tau, iterations, metric, gradient, preserve_zero
     J = torch.autograd.functional.jacobian(lambda c: iterate(x.detach(), c, tau, metric)[2], c)
     J = J.reshape(c.numel(), c.numel()).double()
     moved = iterate(x, c, tau, metric)[2]
-    moved.register_hook(
-        lambda u: torch.linalg.solve((torch.eye(len(J)).to(J) - J).t(), u.double().reshape(-1)).reshape(u.shape).to(u)
-    )
+    adjoint = (torch.eye(c.numel(), dtype=J.dtype, device=J.device) - J).t()
+    moved.register_hook(lambda u: torch.linalg.solve(adjoint, u.double().reshape(-1)).reshape(u.shape).to(u))
     return c + (moved - moved.detach())

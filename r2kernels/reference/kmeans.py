@@ -14,7 +14,7 @@ RESTARTS = 10
 
 
 def kmeans(W, clusters, *, cluster_dim=1, layout="output", weight=None, max_iter=100, preserve_zeros=False):
-    ws, single = checks.weights(W, cluster_dim, layout)
+    ws, single = checks.weights(W, cluster_dim, layout, empty=False)
     checks.count("max_iter", max_iter)
     counts, masses = checks.clusters(clusters, ws, single), parameters.masses(weight, ws, single, cluster_dim)
     checks.clusters_with_zero(preserve_zeros, counts)

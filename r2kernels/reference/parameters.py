@@ -112,7 +112,8 @@ def tolerance(tol, ws):
     """(L,) float64: `tol`, by default 1e-6 of the range of each tensor."""
     if tol is not None:
         return torch.full((len(ws),), float(tol), dtype=torch.float64, device=ws[0].device)
-    return torch.stack([1e-6 * (w.amax().double() - w.amin().double()) for w in ws])
+    ranges = [w.amax().double() - w.amin().double() if w.numel() else w.new_zeros((), dtype=torch.float64) for w in ws]
+    return 1e-6 * torch.stack(ranges)
 
 
 def levels(bits, signed, kind="lsq"):

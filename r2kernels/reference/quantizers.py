@@ -45,7 +45,15 @@ def _positive(p):
 
 def _sum(x, axis=None):
     """Over everything, or over all but the axis: (1,) or (C,)."""
-    return x.sum().reshape(1) if axis is None else x.movedim(axis, 0).reshape(x.shape[axis], -1).sum(1)
+    if axis is None:
+        return x.sum().reshape(1)
+    channels = x.shape[axis]
+    return x.movedim(axis, 0).reshape(channels, x.numel() // max(channels, 1)).sum(1)
+
+
+def _channel(x, axis):
+    """How many numbers share a step; 1 where there are none."""
+    return max(x.numel() // (1 if axis is None else max(x.shape[axis], 1)), 1)
 
 
 def _sign(v):
@@ -76,7 +84,7 @@ def lsq_bwd(gs, xs, step, bits, signed, axis, levels):
         v, g = _wide(x) / s, _wide(g)
         below, above = v < -low, v > high
         slope = torch.where(below, -low, torch.where(above, high, code(v, bits, signed, levels) - v))
-        channel = x.numel() if axis is None else x.numel() // x.shape[axis]
+        channel = _channel(x, axis)
         gradients.append(torch.where(below | above, 0, g).to(x.dtype))
         g_step.append(_sum(g * slope, axis) / math.sqrt(channel * high))
     return gradients, torch.cat(g_step)
@@ -189,7 +197,7 @@ def lsq(x, step, bits, *, signed=True, axis=None, levels="lsq"):
     step = parameters.channels("step", step, xs, single, axis)
     (low, high), ys = parameters.levels(bits, signed, levels), []
     for w, s in zip(xs, _parameters(_positive(step), xs, axis), strict=True):
-        scale = 1 / math.sqrt((w.numel() if axis is None else w.numel() // w.shape[axis]) * high)
+        scale = 1 / math.sqrt(_channel(w, axis) * high)
         s = s.detach() + scale * (s - s.detach())
         v = (_wide(w) / s).clamp(-low, high)
         c = code(v.detach(), bits, signed, levels) + (v - v.detach())
@@ -231,7 +239,7 @@ def dorefa(w, bits, *, detach_max=False):
         if bits == 1:
             ys.append(((_sign(x_) * x_.abs().mean()).detach() + (x_ - x_.detach())).to(x.dtype))
             continue
-        m = dorefa_scale(x_.abs().amax(), bits)
+        m = dorefa_scale(x_.abs().amax() if x.numel() else x_.new_zeros(()), bits)
         c = _round(n * (x_.tanh() / (2 * (m.detach() if detach_max else m)) + 0.5))
         ys.append(_over(2 * c - n, n).to(x.dtype))
     return _results(ys, single)

@@ -22,15 +22,20 @@ def _gradients(weights, d, layout, formula):
 
 def _ratio(k, n):
     """The divisor of the margin's sum: k itself, or k times the n rows where k is a fraction; NaN where k is not
-    positive."""
-    return torch.where(k > 0, torch.where(k < 1, k * n, k), torch.nan)
+    positive. Of no rows the sum is 0, whatever divides it."""
+    return torch.where(k > 0, torch.where(k < 1, k * max(n, 1), k), torch.nan)
+
+
+def _top(x):
+    """max|x| of each row; 0 of an empty one."""
+    return x.abs().amax(1) if x.shape[1] else x.sum(1)
 
 
 # saved: max|x|, how many attain it
 def l_inf_fwd(weights, d=1, layout="output"):
     saved = []
     for _, x in _each(weights, d, layout):
-        top = x.abs().amax(1)
+        top = _top(x)
         saved.append(torch.stack([top, (x.abs() == top[:, None]).sum(1).to(x.dtype)], 1))
     saved = torch.stack(saved)
     return saved[..., 0].sum(1), saved
@@ -70,6 +75,9 @@ def margin_bwd(grad, weights, M, k, saved, d=1, layout="output"):
 def _soft_extremes(weights, alpha, d, layout):
     saved = []
     for i, x in _each(weights, d, layout):
+        if x.shape[1] == 0:  # no range
+            saved.append(x.new_zeros(d, 8))
+            continue
         a = alpha[i]
         high, low = torch.where(a >= 0, x.amax(1), x.amin(1)), torch.where(a >= 0, x.amin(1), x.amax(1))
         sides = []
@@ -120,7 +128,7 @@ def _stack(losses, single):
 
 def l_inf(W, *, cluster_dim=1, layout="output"):
     ws, single = checks.weights(W, cluster_dim, layout)
-    return _stack([columns(w, cluster_dim, layout).abs().amax(1).sum() for w in ws], single)
+    return _stack([_top(columns(w, cluster_dim, layout)).sum() for w in ws], single)
 
 
 def margin(W, M, *, k=1, cluster_dim=1, layout="output"):

@@ -44,7 +44,10 @@ class WeightStats(NamedTuple):
 
 def _moments(x):
     """min, max, mean, unbiased std, and mean z^3, mean z^4 with that std; spread, skew and kurtosis are 0 for a
-    constant x."""
+    constant x, and for an empty one all but its minimum inf and its maximum -inf."""
+    if x.numel() == 0:
+        nothing = x.sum()
+        return nothing + torch.inf, nothing - torch.inf, nothing, nothing, nothing, nothing
     low, high, mean = x.amin(), x.amax(), x.mean()
     centred = torch.where(high == low, 0, x - mean)
     std = (centred.square().sum() / max(x.numel() - 1, 1)).sqrt()
@@ -78,7 +81,8 @@ def weight_stats_fwd(weights):
     rows = []
     for _, x in _each(weights):
         low, high, mean, std, _, kurtosis = _moments(x)
-        rows.append(torch.stack([low, high, mean, std, kurtosis, x.abs().amax()]))
+        top = x.abs().amax() if x.numel() else x.new_zeros(())
+        rows.append(torch.stack([low, high, mean, std, kurtosis, top]))
     return torch.stack(rows)
 
 
@@ -126,7 +130,7 @@ def msqe_fwd(weights, step, bits):
     for i, x in _each(weights):
         s, c = _quantized(x, step[i, 0], bits)
         error = x - s * c
-        loss.append(error.square().mean())
+        loss.append(error.square().sum() / max(x.numel(), 1))
         saved.append((error * c).sum().reshape(1, 1))
     return torch.stack(loss), torch.stack(saved)
 
@@ -134,27 +138,33 @@ def msqe_fwd(weights, step, bits):
 def msqe_bwd(grad, weights, step, saved, bits):
     def formula(i, x):
         s, c = _quantized(x, step[i, 0], bits)
-        return 2 / x.numel() * grad[i] * (x - s * c)
+        return 2 / max(x.numel(), 1) * grad[i] * (x - s * c)
 
-    numel = torch.tensor([w.numel() for w in weights], dtype=step.dtype, device=step.device)
+    numel = torch.tensor([max(w.numel(), 1) for w in weights], dtype=step.dtype, device=step.device)
     return _gradients(weights, formula), (-2 * grad / numel)[:, None] * saved[..., 0]
+
+
+def _numel(x, theta):
+    """NaN where theta is."""
+    return torch.where(theta.isnan(), theta, max(x.numel(), 1))
 
 
 # rank: (L,) int64, which of the sorted |w| is theta, from 1; below it: NaN. saved: (L, 1, 1), theta
 def partial_l2_fwd(weights, rank):
     loss, saved = [], []
     for i, x in _each(weights):
-        theta = x.abs().sort().values.gather(0, (rank[i : i + 1] - 1).clamp(min=0))
+        sizes = x.abs().sort().values if x.numel() else x.new_zeros(1)
+        theta = sizes.gather(0, (rank[i : i + 1] - 1).clamp(min=0))
         theta = torch.where(rank[i] < 1, torch.nan, theta[0])
         saved.append(theta.reshape(1, 1))
-        loss.append(torch.where(x.abs() > theta, 0, x.square()).sum() / torch.where(theta.isnan(), theta, x.numel()))
+        loss.append(torch.where(x.abs() > theta, 0, x.square()).sum() / _numel(x, theta))
     return torch.stack(loss), torch.stack(saved)
 
 
 def partial_l2_bwd(grad, weights, rank, saved):
     def formula(i, x):
         theta = saved[i, 0, 0]
-        return torch.where(x.abs() > theta, 0, 2 / torch.where(theta.isnan(), theta, x.numel()) * grad[i] * x)
+        return torch.where(x.abs() > theta, 0, 2 / _numel(x, theta) * grad[i] * x)
 
     return _gradients(weights, formula)
 
@@ -247,7 +257,7 @@ def msqe(W, step, bits):
     losses = []
     for i, x in _each(ws):
         s, c = _quantized(x, step[i, 0], bits)
-        losses.append((x - s * c.detach()).square().mean())
+        losses.append((x - s * c.detach()).square().sum() / max(x.numel(), 1))
     return losses[0] if single else torch.stack(losses)
 
 
@@ -258,10 +268,7 @@ def partial_l2(W, fraction):
     for i, x in _each(ws):
         with torch.no_grad():
             _, theta = partial_l2_fwd([x], rank[i : i + 1])
-        losses.append(
-            torch.where(x.abs() > theta[0, 0, 0], 0, x.square()).sum()
-            / torch.where(theta[0, 0, 0].isnan(), theta[0, 0, 0], x.numel())
-        )
+        losses.append(torch.where(x.abs() > theta[0, 0, 0], 0, x.square()).sum() / _numel(x, theta[0, 0, 0]))
     return losses[0] if single else torch.stack(losses)
 
 

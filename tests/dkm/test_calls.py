@@ -122,14 +122,6 @@ def test_not_converged_warns(device):
         )
 
 
-def test_second_derivatives_raise(device, variant):
-    w = numbers(5, 3, device=device).requires_grad_()
-    (g,) = torch.autograd.grad(r2.dkm(w, start(2, device=device), 0.5)[0].sum(), w, create_graph=False)
-    assert g.isfinite().all()
-    with pytest.raises(RuntimeError, match="second derivatives"):
-        torch.autograd.grad(r2.dkm(w, start(2, device=device), 0.5)[0].sum(), w, create_graph=True)
-
-
 @METRICS
 @pytest.mark.parametrize("d", [1, 2])
 def test_opcheck(d, metric, device):
@@ -216,3 +208,28 @@ def test_saved_for_backward_is_w_and_little_else(metric, gradient, device, varia
         r2.dkm(w, start(k, device=device).float(), 0.05, iterations=iterations, metric=metric, gradient=gradient)
     sizes = sorted(t.numel() for t in saved)
     assert sizes[-1] == w.numel() and sum(sizes[:-1]) <= (4 * iterations + 2) * k + 1
+
+
+@pytest.mark.parametrize("gradient", ["last", "implicit"])
+def test_compiled_until_it_converges(gradient, device):
+    w, c = numbers(5, 3, device=device).requires_grad_(), start(2, device=device)
+
+    def step(w):
+        return r2.dkm(w, c, 0.5, iterations="converge", gradient=gradient)[0].square().sum()
+
+    results = [f(w) for f in (step, torch.compile(step, fullgraph=True, backend="aot_eager"))]
+    (expected, found), gradients = results, [torch.autograd.grad(y, w)[0] for y in results]
+    assert torch.equal(found, expected) and torch.equal(*gradients)
+
+
+def test_compiled_until_it_converges_unrolled(device):
+    """A graph cannot hold as many iterations as values ask for; without fullgraph it runs beside the graph."""
+    w, c = numbers(5, 3, device=device).requires_grad_(), start(2, device=device)
+
+    def step(w):
+        return r2.dkm(w, c, 0.5, iterations="converge")[0].square().sum()
+
+    with pytest.raises(RuntimeError, match="which no compiled graph can hold; give gradient"):
+        torch.compile(step, fullgraph=True, backend="aot_eager")(w)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(step, backend="aot_eager")(w), step(w))

@@ -133,3 +133,42 @@ def test_train_and_missing_ranges_raise_one_line(record):
     with pytest.raises(RuntimeError, match=r"^the ranges of 0\.weight have no values .* with a batch$"):
         record(model, x)
     assert model[0].weight is model[0]._parameters["weight"]
+
+
+class Owning(nn.Module):
+    """A Quantizer that is a part of the model it is attached to."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+        self.quantizer = Quantizer(self, "lsq", 4, 4)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_torch_export_of_a_model_that_holds_its_quantizer(strict):
+    model, x = Owning().eval(), images()[0]
+    model.quantizer.initialize(x)
+    program = torch.export.export(model, (x[:3],), strict=strict, dynamic_shapes=BATCH)
+    assert_close(program.module()(x), model(x))
+    assert program.state_dict.keys() == model.state_dict().keys()
+
+
+def test_torch_export_of_a_transformer():
+    """Its fused kernel asks every weight whether it requires a gradient, which strict=True cannot tell of ours."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 2, 8, batch_first=True), 1).eval()
+    x = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(0))
+    _owner = Palettizer(model, 2)
+    line = r"fused kernel of nn\.TransformerEncoderLayer with attached weights; give strict=False, or call torch"
+    with pytest.raises(Exception, match=line):
+        torch.export.export(model, (x,), strict=True)
+    expected = model(x)
+    for strict in (True, False):
+        torch.backends.mha.set_fastpath_enabled(not strict)
+        try:
+            program = torch.export.export(model, (x,), strict=strict)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+        assert_close(program.module()(x), expected)

@@ -158,9 +158,9 @@ class ValueDKM:
         of = [self.tensors[i] for i in self.tabled]
         self.listed, self.table, self.plan, _ = native.listed(of, 1, "output", lists.row_plan)
         self.most = native.contract["half_values"]
-        self.slots = torch.empty(len(of), self.most, dtype=torch.uint16)
-        values, self.counts = torch.empty(2, len(of), self.most)
-        self.sizes = torch.empty(len(of), dtype=torch.int64)
+        self.slots = torch.empty(len(of), self.most, dtype=torch.uint16, device="cpu")
+        values, self.counts = torch.empty(2, len(of), self.most, dtype=torch.float32, device="cpu")
+        self.sizes = torch.empty(len(of), dtype=torch.int64, device="cpu")
         self._call(native.library.dkm_collect, values=values, counts=self.counts)
         self.values = [w if w.numel() >= least else w.float() for w in self.tensors]
         counts = array("q", [0] * len(weights))
@@ -205,7 +205,7 @@ class ValueDKM:
 
     def upstream(self, c, grads):
         grads = lists.like_weights(grads, self.tensors)
-        sums = torch.empty(len(self.tabled), self.most)
+        sums = torch.empty(len(self.tabled), self.most, dtype=torch.float32, device="cpu")
         self._call(self.native.library.dkm_sum_by_value, grads=grads, sums=sums)
         rows = {i: row for row, i in enumerate(self.tabled)}
         self.sums = [sums[rows[i], : self.values[i].numel()] if i in rows else g.float() for i, g in enumerate(grads)]

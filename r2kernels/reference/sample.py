@@ -25,10 +25,11 @@ def sample(w):
 
 
 def sampled_std_fwd(weights):
-    """(L,) unbiased standard deviations, 0 of one number; summed in float64, which no square of a float32 leaves."""
+    """(L,) unbiased standard deviations, 0 of one number or none; summed in float64, which no square of a float32
+    leaves."""
     stds = []
     for w in weights:
-        x = sample(w).double()
+        x = sample(w).double() if w.numel() else w.new_zeros(1, dtype=torch.float64)
         std = ((x - x.mean()).square().sum() / max(x.numel() - 1, 1)).sqrt()
         stds.append(torch.where(x.amin() == x.amax(), 0, std).to(accumulator(w.dtype)))
     return torch.stack(stds)

@@ -47,13 +47,14 @@ def _sum(x, axis=None):
     """Over everything, or over all but the axis: (1,) or (C,)."""
     if axis is None:
         return x.sum().reshape(1)
-    channels = x.shape[axis]
-    return x.movedim(axis, 0).reshape(channels, x.numel() // max(channels, 1)).sum(1)
+    return x.movedim(axis, 0).reshape(x.shape[axis], -1).sum(1) if x.numel() else x.new_zeros(x.shape[axis])
 
 
 def _channel(x, axis):
     """How many numbers share a step; 1 where there are none."""
-    return max(x.numel() // (1 if axis is None else max(x.shape[axis], 1)), 1)
+    if x.numel() == 0:
+        return 1
+    return x.numel() if axis is None else x.numel() // x.shape[axis]
 
 
 def _sign(v):

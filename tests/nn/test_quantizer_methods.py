@@ -234,3 +234,14 @@ def test_delta_of_inputs_and_what_it_needs():
     quantizer.initialize(x)
     with pytest.raises(ValueError, match='method "ewgs" and delta "hessian"'):
         quantizer.estimate_delta(closure)
+
+
+def test_delta_before_a_batch_norm():
+    """Its buffers are restored once the gradients, which need them as they were, have been taken."""
+    model, (x, y) = plain(), images()
+    quantizer = Quantizer(model, "ewgs", 4, 4, overrides={"*": {"delta": "hessian"}})
+    quantizer.initialize(x)
+    before = values(model)
+    quantizer.estimate_delta(lambda: nn.functional.cross_entropy(model(x), y), probes=1)
+    assert_equal(before, values(model))
+    assert quantizer.weights._modules["0/weight"].delta != pytest.approx(1e-3)

@@ -16,7 +16,8 @@ test: $(VENV)/.built $(TRITON36)/.built
 	$(VENV)/bin/python -m pytest tests
 
 # AddressSanitizer and UndefinedBehaviorSanitizer over the extension on the CPU: every op, and the tests of files, on a
-# build of its own in build/sanitize. About 15 minutes on two cores; ends at the first report. Needs g++.
+# build of its own in build/sanitize, which takes most of some ten minutes on two cores. Ends at the first report. Needs
+# g++.
 sanitize: $(VENV)/.built
 	$(VENV)/bin/python tests/sanitize/run.py
 

@@ -1,6 +1,7 @@
 """Checkpoints that are read, and palettized files that are written and read.
 
 checkpoint      reads .safetensors, .pt and .pth
+paths           files opened to be read, and put in place as a whole or not at all
 container       safetensors files byte by byte, and their checksums
 format          what is in a palettized file
 saving          writes one: `save_palettized`, `save_quantized`

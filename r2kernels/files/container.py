@@ -5,11 +5,9 @@ strings), and the data. Checksums are CRC-32: `Writer.add` gives that of a tenso
 header into the header; `Reader.read` and `Reader.check_header` compare them.
 """
 
-import contextlib
 import json
 import math
 import os
-import secrets
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from .checkpoint import CheckpointError
+from .paths import open_regular
 
 DTYPES = {
     name: getattr(torch, dtype)
@@ -45,27 +44,6 @@ MOST_DIMENSIONS = 32
 MOVED = 2**24  # bytes at once
 NO_CHECKSUM = "0" * 8
 CHECKSUM_PREFIX = b'{"__metadata__":{"checksum":"'  # how a header that has a checksum begins
-
-
-@contextlib.contextmanager
-def replacing(path, overwrite=True):
-    """A new file that takes the place of `path` at the end of the block, or vanishes on an error.
-
-    FileExistsError where there is one and not `overwrite`.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".r2kernels-{secrets.token_hex(6)}.tmp")
-    try:
-        with temporary.open("x+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if not overwrite:
-            path.open("xb").close()
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def checksum(data, before=0):
@@ -166,7 +144,7 @@ class Reader:
     def __init__(self, path):
         self.path = Path(path)
         try:
-            self.file = self.path.open("rb")
+            self.file = open_regular(self.path)
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror}") from error
         try:

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from ..reference.checks import DTYPES
+from .paths import open_regular
 
 NESTED = ("state_dict", "model", "model_state_dict", "module")
+MOST_TIMES, ALWAYS_READ = 64, 2**26  # bytes of tensors that share what is stored once
 _EXPECTED = f"a checkpoint is a state dict (name -> tensor), or has one under {', '.join(NESTED)}"
 
 
@@ -89,7 +91,7 @@ def _check_file(path):
     try:
         if path.is_dir():
             raise CheckpointError(f"{path}: is a directory; a checkpoint is one {', '.join(_OPENERS)} file")
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             if not file.read(1):
                 raise CheckpointError(f"{path}: is empty")
     except OSError as error:
@@ -140,6 +142,23 @@ def _open_torch(checkpoint, key):
             raise CheckpointError(f"{path}: {name} is a {kind}; only dense tensors with data are supported")
     checkpoint.entries = [Entry(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
     checkpoint._get, checkpoint.aliases = tensors.get, same_tensors(tensors)
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in tensors.values())}
+    reason = too_repeated((e for e in checkpoint.entries if e.name not in checkpoint.aliases), sum(storages.values()))
+    if reason:
+        raise CheckpointError(f"{path}: {reason}")
+
+
+def too_repeated(entries, held):
+    """Why a file that holds so many bytes may not make tensors like these of them, or None."""
+    sizes = {entry.name: math.prod(entry.shape) * entry.dtype.itemsize for entry in entries}
+    total = sum(sizes.values())
+    if total <= max(MOST_TIMES * held, ALWAYS_READ):
+        return None
+    name = max(sizes, key=sizes.get)
+    return (
+        f"its tensors would take {total:,} bytes (the largest, {name}, {sizes[name]:,}) but share {held:,}; "
+        f"allowed are {MOST_TIMES} times as many, or {ALWAYS_READ:,}"
+    )
 
 
 def same_tensors(tensors):
@@ -156,10 +175,18 @@ def _load_torch(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=_mappable(path))
     except Exception as error:  # bytes that are not a checkpoint make the unpickler raise anything
         reason = _refusal(str(error)) or f"is truncated, corrupt or not written by torch.save ({_first_line(error)})"
         raise CheckpointError(f"{path}: {reason}") from error
+
+
+def _mappable(path):
+    """Whether tensors lie in a file as they are in memory: a zip archive with no member compressed."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
 
 
 def _refusal(message):

@@ -182,11 +182,11 @@ class Reader:
         """A dictionary, without a name that occurs twice, nor numbers that are not ints."""
 
         def unique(pairs):
-            if len(dict(pairs)) < len(pairs):
+            found = dict(pairs)
+            if len(found) < len(pairs):
                 raise ValueError("a name occurs twice")
-            for name, _ in pairs:
-                name.encode()
-            return dict(pairs)
+            "".join(found).encode()
+            return found
 
         def refuse(number):
             raise ValueError(f"{number[:20]} is not an int")
@@ -214,7 +214,7 @@ class Reader:
     def shape(self, name, value):
         """A shape whose numbers of elements and bytes no arithmetic overflows."""
         shape = tuple(self._ints(name, value))
-        if len(shape) > MOST_DIMENSIONS or math.prod(max(n, 1) for n in shape) * 16 >= 2**63:
+        if len(shape) > MOST_DIMENSIONS or math.prod(n or 1 for n in shape) * 16 >= 2**63:
             raise self.error(f"{name} has a shape that is too large")
         return shape
 
@@ -222,7 +222,8 @@ class Reader:
         if (
             not isinstance(value, list)
             or len(value) != (len(value) if count is None else count)
-            or not all(type(n) is int and n >= 0 for n in value)
+            or not {*map(type, value)} <= {int}
+            or min(value, default=0) < 0
         ):
             raise self.error(f"{name} has a shape or offsets that are not ints >= 0")
         return value

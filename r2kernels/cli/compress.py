@@ -230,10 +230,8 @@ def _expand_torch(file, planned, out, folder, advance):
         state = {entry.name: tensors[file.aliases.get(entry.name, entry.name)] for entry in file.entries}
         try:
             torch.save(state, out)
-        except RuntimeError as error:  # torch's own, of its archive, hides that of a full disk
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
+        except RuntimeError as error:  # torch's own, of its archive, hides a full disk or Ctrl-C
+            raise (error.__context__ or error) from None
 
 
 def _mapped(memory, planned, at):

@@ -1,6 +1,7 @@
 """What commands leave behind: a file as a whole or not at all, with the mode and in the place that it had."""
 
 import contextlib
+import io
 import json
 import os
 import resource
@@ -301,6 +302,24 @@ def test_signals_leave_nothing(tmp_path, model, number, said):
         assert running.wait(60) == 128 + number
     assert listing(tmp_path) == ["a.safetensors", "model.safetensors"]
     assert out.read_text() == "mine"
+
+
+def test_ctrl_c_within_torch_save(capsys, tmp_path, small, monkeypatch):
+    """torch closes its archive, which fails too."""
+
+    class Interrupted(io.BufferedRandom):
+        def write(self, data):
+            raise KeyboardInterrupt
+
+    def interrupted(name, mode, **options):
+        if mode == "rb":
+            return open(name, mode)
+        return Interrupted(open(name, mode, **options).detach())
+
+    before = listing(tmp_path)
+    monkeypatch.setattr(paths, "open", interrupted, raising=False)
+    assert command(capsys, "expand", small, "-o", tmp_path / "a.pt") == (130, "", "r2kernels: interrupted\n")
+    assert listing(tmp_path) == before
 
 
 def test_the_handler_of_signals_stays(capsys):

@@ -9,6 +9,8 @@ from r2kernels.files import container
 from r2kernels.files.checkpoint import CheckpointError
 from r2kernels.files.loading import load_palettized
 
+NESTED = {"weights", "aliases", "inputs", "user"}  # texts of the metadata that are JSON
+
 
 def raw(tensor):
     return tensor.dtype, tensor.shape, bytes(container.as_bytes(tensor))
@@ -34,7 +36,7 @@ def refused(path, data, match=": "):
 def parsed(data):
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
-    for key in ("weights", "aliases"):
+    for key in NESTED & header["__metadata__"].keys():
         header["__metadata__"][key] = json.loads(header["__metadata__"][key])
     return header, data[end:]
 

@@ -1,7 +1,7 @@
 """Reading checkpoints tensor by tensor: .safetensors, .pt, .pth.
 
-A large file is mapped into memory, never loaded whole; the exception is a .pt or .pth in torch's format from before
-1.6, which can only be loaded at once. No code from a file is ever run.
+A large file is mapped into memory, never loaded whole; the exceptions are a .pt or .pth in torch's format from before
+1.6 and one whose archive was compressed anew, which can only be loaded at once. No code from a file is ever run.
 """
 
 import math
@@ -19,7 +19,8 @@ from ..reference.checks import DTYPES
 from .paths import open_regular
 
 NESTED = ("state_dict", "model", "model_state_dict", "module")
-MOST_TIMES, ALWAYS_READ = 64, 2**26  # bytes of tensors that share what is stored once
+# Tensors that share what is stored once may take MOST_TIMES as many bytes as that, and always ALWAYS_READ together.
+MOST_TIMES, ALWAYS_READ = 64, 2**26
 _EXPECTED = f"a checkpoint is a state dict (name -> tensor), or has one under {', '.join(NESTED)}"
 
 

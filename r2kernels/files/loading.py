@@ -23,7 +23,8 @@ def load_palettized(path):
 
     Of a file that `save_palettized`, `save_quantized`, or `compress` and `quantize` on the command line wrote. The
     whole file is checked. ValueError names the tensor that is wrong: truncated, changed, too long, of another version,
-    of a size that does not agree with its bytes. No code from a file is ever run.
+    of a size that does not agree with its bytes. Several names of a tensor are one tensor; were each a copy, all would
+    take at most 64 times the bytes of those without, or 64 MiB. No code from a file is ever run.
     """
     with Palettized(path) as file:
         tensors = {entry.name: tensor for entry, tensor in file.read(file.own)}

@@ -24,8 +24,9 @@ def save_palettized(palettizer, path, *, entropy=None):
     `load_palettized` reads them back, bit for bit as `remove(bake=True)` leaves them. All other parameters and buffers
     of the model's state_dict are kept as they are; a tensor with several names is stored once. entropy: None packs
     codes into `bits` bits each; "huffman" codes those weights by which the file becomes smaller. A weight with a NaN or
-    an infinity is stored dense, with a warning. The file is replaced as a whole or not at all. TypeError or ValueError
-    names the tensor that cannot be stored.
+    an infinity is stored dense, with a warning. The file is replaced as a whole or not at all, and keeps its mode; of a
+    symlink what it leads to is replaced. TypeError or ValueError names the tensor that cannot be stored, and OSError
+    says why the file cannot be written.
     """
     _save_attached(palettizer, palettizer.clustered(), path, entropy)
 

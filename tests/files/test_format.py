@@ -346,17 +346,6 @@ def test_what_cannot_be_saved(tmp_path, form, state, message):
     assert os.listdir(tmp_path) == []
 
 
-def test_many_names_of_a_weight(tmp_path):
-    """One tensor; more than a dense file could hold are not saved, for `load_palettized` would refuse them."""
-    w, made = draw((100, 1700)), clustered((100, 1700))
-    save_clustered({"0": made}, {str(i): w for i in range(64)}, tmp_path / "f")
-    found = load_palettized(tmp_path / "f")
-    assert len(found) == 64 and all(tensor is found["0"] for tensor in found.values())
-    with pytest.raises(ValueError, match=r"^its tensors would take 136,000,000 bytes .* but share 680,000; allowed"):
-        save_clustered({"0": made}, {str(i): w for i in range(200)}, tmp_path / "f")
-    assert len(load_palettized(tmp_path / "f")) == 64
-
-
 def test_an_entropy_code_never_makes_a_file_larger(tmp_path):
     """Names, shapes and the places of more parts count too; nor does asking for it where it does not pay."""
     for count, rows in itertools.product((1, 5), (4, 10, 20, 40, 80, 200, 1000)):

@@ -7,7 +7,7 @@ import json
 import zlib
 
 import torch
-from files.stored import NESTED, parsed, raw, sealed
+from files.stored import parsed, raw, sealed
 
 import r2kernels
 from r2kernels.files.checkpoint import CheckpointError
@@ -20,6 +20,7 @@ from r2kernels.files.uniform import Grid
 from r2kernels.nn.clipping import coded
 
 NUMBERS = (-1, 0, 1, 2, 3, 7, 8, 9, 64, 255, 256, 65536, 2**31, 2**32, 2**62, 2**63, 2**64, 10**40)
+NESTED = ("weights", "aliases", "inputs", "user")  # texts of the metadata that are JSON
 VALUES = (*NUMBERS, 0.5, True, None, "", "F32", "output", "uniform", "a", "0x1p-3", [], {})
 SMALL = [
     ((10, 7, 3), Form(2), Grid(2), torch.float32, None),
@@ -117,7 +118,7 @@ def with_checksums(header, data):
 def resealed(data):
     """The file with the checksums that it would have if it were meant, where there is a header to put them into."""
     try:
-        header, content = parsed(data)
+        header, content = parsed(data, NESTED)
         return sealed(with_checksums(header, content), content)
     except (TypeError, LookupError, ValueError, AttributeError, RecursionError):
         return data
@@ -140,7 +141,7 @@ def mutated(data, rng):
     """A file that is like this one, but for a change or two."""
     if rng.random() < 0.1:
         return changed_bytes(data, rng)
-    header, content = parsed(data)
+    header, content = parsed(data, NESTED)
     try:
         for _ in range(rng.choice((1, 1, 1, 2))):
             header, content = rng.choice((with_changed_header, with_changed_part))(header, content, rng)

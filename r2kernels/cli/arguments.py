@@ -175,7 +175,11 @@ def add_coding(parser):
 
 
 def add_force(parser):
-    parser.add_argument("--force", action="store_true", help="overwrite files that exist")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="overwrite files that exist: they keep their mode, and a symlink stays: what it leads to is overwritten",
+    )
 
 
 def size(text):

@@ -138,6 +138,8 @@ def run_demo(args):
 
     plot = figure_path(args.out or arguments.DEMO_PLOT, args.force or not args.out)
     data = args.json and output_path(args.json, args.force)
+    if data == plot:
+        raise BadInput(f"{plot}: --out and --json are the same file")
     _check_backend(demo.default_device())
     with progress("training", demo.steps(args.seeds, args.epochs)) as advance:
         result = demo.run(seeds=args.seeds, epochs=args.epochs, advance=advance)

@@ -17,6 +17,7 @@ from ..files import container
 from ..files.checkpoint import CheckpointError
 from ..files.clustered import Clustered, Form, divided
 from ..files.format import Planned
+from ..files.paths import replacing
 from ..files.saving import by_alignment, saving
 from ..nn.clipping import coded
 from ..nn.clustering import few_rows, fitted, lost
@@ -198,7 +199,7 @@ def expand(file, path, *, overwrite=False, advance=lambda elements: None):
     entries = file.entries if path.suffix.lower() == ".safetensors" else file.own
     planned = by_alignment([Planned(*entry) for entry in entries])
     size = sum(math.prod(p.shape) * p.dtype.itemsize for p in planned)
-    with container.replacing(path, overwrite) as out:
+    with replacing(path, overwrite) as out:
         if path.suffix.lower() == ".safetensors":
             write_dense(file, planned, out, size, advance)
         else:
@@ -230,7 +231,11 @@ def _expand_torch(file, planned, out, folder, advance):
         spool.flush()
         mapped = mmap.mmap(spool.fileno(), 0) if spool.tell() else b""
         tensors = {name: _mapped(mapped, *place) for name, place in places.items()}
-        torch.save({entry.name: tensors[file.aliases.get(entry.name, entry.name)] for entry in file.entries}, out)
+        state = {entry.name: tensors[file.aliases.get(entry.name, entry.name)] for entry in file.entries}
+        try:
+            torch.save(state, out)
+        except RuntimeError as error:  # torch's own, of its archive, hides a full disk or Ctrl-C
+            raise (error.__context__ or error) from None
 
 
 def _mapped(memory, planned, at):

@@ -2,7 +2,10 @@
 
 import contextlib
 import io
+import os
 from pathlib import Path
+
+from ..files.paths import mode_of, replacing
 
 
 class BadInput(Exception):
@@ -12,14 +15,14 @@ class BadInput(Exception):
 def output_path(name, force):
     """The path, checked before any work is done for it."""
     path = Path(name)
-    if path.is_dir():
-        raise BadInput(f"{path}: is a directory")
-    if path.exists() and not path.is_file():
-        raise BadInput(f"{path}: is not a regular file")
-    if not path.parent.is_dir():
-        raise BadInput(f"{path}: there is no directory {path.parent}")
-    if path.exists() and not force:
-        raise BadInput(f"{path}: exists already; --force overwrites it")
+    with writable(path):
+        folder = Path(os.path.realpath(path)).parent  # of what a symlink leads to
+        if not folder.is_dir():
+            raise BadInput(f"{path}: there is no directory {folder}")
+        with contextlib.suppress(FileNotFoundError):
+            mode_of(path)
+            if not force:
+                raise BadInput(f"{path}: exists already; --force overwrites it")
     return path
 
 
@@ -45,6 +48,9 @@ def writable(path):
     """Within the block an error of the operating system is bad input: `path` cannot be written."""
     try:
         yield
+    except FileExistsError as error:
+        reason = "exists already, written meanwhile by another process"
+        raise BadInput(f"{path}: {reason}; --force overwrites it") from error
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}") from error
 
@@ -56,5 +62,5 @@ def save_figure(figure, path, force):
 
 
 def write(path, content, force):
-    with writable(path), path.open("wb" if force else "xb") as file:
+    with writable(path), replacing(path, force) as file:
         file.write(content)

@@ -8,9 +8,9 @@ import secrets
 import shutil
 from pathlib import Path
 
-from ..files import container
 from ..files.folders import INDEX
 from ..files.format import Planned
+from ..files.paths import replacing
 from ..files.saving import by_alignment
 from .compress import SUFFIXES, write_dense
 from .outputs import BadInput
@@ -44,12 +44,12 @@ def expand(file, path, most, *, advance=lambda elements: None):
     total, files = sum(map(nbytes, shards)), dict(zip(names, shards, strict=True))
     with _new_folder(path) as folder:
         for name, shard in files.items():
-            with container.replacing(folder / name) as out:
+            with replacing(folder / name) as out:
                 write_dense(file, by_alignment(shard), out, nbytes(shard), advance)
         if len(shards) > 1:
             weight_map = {p.name: name for name, shard in files.items() for p in shard}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            with container.replacing(folder / f"{MODEL}{INDEX}") as out:
+            with replacing(folder / f"{MODEL}{INDEX}") as out:
                 out.write(json.dumps(index, indent=2).encode())
             names = [*names, f"{MODEL}{INDEX}"]
     return total, names

@@ -24,13 +24,14 @@ def measure(checkpoint, *, ends=(), advance=lambda elements: None):
     """
     weights = [entry for entry in checkpoint.weights if entry.name not in checkpoint.aliases]
     outer = _ends(checkpoint, [entry.name for entry in weights], ends)
+    inner = {entry.name for entry in weights} - {*outer}
     stored = [entry for entry in checkpoint.entries if entry.name not in checkpoint.aliases]
     dense = sum(entry.numel * entry.dtype.itemsize for entry in stored)
     found = {bits: {scope: dict.fromkeys(KINDS, dense) for scope in SCOPES} for bits in BITS}
     for entry, w in checkpoint.read(weights):
         for bits in BITS:
             saved = _saved(w, Form(bits))
-            for scope in SCOPES if entry.name not in outer else ("all",):
+            for scope in SCOPES if entry.name in inner else ("all",):
                 for kind, less in saved.items():
                     found[bits][scope][kind] -= less
         advance(entry.numel)

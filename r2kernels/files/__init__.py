@@ -2,6 +2,7 @@
 
 checkpoint      reads .safetensors and files of torch.save
 folders         reads folders of Hugging Face, and checkpoints in shards
+paths           files opened to be read, and put in place as a whole or not at all
 container       safetensors files byte by byte, and their checksums
 format          what is in a palettized file
 saving          writes one: `save_palettized`, `save_quantized`

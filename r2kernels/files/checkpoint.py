@@ -1,7 +1,7 @@
 """Reading checkpoints tensor by tensor: .safetensors, and what torch.save writes. `folders` reads those in shards.
 
-A large file is mapped into memory, never loaded whole; the exception is one in torch's format from before 1.6, which
-can only be loaded at once. No code from a file is ever run.
+A large file is mapped into memory, never loaded whole; the exceptions are one in torch's format from before 1.6 and one
+whose archive was compressed anew, which can only be loaded at once. No code from a file is ever run.
 """
 
 import math
@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 
 from ..reference.checks import DTYPES
+from .paths import open_regular
 
 NESTED = ("state_dict", "model", "model_state_dict", "module")
 _INTEGERS = {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
 _POINTER = b"version https://git-lfs"
+# Tensors that share what is stored once may take MOST_TIMES as many bytes as that, and always ALWAYS_READ together.
+MOST_TIMES, ALWAYS_READ = 64, 2**26
 _EXPECTED = f"a checkpoint is a state dict (name -> tensor), or has one under {', '.join(NESTED)}"
 
 
@@ -113,7 +116,7 @@ def _check_file(path):
     try:
         if path.is_dir():
             raise CheckpointError(f"{path}: is a directory; a checkpoint is one {', '.join(_OPENERS)} file")
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             if not file.read(1):
                 raise CheckpointError(f"{path}: is empty")
     except OSError as error:
@@ -183,6 +186,23 @@ def _open_torch(checkpoint, key):
             raise CheckpointError(f"{path}: {name} is a {kind}; only dense tensors with data are supported")
     checkpoint.entries = [Entry(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
     checkpoint._get, checkpoint.aliases = tensors.get, same_tensors(tensors)
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in tensors.values())}
+    reason = too_repeated((e for e in checkpoint.entries if e.name not in checkpoint.aliases), sum(storages.values()))
+    if reason:
+        raise CheckpointError(f"{path}: {reason}")
+
+
+def too_repeated(entries, held):
+    """Why a file that holds so many bytes may not make tensors like these of them, or None."""
+    sizes = {entry.name: math.prod(entry.shape) * entry.dtype.itemsize for entry in entries}
+    total = sum(sizes.values())
+    if total <= max(MOST_TIMES * held, ALWAYS_READ):
+        return None
+    name = max(sizes, key=sizes.get)
+    return (
+        f"its tensors would take {total:,} bytes (the largest, {name}, {sizes[name]:,}) but share {held:,}; "
+        f"allowed are {MOST_TIMES} times as many, or {ALWAYS_READ:,}"
+    )
 
 
 def _kind(tensor):
@@ -208,10 +228,18 @@ def _load_torch(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=_mappable(path))
     except Exception as error:  # bytes that are not a checkpoint make the unpickler raise anything
         reason = _refusal(str(error)) or f"is truncated, corrupt or not written by torch.save ({_first_line(error)})"
         raise CheckpointError(f"{path}: {reason}") from error
+
+
+def _mappable(path):
+    """Whether tensors lie in a file as they are in memory: a zip archive with no member compressed."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
 
 
 def _refusal(message):

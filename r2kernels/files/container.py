@@ -5,11 +5,9 @@ strings), and the data. Checksums are CRC-32: `Writer.add` gives that of a tenso
 header into the header; `Reader.read` and `Reader.check_header` compare them.
 """
 
-import contextlib
 import json
 import math
 import os
-import secrets
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from .checkpoint import CheckpointError
+from .paths import open_regular
 
 DTYPES = {
     name: getattr(torch, dtype)
@@ -48,27 +47,6 @@ MOST_DIMENSIONS = 32
 MOVED = 2**24  # bytes at once
 NO_CHECKSUM = "0" * 8
 CHECKSUM_PREFIX = b'{"__metadata__":{"checksum":"'  # how a header that has a checksum begins
-
-
-@contextlib.contextmanager
-def replacing(path, overwrite=True):
-    """A new file that takes the place of `path` at the end of the block, or vanishes on an error.
-
-    FileExistsError where there is one and not `overwrite`.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".r2kernels-{secrets.token_hex(6)}.tmp")
-    try:
-        with temporary.open("x+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if not overwrite:
-            path.open("xb").close()
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def checksum(data, before=0):
@@ -169,7 +147,7 @@ class Reader:
     def __init__(self, path):
         self.path = Path(path)
         try:
-            self.file = self.path.open("rb")
+            self.file = open_regular(self.path)
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror}") from error
         try:
@@ -207,11 +185,11 @@ class Reader:
         """A dictionary, without a name that occurs twice, nor numbers that are not ints."""
 
         def unique(pairs):
-            if len(dict(pairs)) < len(pairs):
+            found = dict(pairs)
+            if len(found) < len(pairs):
                 raise ValueError("a name occurs twice")
-            for name, _ in pairs:
-                name.encode()
-            return dict(pairs)
+            "".join(found).encode()
+            return found
 
         def refuse(number):
             raise ValueError(f"{number[:20]} is not an int")
@@ -239,7 +217,7 @@ class Reader:
     def shape(self, name, value):
         """A shape whose numbers of elements and bytes no arithmetic overflows."""
         shape = tuple(self._ints(name, value))
-        if len(shape) > MOST_DIMENSIONS or math.prod(max(n, 1) for n in shape) * 16 >= 2**63:
+        if len(shape) > MOST_DIMENSIONS or math.prod(n or 1 for n in shape) * 16 >= 2**63:
             raise self.error(f"{name} has a shape that is too large")
         return shape
 
@@ -247,7 +225,8 @@ class Reader:
         if (
             not isinstance(value, list)
             or len(value) != (len(value) if count is None else count)
-            or not all(type(n) is int and n >= 0 for n in value)
+            or not {*map(type, value)} <= {int}
+            or min(value, default=0) < 0
         ):
             raise self.error(f"{name} has a shape or offsets that are not ints >= 0")
         return value

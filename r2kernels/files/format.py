@@ -17,11 +17,14 @@ metadata holds
 `saving` writes such a file and `loading` reads it; `container` makes both kinds of checksums and checks them.
 """
 
+import math
+from collections import Counter
 from typing import NamedTuple
 
 import torch
 
 from . import container, huffman
+from .checkpoint import too_repeated
 from .clustered import Form
 from .integers import IntegerInput
 from .uniform import Grid
@@ -39,6 +42,23 @@ class Planned(NamedTuple):
     shape: tuple
     dtype: torch.dtype
     form: Form | Grid | None = None
+
+
+def wrong_names(planned, aliases):
+    """Why a file cannot hold tensors and other names of them like these, or None.
+
+    Names may not be those of a part of the file, and not occur twice; aliases may not make more of the tensors than
+    `too_repeated` allows, for a file without aliases, as `expand` writes it, has a copy for each.
+    """
+    parts = [f"{p.name}:{part}" for p in planned if p.form for part in PARTS]
+    names = Counter(["__metadata__", *aliases, *[p.name for p in planned], *parts])
+    twice = [name for name, times in names.items() if times > 1]
+    if twice:
+        return f"{twice[0]} cannot be stored: a part of the file has this name"
+    known = {p.name: p for p in planned}
+    copies = [known[other]._replace(name=name) for name, other in aliases.items() if other in known]
+    held = sum(math.prod(p.shape) * p.dtype.itemsize for p in planned)
+    return too_repeated([*planned, *copies], held) if copies else None
 
 
 def describe(shape, dtype, form, entropy):

@@ -4,7 +4,19 @@ from ..reference.checks import DTYPES
 from . import container, huffman
 from .checkpoint import Checkpoint, CheckpointError, Entry, natural, refuse_key
 from .folders import INDEX, Sharded, chosen
-from .format import ENTROPIES, FORMAT, KINDS, PARTS, VERSION, WITH_INPUTS, parts_of, restored_input, usual_fields
+from .format import (
+    ENTROPIES,
+    FORMAT,
+    KINDS,
+    PARTS,
+    VERSION,
+    WITH_INPUTS,
+    Planned,
+    parts_of,
+    restored_input,
+    usual_fields,
+    wrong_names,
+)
 
 
 def load_palettized(path):
@@ -12,7 +24,8 @@ def load_palettized(path):
 
     Of a file that `save_palettized`, `save_quantized`, or `compress` and `quantize` on the command line wrote. The
     whole file is checked. ValueError names the tensor that is wrong: truncated, changed, too long, of another version,
-    of a size that does not agree with its bytes. No code from a file is ever run.
+    of a size that does not agree with its bytes. Several names of a tensor are one tensor; were each a copy, all would
+    take at most 64 times the bytes of those without, or 64 MiB. No code from a file is ever run.
     """
     with Palettized(path) as file:
         tensors = {entry.name: tensor for entry, tensor in file.read(file.own)}
@@ -71,16 +84,17 @@ class Palettized(Checkpoint):
         }
         for name, (shape, dtype, form, entropy) in self._weights.items():
             self._check_parts(name, form.groups(shape, form.bits), parts_of(shape, dtype, form, entropy), rest)
-        entries = [Entry(name, shape, dtype) for name, (shape, dtype, *_) in self._weights.items()]
-        entries += [Entry(name, stored.shape, stored.dtype) for name, stored in rest.items()]
+        planned = [Planned(name, shape, dtype, form) for name, (shape, dtype, form, _) in self._weights.items()]
+        planned += [Planned(name, stored.shape, stored.dtype) for name, stored in rest.items()]
+        entries = [Entry(*p[:3]) for p in planned]
         known = {entry.name: entry for entry in entries}
         self.own = entries
         self.aliases = reader.json("list of aliases", metadata["aliases"])
         for name, other in self.aliases.items():
             if not isinstance(other, str) or other not in known or name in known:
                 raise self.error(f"{name} is another name of nothing, or a name that occurs twice")
-        if len(known) < len(entries):
-            raise self.error("has a clustered weight and a tensor of the same name")
+        if reason := wrong_names(planned, self.aliases):
+            raise self.error(reason)
         self.entries = sorted(
             entries + [known[other]._replace(name=name) for name, other in self.aliases.items()],
             key=lambda entry: natural(entry.name),

@@ -8,14 +8,14 @@ import contextlib
 import json
 import math
 import warnings
-from collections import Counter
 
 import torch
 
 from . import container, huffman
 from .checkpoint import CheckpointError, same_tensors
 from .clustered import MOST_DIM, Form
-from .format import ENTROPIES, FORMAT, PARTS, VERSION, WITH_INPUTS, Planned, describe, describe_input, parts_of
+from .format import ENTROPIES, FORMAT, VERSION, WITH_INPUTS, Planned, describe, describe_input, parts_of, wrong_names
+from .paths import replacing
 
 
 def save_palettized(palettizer, path, *, entropy=None):
@@ -24,8 +24,9 @@ def save_palettized(palettizer, path, *, entropy=None):
     `load_palettized` reads them back, bit for bit as `remove(bake=True)` leaves them. All other parameters and buffers
     of the model's state_dict are kept as they are; a tensor with several names is stored once. entropy: None packs
     codes into `bits` bits each; "huffman" codes those weights by which the file becomes smaller. A weight with a NaN or
-    an infinity is stored dense, with a warning. The file is replaced as a whole or not at all. TypeError or ValueError
-    names the tensor that cannot be stored.
+    an infinity is stored dense, with a warning. The file is replaced as a whole or not at all, and keeps its mode; of a
+    symlink what it leads to is replaced. TypeError or ValueError names the tensor that cannot be stored, and OSError
+    says why the file cannot be written.
     """
     _save_attached(palettizer, palettizer.clustered(), path, entropy)
 
@@ -98,7 +99,7 @@ def saving(path, planned, aliases=None, *, entropy=None, overwrite=True, user=No
     """
     if entropy not in ENTROPIES:
         raise ValueError(f"entropy must be one of {ENTROPIES}, got {entropy!r}")
-    with container.replacing(path, overwrite) as file:
+    with replacing(path, overwrite) as file:
         saver = Saver(file, planned, aliases or {}, entropy, user, inputs)
         yield saver
         saver.finish()
@@ -114,11 +115,8 @@ class Saver:
     def __init__(self, file, planned, aliases, entropy, user=None, inputs=None):
         self.aliases, self.entropy, self.weights, self.checksums, self.user = aliases, entropy, {}, [], user
         self.inputs = {name: describe_input(levels) for name, levels in (inputs or {}).items()}
-        parts = [f"{p.name}:{part}" for p in planned if p.form for part in PARTS]
-        names = Counter(["__metadata__", *aliases, *[p.name for p in planned], *parts])
-        twice = [name for name, times in names.items() if times > 1]
-        if twice:
-            raise CheckpointError(f"{twice[0]} cannot be stored: a part of the file has this name")
+        if reason := wrong_names(planned, aliases):
+            raise CheckpointError(reason)
         for p in planned:
             container.check_storable(p.name, p.shape, p.dtype)
             if isinstance(p.form, Form) and p.form.cluster_dim > MOST_DIM:

@@ -81,14 +81,6 @@ def test_plot_is_never_overwritten_unasked(capsys, tmp_path, model):
     assert plot.read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_plot_that_appears_meanwhile_is_kept(capsys, tmp_path, model, monkeypatch):
-    plot = tmp_path / "a.png"
-    original = report.layer_figure
-    monkeypatch.setattr(report, "layer_figure", lambda *args: plot.write_text("mine") and original(*args))
-    assert_refused(command(capsys, "report", model, "--plot", plot), "a.png: File exists")
-    assert plot.read_text() == "mine"
-
-
 def test_bad_input(capsys, tmp_path, model):
     (tmp_path / "broken.pt").write_bytes(b"hello world")
     torch.save({"bias": torch.ones(3)}, tmp_path / "bias.pt")

@@ -256,36 +256,6 @@ def test_bad_input(capsys, tmp_path, model):
         assert sorted(os.listdir(tmp_path)) == before, args
 
 
-def test_a_full_disk(capsys, tmp_path, model, monkeypatch):
-    def full(self, name, tensor):
-        raise OSError(28, "No space left on device")
-
-    (tmp_path / "a.safetensors").write_text("mine")
-    monkeypatch.setattr(compress.container.Writer, "add", full)
-    assert_refused(
-        command(capsys, "compress", model, "-o", tmp_path / "a.safetensors", "--bits", 2, "--force"),
-        "a.safetensors: No space left on device",
-    )
-    assert (
-        sorted(os.listdir(tmp_path)) == ["a.safetensors", "model.pt"]
-        and (tmp_path / "a.safetensors").read_text() == "mine"
-    )
-
-
-def test_a_file_that_appears_meanwhile_is_kept(capsys, tmp_path, model, monkeypatch):
-    original = compress.cluster
-
-    def late(*args, **options):
-        (tmp_path / "a.safetensors").write_text("mine")
-        return original(*args, **options)
-
-    monkeypatch.setattr(compress, "cluster", late)
-    assert_refused(
-        command(capsys, "compress", model, "-o", tmp_path / "a.safetensors", "--bits", 2), "a.safetensors: File exists"
-    )
-    assert (tmp_path / "a.safetensors").read_text() == "mine" and len(os.listdir(tmp_path)) == 2
-
-
 def test_ctrl_c_leaves_nothing(capsys, tmp_path, model, monkeypatch):
     def interrupted(*args, **options):
         raise KeyboardInterrupt

@@ -31,10 +31,11 @@ def refused(path, data, match=": "):
     )
 
 
-def parsed(data):
+def parsed(data, nested=("weights", "aliases")):
+    """(header, data) of a file; nested: which texts of its metadata are parsed too, where they are there."""
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
-    for key in ("weights", "aliases"):
+    for key in {*nested} & header["__metadata__"].keys():
         header["__metadata__"][key] = json.loads(header["__metadata__"][key])
     return header, data[end:]
 

@@ -2,6 +2,7 @@
 
 import collections
 import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,51 @@ def test_no_weights(tmp_path):
     checkpoint = Checkpoint(torch_file(tmp_path / "a.pt", {"bias": torch.ones(3)}))
     with pytest.raises(CheckpointError, match=r"no weight .* among its 1 tensors"):
         _ = checkpoint.weights
+
+
+def repacked(path, compression=zipfile.ZIP_DEFLATED, only=None):
+    """The same archive with all its members compressed, or one."""
+    with zipfile.ZipFile(path) as archive:
+        members = {member.filename: archive.read(member) for member in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data, compression if only in (None, name) else zipfile.ZIP_STORED)
+    return path
+
+
+@pytest.mark.parametrize("only", [None, "archive/data/0", "archive/data.pkl"])
+def test_compressed_archives(tmp_path, only):
+    """Mapped into memory, the compressed bytes and those after them would be read as numbers."""
+    state = {"w": torch.arange(1000.0).reshape(10, 100), **STATE, "z": torch.ones(20, 20)}
+    path = repacked(torch_file(tmp_path / "archive.pt", state), only=only)
+    assert_same(contents(Checkpoint(path)), state)
+    with zipfile.ZipFile(path) as archive:
+        assert {m.compress_type for m in archive.infolist()} >= {zipfile.ZIP_DEFLATED}
+
+
+def test_archives_of_other_compressions(tmp_path):
+    path = repacked(torch_file(tmp_path / "archive.pt"), zipfile.ZIP_LZMA)
+    with pytest.raises(CheckpointError, match=r"is truncated, corrupt or not written by torch.save"):
+        Checkpoint(path)
+
+
+def test_tensors_larger_than_their_storage(tmp_path):
+    """Up to a bound, beyond which a few bytes would fill the memory; names of one tensor do not count."""
+    small = torch.arange(3.0).expand(5, 3)
+    assert_same(contents(Checkpoint(torch_file(tmp_path / "a.pt", {"w": small}))), {"w": small})
+    held = torch.ones(2**19)  # 2 MiB, of which 128 MiB may be made
+    fits = {str(i): held[:1].expand(2**18, 2, i) for i in range(1, 5)} | {"w": held}
+    fits |= {f"{i} again": w for i, w in fits.items()}
+    assert [entry.name for entry in Checkpoint(torch_file(tmp_path / "a.pt", fits)).entries] == [*fits]
+    for state in (
+        {"w": torch.zeros(1).expand(200_000, 200_000), "v": torch.ones(3, 3)},
+        {"w": torch.zeros(1).expand(2**24, 2)},
+        {str(i): torch.ones(1).expand(2**20, i) for i in range(1, 9)},
+        {"v": held, "w": held.expand(65, -1)},
+        {str(i): held[i:] for i in range(70)},
+    ):
+        with pytest.raises(CheckpointError, match=r"would take [\d,]+ bytes \(the largest, .* but share [\d,]+; allow"):
+            Checkpoint(torch_file(tmp_path / "a.pt", state))
 
 
 def cut(path, keep):

@@ -60,6 +60,18 @@ def test_a_file_that_is_written_again(tmp_path, small):
     assert len(load_palettized(tmp_path / "f")) == 5
 
 
+def renamed(weight, name):
+    """An edit: another name for a clustered weight."""
+
+    def edit(header):
+        weights = header["__metadata__"]["weights"]
+        weights[name] = weights.pop(weight)
+        for part in [key for key in header if key.startswith(f"{weight}:")]:
+            header[part.replace(weight, name, 1)] = header.pop(part)
+
+    return edit
+
+
 EDITS = {
     "another format": (put("__metadata__", "format", "other"), "is not a palettized file"),
     "no format": (put("__metadata__", "format", KeyError), "is not a palettized file"),
@@ -85,6 +97,22 @@ EDITS = {
     "an alias that exists": (
         put("__metadata__", "aliases", "s", "h"),
         "s is another name of nothing, or a name that occurs twice",
+    ),
+    "an alias of the metadata": (
+        put("__metadata__", "aliases", "__metadata__", "h"),
+        "__metadata__ cannot be stored: a part of the file has this name",
+    ),
+    "an alias of a part": (
+        put("__metadata__", "aliases", "a:lut", "h"),
+        "a:lut cannot be stored: a part of the file has this name",
+    ),
+    "a weight of the metadata": (
+        renamed("a", "__metadata__"),
+        "__metadata__ cannot be stored: a part of the file has this name",
+    ),
+    "many aliases": (
+        put("__metadata__", "aliases", {f"{i}": "h" for i in range(20_000)}),
+        r"its tensors would take 128,006,480 bytes \(the largest, h, 6,400\) but share 6,480; allowed are 64 times",
     ),
     "no description": (weight("a", 3), "a is not described"),
     "less described": (weight("a", "bits", KeyError), "a is not described"),
@@ -189,7 +217,7 @@ def test_lengths_of_headers(tmp_path, small, length):
 
 def test_other_files(tmp_path):
     for path in (tmp_path / "none", tmp_path):
-        with pytest.raises(CheckpointError, match=r"No such file|Is a directory"):
+        with pytest.raises(CheckpointError, match=r"No such file|is a directory"):
             load_palettized(path)
     torch.save({"w": torch.ones(2, 2)}, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match="not a safetensors file"):

@@ -1,5 +1,7 @@
 // How kure, weight_stats, msqe, partial_l2 and bin_reg read one chunk on the CPU, and the gradient of bin_reg.
 #pragma once
+#include <algorithm>
+
 #include "skeletons.h"
 
 #include "../regularizers.h"
@@ -15,7 +17,7 @@ R2_HD Vec<float> clip_<Vec<float>>(Vec<float> v, Vec<float> low, Vec<float> high
 }
 #endif
 
-// The chunk lies in cache: its mean first, then the powers of what is left.
+// The chunk lies in cache: its extremes first, then its mean, then the powers of what is left.
 template <class T, class A>
 R2_HD void moments_chunk(const T* w, int64_t n, A* state) {
   using V = Vec<A>;
@@ -23,18 +25,20 @@ R2_HD void moments_chunk(const T* w, int64_t n, A* state) {
     V wide = {};
     A tail = 0;
   } total;
-  const A pivot = widen(w[0]);
-  sweep(w, n, total.wide, total.tail, [pivot](auto& t, auto x) { t += x - splat<decltype(x)>(pivot); });
+  auto [low, high] = extremes(w, n);
+  const A unit = unit_at(abs_(low) > abs_(high) ? low : high), scale = 1 / unit, pivot = widen(w[0]) * scale;
+  auto above = [scale](auto x, A centre) { return x * splat<decltype(x)>(scale) - splat<decltype(x)>(centre); };
+  sweep(w, n, total.wide, total.tail, [&above, pivot](auto& t, auto x) { t += above(x, pivot); });
   const A mean = A(double(pivot) + (sum(total.wide) + total.tail) / n);
   Moments::Lanes<V> lane = {};
   Moments::Lanes<A> tail = {};
-  sweep(w, n, lane, tail, [mean](auto& l, auto x) { l.add(x - splat<decltype(x)>(mean)); });
-  auto [low, high] = extremes(w, n);
+  sweep(w, n, lane, tail, [&above, mean](auto& l, auto x) { l.add(above(x, mean)); });
   if (!(mean - mean == 0))
     for (int64_t i = 0; i < n; ++i)
       if (widen(w[i]) != widen(w[i])) low = high = A(NAN);
   state[0] = A(n), state[1] = mean + A((sum(lane.m1) + tail.m1) / n), state[2] = A(sum(lane.m2) + tail.m2);
   state[3] = A(sum(lane.m3) + tail.m3), state[4] = A(sum(lane.m4) + tail.m4), state[5] = low, state[6] = high;
+  state[7] = unit;
 }
 
 struct MomentsReader {
@@ -49,16 +53,21 @@ struct MsqeReader {
   static void read(const T* w, int64_t n, Column c, bool, A* state) {
     const Coder<Vec<A>> wide(c.first, c.bits, true);
     const Coder<A> narrow(c.first, c.bits, true);
-    Msqe::Lanes<Vec<A>> lane = {};
-    Msqe::Lanes<A> tail = {};
-    sweep(w, n, lane, tail, [&](auto& l, auto x) {
-      if constexpr (std::is_same<decltype(x), A>::value) {
-        l.add(x, narrow);
-      } else {
-        l.add(x, wide);
-      }
-    });
-    state[0] = A(sum(lane.squares) + tail.squares), state[1] = A(sum(lane.products) + tail.products);
+    ErrorUnit<A> unit(c.first);
+    do {
+      const A inverse = unit.inverse;
+      Msqe::Lanes<Vec<A>> lane = {};
+      Msqe::Lanes<A> tail = {};
+      sweep(w, n, lane, tail, [&](auto& l, auto x) {
+        if constexpr (std::is_same<decltype(x), A>::value) {
+          l.add(x, narrow, inverse);
+        } else {
+          l.add(x, wide, splat<Vec<A>>(inverse));
+        }
+      });
+      state[0] = A(sum(lane.squares) + tail.squares), state[1] = A(sum(lane.products) + tail.products);
+      state[2] = unit.unit;
+    } while (unit.widen(state[0]));
   }
 };
 
@@ -67,9 +76,9 @@ struct PartialL2Reader {
   static void read(const T* w, int64_t n, Column c, bool, A* state) {
     Vec<A> lane = {};
     A tail = 0;
-    const A theta = A(c.first);
-    sweep(w, n, lane, tail, [theta](auto& l, auto x) {
-      auto kept = PartialL2::kept(x, splat<decltype(x)>(theta));
+    const A inverse = 1 / unit_at(A(c.first)), theta = A(c.first) * inverse;
+    sweep(w, n, lane, tail, [inverse, theta](auto& l, auto x) {
+      auto kept = PartialL2::kept(x * splat<decltype(x)>(inverse), splat<decltype(x)>(theta));
       l += kept * kept;
     });
     state[0] = A(sum(lane) + tail);
@@ -82,10 +91,10 @@ struct Binner {
   using A = typename Lane<V>::A;
   using Index = typename Lane<V>::bits;
   Coder<V> coder;
-  V least, offset;
+  V inverse, least, offset;  // inverse: of the unit of errors
 
-  Binner(double step, int bits)
-      : coder(step, bits, true), least(coder.sign ? splat<V>(0) : coder.low),
+  Binner(double step, int bits, A inverse)
+      : coder(step, bits, true), inverse(splat<V>(inverse)), least(coder.sign ? splat<V>(0) : coder.low),
         offset(splat<V>(kRound<A> + (coder.sign ? A(0) : A(1 << (bits - 1))))) {}
 
   struct Error {
@@ -93,7 +102,7 @@ struct Binner {
   };
   // with the code of the first bin where w is NaN
   R2_HD Error error(V w) const {
-    V code = coder(w), e = w - coder.step * code;
+    V code = coder(w), e = (w - coder.step * code) * inverse;
     return {code > coder.low ? code : coder.low, e * e};
   }
   R2_HD Index operator()(V code) const {
@@ -106,10 +115,8 @@ constexpr int kStrip = 512;  // weights whose errors and bins are written down b
 constexpr int kCopies = 8;   // of each bin, so that one addition need not wait for the one before
 
 template <int kBins, class T, class A>
-inline void masked_bins(const T* w, int64_t n, Column c, A* state) {
+inline void masked_bins(const T* w, int64_t n, const Binner<Vec<A>>& wide, const Binner<A>& narrow, A* state) {
   using V = Vec<A>;
-  const Binner<V> wide(c.first, c.bits);
-  const Binner<A> narrow(c.first, c.bits);
   V count[kBins] = {}, error[kBins] = {}, code[kBins];
   for (int b = 0; b < kBins; ++b) code[b] = splat<V>(A(kBins == 2 ? 2 * b - 1 : b - kBins / 2));
   int64_t i = 0;
@@ -132,43 +139,59 @@ inline void masked_bins(const T* w, int64_t n, Column c, A* state) {
 template <class A>
 using Pair __attribute__((vector_size(2 * sizeof(A)))) = A;
 
+template <class T, class A>
+inline void summed_bins(const T* w, int64_t n, int bins, const Binner<Vec<A>>& wide, const Binner<A>& narrow,
+                        A* state) {
+  using V = Vec<A>;
+  alignas(64) A errors[kStrip];
+  alignas(64) typename Lane<A>::bits at[kStrip];
+  alignas(64) Pair<A> sums[256 * kCopies];
+  for (int b = 0; b < bins * kCopies; ++b) sums[b] = Pair<A>{};
+  for (int64_t begin = 0; begin < n; begin += kStrip) {
+    const int64_t size = n - begin < kStrip ? n - begin : kStrip;
+    const T* from = w + begin;
+    int64_t i = 0;
+    for (; i + lanes<V> <= size; i += lanes<V>) {
+      __builtin_prefetch(from + n + i);
+      auto e = wide.error(load<V>(from + i));
+      auto bin = wide(e.code) * kCopies;
+      store(errors + i, e.squared);
+      std::memcpy(at + i, &bin, sizeof(bin));
+    }
+    for (; i < size; ++i) {
+      auto e = narrow.error(widen(from[i]));
+      errors[i] = e.squared, at[i] = narrow(e.code) * kCopies;
+    }
+    for (i = 0; i + kCopies <= size; i += kCopies)
+      for (int j = 0; j < kCopies; ++j) sums[at[i + j] + j] += Pair<A>{1, errors[i + j]};
+    for (; i < size; ++i) sums[at[i]] += Pair<A>{1, errors[i]};
+  }
+  for (int b = 0; b < bins; ++b) {
+    Pair<A> total = {};
+    for (int j = 0; j < kCopies; ++j) total += sums[b * kCopies + j];
+    state[b] = total[0], state[bins + b] = total[1];
+  }
+}
+
 struct BinRegReader {
   template <class T, class A>
   static void read(const T* w, int64_t n, Column c, bool, A* state) {
-    using V = Vec<A>;
     const int bins = 1 << c.bits;
-    if (bins == 2) return masked_bins<2>(w, n, c, state);
-    if (bins == kMasked) return masked_bins<kMasked>(w, n, c, state);
-    const Binner<V> wide(c.first, c.bits);
-    const Binner<A> narrow(c.first, c.bits);
-    alignas(64) A errors[kStrip];
-    alignas(64) typename Lane<A>::bits at[kStrip];
-    alignas(64) Pair<A> sums[256 * kCopies];
-    for (int b = 0; b < bins * kCopies; ++b) sums[b] = Pair<A>{};
-    for (int64_t begin = 0; begin < n; begin += kStrip) {
-      const int64_t size = n - begin < kStrip ? n - begin : kStrip;
-      const T* from = w + begin;
-      int64_t i = 0;
-      for (; i + lanes<V> <= size; i += lanes<V>) {
-        __builtin_prefetch(from + n + i);
-        auto e = wide.error(load<V>(from + i));
-        auto bin = wide(e.code) * kCopies;
-        store(errors + i, e.squared);
-        std::memcpy(at + i, &bin, sizeof(bin));
+    ErrorUnit<A> unit(c.first);
+    A most;
+    do {
+      const Binner<Vec<A>> wide(c.first, c.bits, unit.inverse);
+      const Binner<A> narrow(c.first, c.bits, unit.inverse);
+      if (bins == 2) {
+        masked_bins<2>(w, n, wide, narrow, state);
+      } else if (bins == kMasked) {
+        masked_bins<kMasked>(w, n, wide, narrow, state);
+      } else {
+        summed_bins(w, n, bins, wide, narrow, state);
       }
-      for (; i < size; ++i) {
-        auto e = narrow.error(widen(from[i]));
-        errors[i] = e.squared, at[i] = narrow(e.code) * kCopies;
-      }
-      for (i = 0; i + kCopies <= size; i += kCopies)
-        for (int j = 0; j < kCopies; ++j) sums[at[i + j] + j] += Pair<A>{1, errors[i + j]};
-      for (; i < size; ++i) sums[at[i]] += Pair<A>{1, errors[i]};
-    }
-    for (int b = 0; b < bins; ++b) {
-      Pair<A> total = {};
-      for (int j = 0; j < kCopies; ++j) total += sums[b * kCopies + j];
-      state[b] = total[0], state[bins + b] = total[1];
-    }
+      most = *std::max_element(state + bins, state + 2 * bins);
+    } while (unit.widen(most));
+    state[2 * bins] = unit.unit;
   }
 };
 
@@ -216,7 +239,7 @@ struct BinRegGradient {
   V twice;
   template <class A>
   BinRegGradient(double grad, Column c, const A* saved)
-      : binner(c.first, c.bits), counts(saved, 1 << c.bits), twice(splat<V>(A(2 * grad))) {}
+      : binner(c.first, c.bits, 1), counts(saved, 1 << c.bits), twice(splat<V>(A(2 * grad))) {}
   R2_HD V operator()(V w) const {
     V code = binner.coder(w);
     return twice / counts[binner(code)] * (w - binner.coder.step * code);

@@ -56,6 +56,18 @@ def positive_or_nan(p):
 
 
 @triton.jit
+def unit_at(x):
+    """The power of two at |x| or below, within bounds where it and its inverse are normal numbers, also for 0 and NaN;
+    and its inverse."""
+    if x.dtype.is_fp64():
+        e = tl.minimum(tl.maximum((x.to(tl.int64, bitcast=True) >> 52) & 0x7FF, 1), 2045)
+        return (e << 52).to(tl.float64, bitcast=True), ((2046 - e) << 52).to(tl.float64, bitcast=True)
+    else:
+        e = tl.minimum(tl.maximum((x.to(tl.int32, bitcast=True) >> 23) & 0xFF, 1), 253)
+        return (e << 23).to(tl.float32, bitcast=True), ((254 - e) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def sign_or_one(v):
     """+1 for 0, NaN for NaN"""
     return tl.where(v < 0, -1.0, tl.where(v >= 0, 1.0, v))

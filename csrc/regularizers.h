@@ -116,19 +116,21 @@ struct WeightStatsOp : LossOp<Kure> {
   }
 };
 
-// What errors w - Q are divided by before their squares are summed. In float32 sums have room for errors of 2^-96 to
-// 2^15 steps; where a step is smaller still beside its weights the sum is infinite, and is made anew in a wider unit.
+// What errors w - Q are divided by before their squares are summed: so far below the step, and so small, that no square
+// vanishes that has a place in the result. A sum may overflow (in float32 where errors exceed 2^15 steps, or 2^37), and
+// is then made anew in a wider unit.
 template <class A>
 struct ErrorUnit {
   static constexpr bool kSingle = sizeof(A) == 4;
-  static constexpr int kBelow = kSingle ? 40 : 300;
   A unit, inverse;
 
-  R2_HD explicit ErrorUnit(double step) { set(unit_at(step) * ldexp(1.0, -kBelow)); }
+  R2_HD explicit ErrorUnit(double step) {
+    const double below = unit_at(step) * ldexp(1.0, kSingle ? -40 : -300), most = ldexp(1.0, kSingle ? -19 : -37);
+    set(below < most ? below : most);
+  }
   // whether a sum overflowed that another unit has room for; from then on it is that
   R2_HD bool widen(A sum) {
-    const double most = unit_at(A(INFINITY));
-    if (!(sum == A(INFINITY)) || unit == A(most)) return false;
+    if (!(sum == A(INFINITY)) || unit == unit_at(A(INFINITY))) return false;
     set(unit * ldexp(1.0, kSingle ? 100 : 800));
     return true;
   }
@@ -181,8 +183,8 @@ struct MsqeOp : LossOp<Msqe> {
   }
 };
 
-// 1/N sum w^2 [|w| <= theta]; first of the column is theta, which `saved` holds already. State: the sum, in units of the
-// power of two at theta.
+// 1/N sum w^2 [|w| <= theta]; first of the column is theta, which `saved` holds already. State: the sum, in units of
+// the power of two at theta.
 struct PartialL2 {
   static constexpr int kSaved = saved_numbers::partial_l2;
 

@@ -8,15 +8,17 @@ nor atomics of floating-point numbers.
 import triton
 import triton.language as tl
 
-from .rounding import divide, lsq_code, positive_or_nan, unit_at
+from .regularizers_moments_kernels import unit_at
+from .rounding import clip, divide, positive_or_nan, round_half_even, sign_or_one
 from .skeletons import fold_rows, fold_states, gradient_of_loss, sum_blocks, sums_of_column, zero_block
 
 
 @triton.jit
 def error_and_code(x, s, BITS: tl.constexpr):
-    """(x - s code, code) with signed codes"""
+    """(x - s code, code) with LSQ's signed codes, but that there is no -0"""
     HALF: tl.constexpr = 2.0 ** (BITS - 1)
-    c = lsq_code(divide(x, s), HALF, 1.0 if BITS == 1 else HALF - 1, BITS == 1)
+    v = divide(x, s)
+    c = sign_or_one(v) if BITS == 1 else round_half_even(clip(v, 0 - HALF, HALF - 1))
     return tl.fma(-s, c, x), c
 
 
@@ -31,9 +33,13 @@ def bin_of(c, BITS: tl.constexpr):
 
 @triton.jit
 def error_unit(step):
-    """(unit, 1 / unit) of errors whose squares are summed. In float32 sums have room for errors of 2^-96 to 2^15 steps;
-    where a step is smaller still beside its weights the sum is infinite, and is made anew in a wider unit."""
-    return unit_at(step * (2.0**-300 if step.dtype.is_fp64() else 2.0**-40))
+    """(unit, 1 / unit) of errors whose squares are summed: so far below the step, and so small, that no square vanishes
+    that has a place in the result. A sum may overflow (in float32 where errors exceed 2^15 steps, or 2^37), and is then
+    made anew in a wider unit."""
+    if step.dtype.is_fp64():
+        return unit_at(tl.minimum(step * 2.0**-300, 2.0**-37))
+    else:
+        return unit_at(tl.minimum(step * 2.0**-40, 2.0**-19))
 
 
 @triton.jit

@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from .chunks import PROPAGATE
-from .rounding import unit_at
 from .skeletons import (
     Formula,
     first_block,
@@ -15,6 +14,18 @@ from .skeletons import (
     sum_blocks,
     zero_block,
 )
+
+
+@triton.jit
+def unit_at(x):
+    """The power of two at |x| or below, within bounds where it and its inverse are normal numbers, also for 0 and NaN;
+    and its inverse."""
+    if x.dtype.is_fp64():
+        e = tl.minimum(tl.maximum((x.to(tl.int64, bitcast=True) >> 52) & 0x7FF, 1), 2045)
+        return (e << 52).to(tl.float64, bitcast=True), ((2046 - e) << 52).to(tl.float64, bitcast=True)
+    else:
+        e = tl.minimum(tl.maximum((x.to(tl.int32, bitcast=True) >> 23) & 0xFF, 1), 253)
+        return (e << 23).to(tl.float32, bitcast=True), ((254 - e) << 23).to(tl.float32, bitcast=True)
 
 
 FAR = tl.constexpr(2.0**16)  # times the unit: up to there float32 has room for fourth powers and their sums

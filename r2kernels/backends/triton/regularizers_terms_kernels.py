@@ -11,7 +11,6 @@ from . import range_losses_kernels as range_losses
 from . import regularizers_kernels as regularizers
 from . import regularizers_moments_kernels as moments
 from .chunks import ADD, FIELDS, FIRST_CHUNK, N_ROWS, chunk_of_program, target_of_tensor, tensor_pointer, zero_gap
-from .rounding import unit_at
 from .skeletons import (
     STATE,
     Column,
@@ -159,7 +158,7 @@ def finish_term(rows, p_first, column, constants, state, CODE: tl.constexpr):
         centre, unit, _ = constants
         s1, s2, s3, s4 = sum_blocks((state[0], state[1], state[2], state[3]))
         low, high = -max_or_nan(-state[4]), max_or_nan(state[5])
-        if moments.is_far(s1, s2, rows.count, unit, unit_at(tl.maximum(-low, high))[0]):
+        if moments.is_far(s1, s2, rows.count, unit, moments.unit_at(tl.maximum(-low, high))[0]):
             centre, s1, s2, s3, s4, low, high, unit = moments.kure_reduce(rows, p_first, column)
         return centre, s1, s2, s3, s4, low, high, unit
     elif TERM == BIN_REG:

@@ -31,14 +31,22 @@ def divide_by_levels(c, HIGH: tl.constexpr):
 
 
 @triton.jit
+def round_half_even(v):
+    """The nearest integer, half to even, 0 for -0; |v| < 2^22."""
+    if v.dtype.is_fp64():
+        return (v + 6755399441055744.0) - 6755399441055744.0
+    else:
+        return (v + 12582912.0) - 12582912.0
+
+
+@triton.jit
 def nearest_integer(v):
     """The nearest integer, half to even, with the sign of v; |v| < 2^22."""
+    r = round_half_even(v)
     if v.dtype.is_fp64():
-        r = (v + 6755399441055744.0) - 6755399441055744.0
         sign = v.to(tl.int64, bitcast=True) & -9223372036854775808
         return (r.to(tl.int64, bitcast=True) | sign).to(tl.float64, bitcast=True)
     else:
-        r = (v + 12582912.0) - 12582912.0
         sign = v.to(tl.int32, bitcast=True) & -2147483648
         return (r.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
@@ -53,18 +61,6 @@ def clip(v, low, high):
 def positive_or_nan(p):
     """A step, a range or a threshold of clipping that is not above 0 makes the results NaN."""
     return tl.where(p > 0, p, float("nan"))
-
-
-@triton.jit
-def unit_at(x):
-    """The power of two at |x| or below, within bounds where it and its inverse are normal numbers, also for 0 and NaN;
-    and its inverse."""
-    if x.dtype.is_fp64():
-        e = tl.minimum(tl.maximum((x.to(tl.int64, bitcast=True) >> 52) & 0x7FF, 1), 2045)
-        return (e << 52).to(tl.float64, bitcast=True), ((2046 - e) << 52).to(tl.float64, bitcast=True)
-    else:
-        e = tl.minimum(tl.maximum((x.to(tl.int32, bitcast=True) >> 23) & 0xFF, 1), 253)
-        return (e << 23).to(tl.float32, bitcast=True), ((254 - e) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -1,0 +1,147 @@
+"""Weights of any size: results and gradients are those of the same weights at scale 1, scaled.
+
+By a power of two to the bit, as long as nothing is subnormal; else by the budget of budget.py.
+"""
+
+import budget
+import cases
+import pytest
+import torch
+from parametrize import every_dtype, first_dtypes
+
+import r2kernels as r2
+from r2kernels.reference.columns import accumulator
+
+pytestmark = pytest.mark.usefixtures("nan_filled", "one_thread")
+
+STEP, UPSTREAM = 37.0, 4096.0
+# Powers of two; at 2^50 squares of float32 have room, but not their sums, at 2^60 neither.
+POWERS = {
+    torch.float64: (-230, -160, 160, 230),
+    torch.float32: (-110, -100, -60, -50, 50, 60, 100, 116),
+    torch.bfloat16: (-110, -100, -60, -50, 50, 60, 100, 116),
+    torch.float16: (-14, 5),
+}
+TERMS = {
+    "kure": lambda step: {},
+    "bin_reg": lambda step: {"step": step.detach(), "bits": 3},
+    "msqe": lambda step: {"step": step, "bits": 3},
+    "partial_l2": lambda step: {"fraction": 0.6},
+}
+POWER = {"min": 1, "max": 1, "mean": 1, "std": 1, "abs_max": 1, "kurtosis": 0}
+
+
+def whole(n, seed):
+    """Whole numbers that 16 bits hold, most within 200 of 10; the largest last, behind zeros in front."""
+    w = (torch.randn(n, generator=torch.Generator().manual_seed(seed)) * 60 + 10).round().clamp(-200, 200)
+    w[: n // 3] = 0
+    w[-1] = 255
+    return w
+
+
+def results(ws, step, functions):
+    """name -> (a result, the power of the scale that it has)"""
+    found = {name: (value, POWER[name]) for name, value in r2.weight_stats(ws)._asdict().items() if name != "numel"}
+    ws = [w.detach().requires_grad_() for w in ws]
+    step = torch.tensor(step, dtype=accumulator(ws[0].dtype), device=ws[0].device, requires_grad=True)
+    for name, loss in functions(ws, step).items():
+        gradients = torch.autograd.grad(UPSTREAM * loss.sum(), [*ws, step], retain_graph=True, allow_unused=True)
+        found[name] = loss.detach(), 0 if name == "kure" else 2
+        found.update({f"d{name}/dW[{i}]": (g, -1 if name == "kure" else 1) for i, g in enumerate(gradients[:-1])})
+        if name == "msqe":
+            found["dmsqe/dstep"] = gradients[-1], 1
+    return found
+
+
+def apart(ws, step):
+    return {name: getattr(r2, name)(ws, **options(step)) for name, options in TERMS.items()}
+
+
+def together(ws, step):
+    return r2.weight_terms(ws, {name: options(step) for name, options in TERMS.items()})
+
+
+def check_scaled(found, at_one, k):
+    for name, (value, power) in found.items():
+        limits = torch.finfo(value.dtype)
+        base = at_one[name][0].double()
+        exact = base * 2.0 ** (power * k)
+        near = (value.double() - exact).abs() <= limits.smallest_normal * limits.eps
+        right = (value == exact.to(value.dtype)) | ((exact.abs() < limits.smallest_normal) & near)
+        rounded = (base != 0) & (base.abs() < limits.smallest_normal) | base.isinf()  # itself no exact multiple
+        assert (right | rounded).all(), (name, k, value, exact)
+
+
+@pytest.mark.parametrize("functions", [apart, together])
+@first_dtypes(*cases.DTYPES)
+def test_powers_of_two(functions, dtype, device, variant):
+    ws = [whole(n, n).to(device, dtype) for n in (4500, 35, 2)]
+    at_one = results(ws, STEP, functions)
+    for k in POWERS[dtype]:
+        check_scaled(results([w * 2.0**k for w in ws], STEP * 2.0**k, functions), at_one, k)
+
+
+@first_dtypes(torch.float32, torch.bfloat16)
+def test_statistics_of_subnormal_weights(dtype, device, variant):
+    k = {torch.float64: -1074, torch.float32: -149, torch.bfloat16: -133, torch.float16: -24}[dtype]
+    ws = [whole(n, n).to(device, torch.float64) for n in (4500, 35, 2)]
+    tiny = [(w * 2.0**k).to(dtype) for w in ws]
+    if dtype != torch.float64:
+        assert all(torch.equal(t.double(), w * 2.0**k) for t, w in zip(tiny, ws, strict=True))
+    at_one, found = (r2.weight_stats(x)._asdict() for x in ([w.to(dtype) for w in ws], tiny))
+    check_scaled({n: (found[n], p) for n, p in POWER.items()}, {n: (at_one[n], p) for n, p in POWER.items()}, k)
+    assert (found["kurtosis"] == at_one["kurtosis"]).all() and not (found["kurtosis"][:2] == 0).any()
+
+
+def drawn(name, weights, seed, power, step=None):
+    """A draw of these weights times 10^power, whose step, if any, has the same factor, or is as given."""
+    g = torch.Generator().manual_seed(seed)
+    one = budget.with_weights(cases.BY_LABEL[name], [weights * 10.0**power], g, bits=2 + seed % 7)
+    if name in ("bin_reg", "msqe"):
+        one = one._replace(
+            parameter=one.parameter * 10.0**power if step is None else torch.full_like(one.parameter, step)
+        )
+    return one
+
+
+def normal(n, seed, device):
+    return (torch.randn(n, generator=torch.Generator().manual_seed(seed)) * cases.SCALE).to(device)
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_powers_of_ten(name, device, variants):
+    """Where float32 has a place for the result, and not for the fourth powers, the squares or their sum on the way."""
+    for power in (-30, -12, 9, 17, 19, 30) if name == "kure" else (-15, 17, 19):
+        budget.hold([drawn(name, normal(300, s, device), s, power) for s in range(budget.DRAWS)], variants)
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_sizes_far_apart(name, device, variants):
+    """Zeros, then small weights, then large ones, and the other way round."""
+    draws = []
+    for s in range(budget.DRAWS):
+        w = normal(4200, s, device)
+        w[:300], w[300:4190] = 0, w[300:4190] * 10.0 ** -(s % 25)
+        draws.append(drawn(name, w if s % 2 else w.flip(0), s, 0))
+    budget.hold(draws, variants)
+
+
+@pytest.mark.parametrize("name", ["bin_reg", "msqe"])
+@pytest.mark.parametrize("step", [1e-38, 1e-30, 1e-12, 1e12, 1e30, 1e38])
+def test_steps_far_from_the_weights(name, step, device, variants):
+    budget.hold([drawn(name, normal(40, s, device), s, 0, step) for s in range(budget.DRAWS)], variants)
+
+
+@pytest.mark.parametrize("place", ["first", "last", "only"])
+@pytest.mark.parametrize("special", cases.SPECIALS)
+@every_dtype
+def test_statistics_of_what_is_not_finite(special, place, dtype, device, variant):
+    """The mean is that of the sum; std and kurtosis are NaN."""
+    values, w = torch.tensor(cases.SPECIALS[special], dtype=dtype), whole(5000, 1).to(dtype)
+    w = {"first": torch.cat([values, w]), "last": torch.cat([w, values]), "only": values.repeat(2)}[place].to(device)
+    stats = r2.weight_stats([w, whole(9, 2).to(device, dtype)])
+    expected = torch.stack([w.amin(), w.amax(), w.double().mean(), w.abs().amax()]).double()
+    found = torch.stack([stats.min[0], stats.max[0], stats.mean[0], stats.abs_max[0]]).double()
+    assert torch.equal(found.nan_to_num(-1, 2, -2), expected.nan_to_num(-1, 2, -2))
+    assert stats.std[0].isnan() and stats.kurtosis[0].isnan() and r2.kure(w).isnan()
+    assert all(value[1].isfinite() for value in stats[:6])

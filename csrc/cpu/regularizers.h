@@ -115,8 +115,10 @@ constexpr int kStrip = 512;  // weights whose errors and bins are written down b
 constexpr int kCopies = 8;   // of each bin, so that one addition need not wait for the one before
 
 template <int kBins, class T, class A>
-inline void masked_bins(const T* w, int64_t n, const Binner<Vec<A>>& wide, const Binner<A>& narrow, A* state) {
+inline void masked_bins(const T* w, int64_t n, Column c, A inverse, A* state) {
   using V = Vec<A>;
+  const Binner<V> wide(c.first, c.bits, inverse);
+  const Binner<A> narrow(c.first, c.bits, inverse);
   V count[kBins] = {}, error[kBins] = {}, code[kBins];
   for (int b = 0; b < kBins; ++b) code[b] = splat<V>(A(kBins == 2 ? 2 * b - 1 : b - kBins / 2));
   int64_t i = 0;
@@ -139,59 +141,53 @@ inline void masked_bins(const T* w, int64_t n, const Binner<Vec<A>>& wide, const
 template <class A>
 using Pair __attribute__((vector_size(2 * sizeof(A)))) = A;
 
-template <class T, class A>
-inline void summed_bins(const T* w, int64_t n, int bins, const Binner<Vec<A>>& wide, const Binner<A>& narrow,
-                        A* state) {
-  using V = Vec<A>;
-  alignas(64) A errors[kStrip];
-  alignas(64) typename Lane<A>::bits at[kStrip];
-  alignas(64) Pair<A> sums[256 * kCopies];
-  for (int b = 0; b < bins * kCopies; ++b) sums[b] = Pair<A>{};
-  for (int64_t begin = 0; begin < n; begin += kStrip) {
-    const int64_t size = n - begin < kStrip ? n - begin : kStrip;
-    const T* from = w + begin;
-    int64_t i = 0;
-    for (; i + lanes<V> <= size; i += lanes<V>) {
-      __builtin_prefetch(from + n + i);
-      auto e = wide.error(load<V>(from + i));
-      auto bin = wide(e.code) * kCopies;
-      store(errors + i, e.squared);
-      std::memcpy(at + i, &bin, sizeof(bin));
-    }
-    for (; i < size; ++i) {
-      auto e = narrow.error(widen(from[i]));
-      errors[i] = e.squared, at[i] = narrow(e.code) * kCopies;
-    }
-    for (i = 0; i + kCopies <= size; i += kCopies)
-      for (int j = 0; j < kCopies; ++j) sums[at[i + j] + j] += Pair<A>{1, errors[i + j]};
-    for (; i < size; ++i) sums[at[i]] += Pair<A>{1, errors[i]};
-  }
-  for (int b = 0; b < bins; ++b) {
-    Pair<A> total = {};
-    for (int j = 0; j < kCopies; ++j) total += sums[b * kCopies + j];
-    state[b] = total[0], state[bins + b] = total[1];
-  }
-}
-
 struct BinRegReader {
+  // A function of its own: inlined into the loop over terms, its sums would be kept in memory.
+  template <class T, class A>
+  __attribute__((noinline)) static void sums(const T* w, int64_t n, Column c, A inverse, A* state) {
+    using V = Vec<A>;
+    const int bins = 1 << c.bits;
+    if (bins == 2) return masked_bins<2>(w, n, c, inverse, state);
+    if (bins == kMasked) return masked_bins<kMasked>(w, n, c, inverse, state);
+    const Binner<V> wide(c.first, c.bits, inverse);
+    const Binner<A> narrow(c.first, c.bits, inverse);
+    alignas(64) A errors[kStrip];
+    alignas(64) typename Lane<A>::bits at[kStrip];
+    alignas(64) Pair<A> sums[256 * kCopies];
+    for (int b = 0; b < bins * kCopies; ++b) sums[b] = Pair<A>{};
+    for (int64_t begin = 0; begin < n; begin += kStrip) {
+      const int64_t size = n - begin < kStrip ? n - begin : kStrip;
+      const T* from = w + begin;
+      int64_t i = 0;
+      for (; i + lanes<V> <= size; i += lanes<V>) {
+        __builtin_prefetch(from + n + i);
+        auto e = wide.error(load<V>(from + i));
+        auto bin = wide(e.code) * kCopies;
+        store(errors + i, e.squared);
+        std::memcpy(at + i, &bin, sizeof(bin));
+      }
+      for (; i < size; ++i) {
+        auto e = narrow.error(widen(from[i]));
+        errors[i] = e.squared, at[i] = narrow(e.code) * kCopies;
+      }
+      for (i = 0; i + kCopies <= size; i += kCopies)
+        for (int j = 0; j < kCopies; ++j) sums[at[i + j] + j] += Pair<A>{1, errors[i + j]};
+      for (; i < size; ++i) sums[at[i]] += Pair<A>{1, errors[i]};
+    }
+    for (int b = 0; b < bins; ++b) {
+      Pair<A> total = {};
+      for (int j = 0; j < kCopies; ++j) total += sums[b * kCopies + j];
+      state[b] = total[0], state[bins + b] = total[1];
+    }
+  }
+
   template <class T, class A>
   static void read(const T* w, int64_t n, Column c, bool, A* state) {
-    const int bins = 1 << c.bits;
+    A *const errors = state + (1 << c.bits), *const end = errors + (1 << c.bits);
     ErrorUnit<A> unit(c.first);
-    A most;
-    do {
-      const Binner<Vec<A>> wide(c.first, c.bits, unit.inverse);
-      const Binner<A> narrow(c.first, c.bits, unit.inverse);
-      if (bins == 2) {
-        masked_bins<2>(w, n, wide, narrow, state);
-      } else if (bins == kMasked) {
-        masked_bins<kMasked>(w, n, wide, narrow, state);
-      } else {
-        summed_bins(w, n, bins, wide, narrow, state);
-      }
-      most = *std::max_element(state + bins, state + 2 * bins);
-    } while (unit.widen(most));
-    state[2 * bins] = unit.unit;
+    do sums(w, n, c, unit.inverse, state);
+    while (unit.widen(*std::max_element(errors, end)));
+    *end = unit.unit;
   }
 };
 

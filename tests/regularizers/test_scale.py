@@ -7,7 +7,7 @@ import budget
 import cases
 import pytest
 import torch
-from parametrize import every_dtype, first_dtypes
+from parametrize import first_dtypes
 
 import r2kernels as r2
 from r2kernels.reference.columns import accumulator
@@ -17,9 +17,9 @@ pytestmark = pytest.mark.usefixtures("nan_filled", "one_thread")
 STEP, UPSTREAM = 37.0, 4096.0
 # Powers of two; at 2^50 squares of float32 have room, but not their sums, at 2^60 neither.
 POWERS = {
-    torch.float64: (-230, -160, 160, 230),
-    torch.float32: (-110, -100, -60, -50, 50, 60, 100, 116),
-    torch.bfloat16: (-110, -100, -60, -50, 50, 60, 100, 116),
+    torch.float64: (-230, 230),
+    torch.float32: (-110, -60, 50, 60, 116),
+    torch.bfloat16: (-110, 116),
     torch.float16: (-14, 5),
 }
 TERMS = {
@@ -75,7 +75,7 @@ def check_scaled(found, at_one, k):
 @pytest.mark.parametrize("functions", [apart, together])
 @first_dtypes(*cases.DTYPES)
 def test_powers_of_two(functions, dtype, device, variant):
-    ws = [whole(n, n).to(device, dtype) for n in (4500, 35, 2)]
+    ws = [whole(n, n).to(device, dtype) for n in (4500, 35)]
     at_one = results(ws, STEP, functions)
     for k in POWERS[dtype]:
         check_scaled(results([w * 2.0**k for w in ws], STEP * 2.0**k, functions), at_one, k)
@@ -84,19 +84,19 @@ def test_powers_of_two(functions, dtype, device, variant):
 @first_dtypes(torch.float32, torch.bfloat16)
 def test_statistics_of_subnormal_weights(dtype, device, variant):
     k = {torch.float64: -1074, torch.float32: -149, torch.bfloat16: -133, torch.float16: -24}[dtype]
-    ws = [whole(n, n).to(device, torch.float64) for n in (4500, 35, 2)]
+    ws = [whole(n, n).to(device, torch.float64) for n in (4500, 35)]
     tiny = [(w * 2.0**k).to(dtype) for w in ws]
     if dtype != torch.float64:
         assert all(torch.equal(t.double(), w * 2.0**k) for t, w in zip(tiny, ws, strict=True))
     at_one, found = (r2.weight_stats(x)._asdict() for x in ([w.to(dtype) for w in ws], tiny))
     check_scaled({n: (found[n], p) for n, p in POWER.items()}, {n: (at_one[n], p) for n, p in POWER.items()}, k)
-    assert (found["kurtosis"] == at_one["kurtosis"]).all() and not (found["kurtosis"][:2] == 0).any()
+    assert (found["kurtosis"] == at_one["kurtosis"]).all() and not (found["kurtosis"] == 0).any()
 
 
-def drawn(name, weights, seed, power, step=None):
+def drawn(name, ws, seed, power, step=None):
     """A draw of these weights times 10^power, whose step, if any, has the same factor, or is as given."""
     g = torch.Generator().manual_seed(seed)
-    one = budget.with_weights(cases.BY_LABEL[name], [weights * 10.0**power], g, bits=2 + seed % 7)
+    one = budget.with_weights(cases.BY_LABEL[name], [w * 10.0**power for w in ws], g, bits=2 + seed % 7)
     if name in ("bin_reg", "msqe"):
         one = one._replace(
             parameter=one.parameter * 10.0**power if step is None else torch.full_like(one.parameter, step)
@@ -104,37 +104,43 @@ def drawn(name, weights, seed, power, step=None):
     return one
 
 
-def normal(n, seed, device):
-    return (torch.randn(n, generator=torch.Generator().manual_seed(seed)) * cases.SCALE).to(device)
+def normal(seed, device, sizes=(300,) * 5):
+    g = torch.Generator().manual_seed(seed)
+    return [(torch.randn(n, generator=g) * cases.SCALE).to(device) for n in sizes]
+
+
+LISTS = range(budget.DRAWS // 5)
 
 
 @pytest.mark.parametrize("name", TERMS)
 def test_powers_of_ten(name, device, variants):
     """Where float32 has a place for the result, and not for the fourth powers, the squares or their sum on the way."""
-    for power in (-30, -12, 9, 17, 19, 30) if name == "kure" else (-15, 17, 19):
-        budget.hold([drawn(name, normal(300, s, device), s, power) for s in range(budget.DRAWS)], variants)
+    for power in (-30, 9, 19, 30) if name == "kure" else (-15, 17, 19):
+        budget.hold([drawn(name, normal(s, device), s, power) for s in LISTS], variants)
 
 
 @pytest.mark.parametrize("name", TERMS)
 def test_sizes_far_apart(name, device, variants):
     """Zeros, then small weights, then large ones, and the other way round."""
     draws = []
-    for s in range(budget.DRAWS):
-        w = normal(4200, s, device)
-        w[:300], w[300:4190] = 0, w[300:4190] * 10.0 ** -(s % 25)
-        draws.append(drawn(name, w if s % 2 else w.flip(0), s, 0))
+    for s in LISTS:
+        ws = normal(s, device, (4200, 60, 60, 60, 60))
+        for i, w in enumerate(ws):
+            w[: len(w) // 9], w[len(w) // 9 : -5] = 0, w[len(w) // 9 : -5] * 10.0 ** -((5 * s + i) % 25)
+            ws[i] = w if (s + i) % 2 else w.flip(0)
+        draws.append(drawn(name, ws, s, 0))
     budget.hold(draws, variants)
 
 
 @pytest.mark.parametrize("name", ["bin_reg", "msqe"])
-@pytest.mark.parametrize("step", [1e-38, 1e-30, 1e-12, 1e12, 1e30, 1e38])
+@pytest.mark.parametrize("step", [1e-38, 1e-30, 1e12, 1e38])
 def test_steps_far_from_the_weights(name, step, device, variants):
-    budget.hold([drawn(name, normal(40, s, device), s, 0, step) for s in range(budget.DRAWS)], variants)
+    budget.hold([drawn(name, normal(s, device, (40,) * 5), s, 0, step) for s in LISTS], variants)
 
 
 @pytest.mark.parametrize("place", ["first", "last", "only"])
 @pytest.mark.parametrize("special", cases.SPECIALS)
-@every_dtype
+@first_dtypes(torch.float32, torch.bfloat16)
 def test_statistics_of_what_is_not_finite(special, place, dtype, device, variant):
     """The mean is that of the sum; std and kurtosis are NaN."""
     values, w = torch.tensor(cases.SPECIALS[special], dtype=dtype), whole(5000, 1).to(dtype)

@@ -65,8 +65,9 @@ struct Backward {
   int bits;
 };
 
-// Several regularizers from one read, in the order of TERMS in r2kernels/contract.py. partial of bin_reg is (chunks, 2,
-// 2^bits): counts and sums; `first` of partial_l2 is theta, as `rank` found it, which is its `saved`.
+// Several regularizers from one read, in the order of TERMS in r2kernels/contract.py. partial of bin_reg is
+// (chunks, 2^bits + 2^bits + 1): counts, sums, their unit; `first` of partial_l2 is theta, as `rank` found it, which is
+// its `saved`.
 enum class Term : int { l_inf, margin, soft_min_max, kure, bin_reg, msqe, partial_l2 };
 constexpr int kTerms = 7;
 

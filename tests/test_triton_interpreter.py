@@ -16,6 +16,7 @@ FILES = (
     "range_losses/test_backends.py",
     "regularizers/test_weight_stats.py",
     "regularizers/test_sampled_std.py",
+    "regularizers/test_scale.py",
 )
 TRITON = importlib.util.find_spec("triton") is not None
 

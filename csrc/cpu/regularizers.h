@@ -1,5 +1,7 @@
 // How kure, weight_stats, msqe, partial_l2 and bin_reg read one chunk on the CPU, and the gradient of bin_reg.
 #pragma once
+#include <algorithm>
+
 #include "skeletons.h"
 
 #include "../regularizers.h"
@@ -15,7 +17,7 @@ R2_HD Vec<float> clip_<Vec<float>>(Vec<float> v, Vec<float> low, Vec<float> high
 }
 #endif
 
-// The chunk lies in cache: its mean first, then the powers of what is left.
+// The chunk lies in cache: its extremes first, then its mean, then the powers of what is left.
 template <class T, class A>
 R2_HD void moments_chunk(const T* w, int64_t n, A* state) {
   using V = Vec<A>;
@@ -23,18 +25,20 @@ R2_HD void moments_chunk(const T* w, int64_t n, A* state) {
     V wide = {};
     A tail = 0;
   } total;
-  const A pivot = widen(w[0]);
-  sweep(w, n, total.wide, total.tail, [pivot](auto& t, auto x) { t += x - splat<decltype(x)>(pivot); });
+  auto [low, high] = extremes(w, n);
+  const A unit = unit_at(abs_(low) > abs_(high) ? low : high), scale = 1 / unit, pivot = widen(w[0]) * scale;
+  auto above = [scale](auto x, A centre) { return x * splat<decltype(x)>(scale) - splat<decltype(x)>(centre); };
+  sweep(w, n, total.wide, total.tail, [&above, pivot](auto& t, auto x) { t += above(x, pivot); });
   const A mean = A(double(pivot) + (sum(total.wide) + total.tail) / n);
   Moments::Lanes<V> lane = {};
   Moments::Lanes<A> tail = {};
-  sweep(w, n, lane, tail, [mean](auto& l, auto x) { l.add(x - splat<decltype(x)>(mean)); });
-  auto [low, high] = extremes(w, n);
+  sweep(w, n, lane, tail, [&above, mean](auto& l, auto x) { l.add(above(x, mean)); });
   if (!(mean - mean == 0))
     for (int64_t i = 0; i < n; ++i)
       if (widen(w[i]) != widen(w[i])) low = high = A(NAN);
   state[0] = A(n), state[1] = mean + A((sum(lane.m1) + tail.m1) / n), state[2] = A(sum(lane.m2) + tail.m2);
   state[3] = A(sum(lane.m3) + tail.m3), state[4] = A(sum(lane.m4) + tail.m4), state[5] = low, state[6] = high;
+  state[7] = unit;
 }
 
 struct MomentsReader {
@@ -49,16 +53,21 @@ struct MsqeReader {
   static void read(const T* w, int64_t n, Column c, bool, A* state) {
     const Coder<Vec<A>> wide(c.first, c.bits, true);
     const Coder<A> narrow(c.first, c.bits, true);
-    Msqe::Lanes<Vec<A>> lane = {};
-    Msqe::Lanes<A> tail = {};
-    sweep(w, n, lane, tail, [&](auto& l, auto x) {
-      if constexpr (std::is_same<decltype(x), A>::value) {
-        l.add(x, narrow);
-      } else {
-        l.add(x, wide);
-      }
-    });
-    state[0] = A(sum(lane.squares) + tail.squares), state[1] = A(sum(lane.products) + tail.products);
+    ErrorUnit<A> unit(c.first);
+    do {
+      const A inverse = unit.inverse;
+      Msqe::Lanes<Vec<A>> lane = {};
+      Msqe::Lanes<A> tail = {};
+      sweep(w, n, lane, tail, [&](auto& l, auto x) {
+        if constexpr (std::is_same<decltype(x), A>::value) {
+          l.add(x, narrow, inverse);
+        } else {
+          l.add(x, wide, splat<Vec<A>>(inverse));
+        }
+      });
+      state[0] = A(sum(lane.squares) + tail.squares), state[1] = A(sum(lane.products) + tail.products);
+      state[2] = unit.unit;
+    } while (unit.widen(state[0]));
   }
 };
 
@@ -67,9 +76,9 @@ struct PartialL2Reader {
   static void read(const T* w, int64_t n, Column c, bool, A* state) {
     Vec<A> lane = {};
     A tail = 0;
-    const A theta = A(c.first);
-    sweep(w, n, lane, tail, [theta](auto& l, auto x) {
-      auto kept = PartialL2::kept(x, splat<decltype(x)>(theta));
+    const A inverse = 1 / unit_at(A(c.first)), theta = A(c.first) * inverse;
+    sweep(w, n, lane, tail, [inverse, theta](auto& l, auto x) {
+      auto kept = PartialL2::kept(x * splat<decltype(x)>(inverse), splat<decltype(x)>(theta));
       l += kept * kept;
     });
     state[0] = A(sum(lane) + tail);
@@ -82,10 +91,10 @@ struct Binner {
   using A = typename Lane<V>::A;
   using Index = typename Lane<V>::bits;
   Coder<V> coder;
-  V least, offset;
+  V inverse, least, offset;  // inverse: of the unit of errors
 
-  Binner(double step, int bits)
-      : coder(step, bits, true), least(coder.sign ? splat<V>(0) : coder.low),
+  Binner(double step, int bits, A inverse)
+      : coder(step, bits, true), inverse(splat<V>(inverse)), least(coder.sign ? splat<V>(0) : coder.low),
         offset(splat<V>(kRound<A> + (coder.sign ? A(0) : A(1 << (bits - 1))))) {}
 
   struct Error {
@@ -93,7 +102,7 @@ struct Binner {
   };
   // with the code of the first bin where w is NaN
   R2_HD Error error(V w) const {
-    V code = coder(w), e = w - coder.step * code;
+    V code = coder(w), e = (w - coder.step * code) * inverse;
     return {code > coder.low ? code : coder.low, e * e};
   }
   R2_HD Index operator()(V code) const {
@@ -106,10 +115,10 @@ constexpr int kStrip = 512;  // weights whose errors and bins are written down b
 constexpr int kCopies = 8;   // of each bin, so that one addition need not wait for the one before
 
 template <int kBins, class T, class A>
-inline void masked_bins(const T* w, int64_t n, Column c, A* state) {
+inline void masked_bins(const T* w, int64_t n, Column c, A inverse, A* state) {
   using V = Vec<A>;
-  const Binner<V> wide(c.first, c.bits);
-  const Binner<A> narrow(c.first, c.bits);
+  const Binner<V> wide(c.first, c.bits, inverse);
+  const Binner<A> narrow(c.first, c.bits, inverse);
   V count[kBins] = {}, error[kBins] = {}, code[kBins];
   for (int b = 0; b < kBins; ++b) code[b] = splat<V>(A(kBins == 2 ? 2 * b - 1 : b - kBins / 2));
   int64_t i = 0;
@@ -133,14 +142,15 @@ template <class A>
 using Pair __attribute__((vector_size(2 * sizeof(A)))) = A;
 
 struct BinRegReader {
+  // A function of its own: inlined into the loop over terms, its sums would be kept in memory.
   template <class T, class A>
-  static void read(const T* w, int64_t n, Column c, bool, A* state) {
+  __attribute__((noinline)) static void sums(const T* w, int64_t n, Column c, A inverse, A* state) {
     using V = Vec<A>;
     const int bins = 1 << c.bits;
-    if (bins == 2) return masked_bins<2>(w, n, c, state);
-    if (bins == kMasked) return masked_bins<kMasked>(w, n, c, state);
-    const Binner<V> wide(c.first, c.bits);
-    const Binner<A> narrow(c.first, c.bits);
+    if (bins == 2) return masked_bins<2>(w, n, c, inverse, state);
+    if (bins == kMasked) return masked_bins<kMasked>(w, n, c, inverse, state);
+    const Binner<V> wide(c.first, c.bits, inverse);
+    const Binner<A> narrow(c.first, c.bits, inverse);
     alignas(64) A errors[kStrip];
     alignas(64) typename Lane<A>::bits at[kStrip];
     alignas(64) Pair<A> sums[256 * kCopies];
@@ -169,6 +179,15 @@ struct BinRegReader {
       for (int j = 0; j < kCopies; ++j) total += sums[b * kCopies + j];
       state[b] = total[0], state[bins + b] = total[1];
     }
+  }
+
+  template <class T, class A>
+  static void read(const T* w, int64_t n, Column c, bool, A* state) {
+    A *const errors = state + (1 << c.bits), *const end = errors + (1 << c.bits);
+    ErrorUnit<A> unit(c.first);
+    do sums(w, n, c, unit.inverse, state);
+    while (unit.widen(*std::max_element(errors, end)));
+    *end = unit.unit;
   }
 };
 
@@ -216,7 +235,7 @@ struct BinRegGradient {
   V twice;
   template <class A>
   BinRegGradient(double grad, Column c, const A* saved)
-      : binner(c.first, c.bits), counts(saved, 1 << c.bits), twice(splat<V>(A(2 * grad))) {}
+      : binner(c.first, c.bits, 1), counts(saved, 1 << c.bits), twice(splat<V>(A(2 * grad))) {}
   R2_HD V operator()(V w) const {
     V code = binner.coder(w);
     return twice / counts[binner(code)] * (w - binner.coder.step * code);

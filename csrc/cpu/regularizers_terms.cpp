@@ -11,7 +11,7 @@ constexpr int kBlock = 2048;  // weights whose gradients are summed before they 
 
 template <class A>
 int64_t state_size(Term term, const Forward& f) {
-  return term == Term::bin_reg ? 2 << f.bits : kState;
+  return term == Term::bin_reg ? BinReg::state_size(f.bits) : kState;
 }
 
 template <class T>
@@ -31,11 +31,12 @@ template <class A>
 void merge_bins(const List& list, const Forward& f, int64_t t) {
   const int bins = 1 << f.bits;
   const int64_t first = list.tensors[t].first_chunk, parts = (list.tensors[t].rows + list.chunk - 1) / list.chunk,
-                stride = 2 * bins;
+                stride = BinReg::state_size(f.bits);
   double count[256] = {}, error[256] = {}, total = 0;
   for (int64_t part = 0; part < parts; ++part) {
     const A* partial = static_cast<const A*>(f.partial) + (first + part) * stride;
-    for (int b = 0; b < bins; ++b) count[b] += double(partial[b]), error[b] += double(partial[bins + b]);
+    const double unit = partial[2 * bins];
+    for (int b = 0; b < bins; ++b) count[b] += double(partial[b]), error[b] += partial[bins + b] * unit * unit;
   }
   for (int b = 0; b < bins; ++b)
     static_cast<A*>(f.saved)[t * bins + b] = A(count[b]), total += BinReg::mean(error[b], count[b]);

@@ -6,51 +6,66 @@
 
 namespace r2::cuda {
 
+// The largest magnitude, and the sum above the first weight, of so small a part of the weights that any have room.
 template <class A>
-struct OffsetLane {
-  A origin, total = 0;
+struct SampleLane {
+  static constexpr A kPart = A(1) / (4 * kSample);
+  A origin, top = 0, total = 0;
 
   template <int n>
   __device__ void take(const A (&w)[n]) {
 #pragma unroll
-    for (int j = 0; j < n; ++j) total += w[j] - origin;
+    for (int j = 0; j < n; ++j) total += w[j] * kPart - origin, top = max_nan(top, abs_(w[j]));
   }
 };
 
 template <class A>
 struct MomentsLane {
-  A pivot, low, high;
+  A inverse, pivot, low, high;
   Moments::Lanes<A> sums;
 
   template <int n>
   __device__ void take(const A (&w)[n]) {
 #pragma unroll
     for (int j = 0; j < n; ++j) {
-      sums.add(w[j] - pivot);
+      sums.add(w[j] * inverse - pivot);
       low = min_nan(low, w[j]), high = max_nan(high, w[j]);
     }
   }
 };
 
-// Sums around the mean of the sample, near enough to the mean of all that float32 loses nothing.
+// Sums around the mean of the sample, near enough to the mean of all that float32 loses nothing, in units of the power
+// of two at its largest weight; anew where weights of the chunk are so much larger that their powers may overflow.
 struct MomentsReader {
+  static constexpr float kFar = 65536;
+
   template <class T, class A = Acc<T>>
   static __device__ void chunk(const Rows<T>& rows, Column, A* partial) {
     const Rows<T> sample = rows.first(kSample);
-    OffsetLane<A> offset = {widen(rows.memory[rows.at(0)])};
-    sweep(sample, offset);
-    A mean[1] = {offset.total};
+    SampleLane<A> of_sample = {widen(rows.memory[rows.at(0)]) * SampleLane<A>::kPart};
+    sweep(sample, of_sample);
+    A mean[1] = {of_sample.total}, top[1] = {of_sample.top};
     block_reduce<Sum>(mean);
-    const A pivot = offset.origin + mean[0] / sample.n;
+    block_reduce<Max>(top);
+    A unit = unit_at(top[0]), pivot = (of_sample.origin + mean[0] / sample.n) * (1 / unit) / SampleLane<A>::kPart;
 
-    MomentsLane<A> lane = {pivot, A(INFINITY), A(-INFINITY), {}};
-    sweep(rows, lane);
-    A ends[2] = {lane.high, -lane.low}, sums[4] = {lane.sums.m1, lane.sums.m2, lane.sums.m3, lane.sums.m4};
-    block_reduce<Max>(ends);
-    block_reduce<Sum>(sums);
-    if (threadIdx.x != 0) return;
-    Moments::centre(rows.n, pivot, sums, partial);
-    partial[5] = -ends[1], partial[6] = ends[0];
+#pragma unroll 1
+    for (;;) {
+      MomentsLane<A> lane = {1 / unit, pivot, A(INFINITY), A(-INFINITY), {}};
+      sweep(rows, lane);
+      A ends[2] = {lane.high, -lane.low}, sums[4] = {lane.sums.m1, lane.sums.m2, lane.sums.m3, lane.sums.m4};
+      block_reduce<Max>(ends);
+      block_reduce<Sum>(sums);
+      const A wanted = unit_at(max_nan(ends[0], ends[1]));
+      if (wanted > unit * A(kFar)) {
+        pivot *= unit / wanted, unit = wanted;
+        continue;
+      }
+      if (threadIdx.x != 0) return;
+      Moments::centre(rows.n, unit, pivot, sums, partial);
+      partial[5] = -ends[1], partial[6] = ends[0];
+      return;
+    }
   }
 };
 
@@ -58,35 +73,41 @@ template <class A>
 struct MsqeLane {
   Msqe::Lanes<A> sums;
   Coder<A> coder;
+  A inverse;
 
   template <int n>
   __device__ void take(const A (&w)[n]) {
 #pragma unroll
-    for (int j = 0; j < n; ++j) sums.add(w[j], coder);
+    for (int j = 0; j < n; ++j) sums.add(w[j], coder, inverse);
   }
 };
 
 struct MsqeReader {
   template <class T, class A = Acc<T>>
   static __device__ void chunk(const Rows<T>& rows, Column c, A* partial) {
-    MsqeLane<A> lane = {{}, Coder<A>(c.first, c.bits, true)};
-    sweep(rows, lane);
-    A sums[2] = {lane.sums.squares, lane.sums.products};
-    block_reduce<Sum>(sums);
-    if (threadIdx.x == 0) partial[0] = sums[0], partial[1] = sums[1];
+    ErrorUnit<A> unit(c.first);
+    A sums[2];
+#pragma unroll 1
+    do {
+      MsqeLane<A> lane = {{}, Coder<A>(c.first, c.bits, true), unit.inverse};
+      sweep(rows, lane);
+      sums[0] = lane.sums.squares, sums[1] = lane.sums.products;
+      block_reduce<Sum>(sums);
+      if (threadIdx.x == 0) partial[0] = sums[0], partial[1] = sums[1], partial[2] = unit.unit;
+    } while (unit.widen(sums[0]));
   }
 };
 
 template <class A>
 struct PartialL2Lane {
-  A theta, total;
+  A inverse, theta, total;
 
   template <int n>
   __device__ void take(const A (&w)[n]) {
 #pragma unroll
     for (int j = 0; j < n; ++j) {
-      A kept = PartialL2::kept(w[j], theta);
-      total += kept * kept;
+      const A v = w[j] * inverse;
+      if (!(abs_(v) > theta)) total += v * v;
     }
   }
 };
@@ -94,7 +115,8 @@ struct PartialL2Lane {
 struct PartialL2Reader {
   template <class T, class A = Acc<T>>
   static __device__ void chunk(const Rows<T>& rows, Column c, A* partial) {
-    PartialL2Lane<A> lane = {A(c.first), 0};
+    const A inverse = 1 / unit_at(A(c.first));
+    PartialL2Lane<A> lane = {inverse, A(c.first) * inverse, 0};
     sweep(rows, lane);
     A sums[1] = {lane.total};
     block_reduce<Sum>(sums);
@@ -128,6 +150,7 @@ struct alignas(2 * sizeof(A)) Bin {
 template <class A>
 struct BinLane {
   Binner<A> binner;
+  A inverse;
   Bin<A>* own;
   int from, count;
 
@@ -135,7 +158,7 @@ struct BinLane {
   __device__ void take(const A (&w)[n]) {
 #pragma unroll
     for (int j = 0; j < n; ++j) {
-      const A code = binner.coder(w[j]), error = w[j] - binner.coder.step * code;
+      const A code = binner.coder(w[j]), error = (w[j] - binner.coder.step * code) * inverse;
       const int at = binner(code) - from;
       if (unsigned(at) >= unsigned(count)) continue;
       Bin<A> bin = own[at * 32];
@@ -153,28 +176,37 @@ struct BinRegReader {
     extern __shared__ double2 room[];
     constexpr int most = kRoom / (kThreads * sizeof(Bin<A>));
     const int bins = 1 << c.bits, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    for (int from = 0; from < bins; from += most) {
-      const int count = min(bins - from, most);
-      Bin<A>* all = reinterpret_cast<Bin<A>*>(room);
-      for (int i = threadIdx.x; i < count * kThreads; i += kThreads) all[i] = {0, 0};
-      __syncthreads();
-      BinLane<A> own = {Binner<A>(c.first, c.bits), all + warp * count * 32 + lane, from, count};
-      sweep(rows, own);
-      __syncthreads();
-      for (int b = warp; b < count; b += kWarps) {
-        Bin<A> sum = all[b * 32 + lane];
-        for (int other = 1; other < kWarps; ++other) {
-          const Bin<A> more = all[(other * count + b) * 32 + lane];
-          sum.count += more.count, sum.error += more.error;
+    ErrorUnit<A> unit(c.first);
+    A sum_of_all;
+#pragma unroll 1
+    do {
+      bool finite = true;
+      for (int from = 0; from < bins; from += most) {
+        const int count = min(bins - from, most);
+        Bin<A>* all = reinterpret_cast<Bin<A>*>(room);
+        for (int i = threadIdx.x; i < count * kThreads; i += kThreads) all[i] = {0, 0};
+        __syncthreads();
+        BinLane<A> own = {Binner<A>(c.first, c.bits), unit.inverse, all + warp * count * 32 + lane, from, count};
+        sweep(rows, own);
+        __syncthreads();
+        for (int b = warp; b < count; b += kWarps) {
+          Bin<A> sum = all[b * 32 + lane];
+          for (int other = 1; other < kWarps; ++other) {
+            const Bin<A> more = all[(other * count + b) * 32 + lane];
+            sum.count += more.count, sum.error += more.error;
+          }
+          for (int distance = 16; distance > 0; distance /= 2) {
+            sum.count += __shfl_xor_sync(~0u, sum.count, distance);
+            sum.error += __shfl_xor_sync(~0u, sum.error, distance);
+          }
+          if (lane == 0) partial[from + b] = sum.count, partial[bins + from + b] = sum.error;
+          finite &= sum.error != A(INFINITY);
         }
-        for (int distance = 16; distance > 0; distance /= 2) {
-          sum.count += __shfl_xor_sync(~0u, sum.count, distance);
-          sum.error += __shfl_xor_sync(~0u, sum.error, distance);
-        }
-        if (lane == 0) partial[from + b] = sum.count, partial[bins + from + b] = sum.error;
+        __syncthreads();
       }
-      __syncthreads();
-    }
+      if (threadIdx.x == 0) partial[2 * bins] = unit.unit;
+      sum_of_all = __syncthreads_and(finite) ? A(0) : A(INFINITY);
+    } while (unit.widen(sum_of_all));
   }
 };
 
@@ -186,8 +218,9 @@ __device__ void merge_bins(const List& list, const Forward& f, int64_t t, Mergin
   const int64_t first = list.tensors[t].first_chunk, parts = (list.tensors[t].rows + list.chunk - 1) / list.chunk;
   double counted = 0, summed = 0;
   for (int64_t part = me / bins; part < parts; part += groups) {
-    const A* partial = static_cast<const A*>(f.partial) + (first + part) * 2 * bins + me % bins;
-    counted += double(partial[0]), summed += double(partial[bins]);
+    const A* partial = static_cast<const A*>(f.partial) + (first + part) * BinReg::state_size(f.bits);
+    const double unit = partial[2 * bins];
+    counted += double(partial[me % bins]), summed += partial[bins + me % bins] * unit * unit;
   }
   (*count)[me] = counted, (*error)[me] = summed;
   __syncthreads();

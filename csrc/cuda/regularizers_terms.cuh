@@ -19,8 +19,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 3 : kBlocks<T>)
   for (int k = 0; k < terms.count; ++k) {
     const Forward& f = terms.of[k];
     const Column column = column_at<A>(list, f.first, f.second, c.tensor, 0, f.bits);
-    A* partial =
-        static_cast<A*>(f.partial) + int64_t(blockIdx.x) * (terms.term[k] == Term::bin_reg ? 2 << f.bits : kState);
+    A* partial = static_cast<A*>(f.partial) +
+                 int64_t(blockIdx.x) * (terms.term[k] == Term::bin_reg ? BinReg::state_size(f.bits) : kState);
     __syncthreads();
     switch (terms.term[k]) {
       case Term::l_inf: LInfReader::chunk<T>(rows, column, partial); break;
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) bins_kernel(List list, F
   using A = Acc<T>;
   const Chunk c = chunk_at(list, blockIdx.x);
   BinRegReader<kBinRoom>::chunk<T>(Rows<T>(list, c), column_at<A>(list, f.first, f.second, c.tensor, 0, f.bits),
-                                   static_cast<A*>(f.partial) + int64_t(blockIdx.x) * (2 << f.bits));
+                                   static_cast<A*>(f.partial) + int64_t(blockIdx.x) * BinReg::state_size(f.bits));
 }
 
 // A block for each term of each tensor.

@@ -42,17 +42,37 @@ class WeightStats(NamedTuple):
         return cls(*(table[0] if single else table).unbind(-1), numel[0] if single else numel)
 
 
+def _unit(x):
+    """The power of two at max|x| or below, 1 where that is 0 or no number: x / unit is exact, and sums of its powers
+    have room in any dtype."""
+    if x.numel() == 0:
+        return x.new_ones(())
+    top = x.detach().abs().amax()
+    unit = top / (2 * torch.frexp(top).mantissa)
+    return torch.where((top > 0) & top.isfinite(), unit, 1)
+
+
+def _mean_square(x):
+    """Only the result may be too large or too small for the dtype."""
+    unit = _unit(x)
+    return (x / unit).square().sum() / max(x.numel(), 1) * unit * unit
+
+
 def _moments(x):
     """min, max, mean, unbiased std, and mean z^3, mean z^4 with that std; spread, skew and kurtosis are 0 for a
-    constant x, and for an empty one all but its minimum inf and its maximum -inf."""
+    constant x, for an empty one all but its minimum inf and its maximum -inf, and NaN beside the mean of the sum where
+    a weight is not finite."""
     if x.numel() == 0:
         nothing = x.sum()
         return nothing + torch.inf, nothing - torch.inf, nothing, nothing, nothing, nothing
-    low, high, mean = x.amin(), x.amax(), x.mean()
-    centred = torch.where(high == low, 0, x - mean)
+    low, high, unit = x.detach().amin(), x.detach().amax(), _unit(x)
+    finite = (low - low == 0) & (high - high == 0)
+    constant, y = finite & (low == high), x / unit
+    mean = y.mean()
+    centred = torch.where(constant, 0, y - mean)
     std = (centred.square().sum() / max(x.numel() - 1, 1)).sqrt()
-    z = centred / torch.where(high == low, 1, std)
-    return low, high, mean, std, z.pow(3).mean(), z.pow(4).mean()
+    z = centred / torch.where(constant, 1, std)
+    return low, high, torch.where(finite, mean * unit, low + high), std * unit, z.pow(3).mean(), z.pow(4).mean()
 
 
 # saved: mean, 1 / std (0 for a constant tensor), mean z^3, kurtosis
@@ -103,6 +123,13 @@ def _counts(bins, bits, x):
     return bins.new_zeros(2**bits).scatter_add(0, bins, torch.ones_like(bins)).to(x.dtype)
 
 
+def _mean_squares(error, bins, counts):
+    """The sum over bins of the mean square of what is in them, as `_mean_square` has it."""
+    unit = _unit(error)
+    sums = torch.zeros_like(counts).scatter_add(0, bins, (error / unit).square())
+    return (sums / counts.clamp(min=1)).sum() * unit * unit
+
+
 # saved: (L, 1, 2^bits), how many weights are in each bin
 def bin_reg_fwd(weights, step, bits):
     loss, saved = [], []
@@ -110,9 +137,8 @@ def bin_reg_fwd(weights, step, bits):
         s, c = _quantized(x, step[i, 0], bits)
         bins = _bins(c, bits)
         counts = _counts(bins, bits, x)
-        errors = torch.zeros_like(counts).scatter_add(0, bins, (x - s * c).square())
         saved.append(counts[None])
-        loss.append((errors / counts.clamp(min=1)).sum())
+        loss.append(_mean_squares(x - s * c, bins, counts))
     return torch.stack(loss), torch.stack(saved)
 
 
@@ -124,14 +150,15 @@ def bin_reg_bwd(grad, weights, step, saved, bits):
     return _gradients(weights, formula)
 
 
-# saved: (L, 1, 1), sum of (w - Q) code
+# saved: (L, 1, 1), mean of (w - Q) code
 def msqe_fwd(weights, step, bits):
     loss, saved = [], []
     for i, x in _each(weights):
         s, c = _quantized(x, step[i, 0], bits)
         error = x - s * c
-        loss.append(error.square().sum() / max(x.numel(), 1))
-        saved.append((error * c).sum().reshape(1, 1))
+        unit = _unit(error)
+        loss.append(_mean_square(error))
+        saved.append(((error / unit * c).sum() / max(x.numel(), 1) * unit).reshape(1, 1))
     return torch.stack(loss), torch.stack(saved)
 
 
@@ -140,8 +167,11 @@ def msqe_bwd(grad, weights, step, saved, bits):
         s, c = _quantized(x, step[i, 0], bits)
         return 2 / max(x.numel(), 1) * grad[i] * (x - s * c)
 
-    numel = torch.tensor([max(w.numel(), 1) for w in weights], dtype=step.dtype, device=step.device)
-    return _gradients(weights, formula), (-2 * grad / numel)[:, None] * saved[..., 0]
+    return _gradients(weights, formula), (-2 * grad)[:, None] * saved[..., 0]
+
+
+def _partial_l2(x, theta):
+    return torch.where(theta.isnan(), theta, _mean_square(torch.where(x.abs() > theta, 0, x)))
 
 
 def _numel(x, theta):
@@ -157,7 +187,7 @@ def partial_l2_fwd(weights, rank):
         theta = sizes.gather(0, (rank[i : i + 1] - 1).clamp(min=0))
         theta = torch.where(rank[i] < 1, torch.nan, theta[0])
         saved.append(theta.reshape(1, 1))
-        loss.append(torch.where(x.abs() > theta, 0, x.square()).sum() / _numel(x, theta))
+        loss.append(_partial_l2(x, theta))
     return torch.stack(loss), torch.stack(saved)
 
 
@@ -244,9 +274,7 @@ def bin_reg(W, step, bits):
         s, c = _quantized(x, step[i, 0], bits)
         bins = _bins(c, bits).detach()
         counts = _counts(bins, bits, x)
-        losses.append(
-            (torch.zeros_like(counts).scatter_add(0, bins, (x - (s * c).detach()).square()) / counts.clamp(min=1)).sum()
-        )
+        losses.append(_mean_squares(x - (s * c).detach(), bins, counts))
     return losses[0] if single else torch.stack(losses)
 
 
@@ -257,7 +285,7 @@ def msqe(W, step, bits):
     losses = []
     for i, x in _each(ws):
         s, c = _quantized(x, step[i, 0], bits)
-        losses.append((x - s * c.detach()).square().sum() / max(x.numel(), 1))
+        losses.append(_mean_square(x - s * c.detach()))
     return losses[0] if single else torch.stack(losses)
 
 
@@ -268,7 +296,7 @@ def partial_l2(W, fraction):
     for i, x in _each(ws):
         with torch.no_grad():
             _, theta = partial_l2_fwd([x], rank[i : i + 1])
-        losses.append(torch.where(x.abs() > theta[0, 0, 0], 0, x.square()).sum() / _numel(x, theta[0, 0, 0]))
+        losses.append(_partial_l2(x, theta[0, 0, 0]))
     return losses[0] if single else torch.stack(losses)
 
 

@@ -10,7 +10,7 @@ from sass import TYPES
 IN_FLIGHT = 4  # 128-bit loads of each array at a time
 
 # Instructions per weight of a full tile: float32, 16 bit. A true division costs 9 of them, an addition in a bin 6.
-READ = {"MsqeReader": (18, 19.5), "PartialL2Reader": (4, 5.5), "bins": (25, 26.5)}
+READ = {"MsqeReader": (19, 20), "PartialL2Reader": (4, 5.5), "bins": (25, 26.5)}
 WRITE = {"Msqe": (18, 20.5), "PartialL2": (4.5, 6.5), "bins": (26, 28)}
 ADD = 3
 DIGITS = (6.5, 7.5)

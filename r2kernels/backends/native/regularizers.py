@@ -24,12 +24,12 @@ class NativeRegularizers(launchers.Regularizers, Half):
         arguments, losses, states, partials = [], [], [], []
         for name, (first, second), width, flag in zip(names, _given(names, parameters), bits, flags, strict=True):
             numbers = BY_NAME[name].saved
-            by_bin = numbers is None  # a count and a sum for each bin
+            by_bin = numbers is None  # a count and a sum for each bin, and the unit of the sums
             loss, saved = lists.empty_state(weights, 1, 2**width if by_bin else numbers)
             if name == PARTIAL_L2.name:
                 self._rank(listed, table, plan, first, saved)
                 first = saved
-            size = 2 * 2**width if by_bin else self.state
+            size = 2 * 2**width + 1 if by_bin else self.state
             partials.append(torch.empty(plan.chunks, size, dtype=wide, device=device))
             arguments.append(
                 self.structs.Forward(

@@ -8,15 +8,17 @@ nor atomics of floating-point numbers.
 import triton
 import triton.language as tl
 
-from .rounding import divide, lsq_code, positive_or_nan
-from .skeletons import gradient_of_loss, sums_of_column
+from .regularizers_moments_kernels import unit_at
+from .rounding import clip, divide, positive_or_nan, round_half_even, sign_or_one
+from .skeletons import fold_rows, fold_states, gradient_of_loss, sum_blocks, sums_of_column, zero_block
 
 
 @triton.jit
 def error_and_code(x, s, BITS: tl.constexpr):
-    """(x - s code, code) with signed codes"""
+    """(x - s code, code) with LSQ's signed codes, but that there is no -0"""
     HALF: tl.constexpr = 2.0 ** (BITS - 1)
-    c = lsq_code(divide(x, s), HALF, 1.0 if BITS == 1 else HALF - 1, BITS == 1)
+    v = divide(x, s)
+    c = sign_or_one(v) if BITS == 1 else round_half_even(clip(v, 0 - HALF, HALF - 1))
     return tl.fma(-s, c, x), c
 
 
@@ -30,31 +32,79 @@ def bin_of(c, BITS: tl.constexpr):
 
 
 @triton.jit
+def error_unit(step):
+    """(unit, 1 / unit) of errors whose squares are summed: so far below the step, and so small, that no square vanishes
+    that has a place in the result. A sum may overflow (in float32 where errors exceed 2^15 steps, or 2^37), and is then
+    made anew in a wider unit."""
+    if step.dtype.is_fp64():
+        return unit_at(tl.minimum(step * 2.0**-300, 2.0**-37))
+    else:
+        return unit_at(tl.minimum(step * 2.0**-40, 2.0**-19))
+
+
+@triton.jit
+def wider_unit(unit):
+    return unit_at(unit * (2.0**800 if unit.dtype.is_fp64() else 2.0**100))
+
+
+@triton.jit
+def is_wanting(total, unit):
+    """Whether a sum overflowed that another unit has room for."""
+    return (total == float("inf")) & (unit < (2.0**1022 if unit.dtype.is_fp64() else 2.0**126))
+
+
+@triton.jit
+def step_and_unit(p_step, column):
+    step = positive_or_nan(tl.load(p_step + column))
+    unit, inverse = error_unit(step)
+    return step, unit, inverse
+
+
+@triton.jit
 def bin_reg_constants(p_step, p_counts, column, BITS: tl.constexpr):
-    """(step, the counts of the bins)"""
-    return positive_or_nan(tl.load(p_step + column)), p_counts + column * 2**BITS
+    """(step, unit, 1 / unit, the counts of the bins)"""
+    step, unit, inverse = step_and_unit(p_step, column)
+    return step, unit, inverse, p_counts + column * 2**BITS
 
 
 @triton.jit
 def bin_reg_step(b_w, constants, state, BITS: tl.constexpr):
-    step, p_counts = constants
+    step, _, inverse, p_counts = constants
     total = state[0]
     for u in tl.static_range(len(b_w)):
         error, c = error_and_code(b_w[u], step, BITS)
+        error *= inverse
         total += error * error / tl.load(p_counts + bin_of(c, BITS))
     return (total,)
 
 
 @triton.jit
+def bin_reg_finish(rows, constants, state, BITS: tl.constexpr):
+    """(sum, unit)"""
+    step, unit, _, p_counts = constants
+    total = tl.sum(state[0], 0)
+    while is_wanting(total, unit):
+        unit, inverse = wider_unit(unit)
+        total = tl.sum(fold_rows(rows, (step, unit, inverse, p_counts), (zero_block(rows),), bin_reg_step, BITS)[0], 0)
+    return total, unit
+
+
+@triton.jit
+def bin_reg_sum_step(state, rows, constants, sums):
+    unit = state[1].to(tl.float64)
+    return (sums[0] + state[0].to(tl.float64) * unit * unit,)
+
+
+@triton.jit
 def bin_reg_merge(states):
-    first, _ = sums_of_column(states)
-    return (first,), ()
+    sums = fold_states(states, (), (tl.zeros([states.LANES], tl.float64),), bin_reg_sum_step)
+    return (tl.sum(sums[0], 0),), ()
 
 
 @triton.jit
 def bin_reg_setup(column, BITS: tl.constexpr):
     g = 2 * gradient_of_loss(column)
-    step, p_counts = bin_reg_constants(column.p_first, column.p_saved, column.i, BITS)
+    step, _, _, p_counts = bin_reg_constants(column.p_first, column.p_saved, column.i, BITS)
     return 0, (step, g, p_counts)
 
 
@@ -66,30 +116,46 @@ def bin_reg_gradient(w, constants, BITS: tl.constexpr):
 
 
 @triton.jit
-def msqe_constants(p_step, column):
-    return (positive_or_nan(tl.load(p_step + column)),)
-
-
-@triton.jit
 def msqe_step(b_w, constants, state, BITS: tl.constexpr):
     """Sums of squared errors, and of errors times codes, which the gradient of the step needs."""
+    step, _, inverse = constants
     squares, products = state
     for u in tl.static_range(len(b_w)):
-        error, c = error_and_code(b_w[u], constants[0], BITS)
+        error, c = error_and_code(b_w[u], step, BITS)
+        error *= inverse
         squares, products = tl.fma(error, error, squares), tl.fma(error, c, products)
     return squares, products
 
 
 @triton.jit
+def msqe_finish(rows, constants, state, BITS: tl.constexpr):
+    """(sum of squares, of products, unit)"""
+    step, unit, _ = constants
+    squares, products = sum_blocks(state)
+    zero = zero_block(rows)
+    while is_wanting(squares, unit):
+        unit, inverse = wider_unit(unit)
+        squares, products = sum_blocks(fold_rows(rows, (step, unit, inverse), (zero, zero), msqe_step, BITS))
+    return squares, products, unit
+
+
+@triton.jit
+def msqe_sums_step(state, rows, constants, sums):
+    unit = state[2].to(tl.float64)
+    return sums[0] + state[0].to(tl.float64) * unit * unit, sums[1] + state[1].to(tl.float64) * unit
+
+
+@triton.jit
 def msqe_merge(states):
-    squares, products = sums_of_column(states)
-    return (squares / states.rows.to(tl.float64),), (products,)
+    zero, n = tl.zeros([states.LANES], tl.float64), states.rows.to(tl.float64)
+    squares, products = sum_blocks(fold_states(states, (), (zero, zero), msqe_sums_step))
+    return (squares / n,), (products / n,)
 
 
 @triton.jit
 def msqe_setup(column):
     g = 2 * gradient_of_loss(column)
-    g_step = -g / column.rows * tl.load(column.p_saved + column.i)
+    g_step = -g * tl.load(column.p_saved + column.i)
     return g_step, (positive_or_nan(tl.load(column.p_first + column.i)), g / column.rows)
 
 
@@ -102,14 +168,19 @@ def msqe_gradient(w, constants, BITS: tl.constexpr):
 
 @triton.jit
 def partial_l2_constants(p_threshold, column):
-    return (tl.load(p_threshold + column),)
+    """(threshold / unit, 1 / unit), the unit the power of two at the threshold"""
+    theta = tl.load(p_threshold + column)
+    _, inverse = unit_at(theta)
+    return theta * inverse, inverse
 
 
 @triton.jit
 def partial_l2_step(b_w, constants, state):
+    theta, inverse = constants
     total = state[0]
     for u in tl.static_range(len(b_w)):
-        total += tl.where(tl.abs(b_w[u]) > constants[0], 0, b_w[u] * b_w[u])
+        v = b_w[u] * inverse
+        total = tl.where(tl.abs(v) > theta, total, tl.fma(v, v, total))
     return (total,)
 
 
@@ -117,7 +188,9 @@ def partial_l2_step(b_w, constants, state):
 def partial_l2_merge(states, p_threshold, column):
     """NaN where the threshold is."""
     first, _ = sums_of_column(states)
-    return (first / states.rows.to(tl.float64) + tl.load(p_threshold + column) * 0,), ()
+    theta = tl.load(p_threshold + column)
+    unit = unit_at(theta)[0].to(tl.float64)
+    return (tl.where(theta == theta, first / states.rows.to(tl.float64) * unit * unit, theta),), ()
 
 
 @triton.jit

@@ -17,12 +17,27 @@ from .skeletons import (
 
 
 @triton.jit
+def unit_at(x):
+    """The power of two at |x| or below, within bounds where it and its inverse are normal numbers, also for 0 and NaN;
+    and its inverse."""
+    if x.dtype.is_fp64():
+        e = tl.minimum(tl.maximum((x.to(tl.int64, bitcast=True) >> 52) & 0x7FF, 1), 2045)
+        return (e << 52).to(tl.float64, bitcast=True), ((2046 - e) << 52).to(tl.float64, bitcast=True)
+    else:
+        e = tl.minimum(tl.maximum((x.to(tl.int32, bitcast=True) >> 23) & 0xFF, 1), 253)
+        return (e << 23).to(tl.float32, bitcast=True), ((254 - e) << 23).to(tl.float32, bitcast=True)
+
+
+FAR = tl.constexpr(2.0**16)  # times the unit: up to there float32 has room for fourth powers and their sums
+
+
+@triton.jit
 def power_sums_step(b_w, constants, state):
-    """Sums of the first four powers about the centre, smallest and largest weight."""
-    (centre,) = constants
+    """Sums of the first four powers about the centre, in units; smallest and largest weight."""
+    centre, _, inverse = constants
     s1, s2, s3, s4, low, high = state
     for u in tl.static_range(len(b_w)):
-        v = b_w[u] - centre
+        v = tl.fma(b_w[u], inverse, -centre)
         q = v * v
         s1, s2, s3, s4 = s1 + v, s2 + q, tl.fma(q, v, s3), tl.fma(q, q, s4)
         high, low = tl.maximum(high, b_w[u], PROPAGATE), tl.minimum(low, b_w[u], PROPAGATE)
@@ -30,52 +45,71 @@ def power_sums_step(b_w, constants, state):
 
 
 @triton.jit
-def centre_of_block(rows):
-    """The mean of the first weights of a chunk; 0 where that is no number."""
-    centre = tl.sum(first_block(rows), 0) / rows.BLOCK
-    return tl.where(tl.abs(centre) < float("inf"), centre, 0)
+def guess_of_block(rows):
+    """(centre, unit, 1 / unit) from the first weights of a chunk: the power of two at the largest, and their mean in
+    that unit, 0 where it is no number."""
+    b_w = first_block(rows)
+    unit, inverse = unit_at(tl.max(tl.abs(b_w), 0))
+    centre = tl.sum(b_w * inverse, 0) / rows.BLOCK
+    return tl.where(tl.abs(centre) < float("inf"), centre, 0), unit, inverse
+
+
+@triton.jit
+def is_far(s1, s2, count, unit, largest):
+    """Whether the mean lies over a quarter of the spread away from the centre, or weights are too large for the
+    unit."""
+    return (16 * s1 * s1 > count * s2) | (largest > unit * FAR)
 
 
 @triton.jit
 def kure_reduce(rows, p_first, column):
-    """Power sums about a centre guessed from the first block; once more about the mean where that lies over a quarter
-    of the spread away."""
-    centre = centre_of_block(rows)
+    """Power sums about a guessed centre, in a guessed unit; once more in one that has room for the largest weight, or
+    about the mean, where those are far."""
+    centre, unit, inverse = guess_of_block(rows)
     zero = zero_block(rows)
     inf = zero + float("inf")
     none = tl.full([], 0, rows.ACC)
-    s1, s2, s3, s4, b_low, b_high = none, none, none, none, inf, -inf
-    attempts = 2
+    s1, s2, s3, s4, low, high = none, none, none, none, none, none
+    attempts = 3
     while attempts > 0:
         b_1, b_2, b_3, b_4, b_low, b_high = fold_rows(
-            rows, (centre,), (zero, zero, zero, zero, inf, -inf), power_sums_step
+            rows, (centre, unit, inverse), (zero, zero, zero, zero, inf, -inf), power_sums_step
         )
         s1, s2, s3, s4 = sum_blocks((b_1, b_2, b_3, b_4))
+        low, high = -max_or_nan(-b_low), max_or_nan(b_high)
+        largest, its_inverse = unit_at(tl.maximum(-low, high))
         attempts -= 1
-        if (attempts > 0) & (16 * s1 * s1 > rows.count * s2):
-            centre += s1 / rows.count
+        if (attempts > 0) & is_far(s1, s2, rows.count, unit, largest):
+            if largest > unit * FAR:
+                centre *= unit * its_inverse
+                unit, inverse = largest, its_inverse
+            else:
+                centre += s1 / rows.count
         else:
             attempts = 0
-    return centre, s1, s2, s3, s4, -max_or_nan(-b_low), max_or_nan(b_high)
+    return centre, s1, s2, s3, s4, low, high, unit
 
 
 @triton.jit
 def totals_step(state, rows, constants, sums):
-    """Sum, smallest and largest weight of all chunks."""
-    total, low, high = sums
+    """Sum, smallest and largest weight and largest unit of all chunks."""
+    total, low, high, unit = sums
     return (
-        total + (rows * state[0].to(tl.float64) + state[1].to(tl.float64)),
+        total + (rows * state[0].to(tl.float64) + state[1].to(tl.float64)) * state[7].to(tl.float64),
         tl.minimum(low, state[5], PROPAGATE),
         tl.maximum(high, state[6], PROPAGATE),
+        tl.maximum(unit, state[7]),
     )
 
 
 @triton.jit
 def moments_step(state, rows, constants, sums):
-    """The power sums of a chunk, moved to the common mean."""
-    (mean,) = constants
-    s1, s2, s3, s4 = state[1].to(tl.float64), state[2].to(tl.float64), state[3].to(tl.float64), state[4].to(tl.float64)
-    d = state[0].to(tl.float64) - mean
+    """The power sums of a chunk, in the common unit and moved to the common mean."""
+    mean, inverse = constants
+    r = state[7].to(tl.float64) * inverse
+    s1, s2 = state[1].to(tl.float64) * r, state[2].to(tl.float64) * r * r
+    s3, s4 = state[3].to(tl.float64) * r * r * r, state[4].to(tl.float64) * r * r * r * r
+    d = state[0].to(tl.float64) * r - mean
     m2 = s2 + d * (2 * s1 + d * rows)
     m3 = s3 + d * (3 * s2 + d * (3 * s1 + d * rows))
     m4 = s4 + d * (4 * s3 + d * (6 * s2 + d * (4 * s1 + d * rows)))
@@ -84,23 +118,27 @@ def moments_step(state, rows, constants, sums):
 
 @triton.jit
 def moments(states):
-    """(low, high, mean, std, 1 / std, mean z^3, mean z^4); of a constant tensor all behind the mean are 0."""
+    """(low, high, mean, std, 1 / std, mean z^3, mean z^4). Of a constant tensor all behind the mean are 0; with an
+    infinity in it they are NaN, and the mean is what a sum would give."""
     n = states.rows.to(tl.float64)
     zero, inf = tl.zeros([states.LANES], tl.float64), tl.full([states.LANES], float("inf"), states.ACC)
-    b_total, b_low, b_high = fold_states(states, (), (zero, inf, -inf), totals_step)
+    none = tl.zeros([states.LANES], states.ACC)
+    b_total, b_low, b_high, b_unit = fold_states(states, (), (zero, inf, -inf, none), totals_step)
     mean, low, high = tl.sum(b_total, 0) / n, -max_or_nan(-b_low), max_or_nan(b_high)
-    m2, m3, m4 = sum_blocks(fold_states(states, (mean,), (zero, zero, zero), moments_step))
-    constant = low == high
+    unit = tl.max(b_unit, 0).to(tl.float64)
+    m2, m3, m4 = sum_blocks(fold_states(states, (mean / unit, 1 / unit), (zero, zero, zero), moments_step))
+    finite = tl.maximum(tl.abs(low), tl.abs(high), PROPAGATE) < float("inf")
+    constant, nan = finite & (low == high), tl.where(finite, 0.0, float("nan"))
     std = tl.where(constant, 0, tl.sqrt(m2 / tl.maximum(n - 1, 1)))
-    r = tl.where(std == 0, 0, 1 / std)
+    z = tl.where(std == 0, 0, 1 / std)
     return (
         low,
         high,
-        mean,
-        std,
-        r,
-        tl.where(constant, 0, m3 / n * r * r * r),
-        tl.where(constant, 0, m4 / n * r * r * r * r),
+        tl.where(finite, mean, low + high),
+        std * unit + nan,
+        z / unit + nan,
+        m3 / n * z * z * z + nan,
+        m4 / n * z * z * z * z + nan,
     )
 
 

@@ -83,11 +83,11 @@ def begin_term(rows, p_first, p_saved, column, CODE: tl.constexpr):
         return range_losses.soft_shifts(rows, p_first, column), (zero, zero, zero, zero)
     elif TERM == KURE:
         inf = zero + float("inf")
-        return (moments.centre_of_block(rows),), (zero, zero, zero, zero, inf, -inf)
+        return moments.guess_of_block(rows), (zero, zero, zero, zero, inf, -inf)
     elif TERM == BIN_REG:
         return regularizers.bin_reg_constants(p_first, p_saved, column, bits_of(CODE)), (zero,)
     elif TERM == MSQE:
-        return regularizers.msqe_constants(p_first, column), (zero, zero)
+        return regularizers.step_and_unit(p_first, column), (zero, zero)
     else:
         return regularizers.partial_l2_constants(p_saved, column), (zero,)
 
@@ -155,12 +155,16 @@ def finish_term(rows, p_first, column, constants, state, CODE: tl.constexpr):
             top, s0, s1, s2, bottom, t0, t1, t2 = range_losses.soft_sums(rows, p_first, column, False)
         return top, s0, s1, s2, bottom, t0, t1, t2
     elif TERM == KURE:
-        centre = constants[0]
+        centre, unit, _ = constants
         s1, s2, s3, s4 = sum_blocks((state[0], state[1], state[2], state[3]))
         low, high = -max_or_nan(-state[4]), max_or_nan(state[5])
-        if 16 * s1 * s1 > rows.count * s2:
-            centre, s1, s2, s3, s4, low, high = moments.kure_reduce(rows, p_first, column)
-        return centre, s1, s2, s3, s4, low, high
+        if moments.is_far(s1, s2, rows.count, unit, moments.unit_at(tl.maximum(-low, high))[0]):
+            centre, s1, s2, s3, s4, low, high, unit = moments.kure_reduce(rows, p_first, column)
+        return centre, s1, s2, s3, s4, low, high, unit
+    elif TERM == BIN_REG:
+        return regularizers.bin_reg_finish(rows, constants, state, bits_of(CODE))
+    elif TERM == MSQE:
+        return regularizers.msqe_finish(rows, constants, state, bits_of(CODE))
     else:
         return sum_blocks(state)
 

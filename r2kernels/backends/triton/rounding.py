@@ -31,14 +31,22 @@ def divide_by_levels(c, HIGH: tl.constexpr):
 
 
 @triton.jit
+def round_half_even(v):
+    """The nearest integer, half to even, 0 for -0; |v| < 2^22."""
+    if v.dtype.is_fp64():
+        return (v + 6755399441055744.0) - 6755399441055744.0
+    else:
+        return (v + 12582912.0) - 12582912.0
+
+
+@triton.jit
 def nearest_integer(v):
     """The nearest integer, half to even, with the sign of v; |v| < 2^22."""
+    r = round_half_even(v)
     if v.dtype.is_fp64():
-        r = (v + 6755399441055744.0) - 6755399441055744.0
         sign = v.to(tl.int64, bitcast=True) & -9223372036854775808
         return (r.to(tl.int64, bitcast=True) | sign).to(tl.float64, bitcast=True)
     else:
-        r = (v + 12582912.0) - 12582912.0
         sign = v.to(tl.int32, bitcast=True) & -2147483648
         return (r.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 

@@ -4,12 +4,14 @@ import budget
 import cases
 import pytest
 import torch
+from parametrize import first, short
 
 import r2kernels as r2
 
 pytestmark = pytest.mark.usefixtures("nan_filled", "one_thread")
 
-POWERS = [-100, -61, 61, 100]
+dtypes = first("dtype", [torch.float32], [torch.float32, torch.bfloat16, torch.float64], short)  # float16: no room
+POWERS = [-100, 61, 100]
 INPUTS = ["below a vector", "a chunk and one", "ties", "far from zero", "constant"]
 
 
@@ -37,7 +39,7 @@ def found(function, ws, parameter, learned=True, upstream=1.0, **options):
     return losses.detach(), list(grads[: len(ws)]), grads[-1] if own else None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@dtypes
 @pytest.mark.parametrize("function", ["l_inf", "margin"])
 def test_exact_powers_of_two(function, dtype, device, variant):
     parameter = None if function == "l_inf" else 0.0625
@@ -51,8 +53,8 @@ def test_exact_powers_of_two(function, dtype, device, variant):
 
 
 @pytest.mark.parametrize("learned", [True, False], ids=["learned", "fixed"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("alpha", [40.0, -40.0, 600.0, 1e-7, 0.0])
+@dtypes
+@pytest.mark.parametrize("alpha", [40.0, -600.0, 1e-7, 0.0])
 def test_exact_powers_of_two_of_soft_extrema(alpha, dtype, learned, device, variant):
     """The gradient of alpha goes with the square of the scale: its upstream makes a number of that."""
     ones = found("soft_extrema", weights(dtype, device), alpha, learned)
@@ -66,7 +68,7 @@ def test_exact_powers_of_two_of_soft_extrema(alpha, dtype, learned, device, vari
             assert all(torch.equal(a, b * upstream) for a, b in zip(scaled[1], ones[1], strict=True)), power
 
 
-@pytest.mark.parametrize("alpha", [2.0, -2.0, 1e-12, 0.0])
+@pytest.mark.parametrize("alpha", [-2.0, 1e-12, 0.0])
 @pytest.mark.parametrize("function", ["soft_min_max", "soft_extrema"])
 @pytest.mark.parametrize("exponent", [-30, 30])
 def test_budget(exponent, function, alpha, device, variants):

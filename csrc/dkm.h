@@ -9,10 +9,31 @@
 // over the right group), and sums of attention over the weights are sums of shares by interval, spread over the groups
 // by two recurrences.
 #pragma once
+#include <cstring>
+
+#include <cstring>
+
 #include "arithmetic.h"
 
 namespace r2 {
 inline namespace R2_ISA {
+
+// A power of two, which lengths are multiplied by for squares of them, and attention over tau, to be float32 whatever
+// the scale of the weights; tau tells it. 1 for all usual ones.
+template <class A>
+R2_HD A unit_of(A tau, bool squared) {
+  if constexpr (sizeof(A) == 4) {
+    int32_t bits;
+    memcpy(&bits, &tau, 4);
+    const int e = (bits >> 23) - 126, scale = squared ? e >> 1 : e, least = squared ? -16 : -40;
+    if (!(tau > 0) || e > 128) return 1;
+    const int power = scale > 24 ? -scale : scale < least ? (least - scale < 58 ? least - scale : 58) : 0;
+    bits = (power < -100 ? 27 : 127 + power) << 23;
+    memcpy(&tau, &bits, 4);
+    return tau;
+  }
+  return 1;
+}
 
 // Of a table's row, one for each interval; means are relative to the reference. o: c'_j, v: dL/dc'_j / S_j, e: v_j
 // (c'_j - reference).
@@ -28,6 +49,7 @@ struct Iteration {
   const A *old, *fresh, *upstream, *moments;
   int size;
   double tau;  // NaN where it is not positive
+  A unit = 1;  // what `in_units` has multiplied lengths by
 
   R2_HD Iteration(const Clusters& clusters, const Pass& pass, int64_t count, int64_t tensor, int step = 0)
       : size(clusters.size[tensor]) {
@@ -40,6 +62,18 @@ struct Iteration {
     tau = given > A(0) ? double(given) : double(NAN);
   }
 
+  // The same with the lengths times unit_of(tau); `room` holds 2 size numbers.
+  R2_HD Iteration in_units(A* room) const {
+    Iteration it = *this;
+    it.unit = unit_of(A(tau), false);
+    if (it.unit == A(1)) return it;
+    for (int j = 0; j < size; ++j) {
+      room[j] = old[j] * it.unit;
+      if (fresh) room[size + j] = fresh[j] * it.unit;
+    }
+    it.old = room, it.fresh = fresh ? room + size : nullptr, it.tau = tau * double(it.unit);
+    return it;
+  }
   R2_HD double slope() const { return 2 * kLog2e / tau; }
   R2_HD double offset(int j) const { return fresh ? double(fresh[j]) - double(old[j]) : 0; }
   R2_HD double v(int j) const {
@@ -145,11 +179,12 @@ R2_HD void finish_update(const Iteration<A>& it, const Spread& s, double* sums, 
   to_centroids(it, s, sums, [&](int j, const AttentionSum& plus, const AttentionSum& minus, const AttentionSum& equal) {
     const double S = plus.n + minus.n, old = double(it.old[j]);
     const bool empty = A(S) == A(0);
-    fresh[j] = empty ? it.old[j] : A(old + (plus.x + minus.x) / S);
+    const A moved = empty ? it.old[j] : A(old + (plus.x + minus.x) / S);
     const double sign = plus.n - equal.n - minus.n;
+    fresh[j] = moved / it.unit;
     moments[3 * j] = A(S);
     moments[3 * j + 1] = A(empty ? 0 : sign);
-    moments[3 * j + 2] = A(empty ? 0 : plus.x - minus.x - (double(fresh[j]) - old) * sign);
+    moments[3 * j + 2] = A(empty ? 0 : (plus.x - minus.x - (double(moved) - old) * sign) / double(it.unit));
   });
 }
 

@@ -315,7 +315,7 @@ struct Dorefa {
     }
     R2_HD void share_out(const Quantizer& q, int64_t column) {
       A scale = m.by;
-      share = parameter_at<A>(q.first_gradient, column) / (scale * scale * parameter_at<A>(q.first, 2 * column + 1));
+      share = parameter_at<A>(q.first_gradient, column) / scale / (scale * parameter_at<A>(q.first, 2 * column + 1));
     }
     // of one of the maxima
     R2_HD V corrected(V x, V g) const {

@@ -88,18 +88,27 @@ struct Margin {
   };
 };
 
-// Soft extremes, in units of the exponent: k = |alpha| log2(e), delta = k (w - M) <= 0 for the maximum side, -k (w - m)
-// for the minimum side. State: (M, S0, S1, S2) with Sn = sum delta^n 2^delta, then the same around the minimum m.
+// Soft extremes, with exponents delta = k (w - M) <= 0 for the maximum side, -k (w - m) for the minimum side, k =
+// |alpha| log2(e). State, in the units of the weights: (M, S0, mean - M, deviation), of the weights that count 2^delta
+// each and S0 in all, then the same around the minimum m. A deviation, as float32 has no room for the square of every
+// weight.
 struct Soft {
   static constexpr int kSaved = saved_numbers::soft_min_max;
   static_assert(kSaved == saved_numbers::soft_extrema);
 
-  // alpha = 0 is taken as this, which is zero to the result and spares a special case
-  R2_HD static double size(double alpha, bool single) {
-    double least = single ? 1e-15 : 1e-100;
+  // What exponents span at least: its powers are numbers, and 2^it is 1.
+  template <class A>
+  static constexpr A kLeastSpan = sizeof(A) == 4 ? A(1e-9) : A(1e-30);
+
+  // The |alpha| to sum with over weights of this range. One that is as good as 0 is taken as a larger one, for
+  // exponents to have squares; a normal number, which beyond a range of 1e31 is no longer as good as 0.
+  template <class A>
+  R2_HD static double size(double alpha, A range) {
+    constexpr A smallest = sizeof(A) == 4 ? A(0x1p-126) : A(0x1p-1022);
+    double least = double(kLeastSpan<A>) / double(range > smallest ? range : smallest);
+    least = least > double(smallest) ? least : double(smallest);
     return fabs(alpha) < least ? least : fabs(alpha);
   }
-  R2_HD static double scale(double alpha, bool single) { return size(alpha, single) * kLog2e; }
 
   // Exponents from differences of weights. In double the rounding of alpha log2(e) is made good, or it would be the
   // largest error.
@@ -141,19 +150,6 @@ struct Soft {
     }
   };
 
-  // One side to the extreme of both; `k` is negative for the minimum side.
-  template <class S>
-  R2_HD static void merge_side(double* into, const S* state, double k) {
-    double d = k * (double(state[0]) - into[0]), s[3] = {double(state[1]), double(state[2]), double(state[3])};
-    if (d > 0) {
-      move(into + 1, -d);
-      into[0] = state[0];
-    } else {
-      move(s, d);
-    }
-    into[1] += s[0], into[2] += s[1], into[3] += s[2];
-  }
-
   // Sums relative to an extreme that lies d above the present one, in units of the exponent, seen from there.
   template <class A>
   R2_HD static void move(A* s, A d) {
@@ -163,14 +159,31 @@ struct Soft {
     s[0] = r * s[0];
   }
 
-  // One side of a state, from sums relative to `shift`. They are rounded where that costs the variance least: relative
-  // to their mean.
+  // One side of a state, from sums of delta^n 2^delta relative to `shift`; `k` is negative for the minimum side. The
+  // shift becomes the soft extreme, so that rounding what is left of that costs nothing.
   template <class A>
   R2_HD static void settle(double shift, const double* sums, double k, A* state) {
-    state[0] = A(shift + sums[1] / (sums[0] * k));
-    double s[3] = {sums[0], sums[1], sums[2]};
-    move(s, k * (shift - double(state[0])));
-    state[1] = A(s[0]), state[2] = A(s[1]), state[3] = A(s[2]);
+    double mean = sums[1] / sums[0], variance = sums[2] / sums[0] - mean * mean;
+    state[0] = A(shift + mean / k);
+    double moved = shift - double(state[0]);
+    state[1] = A(sums[0] * exp2_(k * moved)), state[2] = A(moved + mean / k);
+    state[3] = A(sqrt(variance < 0 ? 0 : variance) / fabs(k));
+  }
+
+  // One side, around the outer one of both shifts.
+  template <class S>
+  R2_HD static void merge_side(double* into, const S* state, double k) {
+    double apart = double(state[0]) - into[0], d = k * apart, mine = into[1], other = double(state[1]),
+           between = apart + (double(state[2]) - into[2]);
+    if (d > 0) {
+      mine *= exp2_(-d), into[0] = state[0], into[2] -= apart;
+    } else {
+      other *= exp2_(d);
+    }
+    into[1] = mine + other;
+    double share = other / into[1], rest = mine / into[1], deviation = double(state[3]);
+    into[2] += share * between;
+    into[3] = sqrt(rest * into[3] * into[3] + share * deviation * deviation + share * rest * between * between);
   }
 
   template <class S>
@@ -179,30 +192,27 @@ struct Soft {
     merge_side(into + 4, state + 4, -k);
   }
 
-  // (shift, 1 / S0, soft extreme - shift, variance); unit = 1 / k is negative for the minimum side
+  // (shift, 1 / S0, soft extreme - shift, deviation)
   template <class A>
-  R2_HD static double finish_side(const double* s, double unit, A* saved) {
-    double mean = s[2] / s[1];
-    saved[0] = A(s[0]), saved[1] = A(1 / s[1]), saved[2] = A(mean * unit),
-    saved[3] = A((s[3] / s[1] - mean * mean) * (unit * unit));
-    return mean * unit;
+  R2_HD static void save(const double* side, A* saved) {
+    saved[0] = A(side[0]), saved[1] = A(1 / side[1]), saved[2] = A(side[2]), saved[3] = A(side[3]);
   }
 
   // extremes: soft minimum, soft maximum. For alpha < 0 the softmax of alpha w is the side of the minimum.
   template <class A>
-  R2_HD static double finish(const double* state, Column c, double unit, A* saved, double* extremes) {
+  R2_HD static double finish(const double* state, Column c, A* saved, double* extremes) {
+    const bool swapped = c.first < 0;
     const double *high = state, *low = state + 4;
-    double up = finish_side(high, unit, saved + (c.first < 0 ? 4 : 0)),
-           down = finish_side(low, -unit, saved + (c.first < 0 ? 0 : 4));
-    double top = high[0] + up, bottom = low[0] + down;
-    extremes[0] = c.first < 0 ? top : bottom, extremes[1] = c.first < 0 ? bottom : top;
-    double range = (high[0] - low[0]) + (up - down);
-    return (c.first < 0 ? -range : range) + exp(-c.first);
+    save(high, saved + (swapped ? 4 : 0)), save(low, saved + (swapped ? 0 : 4));
+    extremes[swapped ? 0 : 1] = high[0] + high[2], extremes[swapped ? 1 : 0] = low[0] + low[2];
+    double range = (high[0] - low[0]) + (high[2] - low[2]);
+    return (swapped ? -range : range) + exp(-c.first);
   }
 
+  // from deviations, each product a number whenever the result is
   template <class A>
   R2_HD static double parameter_gradient(double g_max, double g_min, const A* saved) {
-    return g_max * saved[3] - g_min * saved[7];
+    return g_max * saved[3] * saved[3] - g_min * saved[7] * saved[7];
   }
 
   // g_max p (1 + alpha (w - s_max)) + g_min q (1 - alpha (w - s_min)), each side as 2^delta (a + b delta)
@@ -243,20 +253,13 @@ template <bool kExtrema>
 struct SoftOp : Soft {
   static constexpr bool kLoss = !kExtrema;
 
-  // k as the chunks had it, rounded to their type
-  R2_HD static double scale_of(Column c, bool single) {
-    return single ? double(float(scale(c.first, true))) : scale(c.first, false);
-  }
-
   template <class S>
-  R2_HD static void merge(double* into, const S* state, Column c, bool single) {
-    Soft::merge(into, state, scale_of(c, single));
+  R2_HD static void merge(double* into, const S* state, Column c, bool) {
+    Soft::merge(into, state, fabs(c.first) * kLog2e);
   }
   template <class A>
   R2_HD static double finish(const double* state, Column c, const List& list, int64_t at, A* saved, A* out) {
-    double extremes[2],
-        loss = Soft::finish(state, c, sizeof(A) == 4 ? 1 / scale_of(c, true) : kLn2 / size(c.first, false),
-                            saved + at * kSaved, extremes);
+    double extremes[2], loss = Soft::finish(state, c, saved + at * kSaved, extremes);
     if (kExtrema) out[at] = A(extremes[0]), out[list.count * list.d + at] = A(extremes[1]);
     return loss;
   }

@@ -249,7 +249,7 @@ def _of_range_loss(draw, exact, i):
         outside = (x.abs() > parameter.abs()[:, None]).sum(1) / (k * n if k < 1 else k)
         return exact.loss.reshape(-1)[i], weights, upstream * (1 + outside)
     saved = reference.range_losses._soft_extremes([draw.weights[i]], parameter[None], *draw.geometry)[0]
-    of_p, of_q = saved[:, 3] + reach.square() / n, saved[:, 7] + reach.square() / n
+    of_p, of_q = (saved[:, i].square() + reach.square() / n for i in (3, 7))
     if op == "soft_extrema":
         low, high = upstream
         return x.abs().amax(1).expand(2, d), weights, high * of_p + low * of_q

@@ -16,6 +16,7 @@ struct Centroids {
   int64_t size;
   A factor, rate;  // log2(e) / tau and 1 / tau, NaN where tau is of no use
   bool squared;
+  A unit;  // of all lengths here: rows are multiplied by it first
 };
 
 // What a group works in. Number m of its rows lies kRows further on than number m - 1.

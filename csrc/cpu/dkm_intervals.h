@@ -129,6 +129,7 @@ struct IntervalTable {
   A *keys, *numbers;
   int size, levels, depth;  // 2^levels > size, 2^depth >= size
   A slope, zero;            // NaN where tau is of no use
+  A unit;                   // of all lengths here: weights are multiplied by it first
 
   static int levels_of(int K) {
     int n = 1;
@@ -149,7 +150,7 @@ struct IntervalTable {
 
   void fill(const Iteration<A>& it, const Spread& s, int how_many) {
     size = it.size, levels = levels_of(size), depth = levels - (size == 1 << (levels - 1));
-    slope = A(it.slope()), zero = A(0 * (1 / it.tau));
+    unit = it.unit, slope = A(it.slope()), zero = A(0 * (1 / it.tau));
     // level by level the centroids that a binary search compares with, then the last, or instead of four levels all in
     // rows; NaN, which no weight reaches, where there is none
     const auto centroid = [&](int64_t j) { return j < size ? it.old[j] : A(NAN); };

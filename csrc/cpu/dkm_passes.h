@@ -95,6 +95,14 @@ R2_HD const A* widened(const T* from, int n, A* buffer) {
   return buffer;
 }
 
+// n numbers, filled up, times a unit of lengths; in `buffer` where that is not 1.
+template <class A>
+R2_HD const A* in_units(const A* from, int n, A unit, A* buffer) {
+  if (unit == A(1)) return from;
+  for (int i = 0; i < n; ++i) buffer[i] = from[i] * unit;
+  return buffer;
+}
+
 template <class A, class T>
 R2_HD void narrowed(const A* from, int n, T* to) {
   int i = 0;

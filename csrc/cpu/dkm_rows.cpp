@@ -2,6 +2,8 @@
 #include "dkm_group.h"
 #include "skeletons.h"
 
+#include "../dkm.h"
+
 namespace r2 {
 inline namespace R2_ISA {
 
@@ -13,27 +15,34 @@ class AllCentroids {
  public:
   AllCentroids(const List& list, const Clusters& clusters, const Pass& pass)
       : count_(list.count), each_(int64_t(clusters.most) * list.d),
-        memory_(pass.steps * list.count * each_ * int64_t(sizeof(A))),
+        memory_(pass.steps * list.count * 3 * each_ * int64_t(sizeof(A))),
         centroids_(pass.steps * list.count * int64_t(sizeof(Centroids<A>))) {
     const int d = list.d;
+    const bool squared = clusters.metric == Metric::sqeuclidean;
     for (int64_t i = 0; i < pass.steps * list.count; ++i) {
       const int64_t tensor = i % list.count, size = clusters.size[tensor];
-      const A given = static_cast<const A*>(clusters.tau)[tensor], tau = given > A(0) ? given : A(NAN);
-      A* v = memory_.template as<A>() + i * each_;
+      const A given = static_cast<const A*>(clusters.tau)[tensor], unit = unit_of(given, squared);
+      const double tau = given > A(0) ? double(given) * unit * (squared ? unit : A(1)) : double(NAN);
+      A* room = memory_.template as<A>() + 3 * i * each_;
+      const auto lengths = [&](const void* all, A* to) {
+        const A* from = all ? static_cast<const A*>(all) + i * each_ : nullptr;
+        return from ? in_units(from, int(size * d), unit, to) : nullptr;
+      };
+      A* v = room + 2 * each_;
       if (pass.upstream)
         for (int64_t j = 0; j < size; ++j) {
           const A S = static_cast<const A*>(pass.moments)[i * clusters.most + j];
           for (int m = 0; m < d; ++m)
             v[j * d + m] = S == A(0) ? A(0) : static_cast<const A*>(pass.upstream)[i * each_ + j * d + m] / S;
         }
-      const auto numbers = [&](const void* all) { return all ? static_cast<const A*>(all) + i * each_ : nullptr; };
-      centroids_.template as<Centroids<A>>()[i] = {numbers(pass.old),
-                                                   numbers(pass.fresh),
+      centroids_.template as<Centroids<A>>()[i] = {lengths(pass.old, room),
+                                                   lengths(pass.fresh, room + each_),
                                                    v,
                                                    size,
-                                                   A(kLog2e / double(tau)),
-                                                   A(1 / double(tau)),
-                                                   clusters.metric == Metric::sqeuclidean};
+                                                   A(kLog2e / tau),
+                                                   A(1 / tau),
+                                                   squared,
+                                                   unit};
     }
   }
   const Centroids<A>& of(int64_t tensor, int step = 0) const {
@@ -177,6 +186,7 @@ void sum_rows(const List& list, const Clusters& clusters, const Pass& pass, int 
         for (int i = n; i < kRows; ++i) room.count[i] = 0;
         with_width<A>(d, [&](auto kD) {
           take_rows<kD>(tensor, w, d, row, n, room.x);
+          in_units(room.x, kRows * d, centroids.unit, room.x);
           if (g) take_rows<kD>(tensor, g, d, row, n, room.g);
           sum_block<kSum, kD>(room, centroids, d, n, g != nullptr);
         });
@@ -204,7 +214,7 @@ void sum_rows(const List& list, const Clusters& clusters, const Pass& pass, int 
         for (int m = 0; m < d; ++m)
           out[j * d + m] = !real   ? A(0)
                            : empty ? old[j * d + m]
-                           : alone ? A(double(old[j * d + m]) + sums[1 + m] / S)
+                           : alone ? A(double(old[j * d + m]) + sums[1 + m] / S / double(all.of(t).unit))
                                    : A(sums[m]);
       }
     }
@@ -228,6 +238,7 @@ void map_rows(const List& list, const Clusters& clusters, const Pass& pass, int 
     for (int64_t chunk = 0; chunk < list.chunks; ++chunk) {
       const RowChunk c(list, chunk);
       const Tensor& tensor = list.tensors[c.tensor];
+      const A unit = all.of(c.tensor).unit;
       const T *w = address<const T>(list.pointers, c.tensor), *g = address<const T>(pass.grads, c.tensor);
       T* out = address<T>(targets, c.tensor);
       for (int64_t row = c.row; row < c.row + c.n; row += kRows) {
@@ -235,9 +246,11 @@ void map_rows(const List& list, const Clusters& clusters, const Pass& pass, int 
         for (int i = 0; i < kRows * d; ++i) room.out[i] = 0;
         with_width<A>(d, [&](auto kD) {
           take_rows<kD>(tensor, w, d, row, n, room.x);
+          in_units(room.x, kRows * d, unit, room.x);
           if (g) take_rows<kD>(tensor, g, d, row, n, room.g);
           for (int step = 0; step < pass.steps; ++step)
             map_block<kGradient, kD>(room, all.of(c.tensor, step), d, n, g && step == 0);
+          if (!kGradient) in_units(room.out, kRows * d, A(1) / unit, room.out);
           put_rows<kD>(tensor, room.out, d, row, n, out);
         });
       }
@@ -268,24 +281,27 @@ void assign_rows(const List& list, const Clusters& clusters, const Pass& pass, i
   threads = threads_for(list, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    const AlignedMemory memory(d * kRows * int64_t(sizeof(A)));
-    A* x = memory.template as<A>();
+    const AlignedMemory memory(d * (kRows + int64_t(clusters.most)) * int64_t(sizeof(A)));
+    A *x = memory.template as<A>(), *scaled = x + d * kRows;
 #pragma omp for schedule(dynamic)
     for (int64_t chunk = 0; chunk < list.chunks; ++chunk) {
       const RowChunk c(list, chunk);
       const T* w = address<const T>(list.pointers, c.tensor);
-      const A* centroids = static_cast<const A*>(pass.old) + c.tensor * clusters.most * d;
       const int K = clusters.size[c.tensor];
+      const A unit = unit_of(static_cast<const A*>(clusters.tau)[c.tensor], false);
+      const A* centroids =
+          in_units(static_cast<const A*>(pass.old) + c.tensor * clusters.most * d, K * d, unit, scaled);
       void* codes = address<void>(static_cast<const int64_t*>(pass.target), c.tensor);
       for (int64_t row = c.row; row < c.row + c.n; row += kRows) {
         const int n = c.row + c.n - row < kRows ? int(c.row + c.n - row) : kRows;
         with_width<A>(d, [&](auto kD) { take_rows<kD>(list.tensors[c.tensor], w, d, row, n, x); });
+        in_units(x, kRows * d, unit, x);
         for (int i = 0; i < n; i += lanes<V>) {
           V best = splat<V>(A(INFINITY));
           Indices<A> code = {};
           for (int j = 0; j < K; ++j) {
             const V D = distance(x + i, centroids + int64_t(j) * d, d);
-            const Indices<A> nearer = ~(D >= best) & (best == best);  // a NaN is nearest, as for torch.argmin
+            const Indices<A> nearer = D < best;  // a NaN never is
             best = nearer ? D : best, code = nearer ? Indices<A>{} + Index<A>(j) : code;
           }
           for (int l = 0; l < lanes<V> && i + l < n; ++l) {

@@ -13,17 +13,20 @@ class Tables {
   Tables(const List& list, const Clusters& clusters, const Pass& pass, int how_many, int threads)
       : keys_(IntervalTable<A>::keys_size(clusters.most)), each_(keys_ + IntervalTable<A>::numbers_size(clusters.most)),
         count_(list.count), tables_(pass.steps * list.count * int64_t(sizeof(IntervalTable<A>))),
-        memory_(pass.steps * list.count * each_ * int64_t(sizeof(A))) {
+        iterations_(pass.steps * list.count * int64_t(sizeof(Iteration<A>))),
+        memory_(pass.steps * list.count * (each_ + 2 * clusters.most) * int64_t(sizeof(A))) {
     const int64_t total = pass.steps * list.count;
 #pragma omp parallel num_threads(threads) if (threads > 1 && total * clusters.most > 1024)
     {
       const MergeRoom s(clusters.most);
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < total; ++i) {
-        const Iteration<A> it(clusters, pass, list.count, i % list.count, int(i / list.count));
-        s.spread.fill(it);
         IntervalTable<A>& table = tables_.template as<IntervalTable<A>>()[i];
-        table.keys = memory_.template as<A>() + i * each_, table.numbers = table.keys + keys_;
+        table.keys = memory_.template as<A>() + i * (each_ + 2 * clusters.most), table.numbers = table.keys + keys_;
+        const Iteration<A> it =
+            Iteration<A>(clusters, pass, list.count, i % list.count, int(i / list.count)).in_units(table.keys + each_);
+        iterations_.template as<Iteration<A>>()[i] = it;
+        s.spread.fill(it);
         table.fill(it, s.spread, how_many);
       }
     }
@@ -31,10 +34,14 @@ class Tables {
   const IntervalTable<A>& of(int64_t tensor, int step = 0) const {
     return tables_.template as<IntervalTable<A>>()[step * count_ + tensor];
   }
+  // in the units of the table
+  const Iteration<A>& iteration(int64_t tensor, int step = 0) const {
+    return iterations_.template as<Iteration<A>>()[step * count_ + tensor];
+  }
 
  private:
   int64_t keys_, each_, count_;
-  AlignedMemory tables_, memory_;
+  AlignedMemory tables_, iterations_, memory_;
 };
 
 // Calls f(mode) with the mode of the table as a constant.
@@ -80,8 +87,8 @@ void sum_chunk(const IntervalTable<Acc<T>>& t, const T* w, const T* g, const flo
   for (int64_t i = 0; i < (t.size + 1) * 2 * R; ++i) out[i] = 0;
   for (int64_t row = 0; row < n; row += kBlock) {
     const int m = n - row < kBlock ? int(n - row) : kBlock, padded = (m + kPad - 1) / kPad * kPad;
-    const A *ws = widened(w + row, m, room.w), *gs = Sums::kGrads ? widened(g + row, m, room.g) : nullptr,
-            *counts = nullptr;
+    const A *ws = in_units(widened(w + row, m, room.w), padded, t.unit, room.w),
+            *gs = Sums::kGrads ? widened(g + row, m, room.g) : nullptr, *counts = nullptr;
     if constexpr (sizeof(A) == 4) counts = count ? widened(count + row, m, room.count) : nullptr;
     t.locate(ws, padded, room.k);
     const bool any = with_mode(t, [&](auto mode) { return make_records<Sums, mode>(t, ws, gs, counts, m, room); });
@@ -140,7 +147,7 @@ void sum_by_interval(const List& list, const Clusters& clusters, const Pass& pas
     }
 #pragma omp for schedule(dynamic)
     for (int64_t t = 0; t < list.count; ++t) {
-      const Iteration<A> it(clusters, pass, list.count, t);
+      const Iteration<A>& it = tables.iteration(t);
       const int64_t first = list.tensors[t].first_chunk, parts = (list.tensors[t].rows + list.chunk - 1) / list.chunk,
                     numbers = (it.size + 1) * 2 * R;
       double* total = partial + first * each;
@@ -198,7 +205,7 @@ void make_output(const IntervalTable<A>& t, const A* w, int n, const Index<A>* k
 
 // make(tensor, w, g, n, room) fills room.out for a block of n weights, filled up; it is written where the weights lie.
 template <class T, class Make>
-void map_blocks(const List& list, const Pass& pass, int threads, Make make) {
+void map_blocks(const List& list, const Pass& pass, const Tables<Acc<T>>& tables, int threads, Make make) {
   using A = Acc<T>;
   const int64_t* targets = static_cast<const int64_t*>(pass.target);
   for (int64_t t = 0; t < list.count; ++t)
@@ -215,7 +222,8 @@ void map_blocks(const List& list, const Pass& pass, int threads, Make make) {
       T* out = address<T>(targets, c.tensor) + c.row;
       for (int64_t row = 0; row < c.n; row += kBlock) {
         const int n = c.n - row < kBlock ? int(c.n - row) : kBlock, padded = (n + kPad - 1) / kPad * kPad;
-        make(c.tensor, widened(w + row, n, room.w), g ? widened(g + row, n, room.g) : nullptr, padded, room);
+        const A* ws = in_units(widened(w + row, n, room.w), padded, tables.of(c.tensor).unit, room.w);
+        make(c.tensor, ws, g ? widened(g + row, n, room.g) : nullptr, padded, room);
         narrowed(room.out, n, out + row);
       }
     }
@@ -227,10 +235,11 @@ void output_of(const List& list, const Clusters& clusters, const Pass& pass, int
   using A = Acc<T>;
   threads = threads_for(list, threads);
   const Tables<A> tables(list, clusters, pass, 4, threads);
-  map_blocks<T>(list, pass, threads, [&](int64_t tensor, const A* w, const A*, int n, Room<A>& room) {
+  map_blocks<T>(list, pass, tables, threads, [&](int64_t tensor, const A* w, const A*, int n, Room<A>& room) {
     const IntervalTable<A>& t = tables.of(tensor);
     t.locate(w, n, room.k);
     with_mode(t, [&](auto mode) { make_output<mode>(t, w, n, room.k, room.out); });
+    in_units(room.out, n, A(1) / t.unit, room.out);
   });
 }
 
@@ -239,7 +248,7 @@ void gradient_of(const List& list, const Clusters& clusters, const Pass& pass, i
   using A = Acc<T>;
   threads = threads_for(list, threads);
   const Tables<A> tables(list, clusters, pass, 8, threads);
-  map_blocks<T>(list, pass, threads, [&](int64_t tensor, const A* w, const A* g, int n, Room<A>& room) {
+  map_blocks<T>(list, pass, tables, threads, [&](int64_t tensor, const A* w, const A* g, int n, Room<A>& room) {
     for (int i = 0; i < n; ++i) room.out[i] = 0;
     for (int step = 0; step < pass.steps; ++step) {
       const IntervalTable<A>& t = tables.of(tensor, step);
@@ -249,7 +258,7 @@ void gradient_of(const List& list, const Clusters& clusters, const Pass& pass, i
                               : add_gradient<false, mode>(t, w, g, n, t.slope * A(kLn2), room.k, room.out);
       });
       if (!any) continue;
-      const Iteration<A> it(clusters, pass, list.count, tensor, step);
+      const Iteration<A>& it = tables.iteration(tensor, step);
       const AlignedMemory memory(3 * (clusters.most + 1) * int64_t(sizeof(double)));
       double* at = memory.as<double>();
       const Spread s = {at, at + clusters.most + 1, at + 2 * (clusters.most + 1)};

@@ -118,12 +118,13 @@ R2_HD void soft_sums(const T* w, int64_t n, Sides sides, A* state) {
 constexpr double kNear = 16;
 
 template <bool kVariance, class T, class A>
-R2_HD void soft_chunk(const T* w, int64_t n, double a, A* state) {
+R2_HD void soft_chunk(const T* w, int64_t n, double alpha, A* state) {
   auto [low, high] = extremes(w, n);
   if (!(high - low < A(INFINITY)) && !(high < low)) {
     for (int i = 0; i < kState; ++i) state[i] = A(NAN);
     return;
   }
+  const double a = Soft::size(alpha, high - low);
   if constexpr (sizeof(A) == 4) {
     const A k = A(a * kLog2e), span = k * (high - low);
     if (span <= kNear) {
@@ -139,8 +140,7 @@ R2_HD void soft_chunk(const T* w, int64_t n, double a, A* state) {
 struct SoftReader {
   template <class T, class A>
   static void read(const T* w, int64_t n, Column c, bool variance, A* state) {
-    double a = Soft::size(c.first, sizeof(A) == 4);
-    variance ? soft_chunk<true>(w, n, a, state) : soft_chunk<false>(w, n, a, state);
+    variance ? soft_chunk<true>(w, n, c.first, state) : soft_chunk<false>(w, n, c.first, state);
   }
 };
 

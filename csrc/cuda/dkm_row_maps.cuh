@@ -26,12 +26,13 @@ __global__ void __launch_bounds__(kThreads, kResident<D, A>)
   const Memory<A> w(list.pointers[part.tensor], list.dtype),
       out(reinterpret_cast<int64_t>(pass.target) + tensor.offset * size_of(list.dtype), list.dtype);
   const RowPlaces places(tensor, part.row, it.d);
+  const A back = 1 / it.unit;
   Centroids<D, A, 2> centroids = {it, tile};
   for (int first = 0; first < part.rows; first += kThreads) {
     const int n = min(kThreads, part.rows - first);
     const RowPlace where = places.of(first + min(int(threadIdx.x), n - 1));
     Point<D, A> x;
-    x.load(w, where, it.d);
+    x.load(w, where, it.d, it.unit);
     Nearest<A> nearest;
     nearest.find(centroids, x);
     for (int block = 0; block < it.d; block += wide) {
@@ -47,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, kResident<D, A>)
       });
 #pragma unroll
       for (int i = 0; i < wide; ++i)
-        if (int(threadIdx.x) < n && block + i < it.d) out.put(where.at + (block + i) * where.run, sum[i] / Z);
+        if (int(threadIdx.x) < n && block + i < it.d) out.put(where.at + (block + i) * where.run, sum[i] / Z * back);
     }
   }
   if (part.row == 0) put_leftovers(tensor, it.d, w, out);
@@ -107,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, kResident<D, A>)
     const int n = min(kThreads, part.rows - first);
     const RowPlace where = places.of(first + min(int(threadIdx.x), n - 1));
     Point<D, A> x, g;
-    x.load(w, where, d), g.load(gs, where, d);
+    x.load(w, where, d, Iterated<A>(list, clusters, pass, part.tensor).unit), g.load(gs, where, d);
     for (int block = 0; block < d; block += wide) {
       A sum[wide] = {};
       for (int step = 0; step < pass.steps; ++step) {
@@ -147,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, kResident<D, A>)
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int row = min(first + r * kThreads + int(threadIdx.x), part.rows - 1);
-      x[r].load(w, places.of(row), it.d);
+      x[r].load(w, places.of(row), it.d, it.unit);
       least[r] = INFINITY, best[r] = 0;
     }
     centroids.sweep([&](int j, auto c, auto, auto) {

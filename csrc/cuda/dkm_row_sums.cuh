@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads, kResident<D, A>)
     const int n = min(kThreads, part.rows - first);
     Point<D, A> x, y;
     const RowPlace where = places.of(first + min(me, n - 1));
-    x.load(w, where, d);
+    x.load(w, where, d, it.unit);
     if (kGrads) y.load(g, where, d);
     Nearest<A> nearest;
     nearest.find(centroids, x);
@@ -75,8 +75,8 @@ __global__ void __launch_bounds__(kThreads, kResident<D, A>)
 #pragma unroll
       for (int i = 0; i < wide; ++i) {
         const bool in = D > 0 && i < d;
-        c[i] = in ? it.old[at + i] : A(0);
-        if (kAll) fresh[i] = in ? it.fresh[at + i] : A(0), v[i] = in ? it.v(min(j, K - 1), i) : A(0);
+        c[i] = in ? it.old_at(at + i) : A(0);
+        if (kAll) fresh[i] = in ? it.fresh_at(at + i) : A(0), v[i] = in ? it.v(min(j, K - 1), i) : A(0);
       }
       for (int block = 0; block < d; block += wide) {
         A sum[kSums] = {};
@@ -92,14 +92,14 @@ __global__ void __launch_bounds__(kThreads, kResident<D, A>)
             }
           } else {
             const RowPlace that = places.of(first + r);
-            p.load(w, that, d);
+            p.load(w, that, d, it.unit);
             if (kGrads) q.load(g, that, d);
           }
           auto old_of = [&](int i) {
             if constexpr (D > 0)
               return c[i];
             else
-              return it.old[at + i];
+              return it.old_at(at + i);
           };
           const A square = square_distance(p, old_of, d);
           A a = of.attention(it, square) * from_row[1];
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, kResident<D, A>)
                   if constexpr (D > 0)
                     return fresh[i];
                   else
-                    return it.fresh[at + i];
+                    return it.fresh_at(at + i);
                 },
                 [&](int i) {
                   if constexpr (D > 0)
@@ -175,12 +175,14 @@ __global__ void __launch_bounds__(kMergeThreads)
     if constexpr (kUpdate) {
       const double S = real ? total(totals, j * per_centroid + d) : 0;
       const bool empty = A(S) == A(0);
-      out[i] = !real ? A(0) : empty ? it.old[i] : A(double(it.old[i]) + total(totals, j * per_centroid + c) / S);
+      out[i] = !real   ? A(0)
+               : empty ? it.old[i]
+                       : A(double(it.old[i]) + total(totals, j * per_centroid + c) / S / double(it.unit));
       if (c > 0) return;
       A* moments = static_cast<A*>(pass.out_moments) + (tensor * most + j) * it.stride;
       moments[0] = A(S);
       if (it.stride == 1) return;
-      const double n = empty ? 0 : total(totals, j * 4 + 2), x = empty ? 0 : total(totals, j * 4 + 3);
+      const double n = empty ? 0 : total(totals, j * 4 + 2), x = empty ? 0 : total(totals, j * 4 + 3) / double(it.unit);
       moments[1] = A(n), moments[2] = A(empty ? 0 : x - (double(out[i]) - double(it.old[i])) * n);
     } else {
       const double sum = real ? total(totals, i) : 0;

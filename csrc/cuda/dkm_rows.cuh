@@ -2,6 +2,7 @@
 // anew wherever it is needed. A thread takes a row; centroids come through shared memory in tiles. D is d rounded up
 // (the rest is zeros), or 0 for any d, where numbers are read from memory each time.
 #pragma once
+#include "../dkm.h"
 #include "dkm_common.cuh"
 
 namespace r2::cuda {
@@ -68,17 +69,18 @@ template <int D, class A>
 struct Point {
   A v[D];
 
-  __device__ void load(const Memory<A>& memory, RowPlace where, int d) {
+  __device__ void load(const Memory<A>& memory, RowPlace where, int d, A unit = 1) {
 #pragma unroll
-    for (int c = 0; c < D; ++c) v[c] = c < d ? memory.get(where.at + c * where.run) : A(0);
+    for (int c = 0; c < D; ++c) v[c] = c < d ? memory.get(where.at + c * where.run) * unit : A(0);
   }
 };
 template <class A>
 struct Point<0, A> {
   Memory<A> memory = {0, Dtype::f32};
   RowPlace where = {0, 1};
+  A unit = 1;
 
-  __device__ void load(const Memory<A>& from, RowPlace at, int) { memory = from, where = at; }
+  __device__ void load(const Memory<A>& from, RowPlace at, int, A by = 1) { memory = from, where = at, unit = by; }
 };
 
 // The c-th number of a point or of a centroid.
@@ -87,7 +89,7 @@ __device__ __forceinline__ A number(const Point<D, A>& p, int c) {
   if constexpr (D > 0)
     return p.v[c];
   else
-    return p.memory.get(p.where.at + c * p.where.run);
+    return p.memory.get(p.where.at + c * p.where.run) * p.unit;
 }
 
 // One iteration of one tensor.
@@ -96,6 +98,7 @@ struct Iterated {
   const A *old, *fresh, *upstream, *moments;
   int K, d, stride;  // stride: numbers of moments for each centroid
   bool squared;
+  A unit;       // of tau and of all lengths that are taken from here and from rows: it multiplies them
   A tau, rate;  // NaN where tau is not positive; log2(e) / tau
 
   __device__ Iterated(const List& list, const Clusters& clusters, const Pass& pass, int64_t tensor, int step = 0)
@@ -107,8 +110,11 @@ struct Iterated {
     upstream = pass.upstream ? static_cast<const A*>(pass.upstream) + at * d : nullptr;
     moments = pass.moments ? static_cast<const A*>(pass.moments) + at * stride : nullptr;
     const A given = clusters.tau ? static_cast<const A*>(clusters.tau)[tensor] : A(1);
-    tau = given > A(0) ? given : A(NAN), rate = A(kLog2e / double(tau));
+    unit = unit_of(given, squared);
+    tau = given > A(0) ? given * unit * (squared ? unit : A(1)) : A(NAN), rate = A(kLog2e / double(tau));
   }
+  __device__ A old_at(int64_t i) const { return old[i] * unit; }
+  __device__ A fresh_at(int64_t i) const { return fresh[i] * unit; }
   __device__ A v(int j, int c) const {
     const A S = moments[j * stride];
     return S == A(0) ? A(0) : upstream[int64_t(j) * d + c] / S;
@@ -156,10 +162,11 @@ struct Centroids {
   template <class Run>
   __device__ __forceinline__ void at(int j, Run run) const {
     const int64_t at = int64_t(j) * it.d;
-    auto of = [this, at](const A* numbers, int i) { return D == 0 || i < it.d ? numbers[at + i] : A(0); };
+    auto is_real = [&](int i) { return D == 0 || i < it.d; };
     run(
-        j, [&](int i) { return of(it.old, i); }, [&](int i) { return of(it.fresh, i); },
-        [&](int i) { return D == 0 || i < it.d ? it.v(j, i) : A(0); });
+        j, [&](int i) { return is_real(i) ? it.old_at(at + i) : A(0); },
+        [&](int i) { return is_real(i) ? it.fresh_at(at + i) : A(0); },
+        [&](int i) { return is_real(i) ? it.v(j, i) : A(0); });
   }
   __device__ void load(int from, int n) {
     if (loaded == from) return;
@@ -169,7 +176,7 @@ struct Centroids {
       const int j = from + i / width, c = i % width % each, which = i % width / each;
       const int64_t at = int64_t(j) * it.d + c;
       A x = 0;
-      if (c < it.d) x = which == 0 ? it.old[at] : which == 1 ? it.fresh[at] : it.v(j, c);
+      if (c < it.d) x = which == 0 ? it.old_at(at) : which == 1 ? it.fresh_at(at) : it.v(j, c);
       tile.numbers[i] = x;
     }
     __syncthreads();

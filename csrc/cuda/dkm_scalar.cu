@@ -124,7 +124,7 @@ __device__ __forceinline__ void add_step(const Tables<GradientMap, A>& tables, i
     const Shares<A> s(fma(x, slope, -row[kBend]));
     A P = fma(x, span, -row[GradientMap::kSpanE]);
     if (kLast) P = fma(g[i], row[GradientMap::kSpanO], P);
-    more[i] = fma(s.right, span, fma(s.left * s.right * pull, P, row[GradientMap::kMean]));
+    more[i] = fma(s.right, span, fma(s.left * s.right, pull * P, row[GradientMap::kMean]));
     any |= x == A(0);
   }
   if (any) {

@@ -149,12 +149,18 @@ template <bool kVariance>
 struct SoftReader {
   template <class T, class A = Acc<T>>
   static __device__ void chunk(const Rows<T>& rows, Column c, A* partial) {
-    ExtremesLane<A> extremes;
-    sweep(rows.first(kSample), extremes);
-    A ends[2] = {extremes.high, -extremes.low};
-    block_reduce<Max>(ends);
+    // a range so small that it may not tell that of the chunk, as exponents do not rise in it, is looked for in all
+    // rows
+    A ends[2], alpha = A(fabs(c.first));
+    for (int n = kSample;; n = rows.n) {
+      ExtremesLane<A> extremes;
+      sweep(rows.first(n), extremes);
+      ends[0] = extremes.high, ends[1] = -extremes.low;
+      block_reduce<Max>(ends);
+      if (n >= rows.n || !(alpha * (ends[0] + ends[1]) < Soft::kLeastSpan<A>)) break;
+    }
 
-    SoftLane<A, kVariance> lane(A(Soft::scale(c.first, sizeof(A) == 4)), ends[0], -ends[1]);
+    SoftLane<A, kVariance> lane(A(Soft::size(c.first, ends[0] + ends[1]) * kLog2e), ends[0], -ends[1]);
     sweep(rows, lane);
     lane.meet(ends[0], -ends[1]);
     const auto &up = lane.high.total, &down = lane.low.total;

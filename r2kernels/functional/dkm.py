@@ -25,16 +25,16 @@ class _DifferentiableKMeans(torch.autograd.Function):
         iterations, metric, gradient, pinned, clusters, tol, max_passes, d, layout, tau, *rest = inputs
         count = len(clusters)
         given, weights = rest[:count], rest[count:]
-        start = parameters.padded(given, d)
-        order = None
+        centroids, order = parameters.finite_or_nan(parameters.padded(given, d)), None
         if d == 1:
-            start, order = _sorted(start, clusters)
+            centroids, order = _sorted(centroids, clusters)
+        start = centroids
         problem = tau, clusters, metric, d, layout
         if iterations == "converge":
             start, passes = ops.dkm_solve(weights, start, tol, max_passes, gradient != "unrolled", *problem)
             iterations = max(int(passes), 1) if gradient == "unrolled" else 1
             if gradient == "unrolled":
-                start = parameters.padded(given, d) if d > 1 else _sorted(parameters.padded(given, d), clusters)[0]
+                start = centroids
         buffers, history, moments = ops.dkm.fwd(weights, start, iterations, pinned, *problem)
         ctx.save_for_backward(tau, history, moments, order, *weights)
         ctx.call = clusters, metric, gradient, pinned, d, layout
@@ -100,7 +100,11 @@ def dkm(
     ("euclidean", the paper's) or ||w_i - c_j||^2 ("sqeuclidean", coremltools'; tau then has the units of W^2). After T
     iterations W_hat = A_T C_T with A_T the attention to C_(T-1). W_hat has the shape, strides and dtype of W; centroids
     come back in the caller's order. A centroid that no weight attends to (sum 0 in this precision) stays where it is,
-    without gradient; so do all those of an empty tensor of a sequence. For the numel mod d leftovers W_hat is W.
+    without gradient; so do all those of an empty tensor of a sequence. For the numel mod d leftovers W_hat is W. A
+    centroid that is infinite or NaN makes all results of its tensor NaN.
+
+    Weights may have any scale that tau has too: float32 holds a "sqeuclidean" tau, the square of theirs, of weights
+    between 1e-18 and 1e18.
 
     Nothing of size N x K is stored; saved for backward are W and O(T K) numbers. With d = 1 and "euclidean" the time
     does not grow with K: with sorted centroids and w between c_k and c_(k+1), exp(-|w - c_j| / tau) =
@@ -154,7 +158,8 @@ def assign(W, centroids, *, cluster_dim=1, layout="output"):
     """Codes of the nearest centroid (Euclidean distance) of each row: (numel // d,), uint8 up to 256 clusters, int32
     above; for a sequence a list.
 
-    Rows are in the order of `layout`. Ties take the lower index; a row with NaN takes 0. No gradient. Nothing of size
+    Rows are in the order of `layout`. Ties take the lower index; what is infinitely far away, or NaN, is never nearest,
+    and a row that has no other takes 0. No gradient. Nothing of size
     N x K is stored.
     """
     ws, single = differentiable.weights("assign", W, cluster_dim, layout)

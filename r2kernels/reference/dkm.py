@@ -17,13 +17,21 @@ from .columns import columns, from_columns
 from .zeros import zeros_of
 
 
+def unit(c):
+    """A power of two, which these centroids are about 1 if multiplied by: then squares neither overflow nor vanish."""
+    largest = c.detach().abs().amax()
+    exponent = torch.where(largest.isfinite(), torch.frexp(largest).exponent, 0).clamp(-100, 100)
+    return torch.ldexp(torch.ones_like(largest), -exponent)
+
+
 def distance(x, c, metric):
     """(N, K) distances between the rows of x (N, d) and c (K, d)."""
     if x.shape[1] == 1:
         difference = x - c.t()
         return difference.abs() if metric == "euclidean" else difference.square()
     if metric == "euclidean":
-        return torch.cdist(x, c, compute_mode="donot_use_mm_for_euclid_dist")
+        scale = unit(c)
+        return torch.cdist(x * scale, c * scale, compute_mode="donot_use_mm_for_euclid_dist") / scale
     return (x[:, None] - c).square().sum(-1)
 
 
@@ -63,6 +71,7 @@ def slope(x, c, metric):
         return 2 * difference
     if x.shape[1] == 1:
         return difference.sign()
+    difference = difference * unit(c)
     D = difference.square().sum(-1, keepdim=True).sqrt()
     return difference / torch.where(D == 0, 1, D)
 
@@ -91,8 +100,11 @@ class DKM:
         ]
 
     def _each(self, c):
-        """(index, rows, centroids (K, d), tau) of each tensor"""
-        return [(i, x, c[i, :k], self.tau[i]) for i, x, k in self._rows(self.weights)]
+        """(index, rows, centroids (K, d), tau, unit) of each tensor: lengths times a unit, so that their products are
+        numbers whatever the scale of the weights"""
+        for i, x, k in self._rows(self.weights):
+            u = unit(c[i, :k])
+            yield i, x * u, c[i, :k] * u, self.tau[i] * u * (1 if self.metric == "euclidean" else u), u
 
     def _padded(self, rows, like):
         """(L, K, ...) from the numbers of each tensor's centroids."""
@@ -104,13 +116,13 @@ class DKM:
         """(new centroids, moments): S_j, and for scalars in the Euclidean metric sum_i sign(w_i - c_j) a_ij {1, w_i -
         c'_j}. (L, K, 3) or (L, K, 1)."""
         fresh, moments = [], []
-        for _, x, ct, tau in self._each(c):
+        for _, x, ct, tau, u in self._each(c):
             a, S, new = iterate(x, ct, tau, self.metric, lambda a, x: a.t() @ x)
-            fresh.append(new)
+            fresh.append(new / u)
             columns_ = [S]
             if self.signed:
                 signed = a * (x - ct.t()).sign()
-                columns_ += [signed.sum(0), (signed * (x - new.t())).sum(0)]
+                columns_ += [signed.sum(0), (signed * (x - new.t())).sum(0) / u]
             moments.append(torch.stack(columns_, 1))
         return self._padded(fresh, c), self._padded(moments, c)
 
@@ -118,7 +130,7 @@ class DKM:
     def output(self, c, new):
         """W_hat = attention to c, applied to `new`; leftovers as they were."""
         outputs = []
-        for i, x, ct, tau in self._each(c):
+        for i, x, ct, tau, _ in self._each(c):
             y = attention(x, ct, tau, self.metric) @ new[i, : ct.shape[0]]
             outputs.append(self._with_leftovers(y, self.weights[i], self.weights[i]))
         return outputs
@@ -135,7 +147,7 @@ class DKM:
     def upstream(self, c, grads):
         """u_j = sum_i a_ij g_i for the gradients g of W_hat."""
         us = []
-        for (_, x, ct, tau), (_, g, _) in zip(self._each(c), self._rows(grads), strict=True):
+        for (_, x, ct, tau, _), (_, g, _) in zip(self._each(c), self._rows(grads), strict=True):
             us.append(attention(x, ct, tau, self.metric).t() @ g)
         return self._padded(us, c)
 
@@ -151,9 +163,9 @@ class DKM:
 
     def _pulls(self, c, new, u, moments, grads):
         gs = [None] * len(self.weights) if grads is None else [g for _, g, _ in self._rows(grads)]
-        for i, x, ct, tau in self._each(c):
+        for i, x, ct, tau, scale in self._each(c):
             k = ct.shape[0]
-            yield i, x, tau, self._pull(x, ct, tau, new[i, :k], u[i, :k], moments[i, :k, 0], gs[i])
+            yield i, x, tau, self._pull(x, ct, tau, new[i, :k] * scale, u[i, :k], moments[i, :k, 0], gs[i])
 
     @_in_full_precision
     def recur(self, c, new, u, moments, grads=None):
@@ -180,10 +192,10 @@ class DKM:
     def jacobian(self, c, new, moments):
         """(L, K, K) float64: dnew_j / dc_l, for scalars in the Euclidean metric (`signed`)."""
         blocks = c.new_zeros(c.shape[0], c.shape[1], c.shape[1], dtype=torch.float64)
-        for i, x, ct, tau in self._each(c):
+        for i, x, ct, tau, u in self._each(c):
             k = ct.shape[0]
             a, s = attention(x, ct, tau, self.metric), slope(x, ct, self.metric)[..., 0]
-            pull = a * (x - new[i, :k].t())
+            pull = a * (x - new[i, :k].t() * u)
             S = moments[i, :k, :1]
             J = (torch.diag((pull * s).sum(0)) - pull.t() @ (a * s)) / torch.where(S == 0, 1, S) / tau
             blocks[i, :k, :k] = torch.where(S == 0, 0, J)
@@ -191,15 +203,18 @@ class DKM:
 
 
 def assign_fwd(weights, centroids, clusters, d, layout):
-    """Codes (N,) of each tensor: uint8 up to 256 clusters, int32 above."""
+    """Codes (N,) of each tensor: uint8 up to 256 clusters, int32 above. A NaN is as far as infinity."""
     codes = []
     for i, w in enumerate(weights):
         x, c = columns(w, d, layout).t(), centroids[i, : clusters[i]]
+        x, c = x * unit(c), c * unit(c)
         step = max(2**24 // clusters[i], 1)
         best = torch.cat(
-            [distance(rows, c, "euclidean" if d == 1 else "sqeuclidean").argmin(1) for rows in x.split(step)]
+            [
+                distance(rows, c, "euclidean" if d == 1 else "sqeuclidean").nan_to_num(torch.inf, torch.inf).argmin(1)
+                for rows in x.split(step)
+            ]
         )
-        best = torch.where(x.isnan().any(1), 0, best)
         codes.append(best.to(torch.uint8 if clusters[i] <= 256 else torch.int32))
     return codes
 
@@ -234,7 +249,7 @@ def dkm(
     for i, (w, c0) in enumerate(zip(ws, centroids, strict=True)):
         zeros = zeros_of(w.detach(), cluster_dim, layout) if preserve_zeros else None
         w = w.masked_fill(zeros, 0) if preserve_zeros else w  # no gradient through the centroids either
-        x, c = columns(w, cluster_dim, layout).t(), c0.reshape(-1, cluster_dim)
+        x, c = columns(w, cluster_dim, layout).t(), parameters.finite_or_nan(c0.reshape(1, -1, cluster_dim))[0]
         repeats = iterations
         if iterations == "converge":
             c_star, passes = _settled(x.detach(), c.detach(), tau[i], metric, tol, max_passes)

@@ -84,6 +84,11 @@ def _fill(key, count, d, dtype, device):
     return torch.full((count, d), key, dtype=dtype, device=device)
 
 
+def finite_or_nan(c):
+    """(L, K, d) centroids; all those of a tensor are NaN where one is infinite or NaN."""
+    return c + (0 * c).sum((1, 2), keepdim=True)
+
+
 def padded(given, d):
     """(L, K, d): the centroids of all tensors, filled up with zeros."""
     most = max([c.shape[0] for c in given])

@@ -162,7 +162,7 @@ def dorefa_bwd(gs, xs, scale, bits, detach_max):
         slope = (1 - t) * (1 + t)
         result = g * slope / m
         if not detach_max:
-            result = result - torch.where(x_.abs() == top, t.sign() * slope * ((g * t).sum() / (m * m * ties)), 0)
+            result = result - torch.where(x_.abs() == top, t.sign() * slope * ((g * t).sum() / m / (m * ties)), 0)
         gradients.append(result.to(x.dtype))
     return gradients
 

@@ -70,8 +70,8 @@ def margin_bwd(grad, weights, M, k, saved, d=1, layout="output"):
 
 
 # saved: for p = softmax(alpha x), then for q = softmax(-alpha x): a shift near the extreme, 1 / sum of exponentials
-# relative to it, the soft extreme minus the shift, the variance (which a backend may leave out where alpha_grad is
-# False)
+# relative to it, the soft extreme minus the shift, the standard deviation (which a backend may leave out where
+# alpha_grad is False)
 def _soft_extremes(weights, alpha, d, layout):
     saved = []
     for i, x in _each(weights, d, layout):
@@ -80,13 +80,15 @@ def _soft_extremes(weights, alpha, d, layout):
             continue
         a = alpha[i]
         high, low = torch.where(a >= 0, x.amax(1), x.amin(1)), torch.where(a >= 0, x.amin(1), x.amax(1))
-        sides = []
+        sides, reach = [], x.amax(1) - x.amin(1)
+        unit = torch.where(reach == 0, 1, reach)  # squares of deviations need not be numbers
         for sign, shift in ((a, high), (-a, low)):
             delta = x - shift[:, None]
             e = (sign[:, None] * delta).exp()
             total = e.sum(1)
             mean = (delta * e).sum(1) / total
-            sides += [shift, 1 / total, mean, ((delta - mean[:, None]).square() * e).sum(1) / total]
+            away = (delta - mean[:, None]) / unit[:, None]
+            sides += [shift, 1 / total, mean, unit * ((away.square() * e).sum(1) / total).sqrt()]
         saved.append(torch.stack(sides, 1))
     return torch.stack(saved)
 
@@ -98,7 +100,8 @@ def _soft_gradients(g_max, g_min, weights, alpha, saved, d, layout):
         p, q = (a * (x - top)).exp() * rp, (-a * (x - bottom)).exp() * rq
         return g_max[i, :, None] * p * (1 + a * (x - top - up)) + g_min[i, :, None] * q * (1 - a * (x - bottom - uq))
 
-    return _gradients(weights, d, layout, formula), g_max * saved[..., 3] - g_min * saved[..., 7]
+    of_p, of_q = saved[..., 3].double(), saved[..., 7].double()  # whose squares float32 may not have
+    return _gradients(weights, d, layout, formula), (g_max * of_p * of_p - g_min * of_q * of_q).to(saved)
 
 
 def soft_min_max_fwd(weights, alpha, alpha_grad=True, d=1, layout="output"):

@@ -32,7 +32,8 @@ class NativeClusterings(Half):
         return NativeDKM(self, weights, tau, clusters, metric, d, layout)
 
     def assign_fwd(self, weights, centroids, clusters, d, layout):
-        return NativeDKM(self, weights, None, clusters, "euclidean", d, layout).assign(centroids)
+        size = centroids.abs().amax((1, 2))  # its scale is all that `assign` takes of a tau
+        return NativeDKM(self, weights, size, clusters, "euclidean", d, layout).assign(centroids)
 
 
 class NativeDKM:

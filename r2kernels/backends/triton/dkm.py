@@ -13,6 +13,15 @@ PARTIAL = 2**24  # partial sums at once; where there are more, one group of cent
 MERGED = 8  # centroids that a program merges
 
 
+def unit_of(tau, squared):
+    """A power of two for each tensor, as csrc/dkm.h has it: times that, squares of lengths are float32, whatever the
+    scale of the weights."""
+    exponent, least = torch.frexp(tau).exponent, -16 if squared else -40
+    scale = exponent // 2 if squared else exponent
+    power = torch.where(scale > 24, -scale, (least - scale).clamp(0, 58)).clamp(min=-100)
+    return torch.ldexp(torch.ones_like(tau), torch.where((tau > 0) & tau.isfinite(), power, 0))
+
+
 class TritonDKM:
     """The passes of `reference.DKM` over a list. W_hat and dL/dW of scalars in the Euclidean metric cost O(1) a weight;
     all else is O(K)."""
@@ -24,12 +33,14 @@ class TritonDKM:
         self.tensors, self.runs = lists.dense(weights, d, layout)
         self.table = lists.device_table(self.tensors, self.device)
         self.count, self.sizes = len(clusters), lists.sizes(tuple(clusters), self.device)
-        self.tau = None if tau is None else tau.contiguous()
+        self.scaled = not self.signed and tau.dtype == torch.float32
+        self.unit = unit_of(tau, not self.euclidean) if self.scaled else torch.ones_like(tau)
+        self.tau = (tau * self.unit * (1 if self.euclidean else self.unit)).contiguous()
 
     def update(self, c):
         new, moments = torch.empty_like(c), c.new_empty(*c.shape[:2], 3 if self.signed else 1)
         self._sum(UPDATE, c, out=new, out_moments=moments)
-        return new, moments
+        return self._lengths(new, 1 / self.unit), moments
 
     def output(self, c, new):
         return self._map(1, c, new)
@@ -69,14 +80,18 @@ class TritonDKM:
                 table,
                 plan.tensors,
                 plan.owner,
+                self.unit,
                 self.sizes,
-                centroids.contiguous(),
+                self._lengths(centroids, self.unit).contiguous(),
                 plan.chunk,
                 centroids.shape[1],
                 ALIGNED=lists.is_aligned(self.tensors),
                 **self._tile(centroids.shape[1], False),
             )
         return codes
+
+    def _lengths(self, c, unit):
+        return c * unit[:, None, None] if self.scaled else c
 
     def _rows(self):
         return lists.row_plan(self.tensors, self.runs, self.geometry[0], self.device)
@@ -85,6 +100,11 @@ class TritonDKM:
         """The constants of a kernel over tiles of centroids by rows"""
         J, R = dkm_rows.tile_of_centroids(most, self.geometry[0], sums, self.launcher.interpreted)
         return {**self.types, "D": self.geometry[0], "J": J, "R": R, **OPTIONS}
+
+    def _given(self, c, new, *others):
+        """Contiguous, lengths in the unit; what a pass has no use for is c."""
+        c, new = [t if t is None else self._lengths(t, self.unit).contiguous() for t in (c, new)]
+        return [c if t is None else t.contiguous() for t in (c, new, *others)]
 
     def _incoming(self, grads):
         """(table of addresses, gradients laid out as the weights); (None, ()) of None."""
@@ -95,7 +115,7 @@ class TritonDKM:
 
     def _sum(self, mode, c, new=None, u=None, moments=None, grads=None, out=None, out_moments=None):
         most, n_moments = c.shape[-2], 1 if moments is None else moments.shape[-1]
-        c, new, u, moments = _given(c, new, u, moments)
+        c, new, u, moments = self._given(c, new, u, moments)
         table, grads = self._incoming(grads)
         plan, sums, maps = self._rows(), self._tile(most, True), self._tile(most, False)
         fields, J = dkm_sums.sums_of_mode(mode.value, self.geometry[0], self.signed), sums["J"]
@@ -107,7 +127,7 @@ class TritonDKM:
             "EUCLIDEAN": self.euclidean,
             "ALIGNED": lists.is_aligned([*self.tensors, *grads]),
         }
-        problem = self.table, table, plan.tensors, plan.owner, self.tau, self.sizes, c, new, u, moments
+        problem = self.table, table, plan.tensors, plan.owner, self.tau, self.unit, self.sizes, c, new, u, moments
         planes, states = 0, None
         with current(self.device):
             if tiles > 1:
@@ -159,7 +179,7 @@ class TritonDKM:
     def _map(self, steps, c, new, u=None, moments=None, grads=None):
         """What is written like the weights: W_hat, or with `grads` dL/dW summed over the iterations."""
         most, n_moments = c.shape[-2], 1 if moments is None else moments.shape[-1]
-        c, new, u, moments = _given(c, new, u, moments)
+        c, new, u, moments = self._given(c, new, u, moments)
         table, grads = self._incoming(grads)
         made, targets, target = self.launcher._targets(self.weights, *self.geometry)
         about = {
@@ -179,6 +199,7 @@ class TritonDKM:
                     plan.tensors,
                     plan.owner,
                     self.tau,
+                    self.unit,
                     self.sizes,
                     c,
                     new,
@@ -245,13 +266,8 @@ class TritonDKM:
         )
 
 
-def _given(c, *others):
-    """Contiguous; what a pass has no use for is c."""
-    c = c.contiguous()
-    return c, *[c if t is None else t.contiguous() for t in others]
-
-
 def assign_fwd(launcher, weights, centroids, clusters, d, layout):
     """Codes come in the order of the rows, not in that of the memory."""
     rows = [(w.transpose(0, -1) if d > 1 and layout == "output" and w.dim() > 1 else w).reshape(-1) for w in weights]
-    return TritonDKM(launcher, rows, None, clusters, None, d, "contiguous").assign(centroids)
+    size = centroids.abs().amax((1, 2))  # its scale is all that `assign` takes of a tau
+    return TritonDKM(launcher, rows, size, clusters, "euclidean", d, "contiguous").assign(centroids)

@@ -58,7 +58,7 @@ def inverse_temperature(p_tau, ACC: tl.constexpr):
     """log2(e) / tau, NaN unless tau > 0; never 0, so that an infinite distance is never multiplied by that."""
     tau = tl.load(p_tau).to(tl.float64)
     scale = LOG2E / tl.where(tau > 0, tau, float("nan"))
-    return tl.maximum(tl.minimum(scale, 1e38, PROPAGATE), 1e-30, PROPAGATE).to(ACC)
+    return tl.maximum(tl.minimum(scale, 1e38, PROPAGATE), 1e-37, PROPAGATE).to(ACC)
 
 
 @triton.jit
@@ -68,11 +68,11 @@ def row_offsets(k, run, D: tl.constexpr):
 
 
 @triton.jit
-def load_rows(p, o, m, run, ACC: tl.constexpr, D: tl.constexpr):
-    """The D columns of rows that begin at p + o."""
+def load_rows(p, o, m, run, ACC: tl.constexpr, D: tl.constexpr, unit=1.0):
+    """The D columns of rows that begin at p + o, times a unit of lengths."""
     b_w = ()
     for c in tl.static_range(D):
-        b_w += (tl.load(p + o + c * run, mask=m, other=0).to(ACC),)
+        b_w += (tl.load(p + o + c * run, mask=m, other=0).to(ACC) * unit,)
     return b_w
 
 
@@ -143,8 +143,8 @@ def new_of_nearest(far, low, b_new, b_near):
 
 @triton.jit
 def with_sign_of(x, a):
-    """sign(x) a, and 0 where x is 0 or NaN."""
-    return tl.where(x > 0, a, tl.where(x < 0, -a, 0))
+    """sign(x) a, and x where that is 0 or NaN."""
+    return tl.where(x > 0, a, tl.where(x < 0, -a, x))
 
 
 @triton.jit
@@ -152,7 +152,7 @@ def times_slope(b_w, b_c, Q, far, EUCLIDEAN: tl.constexpr):
     """Q dD/dw: D columns"""
     D: tl.constexpr = len(b_w)
     if EUCLIDEAN and D > 1:
-        Q = tl.where(far > 0, Q * reciprocal(far), 0)
+        Q = tl.where(far == 0, 0, Q * reciprocal(far))
     result = ()
     for c in tl.static_range(D):
         x = b_w[c][None, :] - b_c[c][:, None]
@@ -250,6 +250,7 @@ def map_rows(
     p_tensors,
     p_owner,
     p_tau,
+    p_unit,
     p_clusters,
     p_c,
     p_new,
@@ -270,20 +271,22 @@ def map_rows(
     J: tl.constexpr,
     R: tl.constexpr,
 ):
-    """One program per chunk: W_hat, or dL/dW summed over the iterations, the last one first."""
+    """One program per chunk: W_hat, or dL/dW summed over the iterations, the last one first. p_unit: what tau and the
+    lengths of centroids were multiplied by."""
     t, _, start, n, run = chunk_of_program(tl.program_id(0), p_tensors, p_owner, n_chunk, 1)
     p = tensor_pointer(p_weights, t, DT, ALIGNED)
     p_g = tensor_pointer(p_grads, t, DT, ALIGNED) if GRADIENT else p
     elements = tl.load(p_tensors + t * FIELDS + N_ELEMENTS)
     p_target, end = target_of_tensor(p_targets, p_tensors + t * FIELDS, t, elements, TARGET, DT, ALIGNED)
     scale, K = inverse_temperature(p_tau + t, ACC), tl.load(p_clusters + t)
-    over_tau = scale * 0.6931471805599453
+    over_tau, unit = scale * 0.6931471805599453, tl.load(p_unit + t)
+    back = 1 / unit
     count = tl.minimum(n - start, n_chunk).to(tl.int32)
     r = 0
     while r < count:
         k = r + tl.arange(0, R)
         m, o = k < count, row_offsets(start + k, run, D)
-        b_w = load_rows(p, o, m, run, ACC, D)
+        b_w = load_rows(p, o, m, run, ACC, D, unit)
         first = t.to(tl.int64) * n_most
         if GRADIENT:
             b_g = load_rows(p_g, o, m, run, ACC, D)
@@ -334,7 +337,7 @@ def map_rows(
                 b_w, Centroids(p_c + first * D, p_new + first * D, p_c, p_c, K, n_moments, scale, EUCLIDEAN, D, J)
             )
         for c in tl.static_range(D):
-            tl.store(p_target + o + c * run, result[c].to(DT), mask=m)
+            tl.store(p_target + o + c * run, (result[c] if GRADIENT else result[c] * back).to(DT), mask=m)
         r += R
     if start + n_chunk >= n:
         copy_leftovers(p_g if GRADIENT else p, p_target, n * D, elements, D, DT)
@@ -347,6 +350,7 @@ def nearest_centroids(
     p_codes,
     p_tensors,
     p_owner,
+    p_unit,
     p_clusters,
     p_c,
     n_chunk,
@@ -361,7 +365,7 @@ def nearest_centroids(
     """One program per chunk: the index of the nearest centroid, the lower of two as near, 0 of a row with NaN; in a
     byte for up to 256 centroids, else in four."""
     t, _, start, n, run = chunk_of_program(tl.program_id(0), p_tensors, p_owner, n_chunk, 1)
-    p, K = tensor_pointer(p_weights, t, DT, ALIGNED), tl.load(p_clusters + t)
+    p, K, unit = tensor_pointer(p_weights, t, DT, ALIGNED), tl.load(p_clusters + t), tl.load(p_unit + t)
     p_c += t.to(tl.int64) * n_most * D
     code_address = tl.load(p_codes + t)
     count = tl.minimum(n - start, n_chunk).to(tl.int32)
@@ -369,7 +373,7 @@ def nearest_centroids(
     while r < count:
         k = r + tl.arange(0, R)
         m = k < count
-        b_w = load_rows(p, row_offsets(start + k, run, D), m, run, ACC, D)
+        b_w = load_rows(p, row_offsets(start + k, run, D), m, run, ACC, D, unit)
         low, code = tl.full([R], float("inf"), ACC), tl.zeros([R], tl.int32)
         j0 = 0
         while j0 < K:

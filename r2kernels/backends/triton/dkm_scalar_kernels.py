@@ -130,7 +130,7 @@ def interval_tables(
 
     wide: tl.constexpr = ACC.is_fp64()
     per_cell = tl.where(span > 0, (CELLS - 1) / span, 0)
-    inverse = tl.where(per_cell < 1e30, per_cell, 0).to(ACC)
+    inverse = tl.where(per_cell < 1e37, per_cell, 0).to(ACC)
     base = ((4503599627370496.0 if wide else 8388608.0) - low.to(tl.float64) * inverse).to(ACC)
     fill_cells(p_c, p_cells + job * CELLS, K, tile, inverse, base, CELLS, CELLS * INTERVALS // BUCKET, LANES)
     if tile == 0:

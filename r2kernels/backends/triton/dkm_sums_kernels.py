@@ -41,6 +41,7 @@ def row_states(
     p_tensors,
     p_owner,
     p_tau,
+    p_unit,
     p_clusters,
     p_c,
     p_new,
@@ -66,14 +67,14 @@ def row_states(
     i = tl.program_id(0).to(tl.int64)
     t, _, start, n, run = chunk_of_program(i, p_tensors, p_owner, n_chunk, 1)
     p, p_g = tensor_pointer(p_weights, t, DT, ALIGNED), tensor_pointer(p_grads, t, DT, ALIGNED) if WITH_G else p_weights
-    scale, K = inverse_temperature(p_tau + t, ACC), tl.load(p_clusters + t)
+    scale, K, unit = inverse_temperature(p_tau + t, ACC), tl.load(p_clusters + t), tl.load(p_unit + t)
     first = t.to(tl.int64) * n_most
     count = tl.minimum(n - start, n_chunk).to(tl.int32)
     r = 0
     while r < count:
         k = r + tl.arange(0, R)
         m, o = k < count, row_offsets(start + k, run, D)
-        b_w = load_rows(p, o, m, run, ACC, D)
+        b_w = load_rows(p, o, m, run, ACC, D, unit)
         b_g = load_rows(p_g, o, m, run, ACC, D) if WITH_G else b_w
         low, rest, mean, b_near = softmax_of_rows(
             b_w,
@@ -120,6 +121,7 @@ def cluster_sums(
     p_tensors,
     p_owner,
     p_tau,
+    p_unit,
     p_clusters,
     p_c,
     p_new,
@@ -153,7 +155,7 @@ def cluster_sums(
     i, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     t, _, start, n, run = chunk_of_program(i, p_tensors, p_owner, n_chunk, 1)
     p, p_g = tensor_pointer(p_weights, t, DT, ALIGNED), tensor_pointer(p_grads, t, DT, ALIGNED) if WITH_G else p_weights
-    scale, K = inverse_temperature(p_tau + t, ACC), tl.load(p_clusters + t)
+    scale, K, unit = inverse_temperature(p_tau + t, ACC), tl.load(p_clusters + t), tl.load(p_unit + t)
     first = t.to(tl.int64) * n_most
     j = (first_tile + tile) * J + tl.arange(0, J)
     m_j = j < K
@@ -174,7 +176,7 @@ def cluster_sums(
         k = r + tl.arange(0, R)
         m, o = k < count, row_offsets(start + k, run, D)
         o_state = i * PLANES * n_chunk + k
-        b_w = load_rows(p, o, m, run, ACC, D)
+        b_w = load_rows(p, o, m, run, ACC, D, unit)
         b_g = load_rows(p_g, o, m, run, ACC, D) if WITH_G else b_w
         far = distances(b_w, b_c, EUCLIDEAN)
         if ALONE:

@@ -26,6 +26,8 @@ from .skeletons import (
 
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 MOST = tl.constexpr(2.0**60)
+LEAST_SPAN_32, LEAST_SPAN_64 = tl.constexpr(1e-9), tl.constexpr(1e-30)
+SMALLEST_32, SMALLEST_64 = tl.constexpr(2.0**-126), tl.constexpr(2.0**-1022)  # normal numbers
 
 
 @triton.jit
@@ -35,14 +37,6 @@ def extremes_step(b_w, constants, state):
     for u in tl.static_range(len(b_w)):
         high, low = tl.maximum(high, b_w[u], PROPAGATE), tl.minimum(low, b_w[u], PROPAGATE)
     return high, low
-
-
-@triton.jit
-def nonzero_scale(alpha):
-    """k, but never 0: then alpha = 0 needs no case of its own."""
-    a = tl.abs(alpha)
-    tiny = 1e-100 if alpha.dtype.is_fp64() else 1e-15
-    return tl.where(a < tiny, tiny, a) * LOG2E
 
 
 @triton.jit
@@ -87,9 +81,18 @@ def soft_extreme_of_block(b_w, k, extreme):
 
 @triton.jit
 def soft_shifts(rows, p_alpha, column):
-    """(k, shift of side P, shift of side Q), from the first block of a chunk"""
-    k, b_w = nonzero_scale(tl.load(p_alpha + column)), first_block(rows)
-    return k, soft_extreme_of_block(b_w, k, tl.max(b_w, 0)), soft_extreme_of_block(b_w, -k, tl.min(b_w, 0))
+    """(k, shift of side P, shift of side Q), from the first block of a chunk. Exponents span LEAST at least, which is
+    nothing to the result and leaves them squares; where they do not in the first block, all rows are asked."""
+    LEAST: tl.constexpr = LEAST_SPAN_64 if rows.ACC.is_fp64() else LEAST_SPAN_32
+    SMALLEST: tl.constexpr = SMALLEST_64 if rows.ACC.is_fp64() else SMALLEST_32
+    alpha, b_w = tl.abs(tl.load(p_alpha + column)), first_block(rows)
+    top, bottom = tl.max(b_w, 0), tl.min(b_w, 0)
+    if alpha * (top - bottom) < LEAST:
+        b_high, b_low = fold_rows(rows, (), (b_w, b_w), extremes_step)
+        top, bottom = tl.max(b_high, 0), tl.min(b_low, 0)
+        alpha = tl.maximum(alpha, tl.maximum(LEAST / tl.maximum(top - bottom, SMALLEST), SMALLEST))
+    k = alpha * LOG2E
+    return k, soft_extreme_of_block(b_w, k, top), soft_extreme_of_block(b_w, -k, bottom)
 
 
 @triton.jit
@@ -100,8 +103,21 @@ def variance_is_lost(s0, s1, s2):
 
 
 @triton.jit
+def state_of_side(shift, k, s0, s1, s2):
+    """(shift, sum of exponentials, mean less the shift, deviation), in the units of the weights; k is negative on side
+    Q. Of a float32 the square may be none."""
+    mean = s1 / s0
+    return shift, s0, mean / k, tl.sqrt(tl.maximum(tl.fma(-mean, mean, s2 / s0), 0.0, PROPAGATE)) / tl.abs(k)
+
+
+@triton.jit
+def state_of_sides(k, top, s0, s1, s2, bottom, t0, t1, t2):
+    return state_of_side(top, k, s0, s1, s2) + state_of_side(bottom, -k, t0, t1, t2)
+
+
+@triton.jit
 def soft_sums(rows, p_alpha, column, VARIANCE: tl.constexpr):
-    """The state of a chunk: of each side its shift and three sums, the last of them only with VARIANCE."""
+    """The state of a chunk: the deviations only with VARIANCE."""
     k, top, bottom = soft_shifts(rows, p_alpha, column)
     zero, none = zero_block(rows), tl.full([], 0, rows.ACC)
     s0, s1, s2, t0, t1, t2 = none, none, none, none, none, none
@@ -122,7 +138,7 @@ def soft_sums(rows, p_alpha, column, VARIANCE: tl.constexpr):
                 top, bottom = top + s1 / s0 / k, bottom - t1 / t0 / k
             else:
                 attempts = 0
-    return top, s0, s1, s2, bottom, t0, t1, t2
+    return state_of_sides(k, top, s0, s1, s2, bottom, t0, t1, t2)
 
 
 @triton.jit
@@ -142,35 +158,35 @@ def shifts_step(state, rows, constants, sums):
 
 
 @triton.jit
-def move_sums(k, shift, s0, s1, s2, new):
-    """Sums relative to one shift, made relative to another."""
-    d = k * (shift.to(tl.float64) - new)
-    r = tl.exp2(d)
-    s0, s1, s2 = s0.to(tl.float64), s1.to(tl.float64), s2.to(tl.float64)
-    return r * s0, r * (s1 + d * s0), r * (s2 + d * (2 * s1 + d * s0))
+def moments_around(k, side, new):
+    """The weight of a chunk's side and its first and second moment, all around the shift of another."""
+    shift, s0, mean, deviation = side
+    apart = shift.to(tl.float64) - new
+    weight = tl.exp2(k * apart) * s0.to(tl.float64)
+    mean, deviation = mean.to(tl.float64) + apart, deviation.to(tl.float64)
+    return weight, weight * mean, weight * (mean * mean + deviation * deviation)
 
 
 @triton.jit
 def soft_merge_step(state, rows, constants, sums):
-    k, new_top, new_bottom = constants
-    top, s0, s1, s2, bottom, t0, t1, t2 = state
-    s0, s1, s2 = move_sums(k, top, s0, s1, s2, new_top)
-    t0, t1, t2 = move_sums(-k, bottom, t0, t1, t2, new_bottom)
-    return sums[0] + s0, sums[1] + s1, sums[2] + s2, sums[3] + t0, sums[4] + t1, sums[5] + t2
+    k, top, bottom = constants
+    s = moments_around(k, state[:4], top)
+    t = moments_around(-k, state[4:], bottom)
+    return sums[0] + s[0], sums[1] + s[1], sums[2] + s[2], sums[3] + t[0], sums[4] + t[1], sums[5] + t[2]
 
 
 @triton.jit
-def saved_of_side(shift, k, s0, s1, s2):
-    """What is saved of a side: shift, 1 / sum, soft extreme minus shift, variance."""
+def saved_of_side(shift, s0, s1, s2):
+    """What is saved of a side: shift, 1 / sum, soft extreme minus shift, deviation."""
     mean = s1 / s0
-    return shift, 1 / s0, mean / k, (s2 / s0 - mean * mean) / (k * k)
+    return shift, 1 / s0, mean, tl.sqrt(tl.maximum(s2 / s0 - mean * mean, 0.0, PROPAGATE))
 
 
 @triton.jit
 def soft_sides(states, p_alpha, column):
     """(alpha, side p, side q): p is side P, or side Q where alpha is negative."""
     alpha = tl.load(p_alpha + column)
-    k = nonzero_scale(alpha).to(tl.float64)
+    k = tl.abs(alpha).to(tl.float64) * LOG2E
     inf = tl.full([states.LANES], float("inf"), states.ACC)
     b_top, b_bottom = fold_states(states, (), (-inf, inf), shifts_step)
     top, bottom = tl.max(b_top, 0).to(tl.float64), tl.min(b_bottom, 0).to(tl.float64)
@@ -178,7 +194,7 @@ def soft_sides(states, p_alpha, column):
     s0, s1, s2, t0, t1, t2 = sum_blocks(
         fold_states(states, (k, top, bottom), (zero, zero, zero, zero, zero, zero), soft_merge_step)
     )
-    high, low = saved_of_side(top, k, s0, s1, s2), saved_of_side(bottom, -k, t0, t1, t2)
+    high, low = saved_of_side(top, s0, s1, s2), saved_of_side(bottom, t0, t1, t2)
     p, q = (), ()
     for s in tl.static_range(4):
         p += (tl.where(alpha < 0, low[s], high[s]),)
@@ -209,7 +225,8 @@ def constants_of_side(g, k, p_saved):
 def soft_constants(g_max, g_min, alpha, p):
     """(gradient of alpha, constants of the two sides)"""
     k = alpha * LOG2E
-    g_alpha = g_max * tl.load(p + 3) - g_min * tl.load(p + 7)
+    of_p, of_q = tl.load(p + 3).to(tl.float64), tl.load(p + 7).to(tl.float64)
+    g_alpha = (g_max * of_p * of_p - g_min * of_q * of_q).to(alpha.dtype)
     return g_alpha, (k,) + constants_of_side(g_max, k, p) + constants_of_side(g_min, -k, p + 4)
 
 

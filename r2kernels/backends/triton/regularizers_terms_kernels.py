@@ -138,22 +138,23 @@ def finish_term(rows, p_first, column, constants, state, CODE: tl.constexpr):
     if TERM == L_INF:
         return range_losses.top_and_ties(state[0].to(rows.ACC, bitcast=True), state[1])
     elif TERM == SOFT_MIN_MAX:
-        _, top, bottom = constants
+        k, top, bottom = constants
         s0, s1, s2, t0, t1, t2 = sum_blocks(state)
         again = tl.maximum(s0, t0) > range_losses.MOST
         again |= range_losses.variance_is_lost(s0, s1, s2)
         again |= range_losses.variance_is_lost(t0, t1, t2)
+        kept = range_losses.state_of_sides(k, top, s0, s1, s2, bottom, t0, t1, t2)
         if again:
-            top, s0, s1, s2, bottom, t0, t1, t2 = range_losses.soft_sums(rows, p_first, column, True)
-        return top, s0, s1, s2, bottom, t0, t1, t2
+            kept = range_losses.soft_sums(rows, p_first, column, True)
+        return kept
     elif TERM == FROZEN:
-        _, top, bottom = constants
+        k, top, bottom = constants
         s0, s1, t0, t1 = sum_blocks(state)
         none = s0 * 0
-        s2, t2 = none, none
+        kept = range_losses.state_of_sides(k, top, s0, s1, none, bottom, t0, t1, none)
         if tl.maximum(s0, t0) > range_losses.MOST:
-            top, s0, s1, s2, bottom, t0, t1, t2 = range_losses.soft_sums(rows, p_first, column, False)
-        return top, s0, s1, s2, bottom, t0, t1, t2
+            kept = range_losses.soft_sums(rows, p_first, column, False)
+        return kept
     elif TERM == KURE:
         centre, unit, _ = constants
         s1, s2, s3, s4 = sum_blocks((state[0], state[1], state[2], state[3]))

@@ -11,8 +11,6 @@
 #pragma once
 #include <cstring>
 
-#include <cstring>
-
 #include "arithmetic.h"
 
 namespace r2 {

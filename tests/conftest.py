@@ -76,12 +76,14 @@ def _variants(config):
     return config.variants
 
 
-def _round_to_nearest():
-    """Triton's interpreter cuts float32 off to bfloat16; a GPU rounds to nearest, ties to even, as is the default."""
+def _convert_as_a_gpu_does():
+    """Triton's interpreter cuts float32 off to bfloat16, where a GPU rounds to nearest, ties to even, as is the
+    default; and misreads the subnormal numbers of bfloat16."""
     import triton.language as tl
     from triton.runtime import interpreter
 
     plain = interpreter.InterpreterBuilder.create_fp_trunc
+    plain_ext = interpreter.InterpreterBuilder.create_fp_ext
 
     def create_fp_trunc(self, src, dst_type):
         if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
@@ -89,13 +91,20 @@ def _round_to_nearest():
             return interpreter.TensorHandle(bits.view("uint16"), dst_type.scalar)
         return plain(self, src, dst_type)
 
+    def create_fp_ext(self, src, dst_type):
+        if src.dtype.scalar == tl.bfloat16 and dst_type.scalar == tl.float32:
+            bits = torch.from_numpy(src.data.astype("int16")).view(torch.bfloat16)
+            return interpreter.TensorHandle(bits.float().numpy(), dst_type.scalar)
+        return plain_ext(self, src, dst_type)
+
     interpreter.InterpreterBuilder.create_fp_trunc = create_fp_trunc
+    interpreter.InterpreterBuilder.create_fp_ext = create_fp_ext
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "exhaustive: a table too long for Triton's interpreter")
     if os.environ.get("TRITON_INTERPRET") == "1":
-        _round_to_nearest()
+        _convert_as_a_gpu_does()
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch finds no CUDA device")
 

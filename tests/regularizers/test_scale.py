@@ -18,7 +18,7 @@ STEP, UPSTREAM = 37.0, 4096.0
 # Powers of two; at 2^50 squares of float32 have room, but not their sums, at 2^60 neither.
 POWERS = {
     torch.float64: (-230, 230),
-    torch.float32: (-110, -60, 50, 60, 116),
+    torch.float32: (-110, 50, 60, 116),
     torch.bfloat16: (-110, 116),
     torch.float16: (-14, 5),
 }
@@ -73,7 +73,7 @@ def check_scaled(found, at_one, k):
 
 
 @pytest.mark.parametrize("functions", [apart, together])
-@first_dtypes(*cases.DTYPES)
+@first_dtypes(torch.float32, torch.float16)
 def test_powers_of_two(functions, dtype, device, variant):
     ws = [whole(n, n).to(device, dtype) for n in (4500, 35)]
     at_one = results(ws, STEP, functions)

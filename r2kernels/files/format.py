@@ -18,7 +18,6 @@ metadata holds
 """
 
 import math
-from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -50,11 +49,12 @@ def wrong_names(planned, aliases):
     Names may not be those of a part of the file, and not occur twice; aliases may not make more of the tensors than
     `too_repeated` allows, for a file without aliases, as `expand` writes it, has a copy for each.
     """
-    parts = [f"{p.name}:{part}" for p in planned if p.form for part in PARTS]
-    names = Counter(["__metadata__", *aliases, *[p.name for p in planned], *parts])
-    twice = [name for name, times in names.items() if times > 1]
-    if twice:
-        return f"{twice[0]} cannot be stored: a part of the file has this name"
+    coded, seen = {p.name for p in planned if p.form}, {"__metadata__"}
+    for name in (*aliases, *[p.name for p in planned]):
+        weight, _, part = name.rpartition(":")
+        if name in seen or (part in PARTS and weight in coded):
+            return f"{name} cannot be stored: a part of the file has this name"
+        seen.add(name)
     known = {p.name: p for p in planned}
     copies = [known[other]._replace(name=name) for name, other in aliases.items() if other in known]
     held = sum(math.prod(p.shape) * p.dtype.itemsize for p in planned)

@@ -73,8 +73,9 @@ def partial_l2(W, fraction) -> Tensor:
 def weight_stats(W) -> WeightStats:
     """Named tuple `min, max, mean, std, kurtosis, abs_max, numel` from one pass, without gradient.
 
-    std is unbiased (0 for one element), kurtosis = mean z^4 with that std (0 for a constant tensor). `numel` is an
-    int, or a tuple of ints.
+    std is unbiased (0 for one element), kurtosis = mean z^4 with that std (0 for a constant tensor), at any scale of
+    the dtype. With an infinity or a NaN in W the mean is that of the sum, std and kurtosis are NaN. `numel` is an int,
+    or a tuple of ints.
     """
     ws, single = checks.weights(W)
     with torch.no_grad():

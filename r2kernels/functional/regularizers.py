@@ -75,9 +75,10 @@ def partial_l2(W, fraction) -> Tensor:
 def weight_stats(W) -> WeightStats:
     """Named tuple `min, max, mean, std, kurtosis, abs_max, numel` from one pass, without gradient.
 
-    std is unbiased (0 for one element), kurtosis = mean z^4 with that std (0 for a constant tensor). `numel` is an
-    int, or a tuple of ints. Of an empty tensor of a sequence min is inf, max -inf and all else 0: a merge of shards by
-    their `numel` leaves it out.
+    std is unbiased (0 for one element), kurtosis = mean z^4 with that std (0 for a constant tensor), at any scale of
+    the dtype. With an infinity or a NaN in W the mean is that of the sum, std and kurtosis are NaN. Of an empty tensor
+    of a sequence min is inf, max -inf and all else 0: a merge of shards by their `numel` leaves it out. `numel` is an
+    int, or a tuple of ints.
     """
     ws, single = weights("weight_stats", W)
     with torch.no_grad():

@@ -10,7 +10,13 @@ import importlib.util
 import pytest
 from processes import Interpreted
 
-FILES = ("test_losses.py", "test_properties.py", "range_losses/test_backends.py", "regularizers/test_weight_stats.py")
+FILES = (
+    "test_losses.py",
+    "test_properties.py",
+    "range_losses/test_backends.py",
+    "range_losses/test_scale.py",
+    "regularizers/test_weight_stats.py",
+)
 TRITON = importlib.util.find_spec("triton") is not None
 
 

@@ -14,6 +14,7 @@ FILES = (
     "test_losses.py",
     "test_properties.py",
     "range_losses/test_backends.py",
+    "range_losses/test_scale.py",
     "regularizers/test_weight_stats.py",
     "regularizers/test_sampled_std.py",
     "regularizers/test_scale.py",

@@ -11,7 +11,7 @@ import r2kernels as r2
 pytestmark = pytest.mark.usefixtures("nan_filled", "one_thread")
 
 dtypes = first("dtype", [torch.float32], [torch.float32, torch.bfloat16, torch.float64], short)  # float16: no room
-POWERS = [-100, 61, 100]
+POWERS = [-75, 61, 100]  # below, what a soft extreme has after the digits of its shift is no normal number
 INPUTS = ["below a vector", "a chunk and one", "ties", "far from zero", "constant"]
 
 
@@ -54,7 +54,7 @@ def test_exact_powers_of_two(function, dtype, device, variant):
 
 @pytest.mark.parametrize("learned", [True, False], ids=["learned", "fixed"])
 @dtypes
-@pytest.mark.parametrize("alpha", [40.0, -600.0, 1e-7, 0.0])
+@pytest.mark.parametrize("alpha", [40.0, -100.0, 1e-7, 0.0])
 def test_exact_powers_of_two_of_soft_extrema(alpha, dtype, learned, device, variant):
     """The gradient of alpha goes with the square of the scale: its upstream makes a number of that."""
     ones = found("soft_extrema", weights(dtype, device), alpha, learned)

@@ -89,8 +89,8 @@ def soft_shifts(rows, p_alpha, column):
     top, bottom = tl.max(b_w, 0), tl.min(b_w, 0)
     if alpha * (top - bottom) < LEAST:
         b_high, b_low = fold_rows(rows, (), (b_w, b_w), extremes_step)
-        top, bottom = tl.max(b_high, 0), tl.min(b_low, 0)
-        alpha = tl.maximum(alpha, tl.maximum(LEAST / tl.maximum(top - bottom, SMALLEST), SMALLEST))
+        reach = tl.max(b_high, 0) - tl.min(b_low, 0)
+        alpha = tl.maximum(alpha, tl.maximum(LEAST / tl.maximum(reach, SMALLEST), SMALLEST))
     k = alpha * LOG2E
     return k, soft_extreme_of_block(b_w, k, top), soft_extreme_of_block(b_w, -k, bottom)
 

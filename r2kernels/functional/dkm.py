@@ -104,7 +104,8 @@ def dkm(
     centroid that is infinite or NaN makes all results of its tensor NaN.
 
     Weights may have any scale that tau has too: float32 holds a "sqeuclidean" tau, the square of theirs, of weights
-    between 1e-18 and 1e18.
+    between 1e-18 and 1e18. (On a GPU scalars in the "euclidean" metric have no unit of their own: at 1e30 a centroid to
+    which weights attend with less than 1e-8 in all moves to infinity or NaN.)
 
     Nothing of size N x K is stored; saved for backward are W and O(T K) numbers. With d = 1 and "euclidean" the time
     does not grow with K: with sorted centroids and w between c_k and c_(k+1), exp(-|w - c_j| / tau) =
@@ -159,8 +160,7 @@ def assign(W, centroids, *, cluster_dim=1, layout="output"):
     above; for a sequence a list.
 
     Rows are in the order of `layout`. Ties take the lower index; what is infinitely far away, or NaN, is never nearest,
-    and a row that has no other takes 0. No gradient. Nothing of size
-    N x K is stored.
+    and a row that has no other takes 0. No gradient. Nothing of size N x K is stored.
     """
     ws, single = differentiable.weights("assign", W, cluster_dim, layout)
     given, clusters = checks.centroids(centroids, ws, single, cluster_dim)

@@ -7,7 +7,8 @@
 namespace r2 {
 inline namespace R2_ISA {
 
-constexpr int64_t kFold = 1024;  // rows whose sums stay in lanes of the accumulator's type before they go to float64
+// rows whose sums stay in lanes of the accumulator's type before they go to float64: 64 to a lane of float32
+constexpr int64_t kFold = 64 * lanes<Vec<float>>;
 
 // The centroids of all tensors and iterations of a pass, as groups read them.
 template <class A>

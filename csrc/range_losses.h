@@ -175,14 +175,12 @@ struct Soft {
   R2_HD static void merge_side(double* into, const S* state, double k) {
     double apart = double(state[0]) - into[0], d = k * apart, mine = into[1], other = double(state[1]),
            between = apart + (double(state[2]) - into[2]);
-    if (d > 0) {
-      mine *= exp2_(-d), into[0] = state[0], into[2] -= apart;
-    } else {
-      other *= exp2_(d);
-    }
+    (d > 0 ? mine : other) *= exp2_(d > 0 ? -d : d);
     into[1] = mine + other;
     double share = other / into[1], rest = mine / into[1], deviation = double(state[3]);
-    into[2] += share * between;
+    // from the outer side, so that what is rounded has the inner one's share
+    into[2] = d > 0 ? double(state[2]) - rest * between : into[2] + share * between;
+    into[0] = d > 0 ? double(state[0]) : into[0];
     into[3] = sqrt(rest * into[3] * into[3] + share * deviation * deviation + share * rest * between * between);
   }
 

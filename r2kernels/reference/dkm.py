@@ -18,8 +18,13 @@ from .zeros import zeros_of
 
 
 def unit(c):
-    """A power of two, which these centroids are about 1 if multiplied by: then squares neither overflow nor vanish. 1 for
-    centroids of a usual size, beside which the smallest of weights keep their digits."""
+    """A power of two, which these centroids are about 1 if multiplied by: then squares neither overflow nor vanish.
+
+    1 for centroids of a usual size, beside which the smallest of weights keep their digits, and in a graph that is
+    exported: ONNX has no exponents.
+    """
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return torch.ones((), dtype=c.dtype, device=c.device)
     largest = c.detach().abs().amax()
     exponent = torch.where(largest.isfinite(), torch.frexp(largest).exponent, 0).clamp(-100, 100)
     exponent = torch.where(exponent.abs() > 24, exponent, 0)

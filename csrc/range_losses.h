@@ -202,7 +202,8 @@ struct Soft {
     const bool swapped = c.first < 0;
     const double *high = state, *low = state + 4;
     save(high, saved + (swapped ? 4 : 0)), save(low, saved + (swapped ? 0 : 4));
-    extremes[swapped ? 0 : 1] = high[0] + high[2], extremes[swapped ? 1 : 0] = low[0] + low[2];
+    double top = high[0] + high[2], bottom = low[0] + low[2];
+    extremes[0] = swapped ? top : bottom, extremes[1] = swapped ? bottom : top;
     double range = (high[0] - low[0]) + (high[2] - low[2]);
     return (swapped ? -range : range) + exp(-c.first);
   }

@@ -104,15 +104,16 @@ def variance_is_lost(s0, s1, s2):
 
 @triton.jit
 def state_of_side(shift, k, s0, s1, s2):
-    """(shift, sum of exponentials, mean less the shift, deviation), in the units of the weights; k is negative on side
-    Q. Of a float32 the square may be none."""
+    """(shift, sum of exponentials, mean less the shift, deviation), in the units of the weights. Of a float32 the
+    square may be none."""
     mean = s1 / s0
-    return shift, s0, mean / k, tl.sqrt(tl.maximum(tl.fma(-mean, mean, s2 / s0), 0.0, PROPAGATE)) / tl.abs(k)
+    return shift, s0, mean / k, tl.sqrt(tl.maximum(tl.fma(-mean, mean, s2 / s0), 0.0, PROPAGATE)) / k
 
 
 @triton.jit
 def state_of_sides(k, top, s0, s1, s2, bottom, t0, t1, t2):
-    return state_of_side(top, k, s0, s1, s2) + state_of_side(bottom, -k, t0, t1, t2)
+    """Side Q counts downwards: its sum is negated, for a -k would need a register throughout the sums."""
+    return state_of_side(top, k, s0, s1, s2) + state_of_side(bottom, k, t0, -t1, t2)
 
 
 @triton.jit

@@ -104,8 +104,8 @@ def variance_is_lost(s0, s1, s2):
 
 @triton.jit
 def state_of_side(shift, k, s0, s1, s2):
-    """(shift, sum of exponentials, mean less the shift, deviation), in the units of the weights. Of a float32 the square
-    may be none."""
+    """(shift, sum of exponentials, mean less the shift, deviation), in the units of the weights. Of a float32 the
+    square may be none."""
     mean = s1 / s0
     return shift, s0, mean / k, tl.sqrt(tl.maximum(tl.fma(-mean, mean, s2 / s0), 0.0, PROPAGATE)) / k
 

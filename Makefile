@@ -19,6 +19,7 @@ test: $(VENV)/.built $(TRITON36)/.built
 # build of its own in build/sanitize, which takes most of some ten minutes on two cores. Ends at the first report. Needs
 # g++.
 sanitize: $(VENV)/.built
+	$(VENV)/bin/pip install --disable-pip-version-check -q -c constraints.txt setuptools pybind11 ninja
 	$(VENV)/bin/python tests/sanitize/run.py
 
 bench: $(VENV)/.built

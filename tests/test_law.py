@@ -87,7 +87,7 @@ LAW = {
     "files.integers": {"files.uniform", "reference.columns"},
     "files.paths": set(),
     "files.checkpoint": {"files.paths", "reference.checks"},
-    "files.folders": {"files.checkpoint"},
+    "files.folders": {"files.checkpoint", "files.paths"},
     "files.container": {"files.checkpoint", "files.paths"},
     "files.format": {
         "files.checkpoint",

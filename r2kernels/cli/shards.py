@@ -4,13 +4,12 @@ import contextlib
 import json
 import math
 import os
-import secrets
 import shutil
 from pathlib import Path
 
 from ..files.folders import INDEX
 from ..files.format import Planned
-from ..files.paths import replacing
+from ..files.paths import beside, replacing
 from ..files.saving import by_alignment
 from .compress import SUFFIXES, write_dense
 from .outputs import BadInput
@@ -74,7 +73,7 @@ def nbytes(planned):
 @contextlib.contextmanager
 def _new_folder(path):
     """A new folder that is `path` at the end of the block, or vanishes on an error."""
-    temporary = path.with_name(f".r2kernels-{secrets.token_hex(6)}.tmp")
+    temporary = beside(path)
     temporary.mkdir()
     try:
         yield temporary

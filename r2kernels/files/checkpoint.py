@@ -77,7 +77,6 @@ class Checkpoint:
                 f"allowed are {', '.join(SUFFIXES)}, a folder with one of these, and its .index.json"
             )
         _check_file(self.path)
-        _refuse_pointer(self.path)
         self.aliases, self.unread, self.metadata = {}, {}, {}
         opener(self, key)
 
@@ -117,16 +116,13 @@ def _check_file(path):
         if path.is_dir():
             raise CheckpointError(f"{path}: is a directory; a checkpoint is one {', '.join(_OPENERS)} file")
         with open_regular(path) as file:
-            if not file.read(1):
-                raise CheckpointError(f"{path}: is empty")
+            beginning = file.read(len(_POINTER))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
-
-
-def _refuse_pointer(path):
-    with path.open("rb") as file:
-        if file.read(len(_POINTER)) == _POINTER:
-            raise CheckpointError(f"{path}: is a pointer of Git LFS in place of the file; `git lfs pull` fetches it")
+    if not beginning:
+        raise CheckpointError(f"{path}: is empty")
+    if beginning == _POINTER:
+        raise CheckpointError(f"{path}: is a pointer of Git LFS in place of the file; `git lfs pull` fetches it")
 
 
 def _open_safetensors(checkpoint, key):

@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 from .checkpoint import SUFFIXES, Checkpoint, CheckpointError, natural, some
+from .paths import open_regular
 
 INDEX = ".index.json"
 # in the order in which transformers and diffusers look for them
@@ -153,10 +154,9 @@ def _tensors_of_shards(path):
             raise ValueError("a name occurs twice")
         return dict(pairs)
 
-    if path.exists() and not path.is_file():  # such as a FIFO, to open which is to wait
-        raise CheckpointError(f"{path}: is not a regular file")
     try:
-        found = json.loads(path.read_bytes(), object_pairs_hook=unique)
+        with open_regular(path) as file:
+            found = json.loads(file.read(), object_pairs_hook=unique)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

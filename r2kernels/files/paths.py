@@ -27,6 +27,11 @@ def open_regular(path):
     return open(path, "rb")
 
 
+def beside(path):
+    """A path in the same folder, for what is not complete yet."""
+    return path.with_name(f".r2kernels-{secrets.token_hex(6)}.tmp")
+
+
 @contextlib.contextmanager
 def replacing(path, overwrite=True):
     """A new file that takes the place of `path` at the end of the block, or vanishes on an error.
@@ -41,7 +46,7 @@ def replacing(path, overwrite=True):
         before = stat.S_IMODE(mode_of(path))
     except FileNotFoundError:
         before = None
-    temporary = path.with_name(f".r2kernels-{secrets.token_hex(6)}.tmp")
+    temporary = beside(path)
     try:
         made_with = 0o666 if before is None else before
         with open(temporary, "x+b", opener=lambda name, flags: os.open(name, flags, made_with)) as file:

@@ -6,6 +6,7 @@ This folder is on the path (pyproject.toml): `cases` and `budget` can be importe
                                         interpreter
     pytest --device cuda                the same tests on CUDA tensors: Triton, the extension, the reference
     pytest --backend NAME               these backends alone (may be repeated); an error where one is not usable
+    pytest --backend emulated           the CUDA kernels on the host, in both orders of blocks and threads
 
 The interpreter must be on before triton is imported, for the whole process: `test_triton_interpreter.py` starts a
 pytest with TRITON_INTERPRET=1 and `--backend triton`.
@@ -18,6 +19,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from emulate import emulated
 
 from r2kernels import backends, use_backend
 
@@ -29,23 +31,26 @@ def pytest_addoption(parser):
     parser.addoption(
         "--backend",
         action="append",
-        choices=("triton", "cuda", "cpu", "reference"),
+        choices=("triton", "cuda", "cpu", "reference", "emulated"),
         help="test these instead of all that are usable",
     )
 
 
 class Variant(NamedTuple):
-    """A backend, and for the extension on the CPU an instruction set."""
+    """A backend, and for the extension on the CPU an instruction set, for its kernels on the host an order."""
 
     backend: str
     isa: str | None = None
+    order: str | None = None
 
     def __str__(self):
+        if self.order is not None:
+            return f"emulated-{self.order}"
         return self.backend if self.isa is None else f"{self.backend}-{self.isa}"
 
     @contextlib.contextmanager
     def chosen(self):
-        with use_backend(self.backend), _isa(self.isa):
+        with use_backend(self.backend) if self.order is None else emulated.chosen(self.order), _isa(self.isa):
             yield self
 
 
@@ -66,13 +71,23 @@ def _isa(name):
 def _variants(config):
     """All that are to be tested; found when the first test asks for them."""
     if not hasattr(config, "variants"):
-        reasons, asked = backends(), config.getoption("--backend")
+        reasons, asked = {**backends(), "emulated": emulated.why_not()}, config.getoption("--backend")
         for name in asked or ():
             if reasons[name] is not None:
                 raise pytest.UsageError(f"--backend {name}: {reasons[name]}")
         names = asked or [name for name in _SERVES[config.getoption("--device")] if reasons[name] is None]
         isas = importlib.import_module("r2kernels._C").cpu.isas() if "cpu" in names else []
-        config.variants = [Variant(name, isa) for name in names for isa in (isas if name == "cpu" else [None])]
+        config.variants = [
+            variant
+            for name in names
+            for variant in (
+                [Variant(name, isa) for isa in isas]
+                if name == "cpu"
+                else [Variant("cuda", order=order) for order in emulated.ORDERS]
+                if name == "emulated"
+                else [Variant(name)]
+            )
+        ]
     return config.variants
 
 

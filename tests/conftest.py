@@ -37,20 +37,17 @@ def pytest_addoption(parser):
 
 
 class Variant(NamedTuple):
-    """A backend, and for the extension on the CPU an instruction set, for its kernels on the host an order."""
+    """A backend, and for the extension on the CPU an instruction set."""
 
     backend: str
     isa: str | None = None
-    order: str | None = None
 
     def __str__(self):
-        if self.order is not None:
-            return f"emulated-{self.order}"
         return self.backend if self.isa is None else f"{self.backend}-{self.isa}"
 
     @contextlib.contextmanager
     def chosen(self):
-        with use_backend(self.backend) if self.order is None else emulated.chosen(self.order), _isa(self.isa):
+        with use_backend(self.backend), _isa(self.isa):
             yield self
 
 
@@ -68,6 +65,13 @@ def _isa(name):
         cpu.set_isa(before)
 
 
+def _of_backend(name):
+    if name == "emulated":
+        return emulated.ORDERS
+    isas = importlib.import_module("r2kernels._C").cpu.isas() if name == "cpu" else [None]
+    return [Variant(name, isa) for isa in isas]
+
+
 def _variants(config):
     """All that are to be tested; found when the first test asks for them."""
     if not hasattr(config, "variants"):
@@ -76,18 +80,7 @@ def _variants(config):
             if reasons[name] is not None:
                 raise pytest.UsageError(f"--backend {name}: {reasons[name]}")
         names = asked or [name for name in _SERVES[config.getoption("--device")] if reasons[name] is None]
-        isas = importlib.import_module("r2kernels._C").cpu.isas() if "cpu" in names else []
-        config.variants = [
-            variant
-            for name in names
-            for variant in (
-                [Variant(name, isa) for isa in isas]
-                if name == "cpu"
-                else [Variant("cuda", order=order) for order in emulated.ORDERS]
-                if name == "emulated"
-                else [Variant(name)]
-            )
-        ]
+        config.variants = [variant for name in names for variant in _of_backend(name)]
     return config.variants
 
 

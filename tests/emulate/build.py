@@ -15,6 +15,9 @@ import sysconfig
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from emulate.translate import translated
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 HOME = ROOT / "build" / "emulate"
@@ -25,8 +28,9 @@ FLAGS = (
     "-std=c++17 -O1 -g0 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math "
     "-fno-strict-aliasing -w"
 )
-CHECKS = "-fsanitize=alignment,bounds"
 X86 = "-mavx2 -mfma -mf16c" if platform.machine().lower() in ("x86_64", "amd64") else ""
+SHIM = f"-I{HERE / 'shim'}"
+DEVICE = f"{FLAGS} {X86} -fsanitize=alignment,bounds {SHIM} -include cuda_runtime.h"
 INCLUDE = re.compile(r'^\s*#include "([^"]+)"', re.M)
 
 
@@ -39,19 +43,14 @@ def why_not():
     return None
 
 
-def translate():
-    """The sources into build/emulate/csrc; those that are as they were keep their time."""
-    sys.path.insert(0, str(HERE))
-    from translate import translated
-
-    for path in sorted((ROOT / "csrc").rglob("*")):
-        if path.is_file() and path.parent.name != "cpu" or path.name == "kernels.h":
-            name = path.relative_to(ROOT / "csrc")
-            made = f'#line 1 "csrc/{name}"\n{translated(path.read_text())}'
-            target = SOURCES / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if not target.exists() or target.read_text() != made:
-                target.write_text(made)
+def translate(path, name):
+    """A source, into build/emulate; one that is as it was keeps its time."""
+    made = f'#line 1 "{name}"\n{translated(path.read_text())}'
+    target = HOME / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.exists() or target.read_text() != made:
+        target.write_text(made)
+    return target
 
 
 def closure(path, found=None):
@@ -81,32 +80,37 @@ def compile_one(source, flags):
     return target
 
 
-def build(jobs=None):
-    """The path of the module, `_C`."""
-    import pybind11
-
-    translate()
-    shim = f"-I{HERE / 'shim'}"
-    device = f"{FLAGS} {X86} {CHECKS} {shim} -include cuda_runtime.h"
-    plain = f"{FLAGS} {shim} -I{SOURCES}"
-    # types of its own: r2kernels._C of the same process has those of the same names
-    binding = (
-        f"{plain} -I{pybind11.get_include()} -I{sysconfig.get_path('include')} -DR2_WITH_CUDA "
-        '-DR2_COMPILER="emulated" -DPYBIND11_BUILD_ABI="_emulated"'
-    )
-    jobs_of = [(path, device) for path in sorted((SOURCES / "cuda").glob("*.cu"))]
-    jobs_of += [(SOURCES / "bindings.cpp", binding), (HERE / "absent.cpp", plain)]
-    jobs_of += [(HERE / "shim/emulation.cpp", f"{FLAGS} {shim}")]
-    with concurrent.futures.ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
-        objects = list(pool.map(lambda job: compile_one(*job), jobs_of))
+def linked(name, sources):
+    """The path of a shared library of these (source, flags) and of what runs kernels."""
+    jobs = [*sources, (HERE / "shim/emulation.cpp", f"{FLAGS} {SHIM}")]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda job: compile_one(*job), jobs))
     key = hashlib.sha256("\0".join(o.name for o in objects).encode()).hexdigest()[:16]
-    target = HOME / key / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    target = HOME / key / name
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run([CXX, "-shared", *map(str, objects), "-o", str(target)], check=True)
     return target
 
 
+def extension():
+    """The path of the module `_C`."""
+    import pybind11
+
+    for path in sorted((ROOT / "csrc").rglob("*")):
+        if path.is_file() and (path.parent.name != "cpu" or path.name == "kernels.h"):
+            translate(path, path.relative_to(ROOT))
+    plain = f"{FLAGS} {SHIM} -I{SOURCES}"
+    # types of its own: r2kernels._C, in the same process, has those of the same names
+    binding = (
+        f"{plain} -I{pybind11.get_include()} -I{sysconfig.get_path('include')} -DR2_WITH_CUDA "
+        '-DR2_COMPILER="emulated" -DPYBIND11_BUILD_ABI="_emulated"'
+    )
+    kernels = [(path, DEVICE) for path in sorted((SOURCES / "cuda").glob("*.cu"))]
+    beside = [(SOURCES / "bindings.cpp", binding), (HERE / "absent.cpp", plain)]
+    return linked(f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", [*kernels, *beside])
+
+
 if __name__ == "__main__":
     start = time.perf_counter()
-    print(f"{build()} in {time.perf_counter() - start:.0f} s")
+    print(f"{extension()} in {time.perf_counter() - start:.0f} s")

@@ -1,6 +1,6 @@
 """The backend "cuda" on CPU tensors: the package's own launchers, over its kernels on the host.
 
-    with emulated.chosen("rising"): ...         within it every op runs on them, in this order of blocks and threads
+    with emulated.RISING.chosen(): ...      within it every op runs on them, in this order of blocks and threads
 
 A wrong kernel ends its launch with a RuntimeError that names the place (shim/emulation.h)."""
 
@@ -9,26 +9,22 @@ import ctypes
 import functools
 import importlib
 import importlib.util
-import sys
-from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).parent))
+from emulate import build
 
-import build  # noqa: E402
-
-from r2kernels import lists, use_backend  # noqa: E402
-from r2kernels.backends import native  # noqa: E402
-from r2kernels.backends.native import extension  # noqa: E402
+from r2kernels import lists, use_backend
+from r2kernels.backends import native
+from r2kernels.backends.native import extension
 
 backends = importlib.import_module("r2kernels.backends")
-ORDERS = ("rising", "falling")
 why_not = build.why_not
 
 
 class Emulated(native.Native):
     def __init__(self):
-        self.path = build.build()
+        self.path = build.extension()
         spec = importlib.util.spec_from_file_location("_C", self.path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -46,21 +42,34 @@ def backend():
 
 
 def _forget_plans():
-    """Those for a CPU, or for the kernels."""
+    """They are made for a CPU, or for a GPU's kernels."""
     for function in vars(lists).values():
         if hasattr(function, "cache_clear"):
             function.cache_clear()
 
 
-@contextlib.contextmanager
-def chosen(order="rising"):
-    serving, plain = backend(), backends._load
-    ctypes.CDLL(str(serving.path)).emulate_order(ORDERS.index(order))
-    _forget_plans()
-    with (
-        mock.patch.object(backends, "_load", lambda name: (serving, None) if name == "cuda" else plain(name)),
-        mock.patch.object(lists, "on_gpu", lambda device: True),
-        use_backend("cuda"),
-    ):
-        yield
-    _forget_plans()
+class Order(NamedTuple):
+    """Of blocks, warps and lanes. A `Variant` of conftest.py."""
+
+    name: str
+    is_falling: bool
+    backend: str = "cuda"
+
+    def __str__(self):
+        return f"emulated-{self.name}"
+
+    @contextlib.contextmanager
+    def chosen(self):
+        serving, plain = backend(), backends._load
+        ctypes.CDLL(str(serving.path)).emulate_order(self.is_falling)
+        _forget_plans()
+        with (
+            mock.patch.object(backends, "_load", lambda name: (serving, None) if name == "cuda" else plain(name)),
+            mock.patch.object(lists, "on_gpu", lambda device: True),
+            use_backend("cuda"),
+        ):
+            yield self
+        _forget_plans()
+
+
+ORDERS = RISING, FALLING = Order("rising", False), Order("falling", True)

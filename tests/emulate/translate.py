@@ -3,7 +3,7 @@ line by line."""
 
 import re
 
-LAUNCH = re.compile(r"\b(\w+)<<<(.*?)>>>\(")
+LAUNCH = re.compile(r"([\w.]+)<<<(.*?)>>>\(")
 SHARED = re.compile(r"(?:alignas\((?P<align>\w+)\)\s+)?(?P<extern>extern\s+)?__shared__\s+(?P<rest>[^;]*);")
 DECLARATOR = re.compile(r"(?P<type>.*?)\s*\b(?P<name>\w+)(?P<sizes>(?:\[[^\]]*\])*)", re.S)
 ASM = re.compile(r"\basm(?:\s+volatile)?\(\"(?P<code>[^\"]*)\"(?P<operands>[^;]*)\);")
@@ -50,4 +50,5 @@ def _call(found):
         return ";"
     instruction, _, order = found["code"].rstrip("; ").partition(" ")
     operands = OPERAND.findall(found["operands"])
-    return f"::emulate::{instruction.replace('.', '_')}({', '.join(operands[int(i)] for i in re.findall('%([0-9])', order))});"
+    given = ", ".join(operands[int(i)] for i in re.findall("%([0-9])", order))
+    return f"::emulate::{instruction.replace('.', '_')}({given});"

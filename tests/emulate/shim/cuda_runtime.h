@@ -78,40 +78,48 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* found, Kernel* kernel) {
 }
 
 // Meeting points.
-inline void __syncthreads(emulate::Place at = EMULATE_HERE) { emulate::meet_block(at, false); }
-inline int __syncthreads_or(int vote, emulate::Place at = EMULATE_HERE) { return emulate::meet_block(at, vote) > 0; }
-inline int __syncthreads_count(int vote, emulate::Place at = EMULATE_HERE) { return emulate::meet_block(at, vote); }
-inline int __syncthreads_and(int vote, emulate::Place at = EMULATE_HERE) { return emulate::meet_block(at, !vote) == 0; }
-inline void __syncwarp(unsigned mask = ~0u, emulate::Place at = EMULATE_HERE) { emulate::meet_warp(at, mask, 0); }
-inline unsigned __ballot_sync(unsigned mask, int vote, emulate::Place at = EMULATE_HERE) {
+inline void __syncthreads(emulate::Place at = emulate::Place::here()) { emulate::meet_block(at, false); }
+inline int __syncthreads_or(int vote, emulate::Place at = emulate::Place::here()) {
+  return emulate::meet_block(at, vote) > 0;
+}
+inline int __syncthreads_count(int vote, emulate::Place at = emulate::Place::here()) {
+  return emulate::meet_block(at, vote);
+}
+inline int __syncthreads_and(int vote, emulate::Place at = emulate::Place::here()) {
+  return emulate::meet_block(at, !vote) == 0;
+}
+inline void __syncwarp(unsigned mask = ~0u, emulate::Place at = emulate::Place::here()) {
+  emulate::meet_warp(at, mask, 0);
+}
+inline unsigned __ballot_sync(unsigned mask, int vote, emulate::Place at = emulate::Place::here()) {
   const uint64_t* votes = emulate::meet_warp(at, mask, vote != 0);
   unsigned all = 0;
   for (int i = 0; i < 32; ++i)
     if (mask >> i & 1) all |= unsigned(votes[i]) << i;
   return all;
 }
-inline int __any_sync(unsigned mask, int vote, emulate::Place at = EMULATE_HERE) {
+inline int __any_sync(unsigned mask, int vote, emulate::Place at = emulate::Place::here()) {
   return __ballot_sync(mask, vote, at) != 0;
 }
-inline int __all_sync(unsigned mask, int vote, emulate::Place at = EMULATE_HERE) {
+inline int __all_sync(unsigned mask, int vote, emulate::Place at = emulate::Place::here()) {
   return __ballot_sync(mask, !vote, at) == 0;
 }
 template <class T>
-T __shfl_sync(unsigned mask, T x, int from, int width = 32, emulate::Place at = EMULATE_HERE) {
+T __shfl_sync(unsigned mask, T x, int from, int width = 32, emulate::Place at = emulate::Place::here()) {
   return emulate::exchanged(at, mask, x, (emulate::lane() & ~(width - 1)) + (from & (width - 1)));
 }
 template <class T>
-T __shfl_xor_sync(unsigned mask, T x, int by, int width = 32, emulate::Place at = EMULATE_HERE) {
+T __shfl_xor_sync(unsigned mask, T x, int by, int width = 32, emulate::Place at = emulate::Place::here()) {
   const int me = emulate::lane(), from = me ^ by;
   return emulate::exchanged(at, mask, x, from / width > me / width ? me : from);
 }
 template <class T>
-T __shfl_up_sync(unsigned mask, T x, unsigned by, int width = 32, emulate::Place at = EMULATE_HERE) {
+T __shfl_up_sync(unsigned mask, T x, unsigned by, int width = 32, emulate::Place at = emulate::Place::here()) {
   const int me = emulate::lane(), within = me & (width - 1);
   return emulate::exchanged(at, mask, x, within >= int(by) ? me - int(by) : me);
 }
 template <class T>
-T __shfl_down_sync(unsigned mask, T x, unsigned by, int width = 32, emulate::Place at = EMULATE_HERE) {
+T __shfl_down_sync(unsigned mask, T x, unsigned by, int width = 32, emulate::Place at = emulate::Place::here()) {
   const int me = emulate::lane(), within = me & (width - 1);
   return emulate::exchanged(at, mask, x, within + int(by) < width ? me + int(by) : me);
 }

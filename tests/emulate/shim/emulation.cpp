@@ -241,7 +241,7 @@ void* shared_of(const void* key, size_t bytes, size_t alignment) {
   for (const Piece& piece : pieces)
     if (piece.key == key) return arena + piece.begin;
   const size_t begin = add_piece(key, bytes, alignment);
-  if (begin == 0) fail(EMULATE_HERE, "more shared memory than there is");
+  if (begin == 0) fail(Place::here(), "more shared memory than there is");
   return arena + begin;
 }
 

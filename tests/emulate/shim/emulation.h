@@ -10,12 +10,12 @@
 
 namespace emulate {
 
+// As a default argument: where the function is called.
 struct Place {
   const char* file;
   int line;
+  static Place here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
 };
-#define EMULATE_HERE \
-  ::emulate::Place { __builtin_FILE(), __builtin_LINE() }
 
 // Ends the launch; only within a kernel.
 [[noreturn]] void fail(Place place, const std::string& what);

@@ -39,6 +39,11 @@ class Plan(NamedTuple):
     alone: tuple  # the FIELDS of the tensor of a list of one, which has no tables
 
 
+def on_gpu(device):
+    """Whether a GPU's kernels read the tensors there, which decides how lists are cut."""
+    return device.type == "cuda"
+
+
 def is_dense(w):
     """Whether the elements of w fill one block of memory, each once, in whatever order."""
     if w.is_contiguous():
@@ -143,11 +148,11 @@ def _column_plan(sizes, chunk, device):
 def _plan(numels, runs, d, device, whole, most_steps=MOST_STEPS):
     columns = (d,) * len(numels) if isinstance(d, int) else d
     rows = [n // c for n, c in zip(numels, columns, strict=True)]
-    if whole and device.type == "cpu":
+    if whole and not on_gpu(device):
         chunk = ROWS
     elif whole:
         chunk = FEWEST_ROWS * max(-(-sum(rows) // (FEWEST_ROWS * FEWEST_PROGRAMS)), 1)
-    elif device.type == "cuda":
+    elif on_gpu(device):
         steps = sum([n * c for n, c in zip(rows, columns, strict=True)]) // (BLOCK * FEWEST_PROGRAMS)
         chunk = BLOCK * min(max(steps, 1), most_steps)
     else:

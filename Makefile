@@ -42,13 +42,13 @@ paper: $(VENV)/.built
 lint: $(VENV)/.built
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	find csrc tests/emulate -name '*.c*' -o -name '*.h' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	find csrc tests/emulate -type f ! -name '*.py*' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 
 # Rewrites what the linters would: imports and layout of Python, layout of C++ and CUDA.
 format: $(VENV)/.built
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	find csrc -type f | xargs $(VENV)/bin/clang-format -i
+	find csrc tests/emulate -type f ! -name '*.py*' | xargs $(VENV)/bin/clang-format -i
 
 # On a machine with a GPU, with the interpreter it is given (torch, triton, setuptools, pybind11, ninja, pytest);
 # fetches nothing.

@@ -158,9 +158,7 @@ def _plan(numels, runs, d, device, whole, most_steps=MOST_STEPS):
     rows = numel // columns
     if whole:
         chunk = (
-            ROWS
-            if not on_gpu(device)
-            else FEWEST_ROWS * max(-(-int(rows.sum()) // (FEWEST_ROWS * FEWEST_PROGRAMS)), 1)
+            ROWS if not on_gpu(device) else FEWEST_ROWS * max(-(-int(rows.sum()) // (FEWEST_ROWS * FEWEST_PROGRAMS)), 1)
         )
     else:
         chunk = CHUNK

@@ -9,6 +9,7 @@ namespace r2::cuda {
 
 std::string problem();        // why no kernel can run on this machine; empty if one can
 std::string architectures();  // that the kernels were compiled for
+bool has_context(int device);
 
 template <class Arguments>
 using Function = void(const List&, const Arguments&, int device, uintptr_t stream);

@@ -41,6 +41,11 @@ class Plan(NamedTuple):
     elements: int  # of the flat gradient
 
 
+def on_gpu(device):
+    """Whether a GPU's kernels read the tensors there, which decides how lists are cut and where gradients lie."""
+    return device.type == "cuda"
+
+
 def is_dense(w):
     """Whether the elements of w fill one block of memory, each once, in whatever order."""
     if w.is_contiguous():
@@ -154,12 +159,12 @@ def _plan(numels, runs, d, device, whole, most_steps=MOST_STEPS):
     if whole:
         chunk = (
             ROWS
-            if device.type == "cpu"
+            if not on_gpu(device)
             else FEWEST_ROWS * max(-(-int(rows.sum()) // (FEWEST_ROWS * FEWEST_PROGRAMS)), 1)
         )
     else:
         chunk = CHUNK
-        if device.type == "cuda":
+        if on_gpu(device):
             steps = int((rows * columns).sum()) // (BLOCK * FEWEST_PROGRAMS)
             chunk = BLOCK * min(max(steps, 1), most_steps)
     chunks = (1 if whole else columns) * ((rows + chunk - 1) // chunk)
@@ -235,7 +240,7 @@ def empty_gradients(weights, d=1, layout="output"):
     for each weight (a flat block above 32 MB is mapped anew every step: 33 ms against 20 ms for the forward and
     backward of 11.7M weights)."""
     w = weights[0]
-    if w.device.type == "cuda":
+    if on_gpu(w.device):
         return [torch.empty(gradient_offsets(weights)[-1], dtype=w.dtype, device=w.device)]
     return [torch.empty_like(w) if d == 1 and w.is_contiguous() else _empty_gradient(w, d, layout) for w in weights]
 
@@ -246,7 +251,7 @@ def _empty_gradient(w, d, layout):
 
 def pack_gradients(gradients, weights, d=1, layout="output"):
     """Gradients shaped like the weights, laid out as `empty_gradients` has them."""
-    if weights[0].device.type == "cuda":
+    if on_gpu(weights[0].device):
         flat = torch.zeros(gradient_offsets(weights)[-1], dtype=weights[0].dtype, device=weights[0].device)
         for g, part in zip(gradients, carve_gradients([flat], weights, d, layout), strict=True):
             part.copy_(g)
@@ -256,7 +261,7 @@ def pack_gradients(gradients, weights, d=1, layout="output"):
 
 def carve_gradients(buffers, weights, d=1, layout="output"):
     """What the ops returned, as one gradient for each weight; views of the flat tensor on a GPU."""
-    if weights[0].device.type != "cuda":
+    if not on_gpu(weights[0].device):
         return buffers
     flat, offsets = buffers[0], gradient_offsets(weights)
     return [

@@ -63,11 +63,11 @@ struct Runs {
 };
 
 // Rows of columns that alternate in memory: a thread has one of `columns` columns that lie side by side, out of d.
-struct Abreast {
+struct Interleaved {
   int row, rows;         // of the thread, and of the block at a time
   int64_t bytes, steps;  // from row to row, and to the next one of the thread
 
-  __device__ Abreast(int columns, int64_t d, int size)
+  __device__ Interleaved(int columns, int64_t d, int size)
       : row(threadIdx.x / columns), rows(kThreads / columns), bytes(d * size), steps(rows * bytes) {}
 
   // those too many have nothing to do

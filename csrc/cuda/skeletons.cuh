@@ -51,7 +51,7 @@ struct Rows {
   }
 
   __device__ bool is_abreast() const { return d > 1 && run == 1; }
-  __device__ Abreast abreast() const { return {columns, d, sizeof(T)}; }
+  __device__ Interleaved abreast() const { return {columns, d, sizeof(T)}; }
 
   __device__ bool in_runs() const { return Runs<1>::kept(n, (d - 1) * run, sizeof(T)); }
   // whether a run is 128-bit units, in the memory where the first row is at p

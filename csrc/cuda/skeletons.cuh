@@ -16,6 +16,15 @@ constexpr int kBlocks = sizeof(Acc<T>) == 8 ? 4 : 6;
 // sixteenth of a large one.
 constexpr int kSample = 4096;
 
+// The address of tensor t, by a table as the contract has it.
+__device__ __forceinline__ int64_t place(const List& list, const void* table, int64_t t) {
+  return list.count == 1 ? reinterpret_cast<int64_t>(table) : static_cast<const int64_t*>(table)[t];
+}
+template <class T>
+__device__ __forceinline__ T* place(const List& list, const void* table, int64_t t) {
+  return reinterpret_cast<T*>(place(list, table, t));
+}
+
 // Whether the tensors of a reader or an op may have several columns.
 template <class Op>
 constexpr bool kHasColumns = false;
@@ -31,7 +40,7 @@ struct Rows {
   int n, d, column, columns;
 
   __device__ Rows(const List& list, const Chunk& c)
-      : memory(reinterpret_cast<const T*>(list.pointers[c.tensor])), row(c.row), run(list.tensors[c.tensor].run),
+      : memory(place<const T>(list, list.pointers, c.tensor)), row(c.row), run(tensor_of(list, c.tensor).run),
         n(int(c.n)), d(list.d), column(c.column), columns(1) {
     if (!kColumns || !is_abreast()) return;
     const int groups = (d + kMost - 1) / kMost, each = (d + groups - 1) / groups;
@@ -206,7 +215,7 @@ __device__ void merge_column(const List& list, const A* partial, int64_t parts, 
 
 template <class Op, class A>
 __device__ void merge_tensor(const List& list, const Forward& f, int64_t t, Merging& other) {
-  const int64_t first = list.tensors[t].first_chunk, parts = (list.tensors[t].rows + list.chunk - 1) / list.chunk;
+  const int64_t first = tensor_of(list, t).first_chunk, parts = (tensor_of(list, t).rows + list.chunk - 1) / list.chunk;
   double total = 0;
   for (int c = 0; c < list.d; ++c) {
     Column column = column_at<A>(list, f.first, f.second, t, c, f.bits);
@@ -295,9 +304,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) map_kernel(List list, Ba
   using A = Acc<T>;
   using G = decltype(Op::template gradient<A>(list, b, 0, 0, Column{}, static_cast<const A*>(nullptr)));
   Chunk c = chunk_at(list, blockIdx.x);
-  const Tensor& tensor = list.tensors[c.tensor];
-  T* out = kAdd ? reinterpret_cast<T*>(static_cast<const int64_t*>(b.target)[c.tensor])
-                : static_cast<T*>(b.target) + tensor.offset;
+  const Tensor& tensor = tensor_of(list, c.tensor);
+  T* out = place<T>(list, b.target, c.tensor);
   const Rows<T, kHasColumns<Op>> rows(list, c);
   if (!rows.columns) return;
 
@@ -311,13 +319,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) map_kernel(List list, Ba
     if (c.row == 0 && b.parameter_gradient)
       static_cast<A*>(b.parameter_gradient)[at] = A(Op::parameter_gradient(list, b, c.tensor, at, column, saved));
   }
+  if (!out) return;
   __syncthreads();
   const G gradient = *reinterpret_cast<const G*>(shared[rows.column - c.column]);
   map_rows<kAdd>(rows, out, gradient);
 
   if (kAdd || c.row != 0 || c.column != 0) return;
-  const int64_t end = (tensor.numel + kSegment - 1) / kSegment * kSegment;
-  for (int64_t j = tensor.rows * list.d + threadIdx.x; j < end; j += kThreads) narrow(A(0), out[j]);
+  for (int64_t j = tensor.rows * list.d + threadIdx.x; j < tensor.numel; j += kThreads) narrow(A(0), out[j]);
 }
 
 }  // namespace r2::cuda

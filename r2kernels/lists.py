@@ -6,13 +6,13 @@ leftovers.
 """
 
 import functools
-import threading
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .contract import accumulator
+from .reference.lasting import lasting
 
 CHUNK = 4096  # rows per chunk on the CPU: 16 KiB of float32 stay in a core's first cache between its two passes
 BLOCK = 4096  # rows per step of a GPU program
@@ -201,29 +201,7 @@ def _counters(count, device, stream):
 
 
 def _on(table, device):
-    """The table on the device, there for every stream: copied by another thread, which waits for it. That one allocates
-    outside the memory pool of a CUDA graph that this one may be warming up, and under none of its modes."""
-    if device.type == "cpu":
-        return table
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "r2kernels met a list of these sizes for the first time during CUDA-graph capture; "
-            "run one step with it before the capture"
-        )
-    made = []
-    thread = threading.Thread(target=lambda: made.append(_copied(table, device)))
-    thread.start()
-    thread.join()
-    if isinstance(made[0], BaseException):
-        raise made[0]
-    return made[0]
-
-
-def _copied(table, device):
-    try:
-        return table.to(device)
-    except Exception as error:  # goes on in the thread that waits
-        return error
+    return lasting(lambda: table.to(device), device, "a list of these sizes")
 
 
 def _kept_if_captured(value, device):

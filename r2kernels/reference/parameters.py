@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .checks import DTYPES, check_parameter, is_finite, number, row_weights
 from .columns import accumulator
+from .lasting import lasting
 
 _constants: dict = {}
 _MOST_CONSTANTS = 4096
@@ -70,11 +71,11 @@ def _constant(key, count, d, dtype, device):
     full = (key, count, d, dtype, device)
     value = _constants.get(full)
     if value is None:
+        if len(_constants) >= _MOST_CONSTANTS:
+            return _fill(key, count, d, dtype, device)
         with torch.inference_mode(False):  # a tensor of inference mode could not be saved for backward later
-            value = _fill(key, count, d, dtype, device)
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if len(_constants) < _MOST_CONSTANTS and not capturing:
-            _constants[full] = value
+            value = lasting(lambda: _fill(key, count, d, dtype, device), device, f"the parameter {key}")
+        _constants[full] = value
     return value
 
 

@@ -125,8 +125,8 @@ def compile_kernel(kernel, pointers, constants, dtype, architecture, **options):
     divisible = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(signature.items())
-        if i not in kernel.do_not_specialize_on_alignment
-        and (name == "n_chunk" or isinstance(kind, str) and kind.startswith("*"))
+        if name not in kernel.do_not_specialize_on_alignment
+        and (name == "n_chunk" or (isinstance(kind, str) and kind.startswith("*")))
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
     options = {"num_warps": chunks.WARPS, "enable_fp_fusion": True, **options}

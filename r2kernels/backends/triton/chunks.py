@@ -1,8 +1,6 @@
 """How a program finds its chunk of a list of tensors, and where its results go; how a list is cut is told in
 `lists.py`."""
 
-import inspect
-
 import triton
 import triton.language as tl
 
@@ -28,9 +26,11 @@ def tile_of_rows(itemsize, d=1, reads=1, interpreted=False):
 
 def jit(kernel):
     """A kernel that Triton compiles once for its constants, the dtypes of its arguments and those that are None: never
-    again for addresses or numbers that are multiples of 16, or 1."""
-    names = [p.name for p in inspect.signature(kernel).parameters.values() if p.annotation is not tl.constexpr]
-    return triton.jit(kernel, do_not_specialize=names, do_not_specialize_on_alignment=names)
+    again for addresses or numbers that are multiples of 16, or 1. The n_chunk of all plans is such a multiple, which
+    128-bit loads need."""
+    names = kernel.__code__.co_varnames[: kernel.__code__.co_argcount]
+    kinds = [n for n in names if n != "n_chunk" and kernel.__annotations__.get(n) is not tl.constexpr]
+    return triton.jit(kernel, do_not_specialize=kinds, do_not_specialize_on_alignment=kinds)
 
 
 def as_argument(number):
@@ -76,8 +76,10 @@ def chunk_of_program(i, p_tensors, p_owner, n_chunk, D: tl.constexpr):
 
 @triton.jit
 def tensor_pointer(p_table, t, DT: tl.constexpr, ALIGNED: tl.constexpr):
-    """Of tensor t in a table of addresses, or the only tensor itself."""
-    p = tl.load(p_table + t).to(tl.pointer_type(DT)) if p_table.dtype.element_ty == tl.int64 else p_table
+    """Of tensor t in a table of addresses, or the only tensor itself, as a number too: of a pointer that is an argument
+    the compiler takes no hint."""
+    address = tl.load(p_table + t) if p_table.dtype.element_ty == tl.int64 else p_table.to(tl.int64)
+    p = address.to(tl.pointer_type(DT))
     return tl.multiple_of(p, 16) if ALIGNED else p
 
 

@@ -11,6 +11,7 @@ EDGE = tl.constexpr(64)  # elements at once of what lies behind the rows
 SHIFT = tl.constexpr(2**32)
 TUPLES = tl.constexpr((tl.tuple, tuple))  # compiled, and in the interpreter
 WORDS = 64  # that a launch writes
+MULTIPLES = ("p_weights", "p_targets", "n_chunk")  # of 16: n_chunk in all plans
 ALIGN = tl.constexpr(16)  # elements: a mask that changes only at its multiples leaves 128-bit accesses whole
 PROPAGATE = tl.constexpr(tl.PropagateNan.ALL)
 
@@ -26,10 +27,9 @@ def tile_of_rows(itemsize, d=1, reads=1, interpreted=False):
 
 def jit(kernel):
     """A kernel that Triton compiles once for its constants, the dtypes of its arguments and those that are None: never
-    again for addresses or numbers that are multiples of 16, or 1. The n_chunk of all plans is such a multiple, which
-    128-bit loads need."""
+    again for addresses or numbers that are multiples of 16, or 1; apart from what 128-bit accesses need to be that."""
     names = kernel.__code__.co_varnames[: kernel.__code__.co_argcount]
-    kinds = [n for n in names if n != "n_chunk" and kernel.__annotations__.get(n) is not tl.constexpr]
+    kinds = [n for n in names if n not in MULTIPLES and kernel.__annotations__.get(n) is not tl.constexpr]
     return triton.jit(kernel, do_not_specialize=kinds, do_not_specialize_on_alignment=kinds)
 
 
@@ -76,10 +76,8 @@ def chunk_of_program(i, p_tensors, p_owner, n_chunk, D: tl.constexpr):
 
 @triton.jit
 def tensor_pointer(p_table, t, DT: tl.constexpr, ALIGNED: tl.constexpr):
-    """Of tensor t in a table of addresses, or the only tensor itself, as a number too: of a pointer that is an argument
-    the compiler takes no hint."""
-    address = tl.load(p_table + t) if p_table.dtype.element_ty == tl.int64 else p_table.to(tl.int64)
-    p = address.to(tl.pointer_type(DT))
+    """Of tensor t in a table of addresses, or the only tensor itself."""
+    p = tl.load(p_table + t).to(tl.pointer_type(DT)) if p_table.dtype.element_ty == tl.int64 else p_table
     return tl.multiple_of(p, 16) if ALIGNED else p
 
 

@@ -58,7 +58,7 @@ def _reduction(op, alpha_grad, dtype, d, aligned, alone, interpreted):
     reduce = formula.reduce_frozen if frozen else formula.reduce
     constants = {**about(dtype, aligned), **tile(dtype, interpreted, d), "LANES": skeletons.LAST_LANES}
     return Launch(
-        skeletons.reduce_list, True, REDUCE=reduce, MERGE=formula.merge, LOSSES=formula.losses, D=d, **constants
+        skeletons.reduce_list, aligned, REDUCE=reduce, MERGE=formula.merge, LOSSES=formula.losses, D=d, **constants
     )
 
 
@@ -66,7 +66,9 @@ def _reduction(op, alpha_grad, dtype, d, aligned, alone, interpreted):
 def _map(op, dtype, d, aligned, add, nothing, alone, interpreted):
     formula = FORMULAS[op]
     constants = {**about(dtype, aligned), **tile(dtype, interpreted, d)}
-    return Launch(skeletons.map_chunks, True, SETUP=formula.setup, GRADIENT=formula.gradient, ADD=add, D=d, **constants)
+    return Launch(
+        skeletons.map_chunks, aligned, SETUP=formula.setup, GRADIENT=formula.gradient, ADD=add, D=d, **constants
+    )
 
 
 def _two(parameters):

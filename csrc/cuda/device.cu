@@ -18,7 +18,28 @@ int arch_of(int device) {
   return major * 100 + minor * 10;
 }
 
+constexpr int kWords = 480;  // as many as fit into the 4 KB of a kernel's arguments
+
+struct Words {
+  int64_t word[kWords];
+};
+
+__global__ void words_kernel(Words words, int64_t* out, int count) {
+  if (int(threadIdx.x) < count) out[threadIdx.x] = words.word[threadIdx.x];
+}
+
 }  // namespace
+
+void write_words(const int64_t* words, int64_t count, int64_t* out, int device, uintptr_t stream) {
+  const Queue queue("write_words", device, stream);
+  for (int64_t from = 0; from < count; from += kWords) {
+    const int n = int(std::min<int64_t>(kWords, count - from));
+    Words some;
+    std::copy_n(words + from, n, some.word);
+    words_kernel<<<1, kWords, 0, queue.stream>>>(some, out + from, n);
+    check(queue.op, cudaGetLastError());
+  }
+}
 
 std::string problem() {
   int driver = 0, count = 0;

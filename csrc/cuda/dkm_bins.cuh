@@ -325,8 +325,8 @@ __global__ void __launch_bounds__(kThreads, 4)
                shape.flush};
   each(Op::kCounts ? K + 1 : 0, [&](int k) { room.equal[k] = 0; });
 
-  const T* w = reinterpret_cast<const T*>(list.pointers[part.tensor]) + part.row;
-  const T* g = Op::kGrads ? reinterpret_cast<const T*>(pass.grads[part.tensor]) + part.row : nullptr;
+  const T* w = place<const T>(list, list.pointers, part.tensor) + part.row;
+  const T* g = Op::kGrads ? place<const T>(list, pass.grads, part.tensor) + part.row : nullptr;
   for (; sums.bins.from <= K; sums.bins.from += count) {
     each((warps * count) << shape.copies, [&](int i) { sums.all[i] = Record(); });
     each(count * Op::kRecord, [&](int i) { room.totals[i] = 0; });

@@ -225,8 +225,9 @@ __global__ void __launch_bounds__(kMergeThreads, 1)
   const Scratch scratch(list, pass, numbers);
   const double* totals;
   if (slice >= slices_of(used) || !add_up(list, scratch, tensor, slice, used, &totals)) return;
-  char* memory = outside ? reinterpret_cast<char*>(scratch.partial + list.tensors[tensor].first_chunk * numbers + used)
-                         : shared_memory();
+  char* memory = outside
+                     ? reinterpret_cast<char*>(scratch.partial + tensor_of(list, tensor).first_chunk * numbers + used)
+                     : shared_memory();
   Op::template run<A>(Iteration<A>(clusters, pass, list.count, tensor), totals, tensor, clusters, pass, memory);
 }
 

@@ -10,6 +10,9 @@ namespace r2::cuda {
 std::string problem();        // why no kernel can run on this machine; empty if one can
 std::string architectures();  // that the kernels were compiled for
 
+// Host words to `out` on the device, as arguments of kernels: a copy would not be part of a CUDA graph.
+void write_words(const int64_t* words, int64_t count, int64_t* out, int device, uintptr_t stream);
+
 template <class Arguments>
 using Function = void(const List&, const Arguments&, int device, uintptr_t stream);
 using PassFunction = void(const List&, const Clusters&, const Pass&, int device, uintptr_t stream);

@@ -18,6 +18,15 @@ constexpr int kInFlight = 4;  // 128-bit loads of a thread
 // sixteenth of a large one.
 constexpr int kSample = 4096;
 
+// The address of tensor t, by a table as the contract has it.
+__device__ __forceinline__ int64_t place(const List& list, const void* table, int64_t t) {
+  return list.count == 1 ? reinterpret_cast<int64_t>(table) : static_cast<const int64_t*>(table)[t];
+}
+template <class T>
+__device__ __forceinline__ T* place(const List& list, const void* table, int64_t t) {
+  return reinterpret_cast<T*>(place(list, table, t));
+}
+
 // The rows of one chunk of one column.
 template <class T>
 struct Rows {
@@ -26,7 +35,7 @@ struct Rows {
   int n, d, column;
 
   __device__ Rows(const List& list, const Chunk& c)
-      : memory(reinterpret_cast<const T*>(list.pointers[c.tensor])), row(c.row), run(list.tensors[c.tensor].run),
+      : memory(place<const T>(list, list.pointers, c.tensor)), row(c.row), run(tensor_of(list, c.tensor).run),
         n(int(c.n)), d(list.d), column(c.column) {}
 
   __device__ int64_t at(int64_t i) const { return (row + i) / run * d * run + column * run + (row + i) % run; }
@@ -179,7 +188,7 @@ __device__ void merge_column(const List& list, const A* partial, int64_t parts, 
 
 template <class Op, class A>
 __device__ void merge_tensor(const List& list, const Forward& f, int64_t t, Merging& other) {
-  const int64_t first = list.tensors[t].first_chunk, parts = (list.tensors[t].rows + list.chunk - 1) / list.chunk;
+  const int64_t first = tensor_of(list, t).first_chunk, parts = (tensor_of(list, t).rows + list.chunk - 1) / list.chunk;
   double total = 0;
   for (int c = 0; c < list.d; ++c) {
     Column column = column_at<A>(list, f.first, f.second, t, c, f.bits);
@@ -253,9 +262,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) map_kernel(List list, Ba
   using A = Acc<T>;
   using G = decltype(Op::template gradient<A>(list, b, 0, 0, Column{}, static_cast<const A*>(nullptr)));
   Chunk c = chunk_at(list, blockIdx.x);
-  const Tensor& tensor = list.tensors[c.tensor];
-  T* out = kAdd ? reinterpret_cast<T*>(static_cast<const int64_t*>(b.target)[c.tensor])
-                : static_cast<T*>(b.target) + tensor.offset;
+  const Tensor& tensor = tensor_of(list, c.tensor);
+  T* out = place<T>(list, b.target, c.tensor);
 
   // One thread does what needs float64, slow on most GPUs.
   alignas(G) __shared__ unsigned char shared[sizeof(G)];
@@ -267,13 +275,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) map_kernel(List list, Ba
     if (c.row == 0 && b.parameter_gradient)
       static_cast<A*>(b.parameter_gradient)[at] = A(Op::parameter_gradient(list, b, c.tensor, at, column, saved));
   }
+  if (!out) return;
   __syncthreads();
   const G gradient = *reinterpret_cast<const G*>(shared);
   map_rows<kAdd>(Rows<T>(list, c), out, gradient);
 
   if (kAdd || c.row != 0 || c.column != 0) return;
-  const int64_t end = (tensor.numel + kSegment - 1) / kSegment * kSegment;
-  for (int64_t j = tensor.rows * list.d + threadIdx.x; j < end; j += kThreads) narrow(A(0), out[j]);
+  for (int64_t j = tensor.rows * list.d + threadIdx.x; j < tensor.numel; j += kThreads) narrow(A(0), out[j]);
 }
 
 }  // namespace r2::cuda

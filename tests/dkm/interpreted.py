@@ -10,7 +10,6 @@ import torch
 from torch.testing import assert_close
 
 import r2kernels as r2
-from r2kernels import lists as weights
 from r2kernels import reference
 from r2kernels.backends import select
 from r2kernels.reference.columns import accumulator
@@ -252,26 +251,3 @@ def test_chunks_groups_and_bits(triton, monkeypatch):
             0
         ]
         assert_close(new.double(), exact, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("d", [1, 3])
-def test_flat_target(d, triton, monkeypatch):
-    """As on a GPU: in one tensor, leftovers passed on and the gaps zeroed."""
-    from r2kernels.backends.triton import chunks
-
-    ws = [draw(50, 2).float(), draw(64).float(), draw(7).float()]
-    flat = torch.full((weights.gradient_offsets(ws)[-1],), math.nan)
-    monkeypatch.setattr(triton, "_targets", lambda *_: ([flat], flat, chunks.FLAT))
-    c = torch.stack([start(3, d, seed=s).reshape(3, d).sort(0).values for s in range(3)]).float()
-    problem = ws, torch.tensor([0.3] * 3), (3,) * 3, "euclidean", d, "contiguous"
-    exact = reference.DKM(*problem)
-    ours = triton.DKM(*problem)
-    moments, u = draw(3, 3, 3 if d == 1 else 1).abs().float(), draw(3, 3, d).float()
-    for run in (
-        lambda job: job.output(c, c + 1),
-        lambda job: job.gradient([(c, c + 1, u, moments, True)], [w * 2 for w in ws]),
-    ):
-        run(ours)
-        for w, e, offset in zip(ws, run(exact), weights.gradient_offsets(ws), strict=False):
-            assert_close(flat[offset : offset + w.numel()], e.flatten(), rtol=1e-4, atol=1e-4)
-            assert (flat[offset + w.numel() : offset + -(-w.numel() // 64) * 64] == 0).all()

@@ -86,17 +86,16 @@ def merge_chunks(op, dtype, d=1):
     return skeletons.merge_chunks, {"p_tensors": "*i64"}, {**constants, **absent(op)}
 
 
-def map_chunks(op, dtype, target="FLAT", d=1, aligned=True):
-    pointers = {
-        "p_weights": "*i64",
-        "p_tensors": "*i64",
-        "p_owner": "*i32",
-        "p_targets": "*" + dtype if target == "FLAT" else "*i64",
-    }
+def map_chunks(op, dtype, add=False, alone=False, d=1, aligned=True):
+    """`alone`: for a list of one, which has no tables."""
+    pointers = {"p_weights": "*i64", "p_targets": "*i64", "p_tensors": "*i64", "p_owner": "*i32"}
+    if alone:
+        pointers = {"p_weights": "*" + dtype, "p_targets": "*" + dtype, "p_tensors": ("i64",) * chunks.FIELDS.value}
     constants = {
         "SETUP": FORMULAS[op].setup,
         "GRADIENT": FORMULAS[op].gradient,
-        "TARGET": getattr(chunks, target),
+        "ADD": add,
+        **({"p_owner": None} if alone else {}),
         **absent(op),
     }
     if op in ("l_inf", "kure"):
@@ -112,7 +111,7 @@ def variants(everything):
         for op in MAP:
             yield map_chunks, op, dtype, {}
             if everything:
-                yield map_chunks, op, dtype, {"target": "ADD"}
+                yield map_chunks, op, dtype, {"add": True}
         if dtype == accumulator(dtype):
             for op in MERGE:
                 yield merge_chunks, op, dtype, {}
@@ -121,7 +120,7 @@ def variants(everything):
             for change in ({"d": 3}, {"aligned": False}):
                 yield reduce_chunks, "soft_min_max", dtype, change
                 yield map_chunks, "soft_min_max", dtype, change
-            yield map_chunks, "soft_min_max", dtype, {"target": "TABLE"}
+            yield map_chunks, "soft_min_max", dtype, {"alone": True}
         yield merge_chunks, "soft_min_max", "fp32", {"d": 3}
 
 

@@ -8,7 +8,7 @@ of their own. A program has a tile of centroids; where K exceeds that, `row_stat
 import triton
 import triton.language as tl
 
-from .chunks import FIELDS, FIRST_CHUNK, N_ROWS, chunk_of_program, tensor_pointer
+from .chunks import FIRST_CHUNK, N_ROWS, chunk_of_program, field, tensor_pointer
 from .dkm_rows_kernels import (
     Centroids,
     distances,
@@ -247,8 +247,7 @@ def merge_sums(
     """Program (t, j, l): the sums over the chunks of tensor t, in float64 and in a fixed order, for a few centroids;
     and what the pass makes of them."""
     t = tl.program_id(0).to(tl.int64)
-    p_tensor = p_tensors + t * FIELDS
-    n, first, K = tl.load(p_tensor + N_ROWS), tl.load(p_tensor + FIRST_CHUNK), tl.load(p_clusters + t)
+    n, first, K = field(p_tensors, t, N_ROWS), field(p_tensors, t, FIRST_CHUNK), tl.load(p_clusters + t)
     o = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     j = first_tile * J + o
     m_j = (o < n_width) & (j < K)

@@ -10,18 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .chunks import (
-    ADD,
-    ALIGN,
-    FIELDS,
-    FIRST_CHUNK,
-    N_ELEMENTS,
-    N_ROWS,
-    chunk_of_program,
-    target_of_tensor,
-    tensor_pointer,
-    zero_gap,
-)
+from .chunks import ALIGN, FIRST_CHUNK, N_ELEMENTS, N_ROWS, chunk_of_program, field, tensor_pointer, zero_leftovers
 
 MERGE_LANES = 512  # states per step of a merge
 STATE = tl.constexpr(8)  # numbers in the state of a chunk
@@ -263,7 +252,7 @@ def merge_chunks(
     One loss is summed over the columns, two are stored for every column, in a plane each.
     """
     t = tl.program_id(0)
-    n, first = tl.load(p_tensors + t * FIELDS + N_ROWS), tl.load(p_tensors + t * FIELDS + FIRST_CHUNK)
+    n, first = field(p_tensors, t, N_ROWS), field(p_tensors, t, FIRST_CHUNK)
     total = tl.full([], 0, tl.float64)
     c = 0
     while c < D:
@@ -283,27 +272,23 @@ def merge_chunks(
 
 
 @triton.jit
-def load_with_old(rows, targets, i, o, m, TARGET: tl.constexpr):
+def load_with_old(rows, targets, i, o, m, ADD: tl.constexpr):
     """The weights of rows i + o, and the gradients there if they are added to."""
     w = tl.load(row_addresses(rows, i, o), mask=m)
-    return w, tl.load(row_addresses(targets, i, o), mask=m) if TARGET == ADD else w
+    return w, tl.load(row_addresses(targets, i, o), mask=m) if ADD else w
 
 
 @triton.jit
-def store_gradient(
-    targets, i, o, m, w, old, constants, GRADIENT: tl.constexpr, TARGET: tl.constexpr, WITH: tl.constexpr
-):
-    """The gradients of weights w, added to the old ones where TARGET says so."""
+def store_gradient(targets, i, o, m, w, old, constants, GRADIENT: tl.constexpr, ADD: tl.constexpr, WITH: tl.constexpr):
+    """The gradients of weights w, added to the old ones where ADD says so."""
     g = GRADIENT(w.to(targets.ACC), constants) if WITH is None else GRADIENT(w.to(targets.ACC), constants, WITH)
-    if TARGET == ADD:
+    if ADD:
         g += old.to(targets.ACC)
     tl.store(row_addresses(targets, i, o), g.to(w.dtype), mask=m)
 
 
 @triton.jit
-def map_rows_of_chunk(
-    rows, targets, constants, GRADIENT: tl.constexpr, TARGET: tl.constexpr, WITH: tl.constexpr = None
-):
+def map_rows_of_chunk(rows, targets, constants, GRADIENT: tl.constexpr, ADD: tl.constexpr, WITH: tl.constexpr = None):
     """GRADIENT(weights, constants) of all rows of a chunk, to the same rows of `targets`. WITH, if any, goes last."""
     TILE: tl.constexpr = rows.BLOCK * rows.UNROLL
     o = tl.arange(0, rows.BLOCK)
@@ -311,21 +296,21 @@ def map_rows_of_chunk(
     while i + TILE <= rows.count:
         b_w, b_old = (), ()
         for u in tl.static_range(rows.UNROLL):
-            w, old = load_with_old(rows, targets, i, u * rows.BLOCK + o, None, TARGET)
+            w, old = load_with_old(rows, targets, i, u * rows.BLOCK + o, None, ADD)
             b_w, b_old = b_w + (w,), b_old + (old,)
         for u in tl.static_range(rows.UNROLL):
-            store_gradient(targets, i, u * rows.BLOCK + o, None, b_w[u], b_old[u], constants, GRADIENT, TARGET, WITH)
+            store_gradient(targets, i, u * rows.BLOCK + o, None, b_w[u], b_old[u], constants, GRADIENT, ADD, WITH)
         i += TILE
     while i < n_wide:
         m = i + o < n_wide
-        w, old = load_with_old(rows, targets, i, o, m, TARGET)
-        store_gradient(targets, i, o, m, w, old, constants, GRADIENT, TARGET, WITH)
+        w, old = load_with_old(rows, targets, i, o, m, ADD)
+        store_gradient(targets, i, o, m, w, old, constants, GRADIENT, ADD, WITH)
         i += rows.BLOCK
     if n_wide < rows.count:
         o_rest = tl.arange(0, ALIGN)
         m_rest = n_wide + o_rest < rows.count
-        w_rest, old_rest = load_with_old(rows, targets, n_wide, o_rest, m_rest, TARGET)
-        store_gradient(targets, n_wide, o_rest, m_rest, w_rest, old_rest, constants, GRADIENT, TARGET, WITH)
+        w_rest, old_rest = load_with_old(rows, targets, n_wide, o_rest, m_rest, ADD)
+        store_gradient(targets, n_wide, o_rest, m_rest, w_rest, old_rest, constants, GRADIENT, ADD, WITH)
 
 
 @triton.jit
@@ -349,7 +334,7 @@ def map_chunks(
     n_chunk,
     SETUP: tl.constexpr,
     GRADIENT: tl.constexpr,
-    TARGET: tl.constexpr,
+    ADD: tl.constexpr,
     DT: tl.constexpr,
     ACC: tl.constexpr,
     D: tl.constexpr,
@@ -359,23 +344,23 @@ def map_chunks(
 ):
     """One program per chunk: SETUP(column) gives the gradient of its parameter and the constants of GRADIENT.
 
-    The gradient of what belongs to no column, and of the gap behind a tensor in a flat one, is 0.
+    The gradient of what belongs to no column is 0. Without targets the gradient of the parameter is all.
     """
     t, c, start, n, run = chunk_of_program(tl.program_id(0), p_tensors, p_owner, n_chunk, D)
     column = t * D + c
     parameter_gradient, constants = SETUP(Column(p_grad, grad_stride, p_first, p_second, p_saved, t, column, n.to(ACC)))
     if p_parameter_gradient is not None:
         tl.store(p_parameter_gradient + column, parameter_gradient, mask=start == 0)
-    p_tensor = p_tensors + t * FIELDS
-    p_target, end = target_of_tensor(p_targets, p_tensor, t, tl.load(p_tensor + N_ELEMENTS), TARGET, DT, ALIGNED)
-    p = column_pointer(tensor_pointer(p_weights, t, DT, ALIGNED), c, start, run, D)
-    count = tl.minimum(n - start, n_chunk).to(tl.int32)
-    map_rows_of_chunk(
-        Rows(p, start, count, run, ACC, D, False, BLOCK, UNROLL),
-        Rows(column_pointer(p_target, c, start, run, D), start, count, run, ACC, D, False, BLOCK, UNROLL),
-        constants,
-        GRADIENT,
-        TARGET,
-    )
-    if TARGET != ADD and (c == D - 1) & (start + n_chunk >= n):
-        zero_gap(p_target, n * D, end)
+    if p_targets is not None:
+        p = column_pointer(tensor_pointer(p_weights, t, DT, ALIGNED), c, start, run, D)
+        p_target = tensor_pointer(p_targets, t, DT, ALIGNED)
+        count = tl.minimum(n - start, n_chunk).to(tl.int32)
+        map_rows_of_chunk(
+            Rows(p, start, count, run, ACC, D, False, BLOCK, UNROLL),
+            Rows(column_pointer(p_target, c, start, run, D), start, count, run, ACC, D, False, BLOCK, UNROLL),
+            constants,
+            GRADIENT,
+            ADD,
+        )
+        if D > 1 and not ADD and (c == D - 1) & (start + n_chunk >= n):
+            zero_leftovers(p_target, n * D, field(p_tensors, t, N_ELEMENTS))

@@ -140,7 +140,7 @@ _PROBLEM = "Tensor tau, int[] clusters, str metric, int d, str layout"
 DKM = Op(
     "dkm",
     f"(Tensor[] weights, Tensor centroids, int iterations, bool pinned, {_PROBLEM}) -> (Tensor[], Tensor, Tensor)",
-    "(Tensor grad_centroids, Tensor[] weights, Tensor[] grads, Tensor history, Tensor moments, str gradient, "
+    "(Tensor? grad_centroids, Tensor[] weights, Tensor[] grads, Tensor history, Tensor moments, str gradient, "
     f"bool centroid_grad, bool pinned, {_PROBLEM}) -> (Tensor[], Tensor)",
     scatters=True,
 )

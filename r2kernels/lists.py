@@ -276,6 +276,30 @@ def like_weights(others, tensors):
     ]
 
 
+def with_zeros(others, weights, d=1, layout="output"):
+    """`others`, shaped like the weights; for those that are None zeros, all in one tensor, lying as `dense` has the
+    weights."""
+    missing = [w for o, w in zip(others, weights, strict=True) if o is None]
+    if not missing:
+        return others
+    offsets = gradient_offsets(missing)
+    flat = torch.zeros(offsets[-1], dtype=missing[0].dtype, device=missing[0].device)
+    zeros = iter(
+        [
+            flat.as_strided(w.shape, memory_order(w, d, layout)[0], offset)
+            for w, offset in zip(missing, offsets[:-1], strict=True)
+        ]
+    )
+    return [next(zeros) if o is None else o for o in others]
+
+
+def stacked(steps):
+    """The centroids, new centroids, gradients and moments of some iterations of DKM, (steps, L, K, ...) each."""
+    *lengths, moments = zip(*[step[:4] for step in steps], strict=True)
+    c, new, u = torch.stack([t for some in lengths for t in some]).chunk(3)
+    return c, new, u, torch.stack(moments)
+
+
 def in_layout_order(codes, w, d=1, layout="output"):
     """One number for each row of w, which lie as `dense` has the rows in memory, in the order in which `layout` reads
     them."""
@@ -295,3 +319,9 @@ def empty_state(weights, d, saved):
     w, count = weights[0], len(weights)
     dtype = accumulator(w.dtype)
     return torch.empty(count, dtype=dtype, device=w.device), torch.empty(count, d, saved, dtype=dtype, device=w.device)
+
+
+@functools.lru_cache(maxsize=256)
+def resident(values, dtype, device):
+    """A tensor of these numbers, to be read alone, made once for a device."""
+    return torch.tensor(values, dtype=dtype, device="cpu").to(device)

@@ -34,13 +34,21 @@ class TritonDKM:
         self.table = lists.device_table(self.tensors, self.device)
         self.count, self.sizes = len(clusters), lists.sizes(tuple(clusters), self.device)
         self.scaled = not self.signed and tau.dtype == torch.float32
-        self.unit = unit_of(tau, not self.euclidean) if self.scaled else torch.ones_like(tau)
-        self.tau = (tau * self.unit * (1 if self.euclidean else self.unit)).contiguous()
+        if self.scaled:
+            self.unit = unit_of(tau, not self.euclidean)
+            tau = tau * self.unit * (1 if self.euclidean else self.unit)
+        else:
+            self.unit = lists.resident((1.0,) * self.count, tau.dtype, self.device)
+        self.tau = tau.contiguous()
 
-    def update(self, c):
-        new, moments = torch.empty_like(c), c.new_empty(*c.shape[:2], 3 if self.signed else 1)
+    def update(self, c, new=None, moments=None):
+        """(new centroids, moments), contiguous tensors that may be given."""
+        if new is None:
+            new, moments = torch.empty_like(c), c.new_empty(*c.shape[:2], 3 if self.signed else 1)
         self._sum(UPDATE, c, out=new, out_moments=moments)
-        return self._lengths(new, 1 / self.unit), moments
+        if self.scaled:
+            new /= self.unit[:, None, None]
+        return new, moments
 
     def output(self, c, new):
         return self._map(1, c, new)
@@ -56,9 +64,7 @@ class TritonDKM:
         return out
 
     def gradient(self, steps, grads):
-        return self._map(
-            len(steps), *[torch.stack(arrays) for arrays in zip(*[step[:4] for step in steps], strict=True)], grads
-        )
+        return self._map(len(steps), *lists.stacked(steps), grads)
 
     def jacobian(self, c, new, moments):
         sums = torch.empty(self.count, c.shape[1], c.shape[1], dtype=torch.float64, device=self.device)

@@ -5,12 +5,10 @@ import itertools
 
 import pytest
 import torch
-from cases import OPS, SCALE
-from launches import MADE, READS, UNORDERED, watched
+from launches import MADE, READS, watched
 from torch import nn
 
 import r2kernels as r2
-from r2kernels import Palettizer, Quantizer, RangeRegularizer
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:kmeans. .* will be repeated")]
 LAYERS = 21

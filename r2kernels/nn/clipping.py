@@ -102,7 +102,7 @@ class Histogram:
 def counted(codes, most, in_turn):
     """(rows, most) how often each code below `most` occurs in each row of codes: one after the other, or where that
     would read their largest (on a GPU) from their order."""
-    rows = len(codes)
+    codes, rows = codes.contiguous(), len(codes)
     if in_turn:
         codes = codes + torch.arange(0, rows * most, most, device=codes.device)[:, None]
         return torch.bincount(codes.view(-1), minlength=rows * most).view(rows, most)

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import r2kernels as r2
 from r2kernels import lists as weights
-from r2kernels import reference
+from r2kernels import ops, reference
 from r2kernels.backends import select
 from r2kernels.reference.columns import accumulator
 
@@ -275,3 +275,19 @@ def test_flat_target(d, triton, monkeypatch):
         for w, e, offset in zip(ws, run(exact), weights.gradient_offsets(ws), strict=False):
             assert_close(flat[offset : offset + w.numel()], e.flatten(), rtol=1e-4, atol=1e-4)
             assert (flat[offset + w.numel() : offset + -(-w.numel() // 64) * 64] == 0).all()
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float32, torch.float64)], ids=str)
+@pytest.mark.parametrize(("clusters", "d"), [(1, 1), (2, 1), (5, 1), (16, 1), (6, 3)])
+def test_what_a_step_ends_with(clusters, d, dtypes):
+    g = torch.Generator().manual_seed(0)
+    old, new = (torch.randn(5, clusters, d, generator=g, dtype=torch.float64).to(dtype) for dtype in dtypes)
+    new[1, -1, -1], new[2, 0, 0] = math.nan, -math.inf
+    new[3] = new[3, :1]
+    for squared in (False, True):
+        with r2.use_backend("triton"):
+            found = ops.settled(old, new, squared)
+        expected = reference.settled(old, new, squared)
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[2], expected[2])
+        assert expected[2].tolist() == [True, False, False, True, True]
+        assert_close(found[1], expected[1], rtol=1e-12, atol=0)

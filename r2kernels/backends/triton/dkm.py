@@ -1,11 +1,13 @@
 """DKM's passes, and hard assignment: the number of launches does not depend on that of the tensors."""
 
 import torch
+import triton
 
 from ... import lists
 from . import dkm_rows_kernels as dkm_rows
 from . import dkm_scalar_kernels as dkm_scalar
 from . import dkm_sums_kernels as dkm_sums
+from .dkm_settle_kernels import settle_groups
 from .dkm_sums_kernels import JACOBIAN, RECUR, UPDATE, UPSTREAM
 from .launch import OPTIONS, current, types
 
@@ -277,3 +279,16 @@ def assign_fwd(launcher, weights, centroids, clusters, d, layout):
     rows = [(w.transpose(0, -1) if d > 1 and layout == "output" and w.dim() > 1 else w).reshape(-1) for w in weights]
     size = centroids.abs().amax((1, 2))  # its scale is all that `assign` takes of a tau
     return TritonDKM(launcher, rows, size, clusters, "euclidean", d, "contiguous").assign(centroids)
+
+
+def settled(old, new, squared):
+    """`reference.settled` in one launch, a program for each group."""
+    groups, clusters, d = old.shape
+    old, new = old.contiguous(), new.contiguous()
+    made, sound = torch.empty_like(old), torch.empty(groups, dtype=torch.bool, device=old.device)
+    spacings = torch.empty(groups, dtype=torch.float64, device=old.device)
+    with current(old.device):
+        settle_groups[(groups,)](
+            old, new, made, spacings, sound, clusters, D=d, SQUARED=squared, BLOCK=triton.next_power_of_2(clusters)
+        )
+    return made, spacings, sound

@@ -11,7 +11,7 @@ from r2kernels.lists import carve_gradients
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-SIGNS = (1, -1, 0, 1)
+SHAPES, SIGNS = ((7,), (31, 66), (4097,), (3, 5)), (1, -1, 0, 1)
 
 
 def signed(one):
@@ -38,7 +38,7 @@ def results(one, parameters, sized):
 @pytest.mark.parametrize("op", ["lsq", "ewgs", "pact"])
 def test_sizes_are_used_above_a_floor(variant, op, dtype, device):
     """The bits of the op with |p| + FLOOR for p, and the gradient through that."""
-    xs = [numbers(shape, dtype, device, i) for i, shape in enumerate([(7,), (31, 66), (4097,), (3, 5)])]
+    xs = [numbers(shape, dtype, device, i) for i, shape in enumerate(SHAPES)]
     one = call(op, xs, 3, True)
     given, used = signed(one)
     ys, gradients, of_parameters = results(one, given, True)
@@ -57,9 +57,7 @@ def test_sizes_are_used_above_a_floor(variant, op, dtype, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rescaled(variant, dtype, device):
-    xs = [
-        numbers(shape, dtype, device, i).requires_grad_() for i, shape in enumerate([(7,), (31, 66), (4097,), (3, 5)])
-    ]
+    xs = [numbers(shape, dtype, device, i).requires_grad_() for i, shape in enumerate(SHAPES)]
     scale = torch.tensor([0.7, -1.3, 0.0, 2.0], dtype=torch.promote_types(dtype, torch.float32), device=device)
     scale.requires_grad_()
     gs = [numbers(x.shape, dtype, device, 9 + i) for i, x in enumerate(xs)]
@@ -69,25 +67,15 @@ def test_rescaled(variant, dtype, device):
     for x, y, g, dx, s in zip(xs, ys, gs, dxs, size, strict=True):
         assert torch.equal(y, (x * s).detach()) and torch.equal(dx, g * s)
     sums = torch.stack([(g.double() * x.double()).sum() for g, x in zip(gs, xs, strict=True)])
-    assert_close(
-        dscale.double(),
-        sums * torch.tensor(SIGNS, device=device) * torch.tensor([1, 1, 1, 1]).to(sums),
-        rtol=1e-5,
-        atol=1e-4,
-    )
+    assert_close(dscale.double(), (sums * torch.tensor(SIGNS, device=device)).detach(), rtol=1e-5, atol=1e-4)
 
 
 def test_gradients_are_those_of_the_scale():
     """The reference against autograd of the formula."""
-    xs = [
-        numbers((5,), torch.float64, "cpu", 1).requires_grad_(),
-        numbers((2, 3), torch.float64, "cpu").requires_grad_(),
-    ]
+    xs = [numbers(shape, torch.float64, "cpu").requires_grad_() for shape in ((5,), (2, 3))]
     scale = torch.tensor([0.7, -1.3], dtype=torch.float64, requires_grad=True)
-    gs = [torch.ones_like(x) for x in xs]
-    expected = torch.autograd.grad(
-        [x * (s.abs() + contract.FLOOR) for x, s in zip(xs, scale, strict=True)], [*xs, scale], gs
-    )
+    ys, gs = [x * (s.abs() + contract.FLOOR) for x, s in zip(xs, scale, strict=True)], [torch.ones_like(x) for x in xs]
+    expected = torch.autograd.grad(ys, [*xs, scale], gs)
     with torch.no_grad():
         gradients, of_scale = reference.rescale_bwd(gs, xs, scale, True)
     for a, b in zip([*gradients, of_scale], expected, strict=True):

@@ -92,18 +92,25 @@ R2_HD void set_gradient(void* flat, int64_t i, double x) {
 // An op has for each column `divisor`, what its formula divides by; the formula At<V, D>, with `forward` and
 // `backward`, which adds to kSums sums; and `finish`, which makes parameters' gradients of the sums of `rows` numbers.
 
-// The codes of LSQ: whole numbers, half-integers, or -1 and 1 alone.
-enum class Code { whole, half, sign };
-
-template <Code kCode>
-struct Lsq {
+// Those of an op of one size, which its formula divides by.
+struct OneSize {
   static constexpr int kSums = 1;
 
   template <class A>
   R2_HD static A divisor(const Quantizer& q, int64_t column) {
     return size_of(q, parameter_at<A>(q.first, column));
   }
+  template <class A>
+  R2_HD static void finish(const Quantizer& q, int64_t column, const double* sums, double) {
+    set_gradient<A>(q.first_gradient, column, slope_of(q, parameter_at<A>(q.first, column)) * sums[0]);
+  }
+};
 
+// The codes of LSQ: whole numbers, half-integers, or -1 and 1 alone.
+enum class Code { whole, half, sign };
+
+template <Code kCode>
+struct Lsq : OneSize {
   template <class V, class D>
   struct At {
     using A = typename Scalar<V>::type;
@@ -193,9 +200,7 @@ struct Ewgs {
 };
 
 template <bool kPlus>
-struct Pact {
-  static constexpr int kSums = 1;
-
+struct Pact : OneSize {
   template <class A>
   R2_HD static A divisor(const Quantizer& q, int64_t column) {
     return size_of(q, parameter_at<A>(q.first, column)) / A((1 << q.bits) - 1);
@@ -222,22 +227,10 @@ struct Pact {
       return above | below ? splat<V>(0) : g;
     }
   };
-
-  template <class A>
-  R2_HD static void finish(const Quantizer& q, int64_t column, const double* sums, double) {
-    set_gradient<A>(q.first_gradient, column, slope_of(q, parameter_at<A>(q.first, column)) * sums[0]);
-  }
 };
 
 // Numbers times a size.
-struct Rescale {
-  static constexpr int kSums = 1;
-
-  template <class A>
-  R2_HD static A divisor(const Quantizer& q, int64_t column) {
-    return size_of(q, parameter_at<A>(q.first, column));
-  }
-
+struct Rescale : OneSize {
   template <class V, class D>
   struct At {
     V scale;
@@ -249,11 +242,6 @@ struct Rescale {
       return scale * g;
     }
   };
-
-  template <class A>
-  R2_HD static void finish(const Quantizer& q, int64_t column, const double* sums, double) {
-    set_gradient<A>(q.first_gradient, column, slope_of(q, parameter_at<A>(q.first, column)) * sums[0]);
-  }
 };
 
 // Minimax polynomials of (2^f - 1) / f for |f| <= 1/2, highest power first: relative error 1.1e-8, 1.8e-17.

@@ -2,17 +2,12 @@
 both orders of blocks and threads, whose results are the same bits. `make emulate` runs the whole."""
 
 import ctypes
-import itertools
 
 import budget
 import cases
 import pytest
 import torch
-from dkm.problems import draw, made, solve, truth
 from emulate import build, emulated
-from quantizers import calls
-
-import r2kernels as r2
 
 pytestmark = [
     pytest.mark.usefixtures("nan_filled", "one_thread"),

@@ -150,10 +150,8 @@ class EWGSInput(Input):
 
     def forward(self, x):
         q = quantizers.sized_ewgs(x, self.lower, self.upper, self.bits, delta=self.delta, signed=False)
-        with torch.no_grad():
-            lower, upper = bounds(self.lower, self.upper)
-            span = upper - lower
-        return lower + span * q
+        lower, upper = bounds(self.lower.detach(), self.upper.detach())
+        return lower + (upper - lower) * q
 
 
 class PACTInput(Input):

@@ -43,7 +43,7 @@ def test_sizes_are_used_above_a_floor(variant, op, dtype, device):
     ys, gradients, of_parameters = results(one, given, True)
     exact_ys, exact, of_used = results(one, used, False)
     for a, b in zip([*ys, *gradients], [*exact_ys, *exact], strict=True):
-        assert torch.equal(a, b)
+        assert_close(a, b, rtol=0, atol=0, equal_nan=True)  # NaN where the span vanishes beside the bounds
     signs = torch.tensor(SIGNS, device=device)
     if op == "ewgs":
         of_upper = of_used[1] * signs
@@ -51,7 +51,7 @@ def test_sizes_are_used_above_a_floor(variant, op, dtype, device):
     else:
         expected = [of_used[0] * signs]
     for a, b in zip(of_parameters, expected, strict=True):
-        assert_close(a, b, rtol=1e-5, atol=1e-6 * float(b.abs().max()))
+        assert_close(a, b, rtol=1e-5, atol=1e-6 * float(b.nan_to_num().abs().max()), equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

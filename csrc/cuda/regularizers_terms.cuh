@@ -23,15 +23,15 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 3 : kBlocks<T>)
                  int64_t(blockIdx.x) * (terms.term[k] == Term::bin_reg ? BinReg::state_size(f.bits) : kState);
     __syncthreads();
     switch (terms.term[k]) {
-      case Term::l_inf: LInfReader::chunk<T>(rows, column, partial); break;
-      case Term::margin: MarginReader::chunk<T>(rows, column, partial); break;
+      case Term::l_inf: LInfReader::chunk(rows, column, partial); break;
+      case Term::margin: MarginReader::chunk(rows, column, partial); break;
       case Term::soft_min_max:
-        f.flag ? SoftReader<true>::chunk<T>(rows, column, partial) : SoftReader<false>::chunk<T>(rows, column, partial);
+        f.flag ? SoftReader<true>::chunk(rows, column, partial) : SoftReader<false>::chunk<T>(rows, column, partial);
         break;
-      case Term::kure: MomentsReader::chunk<T>(rows, column, partial); break;
-      case Term::bin_reg: BinRegReader<kBinRoomOfTerms>::chunk<T>(rows, column, partial); break;
-      case Term::msqe: MsqeReader::chunk<T>(rows, column, partial); break;
-      case Term::partial_l2: PartialL2Reader::chunk<T>(rows, column, partial); break;
+      case Term::kure: MomentsReader::chunk(rows, column, partial); break;
+      case Term::bin_reg: BinRegReader<kBinRoomOfTerms>::chunk(rows, column, partial); break;
+      case Term::msqe: MsqeReader::chunk(rows, column, partial); break;
+      case Term::partial_l2: PartialL2Reader::chunk(rows, column, partial); break;
     }
   }
 }
@@ -40,8 +40,8 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) bins_kernel(List list, Forward f) {
   using A = Acc<T>;
   const Chunk c = chunk_at(list, blockIdx.x);
-  BinRegReader<kBinRoom>::chunk<T>(Rows<T>(list, c), column_at<A>(list, f.first, f.second, c.tensor, 0, f.bits),
-                                   static_cast<A*>(f.partial) + int64_t(blockIdx.x) * BinReg::state_size(f.bits));
+  BinRegReader<kBinRoom>::chunk(Rows<T>(list, c), column_at<A>(list, f.first, f.second, c.tensor, 0, f.bits),
+                                static_cast<A*>(f.partial) + int64_t(blockIdx.x) * BinReg::state_size(f.bits));
 }
 
 // A block for each term of each tensor.

@@ -10,9 +10,10 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .chunks import ALIGN, FIRST_CHUNK, N_ELEMENTS, N_ROWS, chunk_of_program, field, tensor_pointer, zero_leftovers
+from .chunks import ALIGN, FIRST_CHUNK, N_ELEMENTS, chunk_of_program, field, jit, tensor_pointer, zero_leftovers
 
-MERGE_LANES = 512  # states per step of a merge
+MERGE_LANES = 512  # states per step of a merge,
+LAST_LANES = 128  # and of one by the last program, whose registers are those of all
 STATE = tl.constexpr(8)  # numbers in the state of a chunk
 
 
@@ -174,38 +175,6 @@ def fold_rows(rows, constants, state, STEP: tl.constexpr, WITH: tl.constexpr = N
 
 
 @triton.jit
-def reduce_chunks(
-    p_weights,
-    p_tensors,
-    p_owner,
-    p_first,
-    p_states,
-    n_chunk,
-    REDUCE: tl.constexpr,
-    DT: tl.constexpr,
-    ACC: tl.constexpr,
-    D: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
-    """One program per chunk: REDUCE(rows, parameters, column) gives its state."""
-    i = tl.program_id(0)
-    t, c, start, n, run = chunk_of_program(i, p_tensors, p_owner, n_chunk, D)
-    p = column_pointer(tensor_pointer(p_weights, t, DT, ALIGNED), c, start, run, D)
-    count = tl.minimum(n - start, n_chunk).to(tl.int32)
-    HALF: tl.constexpr = DT.primitive_bitwidth == 16
-    state = REDUCE(
-        Rows(p, start, count, run, ACC, D, HALF and ALIGNED and D == 1, BLOCK // 2 if HALF else BLOCK, UNROLL),
-        p_first,
-        t * D + c,
-    )
-    p_state = p_states + i.to(tl.int64) * STATE
-    for s in tl.static_range(len(state)):
-        tl.store(p_state + s, state[s])
-
-
-@triton.jit
 def fold_states(states, constants, sums, STEP: tl.constexpr):
     """sums = STEP(state, rows of the chunk, constants, sums) over the chunks of a column, in a fixed order."""
     j = tl.arange(0, states.LANES).to(tl.int64)
@@ -213,7 +182,7 @@ def fold_states(states, constants, sums, STEP: tl.constexpr):
         m = j * states.chunk < states.rows
         state = ()
         for s in tl.static_range(STATE):
-            state += (tl.load(states.p + j * (states.D * STATE) + s, mask=m, other=0),)
+            state += (tl.load(states.p + j * (states.D * STATE) + s, mask=m, other=0, cache_modifier=".cg"),)
         n = tl.minimum(states.rows - j * states.chunk, states.chunk).to(tl.float64)
         sums = keep_where(m, STEP(state, n, constants, sums), sums)
         j += states.LANES
@@ -233,13 +202,26 @@ def sums_of_column(states):
 
 
 @triton.jit
-def merge_chunks(
+def is_last(p_counters, t, parts):
+    """Whether the programs of all other parts of tensor t have stored what they found. The counter is ready for the
+    next launch then."""
+    last = tl.atomic_add(p_counters + t, 1, sem="acq_rel") == parts - 1
+    if last:
+        tl.store(p_counters + t, 0)
+    return last
+
+
+@triton.jit
+def merge_tensor(
     p_states,
-    p_tensors,
     p_first,
     p_second,
     p_loss,
     p_saved,
+    t,
+    count,
+    n,
+    first_chunk,
     n_chunk,
     MERGE: tl.constexpr,
     LOSSES: tl.constexpr,
@@ -247,28 +229,71 @@ def merge_chunks(
     D: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """One program per tensor: MERGE(states, parameters, column) gives the losses of a column and what is saved of it.
+    """MERGE(states, parameters, column) gives the losses of a column of tensor t and what is saved of it.
 
     One loss is summed over the columns, two are stored for every column, in a plane each.
     """
-    t = tl.program_id(0)
-    n, first = field(p_tensors, t, N_ROWS), field(p_tensors, t, FIRST_CHUNK)
     total = tl.full([], 0, tl.float64)
     c = 0
     while c < D:
         column = t * D + c
-        p = p_states + (first + c) * STATE
+        p = p_states + (first_chunk + c) * STATE
         losses, saved = MERGE(States(p, n, n_chunk, ACC, D, LANES), p_first, p_second, column)
         if LOSSES == 1:
             total += losses[0]
         else:
             for s in tl.static_range(LOSSES):
-                tl.store(p_loss + s * tl.num_programs(0) * D + column, losses[s])
+                tl.store(p_loss + s * count * D + column, losses[s])
         for s in tl.static_range(len(saved)):
             tl.store(p_saved + column * len(saved) + s, saved[s])
         c += 1
     if LOSSES == 1:
         tl.store(p_loss + t, total)
+
+
+@jit
+def reduce_list(
+    p_weights,
+    p_tensors,
+    p_owner,
+    p_first,
+    p_second,
+    p_states,
+    p_loss,
+    p_saved,
+    p_counters,
+    n_chunk,
+    n_tensors,
+    REDUCE: tl.constexpr,
+    MERGE: tl.constexpr,
+    LOSSES: tl.constexpr,
+    DT: tl.constexpr,
+    ACC: tl.constexpr,
+    D: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """One program per chunk: REDUCE(rows, parameters, column) gives its state. The last one of a tensor merges them."""
+    i = tl.program_id(0)
+    t, c, start, n, run = chunk_of_program(i, p_tensors, p_owner, n_chunk, D)
+    p = column_pointer(tensor_pointer(p_weights, t, DT, ALIGNED), c, start, run, D)
+    count = tl.minimum(n - start, n_chunk).to(tl.int32)
+    HALF: tl.constexpr = DT.primitive_bitwidth == 16
+    state = REDUCE(
+        Rows(p, start, count, run, ACC, D, HALF and ALIGNED and D == 1, BLOCK // 2 if HALF else BLOCK, UNROLL),
+        p_first,
+        t * D + c,
+    )
+    p_state = p_states + i.to(tl.int64) * STATE
+    for s in tl.static_range(len(state)):
+        tl.store(p_state + s, state[s])
+    if is_last(p_counters, t, tl.cdiv(n, n_chunk) * D):
+        first = field(p_tensors, t, FIRST_CHUNK)
+        merge_tensor(
+            p_states, p_first, p_second, p_loss, p_saved, t, n_tensors, n, first, n_chunk, MERGE, LOSSES, ACC, D, LANES
+        )
 
 
 @triton.jit
@@ -319,7 +344,7 @@ def gradient_of_loss(column):
     return tl.load(column.p_grad + column.tensor * column.grad_stride)
 
 
-@triton.jit
+@jit
 def map_chunks(
     p_weights,
     p_targets,

@@ -61,6 +61,11 @@ cudaError_t cudaGetLastError();
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaGetDeviceCount(int* count);
+enum { cudaEnableDefault };
+enum cudaDriverEntryPointQueryResult {};
+inline cudaError_t cudaGetDriverEntryPoint(const char*, void**, int, cudaDriverEntryPointQueryResult*) {
+  return cudaSuccess;
+}
 cudaError_t cudaDriverGetVersion(int* version);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int device);
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream);
@@ -219,6 +224,7 @@ inline void prefetch_global_L2(const void*) {}
 
 inline unsigned __float_as_uint(float x) { return emulate::bits<unsigned>(x); }
 inline int __float_as_int(float x) { return emulate::bits<int>(x); }
+inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
 inline float __uint_as_float(unsigned x) { return emulate::bits<float>(x); }
 inline float __int_as_float(int x) { return emulate::bits<float>(x); }
 inline long long __double_as_longlong(double x) { return emulate::bits<long long>(x); }

@@ -108,6 +108,17 @@ def test_the_watch_sees_what_waits(monkeypatch, read):
         read(torch.ones(3))
 
 
+def test_a_search_for_spare_centroids_waits_three_times(monkeypatch):
+    """For the warnings, for what is spare and for what waits, of all layers at once."""
+    model = linears()
+    palettizer, reads, own = Palettizer(model, 2), [], torch.Tensor.tolist
+    model(torch.randn(2, 12)).sum().backward()
+    with watched(monkeypatch, READS):
+        monkeypatch.setattr(torch.Tensor, "tolist", lambda t: reads.append(tuple(t.shape)) or own(t))
+        palettizer.step()
+    assert reads == [(LAYERS,), (LAYERS, 2), (LAYERS,)]
+
+
 def quantizers():
     for method in ("lsq", "ewgs", "pact"):
         for bits in (None, 4):

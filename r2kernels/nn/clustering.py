@@ -142,15 +142,20 @@ def lost(w, form, centroids, preserve_zeros):
 SAME = 1e-3
 
 
-def spare_and_error(w, form, centroids, wide=False):
-    """For each group (how many centroids no row needs, the largest error); reads values on the host.
+def spare_and_error(problems):
+    """For each (weight, form, centroids, wide) and each of its groups (how many centroids no row needs, the largest
+    error); the host reads once.
 
     A centroid is spare that is nearest to no row, or where another one is. wide: as for `nearest_codes`.
     """
-    d, found, pieces = form.cluster_dim, [], divided(w, form)[0]
-    for piece, codes, c in zip(pieces, nearest_codes(pieces, centroids, form, wide), centroids, strict=True):
-        error = (columns(piece, d, form.layout).t() - c[codes.long()]).abs().amax()
-        near = (c[:, None] - c).abs().amax(-1).le(SAME * error).tril(-1).any(1)
-        unused = torch.bincount(codes.long(), minlength=len(c)) == 0
-        found.append((int((near | unused).sum()), error.item()))
-    return found
+    found, counts = [], []
+    for w, form, centroids, wide in problems:
+        d, pieces = form.cluster_dim, divided(w, form)[0]
+        counts.append(len(pieces))
+        for piece, codes, c in zip(pieces, nearest_codes(pieces, centroids, form, wide), centroids, strict=True):
+            error = (columns(piece, d, form.layout).t() - c[codes.long()]).abs().amax()
+            near = (c[:, None] - c).abs().amax(-1).le(SAME * error).tril(-1).any(1)
+            used = torch.zeros_like(near).index_fill_(0, codes.long(), True)
+            found.append(torch.stack([(near | ~used).sum().double(), error.double()]).to(problems[0][0].device))
+    values = iter(torch.stack(found).tolist())
+    return [[next(values) for _ in range(count)] for count in counts]

@@ -128,14 +128,15 @@ class Palettizer(Attached):
     @torch.no_grad()
     def _read(self, layers):
         """Reads what the Python code has to know of the centroids of some layers, and warns once of what they lose."""
-        for layer in layers:
-            c, tau, o = self.centroids._buffers[layer.key], self.taus._buffers[layer.key], layer.options
-            gaps = spacing(c.double()).tolist()
-            squares = accumulator(layer.weight().dtype) == torch.float32 and (
-                o.metric == "sqeuclidean" or o.cluster_dim > 1
-            )
-            self._waiting[layer.key] = frozenset(tau.isinf().nonzero()[:, 0].tolist())
-            self._wide[layer.key] = squares and not SQUARED[0] <= min(gaps) <= max(gaps) <= SQUARED[1]
+        taus = [self.taus._buffers[layer.key] for layer in layers]
+        waits = iter(torch.cat([tau.isinf().to(self.steps.device) for tau in taus]).tolist())
+        for layer, tau in zip(layers, taus, strict=True):
+            c, o = self.centroids._buffers[layer.key], layer.options
+            self._waiting[layer.key] = frozenset([g for g in range(len(tau)) if next(waits)])
+            self._wide[layer.key] = False
+            if accumulator(layer.weight().dtype) == torch.float32 and (o.is_squared or o.cluster_dim > 1):
+                gaps = spacing(c.double()).tolist()
+                self._wide[layer.key] = not SQUARED[0] <= min(gaps) <= max(gaps) <= SQUARED[1]
             if layer.name in self._told:
                 continue
             w = layer.weight()
@@ -246,8 +247,9 @@ class Palettizer(Attached):
         if due or self.steps.device.type == "cpu":
             self._warn_of_unsound()
         if due:
-            for layer in self.layers:
-                self._renew(layer)
+            problems = [(l.weight(), form_of(l), self._centroids(l), self._wide[l.key]) for l in self.layers]
+            for layer, found in zip(self.layers, spare_and_error(problems), strict=True):
+                self._renew(layer, found)
         self._warm_up(self.layers if due else stayed)
         if due:
             self._read(self.layers)
@@ -290,10 +292,12 @@ class Palettizer(Attached):
                     warnings.warn(f"{name} is not finite; its centroids stay as they are", stacklevel=4)
         self._sound = {}
 
-    def _renew(self, layer):
-        """Starts groups anew that have spare centroids, and finds those that wait until their weights differ."""
+    def _renew(self, layer, found):
+        """Starts groups anew that have spare centroids, and finds those that wait until their weights differ.
+
+        found: what `spare_and_error` says of them."""
         w, form, c, key = layer.weight(), form_of(layer), self.centroids._buffers[layer.key], layer.key
-        found, most = spare_and_error(w, form, self._centroids(layer), self._wide[key]), max(2**form.bits // SPARE, 1)
+        most = max(2**form.bits // SPARE, 1)
         anew = [
             g
             for g, (spare, error) in enumerate(found)

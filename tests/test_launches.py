@@ -113,8 +113,8 @@ def test_a_search_for_spare_centroids_waits_three_times(monkeypatch):
     model = linears()
     palettizer, reads, own = Palettizer(model, 2), [], torch.Tensor.tolist
     model(torch.randn(2, 12)).sum().backward()
-    with watched(monkeypatch, READS):
-        monkeypatch.setattr(torch.Tensor, "tolist", lambda t: reads.append(tuple(t.shape)) or own(t))
+    with watched(monkeypatch, READS), monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "tolist", lambda t: reads.append(tuple(t.shape)) or own(t))
         palettizer.step()
     assert reads == [(LAYERS,), (LAYERS, 2), (LAYERS,)]
 

@@ -94,6 +94,20 @@ def test_a_step_of_a_palettizer(monkeypatch, options):
     assert total(counts)[0] <= 8, counts
 
 
+def test_gradients_that_are_missing_are_zeros_at_once(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    ws = [torch.randn(40 + i, generator=g).requires_grad_() for i in range(LAYERS)]
+    cs = [torch.randn(4, generator=g).requires_grad_() for _ in ws]
+    hats, fresh = r2.dkm(ws, cs, 0.3)
+    counts = of_gradients(monkeypatch, [hats[0], fresh[1]])
+    assert counts["aten::_foreach_zero_"] == counts["aten::new_zeros"] == 1
+    assert total(counts)[0] <= 8, counts
+    zeros = [torch.zeros_like(w) for w in ws[1:]]
+    expected = torch.autograd.grad([*r2.dkm(ws, cs, 0.3)[0]], ws, [torch.ones_like(ws[0]), *zeros])
+    of_fresh = torch.autograd.grad(r2.dkm(ws, cs, 0.3)[1][1].sum(), ws[1])[0]
+    assert torch.equal(ws[0].grad, expected[0]) and torch.equal(ws[1].grad, of_fresh) and not ws[2].grad.any()
+
+
 def test_the_count_sees_what_launches(monkeypatch):
     x = torch.ones(3, 4)
     with watched(monkeypatch) as counts:

@@ -120,7 +120,7 @@ LAW = {
     "nn.places": set(),
     "nn.select": {"nn.places"},
     "nn.layers": {"nn.places", "nn.select"},
-    "nn.ranks": set(),
+    "nn.ranks": {"lists"},
     "nn.tracing": set(),
     "nn.attach": {"nn.tracing"},
     "nn.export": {"files.onnx", "nn.attach", "nn.inputs", "nn.quantizer", "nn.tracing"},

@@ -30,7 +30,7 @@ READS = {
     "aten::unique_dim",
 }
 MADE = {"aten::lift_fresh"}  # a tensor of Python's numbers, which the device would wait for
-# on CUDA they add floating-point numbers in any order, or raise under deterministic algorithms
+# on CUDA they add in any order, or raise under deterministic algorithms
 UNORDERED = {
     "aten::histc",
     "aten::scatter_add",
@@ -39,7 +39,6 @@ UNORDERED = {
     "aten::scatter_reduce_",
     "aten::put_",
 }
-UNORDERED_FLOATS = {"aten::cumsum", "aten::cumsum_", "aten::index_add", "aten::index_add_"}
 
 
 class Watch(TorchDispatchMode):
@@ -54,12 +53,21 @@ class Watch(TorchDispatchMode):
         assert name not in self.forbidden, f"{name} of {[getattr(a, 'shape', a) for a in args]}"
         if READS & self.forbidden and name in ("aten::index", "aten::index_put_"):
             assert not any(i is not None and i.dtype is torch.bool for i in args[1]), f"{name} by a mask"
-        if UNORDERED & self.forbidden and (name in UNORDERED_FLOATS or (name == "aten::bincount" and len(args) > 1)):
-            assert not torch.is_tensor(args[1]) or not args[0].is_floating_point(), f"{name} of floats"
-            assert not (name.startswith("aten::cumsum") and args[0].is_floating_point()), f"{name} of floats"
+        if UNORDERED & self.forbidden:
+            assert not _adds_in_any_order(name, args, kwargs), f"{name} of floats"
         if name not in FREE and not _is_view(func):
             self.counts[name] += 1
         return func(*args, **kwargs)
+
+
+def _adds_in_any_order(name, args, kwargs):
+    """Whether it does so with these floating-point numbers."""
+    if name == "aten::bincount":
+        weights = kwargs.get("weights", args[1] if len(args) > 1 else None)
+        return weights is not None and weights.is_floating_point()
+    if name in ("aten::index_add", "aten::index_add_"):
+        return args[0].is_floating_point() and args[2].unique().numel() < args[2].numel()
+    return name in ("aten::cumsum", "aten::cumsum_") and args[0].is_floating_point()
 
 
 def _is_view(func):

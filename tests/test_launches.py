@@ -133,6 +133,24 @@ def test_a_search_for_spare_centroids_waits_three_times(monkeypatch):
     assert reads == [(LAYERS,), (LAYERS, 2), (LAYERS,)]
 
 
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda x, i: x.cumsum(0),
+        lambda x, i: x.index_add(0, i // 2, x),
+        lambda x, i: torch.bincount(i, x),
+        lambda x, i: torch.bincount(i, weights=x),
+        lambda x, i: i.scatter_add(0, i, i),
+    ],
+)
+def test_the_watch_sees_what_adds_in_any_order(monkeypatch, add):
+    x, i = torch.ones(3), torch.arange(3)
+    with watched(monkeypatch, UNORDERED):
+        i.cumsum(0), torch.bincount(i), x.index_add(0, i, x)
+    with pytest.raises(AssertionError), watched(monkeypatch, UNORDERED):
+        add(x, i)
+
+
 def quantizers():
     for method in ("lsq", "ewgs", "pact"):
         for bits in (None, 4):

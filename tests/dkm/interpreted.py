@@ -231,7 +231,7 @@ def test_assign(k, d, triton):
 
 def test_chunks_groups_and_bits(triton, monkeypatch):
     """Several chunks of each plan; few partial sums at a time; a padding longer than the largest number of clusters;
-    the same bits again."""
+    the same bits again; rows in windows."""
     from r2kernels.backends.triton import dkm as clustering
 
     ws, tau = [draw(20000).float(), draw(17).float()], torch.tensor([0.2, 0.1])
@@ -239,13 +239,17 @@ def test_chunks_groups_and_bits(triton, monkeypatch):
         c = torch.zeros(2, 24, 1)
         c[0, :20, 0], c[1, :3, 0] = start(20).float().sort().values, start(3).float().sort().values
         found = []
-        for most in (2**24, 1):
+        for most, states in ((2**24, 2**25), (1, 2**25), (2**24, 1)):
             monkeypatch.setattr(clustering, "PARTIAL", most)
+            monkeypatch.setattr(clustering, "STATES", states)
             job = triton.DKM(ws, tau, (20, 3), metric, 1, "output")
             new, moments = job.update(c)
             u = job.recur(c, new, job.upstream(c, ws), moments, ws)
             found.append([new, moments, u, *job.output(c, new), *job.gradient([(c, new, u, moments, True)], ws)])
+        windows = found.pop()
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        for one, whole in zip(windows, found[0], strict=True):
+            assert (one - whole)[~whole.isnan()].norm() <= 1e-5 * whole.nan_to_num().norm()
         assert all((x[0, 20:] == 0).all() and (x[1, 3:] == 0).all() for x in found[0][:3])
         exact = reference.DKM([w.double() for w in ws], tau.double(), (20, 3), metric, 1, "output").update(c.double())[
             0

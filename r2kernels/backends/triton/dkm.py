@@ -12,6 +12,8 @@ from .dkm_sums_kernels import JACOBIAN, RECUR, UPDATE, UPSTREAM
 from .launch import OPTIONS, current, fields, launch, types
 
 PARTIAL = 2**24  # partial sums at once; where there are more, one group of centroids follows the other
+STATES = 2**25  # numbers of rows at once, where they are needed for several tiles of centroids; of more in windows
+WINDOW = 1024  # rows: a window has a multiple of it
 MERGED = 8  # centroids that a program merges
 
 
@@ -128,13 +130,13 @@ class TritonDKM:
             "ALIGNED": lists.is_aligned([*self.tensors, *grads]),
         }
         problem = self.table, table, fields(plan), plan.owner, self.tau, self.unit, self.sizes, c, new, u, moments
-        planes, states = 0, None
+        planes, states, window = 0, None, plan.chunk
+        if tiles > 1:
+            planes = 2 if mode is not RECUR else 3 if table is None else 3 + self.geometry[0]
+            window = min(max(STATES // (plan.chunks * planes * WINDOW), 1) * WINDOW, plan.chunk)
+            states = torch.empty(plan.chunks * planes * window, dtype=c.dtype, device=self.device)
         with current(self.device):
-            if tiles > 1:
-                planes = 2 if mode is not RECUR else 3 if table is None else 3 + self.geometry[0]
-                states = torch.empty(plan.chunks * planes * plan.chunk, dtype=c.dtype, device=self.device)
-                read = launch(dkm_sums.row_states, PLANES=planes, MEAN=mode is RECUR, **about, **maps)
-                read((plan.chunks,), *problem, states, plan.chunk, most, n_moments)
+            read = launch(dkm_sums.row_states, PLANES=planes, MEAN=mode is RECUR, **about, **maps)
             add = launch(dkm_sums.cluster_sums, MODE=mode, PLANES=planes, SUMS=each, **about, **sums)
             merge = launch(
                 dkm_sums.merge_sums,
@@ -150,8 +152,11 @@ class TritonDKM:
             )
             for first in range(0, tiles, group):
                 width = min(group, tiles - first) * J
-                place = plan.chunk, most, n_moments, first, width
-                add((plan.chunks, width // J, beside), *problem, states, partial, *place)
+                for row in range(0, plan.chunk, window):
+                    if tiles > 1 and (first == 0 or window < plan.chunk):
+                        read((plan.chunks,), *problem, states, plan.chunk, most, n_moments, row, window)
+                    place = plan.chunk, most, n_moments, first, width, row, window
+                    add((plan.chunks, width // J, beside), *problem, states, partial, *place)
                 given = self.tau, self.sizes, c, out, out_moments, plan.chunk, most, first, width
                 merge((self.count, -(-width // MERGED), beside), partial, fields(plan), *given)
 

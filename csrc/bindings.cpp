@@ -87,9 +87,9 @@ constexpr auto fields_of<Values> =
 template <>
 constexpr auto fields_of<Quantizer> = std::make_tuple(
     R2_FIELD(Quantizer, first), R2_FIELD(Quantizer, second), R2_FIELD(Quantizer, third), R2_FIELD(Quantizer, bits),
-    R2_FIELD(Quantizer, low), R2_FIELD(Quantizer, high), R2_FIELD(Quantizer, flag), R2_FIELD(Quantizer, grads),
-    R2_FIELD(Quantizer, partial), R2_FIELD(Quantizer, target), R2_FIELD(Quantizer, first_gradient),
-    R2_FIELD(Quantizer, second_gradient));
+    R2_FIELD(Quantizer, low), R2_FIELD(Quantizer, high), R2_FIELD(Quantizer, flag), R2_FIELD(Quantizer, sized),
+    R2_FIELD(Quantizer, grads), R2_FIELD(Quantizer, partial), R2_FIELD(Quantizer, target),
+    R2_FIELD(Quantizer, first_gradient), R2_FIELD(Quantizer, second_gradient));
 template <>
 constexpr auto fields_of<codes::Groups> =
     std::make_tuple(R2_FIELD(codes::Groups, rows), R2_FIELD(codes::Groups, each), R2_FIELD(codes::Groups, bits));
@@ -135,7 +135,7 @@ py::dict contract() {
                  "bin_reg"_a = int(Term::bin_reg), "msqe"_a = int(Term::msqe), "partial_l2"_a = int(Term::partial_l2));
   return py::dict("saved"_a = numbers, "terms"_a = terms, "statistics"_a = kStatistics,
                   "fields"_a = int(sizeof(Tensor) / sizeof(int64_t)), "state"_a = kState,
-                  "quantizer_sums"_a = kQuantizerSums, "half_values"_a = kHalfValues);
+                  "quantizer_sums"_a = kQuantizerSums, "floor"_a = kFloor, "half_values"_a = kHalfValues);
 }
 
 struct InstructionSet {
@@ -259,7 +259,9 @@ void def_terms(py::module_& m, const char* name, Run run) {
   def(def_op, Quantizer, quantizers, pact_fwd);          \
   def(def_op, Quantizer, quantizers, pact_bwd);          \
   def(def_op, Quantizer, quantizers, dorefa_fwd);        \
-  def(def_op, Quantizer, quantizers, dorefa_bwd)
+  def(def_op, Quantizer, quantizers, dorefa_bwd);        \
+  def(def_op, Quantizer, quantizers, rescale_fwd);       \
+  def(def_op, Quantizer, quantizers, rescale_bwd)
 #define R2_PASSES(def) \
   def(update);         \
   def(output);         \

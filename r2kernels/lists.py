@@ -249,6 +249,22 @@ def like_weights(others, tensors):
     ]
 
 
+def with_zeros(others, weights, d=1, layout="output"):
+    """`others`, shaped like the weights; zeros for those that are None, lying as `dense` has the weights."""
+    zeros = empty_gradients([w for o, w in zip(others, weights, strict=True) if o is None], d, layout)
+    if zeros:
+        torch._foreach_zero_(zeros)
+    made = iter(zeros)
+    return [next(made) if o is None else o for o in others]
+
+
+def stacked(steps):
+    """The centroids, new centroids, gradients and moments of some iterations of DKM, (steps, L, K, ...) each."""
+    *lengths, moments = zip(*[step[:4] for step in steps], strict=True)
+    c, new, u = torch.stack([t for some in lengths for t in some]).chunk(3)
+    return c, new, u, torch.stack(moments)
+
+
 def in_layout_order(codes, w, d=1, layout="output"):
     """One number for each row of w, which lie as `dense` has the rows in memory, in the order in which `layout` reads
     them."""

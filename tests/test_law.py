@@ -33,7 +33,7 @@ LAW = {
     "reference.dkm": SPECIFIED | {"reference.precision"},
     "reference.kmeans": SPECIFIED,
     # the contract, and how a list becomes one launch
-    "contract": SPECIFIED,
+    "contract": SPECIFIED | {"reference.quantizers"},
     "lists": {"contract", "reference.lasting"},
     # backends know neither each other nor the reference
     "backends": set(),
@@ -120,7 +120,7 @@ LAW = {
     "nn.places": set(),
     "nn.select": {"nn.places"},
     "nn.layers": {"nn.places", "nn.select"},
-    "nn.ranks": set(),
+    "nn.ranks": {"lists"},
     "nn.tracing": set(),
     "nn.attach": {"nn.tracing"},
     "nn.export": {"files.onnx", "nn.attach", "nn.inputs", "nn.quantizer", "nn.tracing"},
@@ -129,7 +129,14 @@ LAW = {
     "nn.coefficient": {"reference.checks"},
     "nn.groups": {"functional.quantizers", "reference.columns", "reference.parameters"},
     "nn.clipping": {"files.uniform", "nn.groups", "reference.columns", "reference.parameters", "reference.quantizers"},
-    "nn.scales": {"files.uniform", "functional.quantizers", "nn.clipping", "reference.columns", "reference.parameters"},
+    "nn.scales": {
+        "files.uniform",
+        "functional.quantizers",
+        "nn.clipping",
+        "reference.columns",
+        "reference.parameters",
+        "reference.quantizers",
+    },
     "nn.regularizer": {
         "functional",
         "functional.loss",
@@ -143,7 +150,17 @@ LAW = {
     "nn.starting": {"nn.attach", "nn.inputs", "nn.ranks", "nn.scales", "nn.tracing"},
     "nn.clustering": SPECIFIED | {"files.clustered", "functional.dkm", "functional.kmeans"},
     "nn.palettizer": SPECIFIED
-    | {"files.clustered", "files.integers", "functional.dkm", "nn.attach", "nn.clustering", "nn.layers"},
+    | {
+        "files.clustered",
+        "files.integers",
+        "functional.dkm",
+        "lists",
+        "nn.attach",
+        "nn.clustering",
+        "nn.layers",
+        "ops",
+        "reference.dkm",
+    },
     "nn.copies": {"nn.attach", "reference.checks"},
     "nn.quantizer": {
         "nn.select",

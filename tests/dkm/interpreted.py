@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 import r2kernels as r2
-from r2kernels import reference
+from r2kernels import ops, reference
 from r2kernels.backends import select
 from r2kernels.reference.columns import accumulator
 
@@ -255,3 +255,19 @@ def test_chunks_groups_and_bits(triton, monkeypatch):
             0
         ]
         assert_close(new.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float32, torch.float64)], ids=str)
+@pytest.mark.parametrize(("clusters", "d"), [(1, 1), (2, 1), (5, 1), (16, 1), (6, 3)])
+def test_what_a_step_ends_with(clusters, d, dtypes):
+    g = torch.Generator().manual_seed(0)
+    old, new = (torch.randn(5, clusters, d, generator=g, dtype=torch.float64).to(dtype) for dtype in dtypes)
+    new[1, -1, -1], new[2, 0, 0] = math.nan, -math.inf
+    new[3] = new[3, :1]
+    for squared in (False, True):
+        with r2.use_backend("triton"):
+            found = ops.settled(old, new, squared)
+        expected = reference.settled(old, new, squared)
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[2], expected[2])
+        assert expected[2].tolist() == [True, False, False, True, True]
+        assert_close(found[1], expected[1], rtol=1e-12, atol=0)

@@ -103,8 +103,10 @@ class NativeDKM:
         self._run(name, *args, **options, target=target)
         return made
 
-    def update(self, c):
-        new, moments = c.new_empty(c.shape), c.new_empty(*c.shape[:2], 3 if self.signed else 1)
+    def update(self, c, new=None, moments=None):
+        """(new centroids, moments), contiguous tensors that may be given."""
+        if new is None:
+            new, moments = c.new_empty(c.shape), c.new_empty(*c.shape[:2], 3 if self.signed else 1)
         self._run("update", c, out=new, out_moments=moments, scratch=True)
         return new, moments
 
@@ -127,8 +129,7 @@ class NativeDKM:
     def gradient(self, steps, grads):
         """`grads` None: as if they were 0."""
         table, _grads = self._incoming(grads)
-        arrays = [torch.stack(arrays) for arrays in zip(*[step[:4] for step in steps], strict=True)]
-        return self._map("gradient", *arrays, steps=len(steps), grads=table)
+        return self._map("gradient", *lists.stacked(steps), steps=len(steps), grads=table)
 
     def jacobian(self, c, new, moments):
         J = torch.empty(c.shape[0], c.shape[1], c.shape[1], dtype=torch.float64, device=self.device)

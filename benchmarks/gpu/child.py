@@ -1,6 +1,6 @@
 """One item of a stage: its cases one after the other, each noted when it begins and when it has ended.
 
-    python -m gpu.child STAGE ITEM --device cuda --backend triton [--records FILE] [--start INDEX]
+    python -m gpu.child gpu.STAGE ITEM --device cuda --backend triton [--records FILE] [--start INDEX]
 
 A case that takes too long ends the process with a traceback; whoever started it goes on with the next case. Exit code 1
 where a case failed, LOST where the device can no longer be used.
@@ -71,7 +71,7 @@ def run(case, device):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("stage")
+    parser.add_argument("stage", help="the module whose cases(item, device, backend) are run")
     parser.add_argument("item")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--backend")
@@ -80,7 +80,7 @@ def main(argv=None):
     parser.add_argument("--only", help="the cases whose names contain this")
     args = parser.parse_args(argv)
     records, failed = Records(args.records), 0
-    made = importlib.import_module(f"gpu.{args.stage}").cases(args.item, args.device, args.backend)
+    made = importlib.import_module(args.stage).cases(args.item, args.device, args.backend)
     chosen = contextlib.nullcontext()
     if args.backend:
         from r2kernels import use_backend

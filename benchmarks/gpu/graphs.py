@@ -173,44 +173,54 @@ def captured_training(name, device):
         assert not wrong, f"step {seed} differs from the one without a graph in {wrong} (0: the loss)"
 
 
+def side_by_side(pair, device):
+    """(what each gave, whether the first stream was still busy when the second had ended)"""
+    import torch
+
+    if device == "cpu":
+        return [copies(step.run()) for step in pair], False
+    torch.cuda.synchronize()
+    first, second, busy = torch.cuda.Stream(), torch.cuda.Stream(), torch.cuda.Event()
+    with torch.cuda.stream(first):
+        torch.cuda._sleep(BUSY)
+        busy.record()
+        found = [pair[0].run()]
+    with torch.cuda.stream(second):
+        found.append(pair[1].run())
+        second.synchronize()
+        overlapped = not busy.query()
+    torch.cuda.synchronize()
+    return [copies(tensors) for tensors in found], overlapped
+
+
 def two_streams(name, device):
     """The first stream is busy when both call: what the second reads must not wait for the first by luck.
 
-    Each pair of calls is of sizes that no call has had, with kernels that are compiled already.
+    Each pair of calls is of sizes that no call has had, with kernels that are compiled already. `overlapped` of six pairs
+    ran while the first stream was busy.
     """
     import torch
 
     from . import steps
 
-    def made(rows):
-        step = steps.Step(name, "list", device)
-        step.weights = [torch.randn(rows, 48, device=device).mul_(0.05).requires_grad_() for _ in range(3)]
+    def made(form, rows):
+        step = steps.Step(name, form, device)
+        count = 3 if form == "list" else 1
+        step.weights = [torch.randn(rows, 48, device=device).mul_(0.05).requires_grad_() for _ in range(count)]
         step.leaves = [*step.weights, *step.learned.values()]
         return step
 
-    made(16).run()
     overlapped = 0
-    for rows in (32, 48, 80):
-        pair = [made(rows), made(rows)]
-        if device == "cuda":
-            torch.cuda.synchronize()
-            first, second, busy = torch.cuda.Stream(), torch.cuda.Stream(), torch.cuda.Event()
-            with torch.cuda.stream(first):
-                torch.cuda._sleep(BUSY)
-                busy.record()
-                found = [pair[0].run()]
-            with torch.cuda.stream(second):
-                found.append(pair[1].run())
-                second.synchronize()
-                overlapped += not busy.query()
-            torch.cuda.synchronize()
-        else:
-            found = [step.run() for step in pair]
-        found = [copies(tensors) for tensors in found]
-        for step, tensors in zip(pair, found, strict=True):
-            step.clear()
-            wrong = differing(tensors, copies(step.run()))
-            assert not wrong, f"{rows} rows: results on a busy stream differ in {wrong}"
+    for form in ("list", "leaf"):
+        made(form, 16).run()
+        for rows in (32, 48, 80):
+            pair = [made(form, rows), made(form, rows)]
+            found, busy = side_by_side(pair, device)
+            overlapped += busy
+            for step, tensors in zip(pair, found, strict=True):
+                step.clear()
+                wrong = differing(tensors, copies(step.run()))
+                assert not wrong, f"{form} of {rows} rows: results beside a busy stream differ in {wrong}"
     return {"overlapped": overlapped}
 
 
@@ -265,7 +275,9 @@ def compiled_op(name, device):
             expected = copies(plain.run())
             for i, (a, b) in enumerate(zip(found, expected, strict=True)):
                 # w * 1.5 is Inductor's there, and may be fused
-                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, equal_nan=True, msg=lambda t, i=i: f"{form}, {i}: {t}")
+                torch.testing.assert_close(
+                    a, b, rtol=1e-5, atol=1e-6, equal_nan=True, msg=lambda t, i=i: f"{form}, {i}: {t}"
+                )
     return {"skipped": skipped()}
 
 

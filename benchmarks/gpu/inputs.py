@@ -178,7 +178,9 @@ def terms(dtype, offset, device):
     there, of_ws = moved(run(moved(ws, device)), "cpu")
     rounding = 100 * torch.finfo(there["kure"].dtype).eps
     for name, loss in losses.items():
-        assert_close(there[name].double(), loss.detach(), rtol=rounding, atol=rounding, msg=lambda t, n=name: f"{n}: {t}")
+        assert_close(
+            there[name].double(), loss.detach(), rtol=rounding, atol=rounding, msg=lambda t, n=name: f"{n}: {t}"
+        )
     for a, e in zip(of_ws, gradients, strict=True):
         error = budget.rms(a.double() - e) / budget.rms(e)
         assert error <= 2 * torch.finfo(dtype).eps + rounding, f"dL/dW errs by {error:.3g} of its RMS"
@@ -202,7 +204,10 @@ def inertia_of_kmeans(dtype, offset, device):
     for k, d in ((4, 1), (16, 1), (16, 2)):
         w = placed((12289,), dtype, offset, k)[0]
         spread = []
-        for c in (r2kernels.kmeans(moved(w, device), k, cluster_dim=d), on_the_cpu(lambda k=k, d=d, w=w: r2kernels.kmeans(w, k, cluster_dim=d))):
+        for c in (
+            r2kernels.kmeans(moved(w, device), k, cluster_dim=d),
+            on_the_cpu(lambda k=k, d=d, w=w: r2kernels.kmeans(w, k, cluster_dim=d)),
+        ):
             rows = reference.columns(w.double(), d).t()
             spread.append(torch.cdist(rows, c.cpu().double().reshape(k, d)).amin(1).square().sum())
         assert spread[0] <= 1.001 * spread[1], f"K = {k}, d = {d}: inertia {spread[0]}, of the CPU {spread[1]}"

@@ -18,6 +18,7 @@ ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join(map(str, FOLDERS)) + os.pathsep + os.environ.get("PYTHONPATH", ""),
     "PYTHONUNBUFFERED": "1",
     "PYTHONFAULTHANDLER": "1",
+    "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // 8, 1)),  # several run beside each other
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # torch's own products are to repeat to the bit too
 }
 PRINTED = 64_000  # bytes of what a process prints last that are kept
@@ -38,7 +39,7 @@ class Task(NamedTuple):
 
 def child(stage, item, plan, seconds, *options, backend=None, wrapper=()):
     """The task that runs the cases of an item of a stage in a process of its own."""
-    command = [*wrapper, sys.executable, "-m", "gpu.child", stage, item, "--device", plan.device]
+    command = [*wrapper, sys.executable, "-m", "gpu.child", f"gpu.{stage}", item, "--device", plan.device]
     name = " ".join([*(Path(wrapper[0]).name, *wrapper[1:3]), item] if wrapper else [item])
     if backend:
         command += ["--backend", backend]
@@ -165,7 +166,7 @@ def run(task, seconds):
             how = {None: "its time was up", 1: "hung", LOST: "lost the device"}.get(code, ended(code))
             rows.append({"case": unfinished["begun"], "ok": False, "error": f"{how}: {last_words(text)}"})
             first = unfinished["index"] + 1
-    if state == "passed" and not all(row["ok"] for row in rows):
+    if state in (ended(0), ended(1)) and not all(row["ok"] for row in rows):
         state = "failed"
     return {
         "task": task.name,

@@ -23,7 +23,6 @@ def flat(found):
     return [t for value in found for t in flat(value)] if isinstance(found, (tuple, list, type({}.values()))) else []
 
 
-
 def with_value(function, name, value, **options):
     """function(W, name=value): as a number, or as a tensor that learns where the step has one."""
     return lambda W, learned: function(W, **{name: learned.get(name, value)}, **options), {name: value}
@@ -43,7 +42,9 @@ def assign(W, learned, k):
 
 def terms(W, learned):
     chosen = {"soft_min_max": {"alpha": learned.get("alpha", 9.0)}, "kure": {}, "margin": {"M": 0.1, "k": 0.01}}
-    return r2kernels.weight_terms(W, {**chosen, "bin_reg": {"step": 0.02, "bits": 4}, "msqe": {"step": 0.02, "bits": 4}})
+    return r2kernels.weight_terms(
+        W, {**chosen, "bin_reg": {"step": 0.02, "bits": 4}, "msqe": {"step": 0.02, "bits": 4}}
+    )
 
 
 def plain(function, *given, **options):

@@ -30,7 +30,7 @@ def task(path, plan, *options):
     command = [sys.executable, "-m", "pytest", str(path), "--device", plan.device, *options, *limits]
     command += ["-q", "-p", "no:cacheprovider", "-p", "gpu.takes_device", f"--maxfail={FAILURES}", "--tb=short"]
     name = ", ".join([str(path.relative_to(ROOT / "tests")), *options[1:]])
-    return Task(name, command, SECONDS, environment={"OMP_NUM_THREADS": "2"})
+    return Task(name, command, SECONDS)
 
 
 def batches(plan, done):

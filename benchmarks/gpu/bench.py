@@ -1,0 +1,43 @@
+"""The benchmarks of every family on the device, and the README's table of them."""
+
+import importlib.util
+import sys
+
+from .processes import ROOT, Task
+
+WORKERS = 1
+FAMILIES = {"range_losses": 200, "dkm": 180, "quantizers": 140}  # seconds
+CASE_SECONDS = 1
+LAST = 30  # seconds for the case under way and the figure
+REHEARSED = {
+    "range_losses": "l_inf and MobileNet-V2 and forward and not backward",
+    "dkm": "assignment and scalars",
+    "quantizers": "lsq and ResNet-18 and not axis",
+}
+
+
+def task(family, plan):
+    seconds = FAMILIES[family]
+    command = [sys.executable, "-m", "pytest", f"benchmarks/bench_{family}.py", "-q", "-p", "no:cacheprovider"]
+    command += ["--bench-device", plan.device, "--bench-results", str(plan.extra), "--tb=short"]
+    if plan.device == "cpu":
+        command += ["-k", REHEARSED[family], "--bench-case-seconds", "0.01"]
+        return Task(f"bench_{family}", command, 100)
+    command += ["--bench-case-seconds", str(CASE_SECONDS), "--bench-seconds", str(seconds - LAST)]
+    if importlib.util.find_spec("pytest_benchmark"):
+        command.append("--benchmark-quiet")
+    return Task(f"bench_{family}", command, seconds)
+
+
+def batches(plan, done):
+    if "pytest" in plan.absent:
+        return
+    for family in FAMILIES:
+        yield [task(family, plan)]
+    command = [sys.executable, "benchmarks/readme_table.py", "--of", str(plan.extra)]
+    yield [Task("the README's table", command, 30)]
+
+
+def table(tasks):
+    """The README's table, as its script has printed it."""
+    return next((task["printed"] for task in tasks if "readme_table" in task["command"]), "no table was made")

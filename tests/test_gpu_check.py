@@ -1,0 +1,223 @@
+"""`make gpu-check` rehearsed on the CPU: every stage in small, and children that crash, hang, print without end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import types
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "benchmarks" / "gpu_check.py"
+STAGES = ("smoke", "tests", "graphs", "kernels", "bench")
+
+CASES = """
+import os, sys, time
+from gpu.child import Case
+
+def fail():
+    raise ValueError("wrong numbers")
+
+def flood():
+    for _ in range(200):
+        print("x" * 65536)
+    print("the last line")
+
+def endless():
+    subprocess = __import__("subprocess")
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    time.sleep(600)
+
+KINDS = {"good": lambda: {"number": 1}, "bad": fail, "abort": os.abort, "flood": flood, "hang": endless}
+
+def cases(item, device, backend):
+    for name in item.split("-"):
+        yield Case(name, KINDS[name], 1 if name == "hang" else 60)
+"""
+
+
+@pytest.fixture(scope="module")
+def modules():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import gpu_check
+    from gpu import machine, processes
+
+    sys.path.pop(0)
+    return types.SimpleNamespace(check=gpu_check, machine=machine, processes=processes)
+
+
+@pytest.fixture
+def task(modules, tmp_path):
+    """Makes a task whose cases are those named."""
+    (tmp_path / "failing.py").write_text(CASES)
+    path = modules.processes.ENVIRONMENT["PYTHONPATH"] + f":{tmp_path}"
+
+    def task(item, seconds=30):
+        command = [sys.executable, "-m", "gpu.child", "failing", item, "--device", "cpu"]
+        return modules.processes.Task(item, command, seconds, cases=True, environment={"PYTHONPATH": path})
+
+    return task
+
+
+def by_case(outcome):
+    return {row["case"]: row for row in outcome["rows"]}
+
+
+def test_a_crash_stops_nothing_that_follows(modules, task):
+    outcome = modules.processes.run(task("good-abort-bad-abort-good"), 30)
+    assert [row["ok"] for row in outcome["rows"]] == [True, False, False, False, True]
+    assert outcome["state"] == "failed"
+    assert by_case(outcome)["good"]["number"] == 1 and by_case(outcome)["bad"]["error"] == "ValueError: wrong numbers"
+    assert "crashed (SIGABRT)" in by_case(outcome)["abort"]["error"]
+    assert "os.abort" in outcome["printed"] or "Fatal Python error: Aborted" in outcome["printed"]
+
+
+def test_a_hang_ends_with_its_case(modules, task):
+    start = time.monotonic()
+    outcome = modules.processes.run(task("hang-good"), 30)
+    assert time.monotonic() - start < 15
+    assert by_case(outcome)["hang"]["error"].startswith("hung") and by_case(outcome)["good"]["ok"]
+    assert "in endless" in outcome["printed"]
+
+
+def test_what_is_not_a_case_ends_with_its_time(modules):
+    ignores = (
+        "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('here', flush=True); time.sleep(600)"
+    )
+    before, modules.processes.GRACE = modules.processes.GRACE, 1
+    start = time.monotonic()
+    outcome = modules.processes.run(modules.processes.Task("deaf", [sys.executable, "-c", ignores], 60), 2)
+    modules.processes.GRACE = before
+    assert outcome["state"] == "stopped: its time was up" and time.monotonic() - start < 12
+    assert outcome["printed"].startswith("here") and "Fatal Python error: Aborted" in outcome["printed"]
+
+
+def test_what_prints_megabytes_is_cut(modules, task):
+    outcome = modules.processes.run(task("flood-good"), 30)
+    assert outcome["state"] == "passed" and len(outcome["printed"]) <= modules.processes.PRINTED
+    assert "the last line" in outcome["printed"]
+
+
+def test_a_failed_build_is_told(modules, tmp_path, monkeypatch):
+    """With its last lines, and the part for the CPU is built all the same."""
+    code = "import os, sys; print('ninja: build stopped'); sys.exit(os.environ['R2KERNELS_CUDA'] == '1')"
+    built = []
+
+    def build(cuda):
+        built.append(cuda)
+        return real(cuda)._replace(command=[sys.executable, "-c", code])
+
+    real = modules.machine.build
+    monkeypatch.setattr(modules.machine, "build", build)
+    monkeypatch.setattr(modules.machine, "ROOT", tmp_path)
+    done, plan = [], modules.check.Plan("cuda", tmp_path)
+    steps = modules.machine.batches(plan, done)
+    for tasks in steps:
+        if tasks[0].cases:
+            break
+        done += [modules.processes.run(task, 30) for task in tasks]
+    assert built == [True, False] and [one["state"] for one in done] == ["failed (exit code 1)", "passed"]
+    assert "ninja: build stopped" in "".join(sys.modules["gpu.book"].failures(done[0]))
+
+
+def test_a_stage_of_failures_is_written_as_it_goes(modules, task, tmp_path, monkeypatch):
+    files = []
+    folder = tmp_path / "results"
+    folder.mkdir()
+
+    def batches(plan, done):
+        yield [task("good-bad"), task("abort")]
+        files.append(json.loads((folder / "smoke.json").read_text())["tasks"])
+        yield [task("good")]
+
+    stage = types.SimpleNamespace(batches=batches, WORKERS=2, table=lambda tasks: f"{len(tasks)} tasks")
+    monkeypatch.setitem(sys.modules, "gpu.smoke", stage)
+    plan, said = modules.check.Plan("cpu", tmp_path / "extra"), []
+    outcomes = modules.check.run_stage("smoke", plan, {}, folder, time.monotonic() + 100, (), said.append)
+    assert {one["task"]: one["state"] for one in outcomes} == {
+        "good-bad": "failed",
+        "abort": "failed",
+        "good": "passed",
+    }
+    assert len(files[0]) == 2
+    text = (folder / "gpu-check.txt").read_text()
+    assert "bad: ValueError: wrong numbers" in text and "crashed (SIGABRT)" in text and "3 tasks" in text
+    assert "bad: ValueError" in "".join(said)
+    with tarfile.open(folder / "gpu-check.tar.gz") as tar:
+        assert "printed/smoke/abort.txt" in tar.getnames()
+    late = modules.check.run_stage("smoke", plan, {}, folder, time.monotonic() + 1, (), said.append)
+    assert {one["state"] for one in late} == {"not reached"}
+
+
+def test_the_script_ends_its_children(tmp_path):
+    command = [sys.executable, str(SCRIPT), "smoke", "--device", "cpu", "--results", str(tmp_path)]
+
+    def running():
+        shown = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+        return [line for line in shown.splitlines() if f"--records {tmp_path}" in line]
+
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}  # where a child is told to write
+    script = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    while "at most" not in script.stdout.readline():
+        assert script.poll() is None
+    while not running():
+        assert script.poll() is None, script.stdout.read()
+        time.sleep(0.1)
+    script.send_signal(signal.SIGTERM)
+    assert script.wait(timeout=20) == 143
+    script.stdout.close()
+    assert not running()
+
+
+def test_without_torch_nothing_runs(modules, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(modules.machine, "is_there", lambda package: package != "torch")
+    monkeypatch.setattr(modules.check.signal, "signal", lambda *_: None)
+    assert modules.check.main(["all", "--device", "cpu", "--results", str(tmp_path)]) == 1
+    assert "torch is not installed; left out: everything" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory):
+    """Of every stage."""
+    folder = tmp_path_factory.mktemp("gpu-check")
+    command = [sys.executable, str(SCRIPT), "all", "--device", "cpu", "--results", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    return done, folder
+
+
+def test_every_stage_passes(rehearsal):
+    done, folder = rehearsal
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    written = {path.name for path in folder.iterdir()}
+    assert written == {"gpu-check.txt", "gpu-check.tar.gz", *(f"{stage}.json" for stage in STAGES)}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_a_stage_writes(stage, rehearsal):
+    data = json.loads((rehearsal[1] / f"{stage}.json").read_text())
+    assert data["stage"] == stage and data["machine"]["device"] and data["date"]
+    assert {"torch", "r2kernels"} <= set(data["versions"]) and data["tools"].keys() == {
+        "nvcc",
+        "compute-sanitizer",
+        "ncu",
+    }
+    assert data["tasks"] and all(task["state"] == "passed" for task in data["tasks"])
+    text = (rehearsal[1] / "gpu-check.txt").read_text()
+    assert data["text"] in text
+
+
+def test_what_is_measured(rehearsal):
+    tasks = json.loads((rehearsal[1] / "kernels.json").read_text())["tasks"]
+    timed = [row for task in tasks for row in task["rows"] if "share" in row]
+    assert {row["case"] for row in timed} >= {"lsq forward", "lsq backward", "dkm, K = 4, T = 5 backward"}
+    for row in timed:
+        assert row["us"] > 0 and 0 < row["share"] < 10 and row["method"] == "clock" and len(row["rounds"]) == 3
+    bench = json.loads((rehearsal[1] / "bench.json").read_text())
+    assert "| call | r2kernels |" in bench["text"]
+    with tarfile.open(rehearsal[1] / "gpu-check.tar.gz") as tar:
+        assert len([name for name in tar.getnames() if name.startswith("bench/") and name.endswith(".json")]) == 3

@@ -89,7 +89,7 @@ def run_stage(stage, plan, about, folder, deadline, earlier, say):
         if name not in plan.backends:
             say(f"gpu-check: backend {name} is not usable: {about.get('backends', {}).get(name)}")
     for tasks in module.batches(plan, book.tasks):
-        run_batch(tasks, book, deadline, module.WORKERS, say)
+        run_batch(tasks, book, deadline, module.WORKERS if plan.device == "cuda" else 2, say)
     return book.tasks
 
 

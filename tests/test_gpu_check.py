@@ -158,7 +158,7 @@ def test_the_script_ends_its_children(tmp_path):
     command = [sys.executable, str(SCRIPT), "smoke", "--device", "cpu", "--results", str(tmp_path)]
 
     def running():
-        shown = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+        shown = subprocess.run(["ps", "-ewwo", "args"], capture_output=True, text=True, check=True).stdout
         return [line for line in shown.splitlines() if f"--records {tmp_path}" in line]
 
     environment = {**os.environ, "TMPDIR": str(tmp_path)}  # where a child is told to write

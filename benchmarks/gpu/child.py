@@ -11,7 +11,6 @@ import contextlib
 import faulthandler
 import importlib
 import json
-import os
 import sys
 import time
 import traceback
@@ -32,13 +31,12 @@ class Records:
     """A line of JSON for each record, in the file at once."""
 
     def __init__(self, path):
-        self.file = open(path, "a") if path else None
+        self.path = path
 
     def add(self, **record):
-        if self.file:
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
-            os.fsync(self.file.fileno())
+        if self.path:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
 
 
 def is_lost(device):

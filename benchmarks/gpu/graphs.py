@@ -196,8 +196,8 @@ def side_by_side(pair, device):
 def two_streams(name, device):
     """The first stream is busy when both call: what the second reads must not wait for the first by luck.
 
-    Each pair of calls is of sizes that no call has had, with kernels that are compiled already. `overlapped` of six pairs
-    ran while the first stream was busy.
+    Each pair of calls is of sizes that no call has had, with kernels that are compiled already. `overlapped` of six
+    pairs ran while the first stream was busy.
     """
     import torch
 
@@ -274,9 +274,9 @@ def compiled_op(name, device):
             found = copies(step.run())
             expected = copies(plain.run())
             for i, (a, b) in enumerate(zip(found, expected, strict=True)):
-                # w * 1.5 is Inductor's there, and may be fused
+                where = f"{form}, tensor {i}"  # of "computed" Inductor makes w * 1.5 itself, and may fuse it
                 torch.testing.assert_close(
-                    a, b, rtol=1e-5, atol=1e-6, equal_nan=True, msg=lambda t, i=i: f"{form}, {i}: {t}"
+                    a, b, rtol=1e-5, atol=1e-6, equal_nan=True, msg=lambda t, w=where: f"{w}: {t}"
                 )
     return {"skipped": skipped()}
 

@@ -1,4 +1,4 @@
-"""Problems of every family that begin at an odd element or at an even one, made on the CPU and brought to the device."""
+"""Problems of every family that begin at an odd element or an even one, made on the CPU and brought to the device."""
 
 import functools
 import itertools

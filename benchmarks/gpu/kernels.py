@@ -78,8 +78,9 @@ def table(tasks):
     for row in rows_of(tasks):
         if "share" in row:
             lines.append(
-                f"{row['backend']:>7} {row['item']:<26} {row['case']:<38} {row['us']:>10.1f} us {row['GB/s']:>7.0f} GB/s "
-                f"{row['share']:>6.1%} of a {row['beside']} ({row['of GB/s']:.0f} GB/s, {row['method']}) {missed(row)}"
+                f"{row['backend']:>7} {row['item']:<26} {row['case']:<38} {row['us']:>10.1f} us "
+                f"{row['GB/s']:>7.0f} GB/s {row['share']:>6.1%} of a {row['beside']} "
+                f"({row['of GB/s']:.0f} GB/s, {row['method']}) {missed(row)}"
             )
             detail += [f"{row['backend']} {row['item']} {row['case']}:"] + [
                 f"    {us:>10.1f} us  {'' if count is None else f'{count:g} x '}{name[:120]}"
@@ -149,13 +150,19 @@ def dkm(k, T, w):
 
     import r2kernels
 
-    c = torch.linspace(-2, 2, k, device=w.device) * SIGMA
+    c = constant(w.device, *torch.linspace(-2 * SIGMA, 2 * SIGMA, k).tolist())
     return r2kernels.dkm(w, c, 0.4 * SIGMA / (k - 1), iterations=T)[0]
 
 
-def op_of(name, w):
+@functools.cache
+def constant(device, *values, learned=False):
+    """A tensor that is made once, outside of what is timed."""
     import torch
 
+    return torch.tensor(values if len(values) > 1 else values[0], device=device, requires_grad=learned)
+
+
+def op_of(name, w):
     import r2kernels
 
     alpha = 2 / SIGMA
@@ -163,9 +170,7 @@ def op_of(name, w):
         "l_inf": lambda: r2kernels.l_inf(w),
         "margin": lambda: r2kernels.margin(w, 2 * SIGMA, k=0.01),
         "soft_min_max": lambda: r2kernels.soft_min_max(w, alpha),
-        "soft_min_max, alpha learned": lambda: r2kernels.soft_min_max(
-            w, torch.full((), alpha, device=w.device, requires_grad=True)
-        ),
+        "soft_min_max, alpha learned": lambda: r2kernels.soft_min_max(w, constant(w.device, alpha, learned=True)),
         "kure": lambda: r2kernels.kure(w),
         "msqe": lambda: r2kernels.msqe(w, SIGMA / 2, 4),
         "lsq": lambda: r2kernels.lsq(w, SIGMA / 2, 4),

@@ -1,6 +1,6 @@
 """Every op, dtype and alignment on small tensors: results and gradients against the reference in float64, on the CPU.
 
-What they may err is tests/budget.py's; two runs must give the same bits. Then compute-sanitizer looks at the same calls.
+What they may err is tests/budget.py's; two runs must give the same bits. Then compute-sanitizer looks at these calls.
 """
 
 import functools
@@ -13,6 +13,8 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 FAMILIES = ("range_losses", "regularizers", "quantizers", "dkm", "others")
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 CLUSTERS = (2, 16, 64, 256, 340, 650)
+# each tensor an allocation of its own, so that what lies beyond its end is nobody's
+UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 OF_FLOAT64 = 1e-12  # what DKM may err in float64 (tests/dkm/test_backends.py)
 REHEARSED = {
     "range_losses-float32": "soft_min_max, float32, offset 1",
@@ -35,7 +37,7 @@ def batches(plan, done):
         for kind in SANITIZERS:
             wrapper = (sanitizer, "--tool", kind, "--error-exitcode", "9", "--print-limit", "20")
             yield [
-                child("smoke", item, plan, 150, backend=backend, wrapper=wrapper)
+                child("smoke", item, plan, 150, backend=backend, wrapper=wrapper)._replace(environment=UNCACHED)
                 for item in items
                 for backend in plan.backends
             ]
@@ -75,8 +77,8 @@ def touch(draws, run, device):
 
 
 def hold(draws, run, judge, device, least=0.0):
-    """AssertionError where the device errs by more than the budget and `least`, or not always alike; else how much of it
-    is used up."""
+    """AssertionError where the device errs by more than the budget and `least`, or not always alike; else how much of
+    it is used up."""
     import budget
     import torch
 

@@ -12,6 +12,7 @@ EACH = 90  # of a test, where pytest-timeout is installed
 FAILURES = 10  # after which the rest of a file is given up: one illegal access fails all that follow
 TAKES_A_DEVICE = re.compile(r"def \w+\([^)]*\b(device|variants?)\b")
 CHOSEN = re.compile(r"def \w+\([^)]*\bvariants?\b")
+NEEDED = {"test_properties.py": "hypothesis"}
 REHEARSED = "regularizers/test_weight_stats.py"
 SUMMARY = re.compile(r"^=*\s*(.*\d+ (?:passed|failed|error|skipped|deselected).*?)\s*=*$", re.M)
 
@@ -39,7 +40,7 @@ def batches(plan, done):
     if plan.device == "cpu":
         yield [task(ROOT / "tests" / REHEARSED, plan)]
         return
-    of_backends, others = files()
+    of_backends, others = ([path for path in some if NEEDED.get(path.name) not in plan.absent] for some in files())
     yield [task(path, plan, "--backend", backend) for path in of_backends for backend in plan.backends]
     yield [task(path, plan) for path in others]
 

@@ -211,10 +211,42 @@ def test_what_a_stage_writes(stage, rehearsal):
     assert data["text"] in text
 
 
+def test_only_files_that_take_a_device_run_on_one(modules):
+    from gpu import tests
+
+    of_backends, others = ({str(path.relative_to(ROOT / "tests")) for path in some} for some in tests.files())
+    assert {"range_losses/test_backends.py", "dkm/test_backends.py", "test_ops.py"} <= of_backends
+    assert "test_devices.py" in others and not {"test_gpu_check.py", "test_law.py"} & (of_backends | others)
+
+
+def test_the_slowest_kernels_are_counted(modules):
+    """Of the backends that are each op's default, before the others are timed."""
+    from gpu import kernels
+
+    plan, done = modules.check.Plan("cuda", ROOT, ("triton", "cuda"), {"ncu": "/bin/ncu"}), []
+    rows = [
+        {"ok": True, "case": f"case {i}", "item": "range-float32", "backend": "triton", "share": i} for i in range(5)
+    ]
+    names = []
+    for (task,) in kernels.batches(plan, done):
+        names.append(task.name)
+        done += [{"rows": rows}] if not done else []
+        if "ncu" in task.name:
+            assert task.command[:2] == ["/bin/ncu", "--profile-from-start"]
+            assert task.command[task.command.index("--only") + 1] in ("case 0", "case 1", "case 2")
+    counted = [i for i, name in enumerate(names) if "ncu" in name]
+    assert len(counted) == 3 and names.index("dkm16-float32, cuda") < counted[0] < names.index("dkm16-float32, triton")
+    assert names.index("range-float32, triton") < counted[0] < names.index("range-float32, cuda")
+
+
 def test_what_is_measured(rehearsal):
     tasks = json.loads((rehearsal[1] / "kernels.json").read_text())["tasks"]
     timed = [row for task in tasks for row in task["rows"] if "share" in row]
-    assert {row["case"] for row in timed} >= {"lsq forward", "lsq backward", "dkm, K = 4, T = 5 backward"}
+    assert {row["case"] for row in timed} >= {
+        "lsq forward, 11.7M",
+        "lsq backward, 256M",
+        "dkm, K = 4, T = 5 backward, 256M",
+    }
     for row in timed:
         assert row["us"] > 0 and 0 < row["share"] < 10 and row["method"] == "clock" and len(row["rounds"]) == 3
     bench = json.loads((rehearsal[1] / "bench.json").read_text())

@@ -7,7 +7,7 @@ import time
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-ROUNDS = 9
+ROUNDS = 7
 
 
 def by_profiler(calls):

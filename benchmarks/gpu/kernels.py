@@ -15,7 +15,9 @@ NUMBERS = {"11.7M": 11_678_912, "256M": 2**28}
 REHEARSED = {"11.7M": 20_011, "256M": 70_001}
 L2_SETS, MOST_SETS = 2.5, 24  # inputs rotate among sets of so many times the L2 cache
 SIGMA = 0.05
-CLUSTERS, ITERATIONS = (4, 16, 64, 256), (1, 5)
+ITERATIONS = 1, 5
+KINDS = ("range", "quantizers", "dkm16", "dkm256", "dkm4", "dkm64")
+SECONDS = 90  # of each with a dtype and a backend
 # op -> times that the weights or gradients are read, written; forward, then backward
 PASSES = {
     "l_inf": ((1, 0), (1, 1)),
@@ -35,26 +37,31 @@ COUNTERS = ("SpeedOfLight", "Occupancy", "MemoryWorkloadAnalysis", "WarpStateSta
 
 
 def batches(plan, done):
+    """The backends that are the default of each op, the counters of their slowest, then the others."""
     if plan.device == "cpu":
-        items = ("list", "quantizers-float32-11.7M", "dkm4-bfloat16-256M")
+        items = ("list", "quantizers-float32", "dkm4-bfloat16")
         yield [child("kernels", item, plan, 60, backend=backend) for item in items for backend in plan.backends]
         return
-    kinds = [("range", 60), ("quantizers", 60), *((f"dkm{k}", 60) for k in (16, 256, 4, 64))]
-    for backend in plan.backends:
-        yield [child("kernels", "list", plan, 60, backend=backend)]
-    for size in NUMBERS:
-        for kind, seconds in kinds:
-            for dtype in ("float32", "bfloat16"):
-                for backend in plan.backends:
-                    yield [child("kernels", f"{kind}-{dtype}-{size}", plan, seconds, backend=backend)]
+    items = [f"{kind}-{dtype}" for kind in KINDS for dtype in ("float32", "bfloat16")]
+    usual, others = [("list", backend) for backend in plan.backends], []
+    for item in items:
+        first, *rest = sorted(plan.backends, reverse=not item.startswith("dkm"))  # cuda for dkm, else triton
+        usual.append((item, first))
+        others += [(item, backend) for backend in rest]
+    for item, backend in usual:
+        yield [child("kernels", item, plan, SECONDS, backend=backend)]
     if ncu := plan.tools.get("ncu"):
         for row in sorted((row for row in rows_of(done) if "share" in row), key=lambda row: row["share"])[:3]:
-            options = [option for section in COUNTERS for option in ("--section", section)]
-            wrapper = (ncu, "--profile-from-start", "off", "--launch-count", "8", *options)
-            only = ("--only", row["case"])
-            yield [
-                child("kernels", f"counters-{row['item']}", plan, 90, *only, backend=row["backend"], wrapper=wrapper)
-            ]
+            yield [counters_of(row, ncu, plan)]
+    for item, backend in others:
+        yield [child("kernels", item, plan, SECONDS, backend=backend)]
+
+
+def counters_of(row, ncu, plan):
+    sections = [option for section in COUNTERS for option in ("--section", section)]
+    wrapper = (ncu, "--profile-from-start", "off", "--launch-count", "8", *sections)
+    only = ("--only", row["case"])
+    return child("kernels", f"counters-{row['item']}", plan, SECONDS, *only, backend=row["backend"], wrapper=wrapper)
 
 
 def rows_of(tasks):
@@ -78,7 +85,7 @@ def table(tasks):
     for row in rows_of(tasks):
         if "share" in row:
             lines.append(
-                f"{row['backend']:>7} {row['item']:<26} {row['case']:<38} {row['us']:>10.1f} us "
+                f"{row['backend']:>7} {row['item']:<19} {row['case']:<44} {row['us']:>10.1f} us "
                 f"{row['GB/s']:>7.0f} GB/s {row['share']:>6.1%} of a {row['beside']} "
                 f"({row['of GB/s']:.0f} GB/s, {row['method']}) {missed(row)}"
             )
@@ -100,7 +107,7 @@ def cases(item, device, backend):
         for name in ("soft_min_max", "l_inf", "lsq", "dkm, K = 16, T = 5"):
             yield Case(f"{name}, ResNet-18", functools.partial(of_a_list, name, device, backend), 50)
         return
-    kind, dtype, size = item.split("-")
+    kind, dtype = item.split("-")
     about = {"item": item, "backend": backend}
     if kind.startswith("dkm"):
         k = int(kind[3:])
@@ -108,12 +115,13 @@ def cases(item, device, backend):
     else:
         chosen = [op for op in PASSES if (op in ("lsq", "ewgs", "pact")) == (kind == "quantizers")]
         made = [(op, functools.partial(op_of, op), PASSES[op]) for op in chosen]
-    for name, call, passes in made:
-        judge = functools.partial(judged, name, dtype, device)
-        for direction, moves in zip(("forward", "backward"), passes, strict=True):
-            timed = functools.partial(measured, call, direction, moves, dtype, size, device)
-            run = functools.partial(counted, call, direction, dtype, size, device) if counters else timed
-            yield Case(f"{name} {direction}", functools.partial(checked, judge, run, about), 55)
+    for size in NUMBERS:
+        for name, call, passes in made:
+            judge = functools.partial(judged, name, dtype, device)
+            for direction, moves in zip(("forward", "backward"), passes, strict=True):
+                timed = functools.partial(measured, call, direction, moves, dtype, size, device)
+                run = functools.partial(counted, call, direction, dtype, size, device) if counters else timed
+                yield Case(f"{name} {direction}, {size}", functools.partial(checked, judge, run, about), 55)
 
 
 def checked(judge, run, about):
@@ -194,21 +202,24 @@ def weight_sets(dtype, size, device):
 
 
 def calls_of(call, direction, ws):
-    """One for each set of weights; a backward comes from a graph that is kept."""
+    """One for each set of weights; a backward comes from a graph that is kept. Results stay until the next call on the
+    same set, so that they rotate as the weights do."""
     import torch
 
-    def forward(w):
-        with torch.no_grad():
-            call(w)
+    kept = [None] * len(ws)
 
-    if direction == "forward":
-        return [functools.partial(forward, w) for w in ws]
-    found = []
-    for w in ws:
-        y = call(w)
-        g = torch.ones_like(y) if y.dim() == 0 else y.detach().flip(0)
-        found.append(functools.partial(torch.autograd.grad, y, w, g, retain_graph=True))
-    return found
+    def forward(i):
+        with torch.no_grad():
+            kept[i] = call(ws[i])
+
+    def backward(i):
+        y, g = graphs[i]
+        kept[i] = torch.autograd.grad(y, ws[i], g, retain_graph=True)
+
+    if direction == "backward":
+        graphs = [(y, torch.ones_like(y) if y.dim() == 0 else y.detach().flip(0)) for y in map(call, ws)]
+    run = forward if direction == "forward" else backward
+    return [functools.partial(run, i) for i in range(len(ws))]
 
 
 def yardsticks(ws):
@@ -216,9 +227,8 @@ def yardsticks(ws):
     import torch
 
     words = [w.detach()[: w.numel() // 2 * 2].view(torch.float32) for w in ws]
-    target = torch.empty_like(words[0])
     return {
-        "copy": [functools.partial(target.copy_, w) for w in words],
+        "copy": [functools.partial(torch.empty_like(w).copy_, w) for w in words],
         "sum": [functools.partial(torch.sum, w) for w in words],
         "amax": [functools.partial(torch.amax, w, 0) for w in words],
     }

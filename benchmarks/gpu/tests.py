@@ -12,6 +12,7 @@ EACH = 90  # of a test, where pytest-timeout is installed
 FAILURES = 10  # after which the rest of a file is given up: one illegal access fails all that follow
 TAKES_A_DEVICE = re.compile(r"def \w+\([^)]*\b(device|variants?)\b")
 CHOSEN = re.compile(r"def \w+\([^)]*\bvariants?\b")
+OF_THE_CPU = ("static", "gpu_check")  # these look as if they took a device
 NEEDED = {"test_properties.py": "hypothesis"}
 REHEARSED = "regularizers/test_weight_stats.py"
 SUMMARY = re.compile(r"^=*\s*(.*\d+ (?:passed|failed|error|skipped|deselected).*?)\s*=*$", re.M)
@@ -21,7 +22,8 @@ def files():
     """(the files whose tests are of backends, those that take the default one)"""
     every = sorted((ROOT / "tests").rglob("test_*.py"), key=lambda path: (path.parent == ROOT / "tests", path))
     texts = {path: path.read_text() for path in every}
-    taking = [path for path in every if TAKES_A_DEVICE.search(texts[path]) and "static" not in path.name]
+    taking = [path for path in every if TAKES_A_DEVICE.search(texts[path])]
+    taking = [path for path in taking if not any(part in path.name for part in OF_THE_CPU)]
     of_backends = [path for path in taking if CHOSEN.search(texts[path])]
     return of_backends, [path for path in taking if path not in of_backends]
 

@@ -1,5 +1,6 @@
 """`make gpu-check` rehearsed on the CPU: every stage in small, and children that crash, hang, print without end."""
 
+import contextlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu_check.py"
@@ -179,6 +181,89 @@ def test_without_torch_nothing_runs(modules, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(modules.check.signal, "signal", lambda *_: None)
     assert modules.check.main(["all", "--device", "cpu", "--results", str(tmp_path)]) == 1
     assert "torch is not installed; left out: everything" in capsys.readouterr().out
+
+
+class Cuda(str):
+    """A device that calls itself cuda, and whose tensors lie on the CPU."""
+
+    def __eq__(self, other):
+        return other == "cuda"
+
+    __hash__ = str.__hash__
+
+
+@pytest.fixture
+def stood_in(modules, monkeypatch):
+    """What only a GPU runs, over stand-ins of torch.cuda: a graph whose replay computes nothing, events a millisecond
+    apart, a first stream that stays busy."""
+
+    class Stand:
+        L2_cache_size = 100_000
+
+        def __init__(self, *_, **__):
+            pass
+
+        def nothing(self, *_):
+            pass
+
+        wait_stream = synchronize = record = replay = nothing
+
+        def query(self):
+            return False
+
+        def elapsed_time(self, _):
+            return 1.0
+
+    quiet = dict(synchronize=lambda: None, _sleep=lambda _: None, mem_get_info=lambda: (2**20, 2**40))
+    contexts = dict.fromkeys(("stream", "graph"), lambda _: contextlib.nullcontext())
+    made = dict.fromkeys(("Stream", "current_stream", "CUDAGraph", "Event", "get_device_properties"), Stand)
+    marks = types.SimpleNamespace(start=lambda: None, stop=lambda: None)
+    for name, stand in {**quiet, **contexts, **made, "profiler": marks}.items():
+        monkeypatch.setattr(torch.cuda, name, stand)
+    return Cuda("cpu")
+
+
+def test_graphs_are_captured_and_compared(stood_in):
+    from gpu import graphs, large
+
+    with pytest.raises(AssertionError, match=r"replay 1 differs from the call in \[0, 1, 2, 3, 4\]"):
+        graphs.captured_op("soft_min_max", "list", "float32", stood_in)
+    with pytest.raises(AssertionError, match="step 1 differs"):
+        graphs.captured_training("no module", stood_in)
+    assert graphs.two_streams("lsq", stood_in) == {"overlapped": 6}
+    with pytest.raises(MemoryError, match="1,048,576 bytes are free"):
+        large.tensor(stood_in)
+
+
+def test_kernels_are_timed_by_events_where_the_profiler_sees_none(stood_in, monkeypatch):
+    from gpu import device_time, kernels
+
+    monkeypatch.setattr(device_time, "by_profiler", lambda calls: {})
+    monkeypatch.setattr(kernels, "NUMBERS", {"11.7M": 20_011})
+    kernels.weight_sets.cache_clear()
+    rows = {case.name: case.run() for case in kernels.cases("dkm4-bfloat16", stood_in, "cpu")}
+    first = rows["dkm, K = 4, T = 1 forward, 11.7M"]
+    assert first["method"] == "events" and first["sets"] == 7 and first["us"] == pytest.approx(1000 / 7)
+    assert first["share"] == pytest.approx(3 / 2)  # read twice and written once, in the time of a copy
+    assert kernels.of_a_list("l_inf", stood_in, "cpu")["replay us"] == 50
+    counted = {case.name: case for case in kernels.cases("counters-range-float32", stood_in, "cpu")}
+    assert counted["kure backward, 11.7M"].run() == {"item": "range-float32", "backend": "cpu"}
+    kernels.weight_sets.cache_clear()
+
+
+def test_a_tool_runs_a_child(modules, tmp_path):
+    """As compute-sanitizer does, whose reports fail the task though its cases passed."""
+    tool = tmp_path / "sanitizer"
+    tool.write_text('#!/bin/sh\nwhile [ "$1" != "--" ]; do shift; done; shift; "$@" || exit 1; echo HAZARD; exit 9\n')
+    tool.chmod(0o755)
+    plan = modules.check.Plan("cpu", tmp_path)
+    task = modules.processes.child(
+        "smoke", "touch-quantizers-float32", plan, 60, backend="reference", wrapper=(str(tool), "--")
+    )
+    outcome = modules.processes.run(task, 60)
+    assert outcome["state"] == "failed (exit code 9)" and len(outcome["rows"]) == 8
+    assert all(row["ok"] for row in outcome["rows"]) and outcome["printed"].endswith("HAZARD\n")
+    assert "HAZARD" in sys.modules["gpu.book"].failures(outcome)[-1]
 
 
 @pytest.fixture(scope="module")

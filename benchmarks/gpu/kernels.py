@@ -278,6 +278,7 @@ def counted(call, direction, dtype, size, device):
     calls[0]()
     torch.cuda.synchronize()
     torch.cuda.profiler.stop()
+    return {}
 
 
 def of_a_list(name, device, backend):

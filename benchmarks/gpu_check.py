@@ -74,9 +74,9 @@ def prepared(plan, book, deadline, say):
         run_batch(tasks, book, deadline, 1, say)
     rows = book.tasks[-1]["rows"]
     header = rows[0].get("header", {}) if rows else {}
-    usable = [name for name, reason in header.get("backends", {}).items() if reason is None]
     ours = ("triton", "cuda") if plan.device == "cuda" else ("cpu",)
-    return plan._replace(backends=tuple(name for name in ours if name in usable)), header
+    found = header.get("backends", dict.fromkeys(ours))  # where even that failed, let each say so itself
+    return plan._replace(backends=tuple(name for name in ours if found[name] is None)), header
 
 
 def run_stage(stage, plan, about, folder, deadline, earlier, say):

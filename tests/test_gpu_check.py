@@ -110,9 +110,9 @@ def test_a_failed_build_is_told(modules, tmp_path, monkeypatch):
     code = "import os, sys; print('ninja: build stopped'); sys.exit(os.environ['R2KERNELS_CUDA'] == '1')"
     built = []
 
-    def build(cuda):
+    def build(cuda, nvcc=None):
         built.append(cuda)
-        return real(cuda)._replace(command=[sys.executable, "-c", code])
+        return real(cuda, nvcc)._replace(command=[sys.executable, "-c", code])
 
     real = modules.machine.build
     monkeypatch.setattr(modules.machine, "build", build)

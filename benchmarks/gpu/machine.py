@@ -47,7 +47,7 @@ def tool(name):
     """Its path, or None: on PATH, in CUDA's folders, in NVIDIA's wheels."""
     places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     found = [shutil.which(name), *(Path(place) / "bin" / name for place in places if place)]
-    found += Path("/opt/nvidia").glob(f"**/{name}")
+    found += [*Path("/usr/local").glob(f"cuda*/bin/{name}"), *Path("/opt/nvidia").glob(f"**/{name}")]
     found += (Path(sysconfig.get_paths()["purelib"]) / "nvidia").glob(f"**/{name}")
     return next((str(path) for path in found if path and os.access(path, os.X_OK) and Path(path).is_file()), None)
 
@@ -62,9 +62,11 @@ def architecture():
     return "90"
 
 
-def build(cuda):
+def build(cuda, nvcc=None):
     """The extension, in place; with `cuda` it is an error where CUDA C++ cannot be built."""
     environment = {"R2KERNELS_CUDA": "1" if cuda else "0", "R2KERNELS_CUDA_ARCH": architecture()}
+    if nvcc and "CUDA_HOME" not in os.environ:  # setup.py does not look into NVIDIA's wheels
+        environment["CUDA_HOME"] = str(Path(nvcc).resolve().parents[1])
     name = f"build for sm_{environment['R2KERNELS_CUDA_ARCH']}" if cuda else "build for the CPU alone"
     return Task(name, [sys.executable, "setup.py", "build_ext", "--inplace"], 300, environment=environment)
 
@@ -72,7 +74,7 @@ def build(cuda):
 def batches(plan, done):
     """The build, and what then is there. Without CUDA C++ the rest still needs the part for the CPU."""
     if plan.device == "cuda":
-        yield [build(cuda=True)]
+        yield [build(cuda=True, nvcc=plan.tools.get("nvcc"))]
         if done[-1]["state"] != "passed" and not list((ROOT / "r2kernels").glob("_C*.so")):
             yield [build(cuda=False)]
     yield [child("machine", "versions", plan, 120)]

@@ -7,7 +7,7 @@ import sys
 from .processes import ROOT, Task
 
 WORKERS = 6
-SECONDS = 150  # of a file
+SECONDS = 240  # of a file
 EACH = 90  # of a test, where pytest-timeout is installed
 FAILURES = 10  # after which the rest of a file is given up: one illegal access fails all that follow
 TAKES_A_DEVICE = re.compile(r"def \w+\([^)]*\b(device|variants?)\b")

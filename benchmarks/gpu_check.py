@@ -54,9 +54,7 @@ def run_batch(tasks, book, deadline, workers, say):
         left = deadline - time.monotonic()
         outcome = processes.run(task, min(task.seconds, left if left >= ENOUGH else 0))
         book.add(outcome)
-        say(line(outcome))
-        if outcome["state"] != "passed":
-            say("\n".join(failures(outcome)[:8]))
+        say("\n".join([line(outcome), *([] if outcome["state"] == "passed" else failures(outcome)[:8])]))
 
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         try:

@@ -45,11 +45,12 @@ def cases(item, device, backend):
 
 @pytest.fixture(scope="module")
 def modules():
+    before = sys.path[:]
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import gpu_check
     from gpu import machine, processes
 
-    sys.path.pop(0)
+    sys.path[:] = before
     return types.SimpleNamespace(check=gpu_check, machine=machine, processes=processes)
 
 

@@ -20,7 +20,7 @@ def tile_of_rows(itemsize, d=1, reads=1, interpreted=False):
     is large."""
     if interpreted:
         return 2048, 2
-    return 32 * WARPS * 16 // itemsize, 2 if d > 1 else (8 if itemsize == 4 and reads == 1 else 4) // reads
+    return 32 * WARPS * 16 // itemsize, 4 if d > 1 else (8 if itemsize == 4 and reads == 1 else 4) // reads
 
 
 def as_argument(number):

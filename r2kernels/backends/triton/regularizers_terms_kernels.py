@@ -194,9 +194,10 @@ def reduce_terms(
     reduce_rows_to_terms(
         Rows(
             p,
-            start,
-            tl.minimum(n - start, n_chunk).to(tl.int32),
             run,
+            run,
+            run,
+            tl.minimum(n - start, n_chunk).to(tl.int32),
             ACC,
             1,
             HALF and ALIGNED,
@@ -361,7 +362,7 @@ def map_terms(
         p_target = column_pointer(tensor_pointer(p_targets, t, DT, ALIGNED), c, start, run, 1)
         count = tl.minimum(n - start, n_chunk).to(tl.int32)
         map_rows_of_chunk(
-            Rows(p, start, count, run, ACC, 1, False, BLOCK, UNROLL),
+            Rows(p, run, run, run, count, ACC, 1, False, BLOCK, UNROLL),
             Rows(p_target, start, count, run, ACC, 1, False, BLOCK, UNROLL),
             constants,
             terms_gradient,

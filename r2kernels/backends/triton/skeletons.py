@@ -14,6 +14,7 @@ from .chunks import ALIGN, FIRST_CHUNK, N_ELEMENTS, N_ROWS, chunk_of_program, fi
 
 MERGE_LANES = 512  # states per step of a merge
 STATE = tl.constexpr(8)  # numbers in the state of a chunk
+MOST_DIVIDED = tl.constexpr(65536)  # rows of a run in which rows are found by a multiplication
 
 
 class Formula(NamedTuple):
@@ -30,10 +31,11 @@ class Formula(NamedTuple):
 class Rows(NamedTuple):
     """The rows of a chunk. Only ever built as an argument: assigned to a name, its constants would become tensors."""
 
-    p: tl.tensor  # of the first row where D is 1, else of the first row of the column
-    start: tl.tensor  # first row
+    p: tl.tensor  # of the first row
+    first: tl.tensor  # what `runs_of_chunk` tells; of no use where D is 1
+    inverse: tl.tensor
+    gap: tl.tensor
     count: tl.tensor
-    run: tl.tensor
     ACC: tl.constexpr  # dtype of the sums
     D: tl.constexpr  # columns
     PAIRED: tl.constexpr  # two 16-bit weights are read as one int32
@@ -68,7 +70,25 @@ class Column(NamedTuple):
 @triton.jit
 def column_pointer(p, c, start, run, D: tl.constexpr):
     """`Rows.p` of column c, in the tensor at p."""
-    return p + (start if D == 1 else c * run)
+    return p + (start if D == 1 else start // run * (D * run) + c * run + start % run)
+
+
+@triton.jit
+def runs_of_chunk(start, run, D: tl.constexpr):
+    """(first, inverse, gap): before row i of the chunk end umulhi(first + i, inverse) runs that its first row is not
+    past, and after each of them there are `gap` elements of other columns. For up to 2^16 rows right with one of the
+    reciprocals next above and below, which errs by half a run at most; a longer run ends once, which is where first + i
+    becomes 2^17."""
+    if D == 1:
+        return run, run, run
+    else:
+        within, short = start % run, tl.minimum(run, MOST_DIVIDED)
+        above = 4294967295 // short + 1
+        nearer = (run > 1) & (above * short - 4294967296 <= short // 2)
+        ahead = 131072 - (run - within)
+        first = tl.where(run <= MOST_DIVIDED, tl.where(nearer, within, within + 1), tl.maximum(ahead, 0))
+        inverse = tl.where(run <= MOST_DIVIDED, tl.where(nearer, above, above - 1), tl.where(ahead > 0, 32768, 0))
+        return first.to(tl.uint32), inverse.to(tl.uint32), (run * (D - 1)).to(tl.uint32)
 
 
 @triton.jit
@@ -77,8 +97,8 @@ def row_addresses(rows, i, o):
     if rows.D == 1:
         return rows.p + i + o
     else:
-        k = rows.start + i + o
-        return rows.p + (k // rows.run * (rows.D * rows.run) + k % rows.run)
+        k = rows.first + i + o.to(tl.uint32)
+        return (rows.p - rows.first.to(tl.int64)) + (k + tl.umulhi(k, rows.inverse) * rows.gap)
 
 
 @triton.jit
@@ -114,7 +134,7 @@ def first_block(rows):
     """The first weights of a chunk; a short chunk is filled up with its first weight."""
     o = tl.arange(0, rows.BLOCK)
     b_w = tl.load(
-        row_addresses(rows, 0, o), mask=o < rows.count // ALIGN * ALIGN, other=tl.load(row_addresses(rows, 0, 0))
+        row_addresses(rows, 0, o), mask=o < rows.count // ALIGN * ALIGN, other=tl.load(rows.p)
     )
     return b_w.to(rows.ACC)
 
@@ -192,11 +212,12 @@ def reduce_chunks(
     """One program per chunk: REDUCE(rows, parameters, column) gives its state."""
     i = tl.program_id(0)
     t, c, start, n, run = chunk_of_program(i, p_tensors, p_owner, n_chunk, D)
+    first, inverse, gap = runs_of_chunk(start, run, D)
     p = column_pointer(tensor_pointer(p_weights, t, DT, ALIGNED), c, start, run, D)
     count = tl.minimum(n - start, n_chunk).to(tl.int32)
     HALF: tl.constexpr = DT.primitive_bitwidth == 16
     state = REDUCE(
-        Rows(p, start, count, run, ACC, D, HALF and ALIGNED and D == 1, BLOCK // 2 if HALF else BLOCK, UNROLL),
+        Rows(p, first, inverse, gap, count, ACC, D, HALF and ALIGNED and D == 1, BLOCK // 2 if HALF else BLOCK, UNROLL),
         p_first,
         t * D + c,
     )
@@ -352,12 +373,13 @@ def map_chunks(
     if p_parameter_gradient is not None:
         tl.store(p_parameter_gradient + column, parameter_gradient, mask=start == 0)
     if p_targets is not None:
+        first, inverse, gap = runs_of_chunk(start, run, D)
         p = column_pointer(tensor_pointer(p_weights, t, DT, ALIGNED), c, start, run, D)
         p_target = tensor_pointer(p_targets, t, DT, ALIGNED)
         count = tl.minimum(n - start, n_chunk).to(tl.int32)
         map_rows_of_chunk(
-            Rows(p, start, count, run, ACC, D, False, BLOCK, UNROLL),
-            Rows(column_pointer(p_target, c, start, run, D), start, count, run, ACC, D, False, BLOCK, UNROLL),
+            Rows(p, first, inverse, gap, count, ACC, D, False, BLOCK, UNROLL),
+            Rows(column_pointer(p_target, c, start, run, D), first, inverse, gap, count, ACC, D, False, BLOCK, UNROLL),
             constants,
             GRADIENT,
             ADD,

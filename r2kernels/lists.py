@@ -22,6 +22,7 @@ ROWS = 16384  # rows per chunk of whole rows on the CPU: sums over K clusters st
 FEWEST_ROWS = 1024  # per program of a GPU, a multiple of it
 # of a tensor in Plan.tensors: rows N, elements, run, first chunk, columns d, the first of them among all columns
 FIELDS = 6
+COUNTERS = 64  # the fewest that are kept
 _kept: list = []  # tables that a captured CUDA graph reads at every replay
 
 
@@ -185,6 +186,18 @@ def resident(values, dtype, device):
 @functools.lru_cache(maxsize=1024)
 def _resident(values, dtype, device):
     return _on(torch.tensor(values, dtype=dtype, device="cpu"), device)
+
+
+def counters(count, device, stream):
+    """(>= count,) int32 zeros for kernels of this stream, which run one after the other and each leave zeros."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)  # written again at every replay
+    return _counters(max(1 << (count - 1).bit_length(), COUNTERS), device, stream)
+
+
+@functools.lru_cache(maxsize=256)
+def _counters(count, device, stream):
+    return _on(torch.zeros(count, dtype=torch.int32, device="cpu"), device)
 
 
 def _on(table, device):

@@ -8,11 +8,15 @@ import budget
 import cases
 import pytest
 import torch
+from dkm import test_backends as dkm
 from dkm.problems import draw, made, solve, truth
 from emulate import build, emulated
 from quantizers import calls
+from quantizers import test_backends as quantizers
+from regularizers import test_terms as terms
 
 import r2kernels as r2
+from r2kernels.functional.regularizers import sampled_std
 
 pytestmark = [
     pytest.mark.usefixtures("nan_filled", "one_thread"),
@@ -43,7 +47,7 @@ def wrong():
 REPORTED = {
     "a thread has ended": "wrong.cu:32; 1 threads, from 5 on, ended",
     "barriers apart": "wrong.cu:38; 32 threads, from 32 on, at the block's meeting point",
-    "lanes apart": "32 threads, from 0 on, at the warp's meeting point tests/emulate/wrong.cu:47; 32 threads, from 1 on, ",
+    "lanes apart": "from 0 on, at the warp's meeting point tests/emulate/wrong.cu:47; 32 threads, from 1 on, ended",
     "outside of the mask": "a lane reads of one that is not in the mask",
     "misaligned": "a misaligned access",
     "misaligned in shared memory": "a misaligned access",
@@ -83,17 +87,115 @@ def test_shared_memory_is_nan_at_first(wrong):
     assert wrong("uninitialised")[1][:64].isnan().all()
 
 
-def both(run):
-    """The result of the kernels, of which both orders give the same bits."""
-    results = []
-    for order in emulated.ORDERS:
-        with order.chosen():
-            results.append(run())
-    return results
+def the_same_bits(run):
+    """What `run` gives, a list of tensors, in both orders."""
+    rising, falling = (in_order(order, run) for order in emulated.ORDERS)
+    assert all(map(quantizers.same, rising, falling))
+    return rising
+
+
+def in_order(order, run):
+    with order.chosen():
+        return run()
 
 
 @dtypes
 @pytest.mark.parametrize("op", cases.ONE_EACH, ids=lambda op: op.function)
 def test_losses(op, dtype):
-    draws = budget.draws(op, INPUTS, dtype)
-    budget.hold(draws[:: len(draws) // 12], emulated.ORDERS)
+    """And the kernels that add to the gradients of others."""
+    draws = budget.draws(op, INPUTS, dtype)[::4]
+    budget.hold(draws, emulated.ORDERS)
+    the_same_bits(lambda: [t for one in draws[-1:] for t in budget.evaluate(one).tensors])
+    if op.columns or op.function == "kure":
+        budget.hold(budget.draws(op, INPUTS[:3], dtype, accumulate=True)[::6], emulated.ORDERS)
+
+
+@pytest.mark.parametrize("op", [op for op in cases.ONE_EACH if op.columns], ids=lambda op: op.function)
+@pytest.mark.parametrize("geometry", [(2, "output"), (3, "contiguous")], ids=str)
+def test_losses_of_columns(geometry, op):
+    draws = budget.draws(op, ["unaligned", "transposed", "mixed list"], torch.bfloat16, geometry=geometry)[::4]
+    budget.hold(draws, emulated.ORDERS)
+
+
+@dtypes
+def test_terms(dtype):
+    names = ("l_inf", "margin", "soft_min_max", "kure", "bin_reg", "msqe", "partial_l2")
+    draws = [
+        terms.drawn(names, inputs, seed, [3 if n in ("bin_reg", "msqe") else 0 for n in names], dtype, "cpu")
+        for inputs in ("unaligned", "mixed list")
+        for seed in range(4)
+    ]
+    budget.hold(draws, emulated.ORDERS, terms.evaluate, terms.truth)
+    the_same_bits(lambda: terms.evaluate(draws[-1]).tensors)
+
+
+@dtypes
+def test_statistics(dtype):
+    ws = cases.make("mixed list", dtype)
+    with r2.use_backend("reference"):
+        exact = [*r2.weight_stats([w.double() for w in ws])[:-1], sampled_std([w.double() for w in ws])]
+    found = the_same_bits(lambda: [*r2.weight_stats(ws)[:-1], sampled_std(ws)])
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=1e-7, equal_nan=True)
+
+
+@dtypes
+@pytest.mark.parametrize("flag", [True, False], ids=["flag", "plain"])
+@pytest.mark.parametrize("op", quantizers.OPS)
+def test_quantizers(op, flag, dtype):
+    draws = [calls.call(op, calls.mixed(dtype, "cpu", seed), 3, flag, seed=seed) for seed in (0, 100)]
+    budget.hold(draws, emulated.ORDERS, calls.gradients, calls.truth)
+    ys, *_ = calls.expected(draws[0])
+    found = the_same_bits(lambda: [*draws[0].forward(), *itertools.chain(*draws[0].backward())])
+    assert op == "dorefa" or all(map(quantizers.same, found, ys))
+
+
+@dtypes
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_channels(axis, dtype):
+    for xs in (calls.many_axes(dtype, "cpu"), calls.channels_last(calls.many_axes(dtype, "cpu"))):
+        one = calls.call("lsq", xs, 3, True, axis)
+        ys, gradients, (of_step,) = calls.expected(one)
+        found = the_same_bits(lambda one=one: [*one.forward(), *one.backward()[0]])
+        assert all(map(quantizers.same, found, [*ys, *gradients]))
+        (own,) = the_same_bits(lambda one=one: list(one.backward()[1]))
+        assert ((own - of_step).abs() <= 64 * torch.finfo(own.dtype).eps * (1 + of_step.abs())).all()
+
+
+@pytest.mark.parametrize(("metric", "d", "layout"), dkm.PROBLEMS, ids=str)
+def test_every_pass_of_dkm(metric, d, layout, plain):
+    """In float64 to 1e-12, and in all dtypes the same bits."""
+    for K, dtype in itertools.product((5, 40), DTYPES):
+        ws = [
+            calls.numbers(shape, torch.float64, "cpu", i).to(dtype)
+            for i, shape in enumerate([(8, 7, 3), (d,), (3001,)])
+        ]
+        ws = [w[..., : w.shape[-1] // d * d] if w.numel() % d else w for w in ws]
+        problem = draw(ws, K, 0.3, metric, d, layout)
+        the_same_bits(lambda problem=problem: [t for found in dkm.passes(problem).values() for t in found])
+        if dtype == torch.float64:
+            dkm.compare(problem, plain, emulated.RISING)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize(("metric", "d", "layout"), dkm.PROBLEMS[:4], ids=str)
+def test_budget_of_dkm(metric, d, layout, dtype):
+    drawn = [
+        draw(made(name, dtype, "cpu", d, seed), K, sharpness, metric, d, layout, seed)
+        for name, K, sharpness, seed in itertools.product(("ties", "unaligned"), (3, 16), (1, 0.03), range(1))
+    ]
+    budget.hold(drawn, emulated.ORDERS, solve, truth)
+
+
+@pytest.mark.parametrize(("d", "K"), [(1, 5), (1, 300), (2, 16), (3, 700)])
+def test_assign(d, K):
+    ws = [calls.numbers((4099 // d * d,), torch.float32, "cpu"), calls.numbers((12, 5, d), torch.float32, "cpu", 1)]
+    c = (
+        calls.numbers((K, d), torch.float32, "cpu", 2).squeeze(1)
+        if d == 1
+        else calls.numbers((K, d), torch.float32, "cpu", 2)
+    )
+    with r2.use_backend("reference"):
+        expected = r2.assign(ws, [c, c], cluster_dim=d)
+    found = the_same_bits(lambda: list(r2.assign(ws, [c, c], cluster_dim=d)))
+    assert all(map(torch.equal, found, expected))

@@ -1,6 +1,8 @@
 """How a program finds its chunk of a list of tensors, and where its results go; how a list is cut is told in
 `lists.py`."""
 
+import inspect
+
 import triton
 import triton.language as tl
 
@@ -9,6 +11,7 @@ FIELDS = tl.constexpr(6)  # of a tensor, as `lists.Plan` has them:
 N_ROWS, N_ELEMENTS, RUN, FIRST_CHUNK, N_COLUMNS, FIRST_COLUMN = [tl.constexpr(i) for i in range(6)]
 EDGE = tl.constexpr(64)  # elements at once of what lies behind the rows
 SHIFT = tl.constexpr(2**32)
+TUPLES = tl.constexpr((tl.tuple, tuple))  # compiled, and in the interpreter
 WORDS = 64  # that a launch writes
 ALIGN = tl.constexpr(16)  # elements: a mask that changes only at its multiples leaves 128-bit accesses whole
 PROPAGATE = tl.constexpr(tl.PropagateNan.ALL)
@@ -23,10 +26,17 @@ def tile_of_rows(itemsize, d=1, reads=1, interpreted=False):
     return 32 * WARPS * 16 // itemsize, 4 if d > 1 else (8 if itemsize == 4 and reads == 1 else 4) // reads
 
 
+def jit(kernel):
+    """A kernel that Triton compiles once for its constants, the dtypes of its arguments and those that are None: never
+    again for addresses or numbers that are multiples of 16, or 1."""
+    names = [p.name for p in inspect.signature(kernel).parameters.values() if p.annotation is not tl.constexpr]
+    return triton.jit(kernel, do_not_specialize=names, do_not_specialize_on_alignment=names)
+
+
 def as_argument(number):
     """A number in a tuple of arguments: odd, and never 32 bits, or Triton would compile the kernel again for numbers
     that are 1, multiples of 16, or beyond 2^31."""
-    return 2 * (number + SHIFT.value) + 1
+    return 2 * (number + 2**32) + 1
 
 
 @triton.jit
@@ -34,7 +44,7 @@ def from_argument(number):
     return (number >> 1) - SHIFT
 
 
-@triton.jit(do_not_specialize=["first"])
+@jit
 def write_words(p_out, words, first):
     """Addresses into a table, which so becomes part of a CUDA graph: with no copy from the host."""
     for i in tl.static_range(len(words)):
@@ -44,7 +54,7 @@ def write_words(p_out, words, first):
 @triton.jit
 def field(p_tensors, t, FIELD: tl.constexpr):
     """Of tensor t in the table, or of the only one, whose fields are arguments."""
-    if isinstance(p_tensors, tl.tuple):
+    if isinstance(p_tensors, TUPLES.value):
         return from_argument(p_tensors[FIELD])
     else:
         return tl.load(p_tensors + t * FIELDS + FIELD)

@@ -22,44 +22,49 @@ class Launch:
     """A kernel with its constants: `launch(grid, *arguments)` is `kernel[grid](*arguments, **constants)`.
 
     What Triton compiles for arguments of a kind is called directly from then on: its binder takes 10 us a launch.
+    `uniform`: that the constants tell the kind of all arguments, as those of a kernel under `chunks.jit` can.
     """
 
-    def __init__(self, kernel, **constants):
-        self.kernel, self.constants, self.compiled = kernel, constants, {}
+    def __init__(self, kernel, uniform=False, **constants):
+        self.kernel, self.constants, self.uniform, self.compiled = kernel, constants, uniform, {}
+        self.runtime, self.interpreted = triton.knobs.runtime, triton.knobs.runtime.interpret
         parameters = inspect.signature(kernel.fn).parameters.values()
         self.last = tuple([constants[p.name] for p in parameters if p.annotation is tl.constexpr])
 
     def __call__(self, grid, *arguments):
-        if triton.knobs.runtime.interpret:
+        if self.interpreted:
             self.kernel[grid](*arguments, **self.constants)
             return
-        device = driver.active.get_current_device()
-        key = (device, *map(_kind, arguments))
+        active = driver.active
+        device = active.get_current_device()
+        key = device if self.uniform else (device, *[_kind(a) for a in arguments])
         compiled = self.compiled.get(key)
-        if compiled is None:
+        if compiled is None or self.runtime.launch_enter_hook.calls or self.runtime.launch_exit_hook.calls:
             self.compiled[key] = self.kernel[grid](*arguments, **self.constants)
             return
-        x, y, z = (*grid, 1, 1)[:3]
-        stream, runtime = driver.active.get_current_stream(device), triton.knobs.runtime
-        metadata = compiled.launch_metadata(grid, stream, *arguments, *self.last)
-        hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
-        call = compiled.function, compiled.packed_metadata, metadata, *hooks
-        compiled.run(x, y, z, stream, *call, *arguments, *self.last)
+        stream = active.get_current_stream(device)
+        hooks = compiled.packed_metadata, None, None, None  # no metadata for hooks that are not there
+        compiled.run(*grid, *(1, 1)[len(grid) - 1 :], stream, compiled.function, *hooks, *arguments, *self.last)
 
 
 def _kind(argument):
     """All that Triton makes another kernel for. Numbers in tuples are those of `chunks.as_argument`, of one kind."""
-    if isinstance(argument, torch.Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if isinstance(argument, tuple):
-        return tuple([None if isinstance(a, int) else _kind(a) for a in argument])
-    return argument
+    if argument is None or type(argument) is int:
+        return argument
+    if type(argument) is tuple:
+        return tuple([None if type(a) is int else _kind(a) for a in argument])
+    return argument.dtype, argument.data_ptr() % 16 == 0
 
 
 @functools.cache
 def launch(kernel, **constants):
     """The `Launch` of a kernel with these constants."""
     return Launch(kernel, **constants)
+
+
+@functools.cache
+def _writer():
+    return Launch(chunks.write_words, True, num_warps=1)
 
 
 class Launcher:
@@ -86,11 +91,17 @@ class Launcher:
             at_once = chunks.WORDS
             words += [0] * (-len(words) % at_once)
             table = torch.empty(len(words), dtype=torch.int64, device=device)
-            write = launch(chunks.write_words, num_warps=1)
+            numbers = tuple(map(chunks.as_argument, words))
             with current(device):
                 for i in range(0, len(words), at_once):
-                    write((1,), table, tuple(map(chunks.as_argument, words[i : i + at_once])), i)
+                    _writer()((1,), table, numbers[i : i + at_once], i)
         return [table[i * count : (i + 1) * count] for i in range(len(groups))]
+
+    def _counters(self, count, device):
+        """(>= count,) zeros, which kernels leave as zeros: those of a stream, or of a CUDA graph its own."""
+        if self.interpreted:
+            return torch.zeros(count, dtype=torch.int32, device=device)
+        return lists.counters(count, device, driver.active.get_current_stream(driver.active.get_current_device()))
 
     def _gradients(self, weights, d, layout, out, needed):
         """(the gradients, or None where none is needed; whether they are added to)"""
@@ -119,7 +130,12 @@ def types(dtype):
 
 def fields(plan):
     """Of the tensors of a plan, as a kernel is given them."""
-    return plan.tensors if plan.tensors is not None else tuple(map(chunks.as_argument, plan.alone))
+    return plan.tensors if plan.tensors is not None else _as_arguments(plan.alone)
+
+
+@functools.lru_cache(maxsize=256)
+def _as_arguments(numbers):
+    return tuple(map(chunks.as_argument, numbers))
 
 
 def current(device):

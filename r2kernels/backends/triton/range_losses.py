@@ -1,4 +1,4 @@
-"""The range losses, kure and weight_stats onto the skeletons: two launches forward and one backward for any list."""
+"""The range losses, kure and weight_stats onto the skeletons: one launch forward and one backward for any list."""
 
 import functools
 
@@ -7,7 +7,7 @@ import torch
 from ... import lists
 from .. import launchers
 from . import range_losses_kernels, regularizers_moments_kernels, skeletons
-from .launch import OPTIONS, Launch, Launcher, about, current, fields, tile, types
+from .launch import Launch, Launcher, about, current, fields, tile
 
 FORMULAS = {**range_losses_kernels.FORMULAS, **regularizers_moments_kernels.FORMULAS}  # op -> skeletons.Formula
 
@@ -16,15 +16,14 @@ class TritonRangeLosses(Launcher, launchers.RangeLosses):
     def _reduce(self, op, weights, parameters, d, layout, loss, saved, alpha_grad):
         first, second = _two(parameters)
         tensors, plan = self._list(weights, d, layout)
-        (table,), of_tensors = self._tables(tensors), fields(plan)
+        (table,) = self._tables(tensors)
         dtype, aligned = weights[0].dtype, lists.is_aligned(tensors)
         states = torch.empty(plan.chunks, skeletons.STATE.value, dtype=loss.dtype, device=loss.device)
         kept = loss if saved is None else saved  # weight_stats has no loss: its table is what the merge saves
+        results = states, loss, kept, self._counters(plan.count, loss.device)
         with current(loss.device):
-            reduce = _reduction(op.name, bool(alpha_grad), dtype, d, aligned, self.interpreted)
-            reduce((plan.chunks,), table, of_tensors, plan.owner, first, states, plan.chunk)
-            merge = _merge(op.name, dtype, d)
-            merge((plan.count,), states, of_tensors, first, second, loss, kept, plan.chunk)
+            reduce = _reduction(op.name, bool(alpha_grad), dtype, d, aligned, plan.count == 1, self.interpreted)
+            reduce((plan.chunks,), table, fields(plan), plan.owner, first, second, *results, plan.chunk, plan.count)
 
     def _map(self, op, grad, weights, parameters, saved, d, layout, out, needed, learned):
         tensors, plan = self._list(weights, d, layout)
@@ -32,7 +31,8 @@ class TritonRangeLosses(Launcher, launchers.RangeLosses):
         table, *targets = self._tables(tensors, *(() if gradients is None else (gradients,)))
         target, aligned = (*targets, None)[0], lists.is_aligned([*tensors, *(gradients or ())])
         with current(grad.device):
-            _map(op.name, weights[0].dtype, d, aligned, add, self.interpreted)(
+            map_ = _map(op.name, weights[0].dtype, d, aligned, add, target is None, plan.count == 1, self.interpreted)
+            map_(
                 (plan.chunks,),
                 table,
                 target,
@@ -48,27 +48,25 @@ class TritonRangeLosses(Launcher, launchers.RangeLosses):
         return [None] * plan.count if gradients is None else gradients
 
 
+# `alone`, `nothing`: these make the kinds of arguments other ones
+
+
 @functools.cache
-def _reduction(op, alpha_grad, dtype, d, aligned, interpreted):
+def _reduction(op, alpha_grad, dtype, d, aligned, alone, interpreted):
     formula = FORMULAS[op]
     frozen = formula.reduce_frozen is not None and not alpha_grad
     reduce = formula.reduce_frozen if frozen else formula.reduce
-    constants = {**about(dtype, aligned), **tile(dtype, interpreted, d)}
-    return Launch(skeletons.reduce_chunks, REDUCE=reduce, D=d, **constants)
+    constants = {**about(dtype, aligned), **tile(dtype, interpreted, d), "LANES": skeletons.LAST_LANES}
+    return Launch(
+        skeletons.reduce_list, True, REDUCE=reduce, MERGE=formula.merge, LOSSES=formula.losses, D=d, **constants
+    )
 
 
 @functools.cache
-def _merge(op, dtype, d):
-    formula, ACC = FORMULAS[op], types(dtype)["ACC"]
-    constants = {"MERGE": formula.merge, "LOSSES": formula.losses, "LANES": skeletons.MERGE_LANES}
-    return Launch(skeletons.merge_chunks, ACC=ACC, D=d, **constants, **OPTIONS)
-
-
-@functools.cache
-def _map(op, dtype, d, aligned, add, interpreted):
+def _map(op, dtype, d, aligned, add, nothing, alone, interpreted):
     formula = FORMULAS[op]
     constants = {**about(dtype, aligned), **tile(dtype, interpreted, d)}
-    return Launch(skeletons.map_chunks, SETUP=formula.setup, GRADIENT=formula.gradient, ADD=add, D=d, **constants)
+    return Launch(skeletons.map_chunks, True, SETUP=formula.setup, GRADIENT=formula.gradient, ADD=add, D=d, **constants)
 
 
 def _two(parameters):

@@ -10,9 +10,10 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .chunks import ALIGN, FIRST_CHUNK, N_ELEMENTS, N_ROWS, chunk_of_program, field, tensor_pointer, zero_leftovers
+from .chunks import ALIGN, FIRST_CHUNK, N_ELEMENTS, chunk_of_program, field, jit, tensor_pointer, zero_leftovers
 
-MERGE_LANES = 512  # states per step of a merge
+MERGE_LANES = 512  # states per step of a merge,
+LAST_LANES = 128  # and of one by the last program, whose registers are those of all
 STATE = tl.constexpr(8)  # numbers in the state of a chunk
 MOST_DIVIDED = tl.constexpr(65536)  # rows of a run in which rows are found by a multiplication
 
@@ -32,7 +33,7 @@ class Rows(NamedTuple):
     """The rows of a chunk. Only ever built as an argument: assigned to a name, its constants would become tensors."""
 
     p: tl.tensor  # of the first row
-    first: tl.tensor  # what `runs_of_chunk` tells; of no use where D is 1
+    place: tl.tensor  # what `runs_of_chunk` tells; of no use where D is 1
     inverse: tl.tensor
     gap: tl.tensor
     count: tl.tensor
@@ -75,9 +76,9 @@ def column_pointer(p, c, start, run, D: tl.constexpr):
 
 @triton.jit
 def runs_of_chunk(start, run, D: tl.constexpr):
-    """(first, inverse, gap): before row i of the chunk end umulhi(first + i, inverse) runs that its first row is not
+    """(place, inverse, gap): before row i of the chunk end umulhi(first + i, inverse) runs that its first row is not
     past, and after each of them there are `gap` elements of other columns. For up to 2^16 rows right with one of the
-    reciprocals next above and below, which errs by half a run at most; a longer run ends once, which is where first + i
+    reciprocals next above and below, which errs by half a run at most; a longer run ends once, which is where place + i
     becomes 2^17."""
     if D == 1:
         return run, run, run
@@ -86,9 +87,9 @@ def runs_of_chunk(start, run, D: tl.constexpr):
         above = 4294967295 // short + 1
         nearer = (run > 1) & (above * short - 4294967296 <= short // 2)
         ahead = 131072 - (run - within)
-        first = tl.where(run <= MOST_DIVIDED, tl.where(nearer, within, within + 1), tl.maximum(ahead, 0))
+        place = tl.where(run <= MOST_DIVIDED, tl.where(nearer, within, within + 1), tl.maximum(ahead, 0))
         inverse = tl.where(run <= MOST_DIVIDED, tl.where(nearer, above, above - 1), tl.where(ahead > 0, 32768, 0))
-        return first.to(tl.uint32), inverse.to(tl.uint32), (run * (D - 1)).to(tl.uint32)
+        return place.to(tl.uint32), inverse.to(tl.uint32), (run * (D - 1)).to(tl.uint32)
 
 
 @triton.jit
@@ -97,8 +98,8 @@ def row_addresses(rows, i, o):
     if rows.D == 1:
         return rows.p + i + o
     else:
-        k = rows.first + i + o.to(tl.uint32)
-        return (rows.p - rows.first.to(tl.int64)) + (k + tl.umulhi(k, rows.inverse) * rows.gap)
+        k = rows.place + i + o.to(tl.uint32)
+        return (rows.p - rows.place.to(tl.int64)) + (k + tl.umulhi(k, rows.inverse) * rows.gap)
 
 
 @triton.jit
@@ -133,9 +134,7 @@ def zero_block(rows):
 def first_block(rows):
     """The first weights of a chunk; a short chunk is filled up with its first weight."""
     o = tl.arange(0, rows.BLOCK)
-    b_w = tl.load(
-        row_addresses(rows, 0, o), mask=o < rows.count // ALIGN * ALIGN, other=tl.load(rows.p)
-    )
+    b_w = tl.load(row_addresses(rows, 0, o), mask=o < rows.count // ALIGN * ALIGN, other=tl.load(rows.p))
     return b_w.to(rows.ACC)
 
 
@@ -194,39 +193,6 @@ def fold_rows(rows, constants, state, STEP: tl.constexpr, WITH: tl.constexpr = N
 
 
 @triton.jit
-def reduce_chunks(
-    p_weights,
-    p_tensors,
-    p_owner,
-    p_first,
-    p_states,
-    n_chunk,
-    REDUCE: tl.constexpr,
-    DT: tl.constexpr,
-    ACC: tl.constexpr,
-    D: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
-    """One program per chunk: REDUCE(rows, parameters, column) gives its state."""
-    i = tl.program_id(0)
-    t, c, start, n, run = chunk_of_program(i, p_tensors, p_owner, n_chunk, D)
-    first, inverse, gap = runs_of_chunk(start, run, D)
-    p = column_pointer(tensor_pointer(p_weights, t, DT, ALIGNED), c, start, run, D)
-    count = tl.minimum(n - start, n_chunk).to(tl.int32)
-    HALF: tl.constexpr = DT.primitive_bitwidth == 16
-    state = REDUCE(
-        Rows(p, first, inverse, gap, count, ACC, D, HALF and ALIGNED and D == 1, BLOCK // 2 if HALF else BLOCK, UNROLL),
-        p_first,
-        t * D + c,
-    )
-    p_state = p_states + i.to(tl.int64) * STATE
-    for s in tl.static_range(len(state)):
-        tl.store(p_state + s, state[s])
-
-
-@triton.jit
 def fold_states(states, constants, sums, STEP: tl.constexpr):
     """sums = STEP(state, rows of the chunk, constants, sums) over the chunks of a column, in a fixed order."""
     j = tl.arange(0, states.LANES).to(tl.int64)
@@ -234,7 +200,7 @@ def fold_states(states, constants, sums, STEP: tl.constexpr):
         m = j * states.chunk < states.rows
         state = ()
         for s in tl.static_range(STATE):
-            state += (tl.load(states.p + j * (states.D * STATE) + s, mask=m, other=0),)
+            state += (tl.load(states.p + j * (states.D * STATE) + s, mask=m, other=0, cache_modifier=".cg"),)
         n = tl.minimum(states.rows - j * states.chunk, states.chunk).to(tl.float64)
         sums = keep_where(m, STEP(state, n, constants, sums), sums)
         j += states.LANES
@@ -254,13 +220,26 @@ def sums_of_column(states):
 
 
 @triton.jit
-def merge_chunks(
+def is_last(p_counters, t, parts):
+    """Whether the programs of all other parts of tensor t have stored what they found. The counter is ready for the
+    next launch then."""
+    last = tl.atomic_add(p_counters + t, 1, sem="acq_rel") == parts - 1
+    if last:
+        tl.store(p_counters + t, 0)
+    return last
+
+
+@triton.jit
+def merge_tensor(
     p_states,
-    p_tensors,
     p_first,
     p_second,
     p_loss,
     p_saved,
+    t,
+    count,
+    n,
+    first_chunk,
     n_chunk,
     MERGE: tl.constexpr,
     LOSSES: tl.constexpr,
@@ -268,28 +247,72 @@ def merge_chunks(
     D: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """One program per tensor: MERGE(states, parameters, column) gives the losses of a column and what is saved of it.
+    """MERGE(states, parameters, column) gives the losses of a column of tensor t and what is saved of it.
 
     One loss is summed over the columns, two are stored for every column, in a plane each.
     """
-    t = tl.program_id(0)
-    n, first = field(p_tensors, t, N_ROWS), field(p_tensors, t, FIRST_CHUNK)
     total = tl.full([], 0, tl.float64)
     c = 0
     while c < D:
         column = t * D + c
-        p = p_states + (first + c) * STATE
+        p = p_states + (first_chunk + c) * STATE
         losses, saved = MERGE(States(p, n, n_chunk, ACC, D, LANES), p_first, p_second, column)
         if LOSSES == 1:
             total += losses[0]
         else:
             for s in tl.static_range(LOSSES):
-                tl.store(p_loss + s * tl.num_programs(0) * D + column, losses[s])
+                tl.store(p_loss + s * count * D + column, losses[s])
         for s in tl.static_range(len(saved)):
             tl.store(p_saved + column * len(saved) + s, saved[s])
         c += 1
     if LOSSES == 1:
         tl.store(p_loss + t, total)
+
+
+@jit
+def reduce_list(
+    p_weights,
+    p_tensors,
+    p_owner,
+    p_first,
+    p_second,
+    p_states,
+    p_loss,
+    p_saved,
+    p_counters,
+    n_chunk,
+    n_tensors,
+    REDUCE: tl.constexpr,
+    MERGE: tl.constexpr,
+    LOSSES: tl.constexpr,
+    DT: tl.constexpr,
+    ACC: tl.constexpr,
+    D: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """One program per chunk: REDUCE(rows, parameters, column) gives its state. The last one of a tensor merges them."""
+    i = tl.program_id(0)
+    t, c, start, n, run = chunk_of_program(i, p_tensors, p_owner, n_chunk, D)
+    place, inverse, gap = runs_of_chunk(start, run, D)
+    p = column_pointer(tensor_pointer(p_weights, t, DT, ALIGNED), c, start, run, D)
+    count = tl.minimum(n - start, n_chunk).to(tl.int32)
+    HALF: tl.constexpr = DT.primitive_bitwidth == 16
+    state = REDUCE(
+        Rows(p, place, inverse, gap, count, ACC, D, HALF and ALIGNED and D == 1, BLOCK // 2 if HALF else BLOCK, UNROLL),
+        p_first,
+        t * D + c,
+    )
+    p_state = p_states + i.to(tl.int64) * STATE
+    for s in tl.static_range(len(state)):
+        tl.store(p_state + s, state[s])
+    if is_last(p_counters, t, tl.cdiv(n, n_chunk) * D):
+        first = field(p_tensors, t, FIRST_CHUNK)
+        merge_tensor(
+            p_states, p_first, p_second, p_loss, p_saved, t, n_tensors, n, first, n_chunk, MERGE, LOSSES, ACC, D, LANES
+        )
 
 
 @triton.jit
@@ -340,7 +363,7 @@ def gradient_of_loss(column):
     return tl.load(column.p_grad + column.tensor * column.grad_stride)
 
 
-@triton.jit
+@jit
 def map_chunks(
     p_weights,
     p_targets,
@@ -373,13 +396,13 @@ def map_chunks(
     if p_parameter_gradient is not None:
         tl.store(p_parameter_gradient + column, parameter_gradient, mask=start == 0)
     if p_targets is not None:
-        first, inverse, gap = runs_of_chunk(start, run, D)
+        place, inverse, gap = runs_of_chunk(start, run, D)
         p = column_pointer(tensor_pointer(p_weights, t, DT, ALIGNED), c, start, run, D)
         p_target = tensor_pointer(p_targets, t, DT, ALIGNED)
         count = tl.minimum(n - start, n_chunk).to(tl.int32)
         map_rows_of_chunk(
-            Rows(p, first, inverse, gap, count, ACC, D, False, BLOCK, UNROLL),
-            Rows(column_pointer(p_target, c, start, run, D), first, inverse, gap, count, ACC, D, False, BLOCK, UNROLL),
+            Rows(p, place, inverse, gap, count, ACC, D, False, BLOCK, UNROLL),
+            Rows(column_pointer(p_target, c, start, run, D), place, inverse, gap, count, ACC, D, False, BLOCK, UNROLL),
             constants,
             GRADIENT,
             ADD,

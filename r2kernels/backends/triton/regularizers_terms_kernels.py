@@ -10,19 +10,8 @@ import triton.language as tl
 from . import range_losses_kernels as range_losses
 from . import regularizers_kernels as regularizers
 from . import regularizers_moments_kernels as moments
-from .chunks import FIRST_CHUNK, N_ROWS, chunk_of_program, field, tensor_pointer
-from .skeletons import (
-    STATE,
-    Column,
-    Rows,
-    States,
-    column_pointer,
-    fold_rows,
-    map_rows_of_chunk,
-    max_or_nan,
-    sum_blocks,
-    zero_block,
-)
+from .chunks import FIRST_CHUNK, N_ROWS, chunk_of_program, column_pointer, field, tensor_pointer
+from .skeletons import STATE, Column, Rows, States, fold_rows, map_rows_of_chunk, max_or_nan, sum_blocks, zero_block
 
 BLOCKS = {  # term -> blocks in its state; frozen is soft_min_max where alpha learns nothing
     "l_inf": 2,

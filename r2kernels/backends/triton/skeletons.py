@@ -10,12 +10,22 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .chunks import ALIGN, FIRST_CHUNK, N_ELEMENTS, chunk_of_program, field, jit, tensor_pointer, zero_leftovers
+from .chunks import (
+    ALIGN,
+    FIRST_CHUNK,
+    N_ELEMENTS,
+    chunk_of_program,
+    column_pointer,
+    field,
+    jit,
+    runs_of_chunk,
+    tensor_pointer,
+    zero_leftovers,
+)
 
 MERGE_LANES = 512  # states per step of a merge,
 LAST_LANES = 128  # and of one by the last program, whose registers are those of all
 STATE = tl.constexpr(8)  # numbers in the state of a chunk
-MOST_DIVIDED = tl.constexpr(65536)  # rows of a run in which rows are found by a multiplication
 
 
 class Formula(NamedTuple):
@@ -66,30 +76,6 @@ class Column(NamedTuple):
     tensor: tl.tensor
     i: tl.tensor  # of all columns of all tensors
     rows: tl.tensor  # as a number of the accumulator's dtype
-
-
-@triton.jit
-def column_pointer(p, c, start, run, D: tl.constexpr):
-    """`Rows.p` of column c, in the tensor at p."""
-    return p + (start if D == 1 else start // run * (D * run) + c * run + start % run)
-
-
-@triton.jit
-def runs_of_chunk(start, run, D: tl.constexpr):
-    """(place, inverse, gap): before row i of the chunk end umulhi(first + i, inverse) runs that its first row is not
-    past, and after each of them there are `gap` elements of other columns. For up to 2^16 rows right with one of the
-    reciprocals next above and below, which errs by half a run at most; a longer run ends once, which is where place + i
-    becomes 2^17."""
-    if D == 1:
-        return run, run, run
-    else:
-        within, short = start % run, tl.minimum(run, MOST_DIVIDED)
-        above = 4294967295 // short + 1
-        nearer = (run > 1) & (above * short - 4294967296 <= short // 2)
-        ahead = 131072 - (run - within)
-        place = tl.where(run <= MOST_DIVIDED, tl.where(nearer, within, within + 1), tl.maximum(ahead, 0))
-        inverse = tl.where(run <= MOST_DIVIDED, tl.where(nearer, above, above - 1), tl.where(ahead > 0, 32768, 0))
-        return place.to(tl.uint32), inverse.to(tl.uint32), (run * (D - 1)).to(tl.uint32)
 
 
 @triton.jit

@@ -3,7 +3,8 @@
     python tests/static/aot_check.py [architecture ...]         default: 90 in every variant, 80 and 100 in a few
 
 The cache lies where TRITON_CACHE_DIR says. Of each kernel: registers, stack and spills of all of it; of its hot loop
-the 128-bit loads and stores, other accesses, and instructions per weight.
+the 128-bit loads and stores, other accesses, instructions per weight, and KB of loads that the warps of a
+multiprocessor, as many as their registers let there be, have under way.
 
 The hot loop is the innermost loop (a backward branch whose span holds no other) that loads without predicates, so not
 the masked tail, and the longest of those, so the sums rather than the search for extremes. Every instruction in its
@@ -154,12 +155,15 @@ def hot_loop(kernel):
 
 
 def check(make, op, dtype, change, architecture):
-    kernel = disassemble(compile_kernel(*make(op, dtype, **change), dtype, architecture))
+    options = {}
+    if make is reduce_list:
+        options["maxnreg"] = chunks.most_registers(DTYPES[dtype][1], change.get("d", 1))
+    kernel = disassemble(compile_kernel(*make(op, dtype, **change), dtype, architecture, **options))
     loop = hot_loop(kernel)
     loads, wide_loads, stores, wide_stores = [
         kernel.count(prefix, contains, loop) for prefix in ("LDG", "STG") for contains in ("", ".128")
     ]
-    weights = wide_loads * 16 // DTYPES[dtype][1] // (2 if change.get("add") else 1)
+    weights = (wide_loads * 16 // DTYPES[dtype][1] + loads - wide_loads) // (2 if change.get("add") else 1)
     return {
         "kernel": make.__name__,
         "op": op,
@@ -173,7 +177,8 @@ def check(make, op, dtype, change, architecture):
         "other_loads": loads - wide_loads,
         "stores128": wide_stores,
         "other_stores": stores - wide_stores,
-        "per_weight": round(len(loop) / weights, 2) if weights and loads == wide_loads else None,
+        "per_weight": round(len(loop) / weights, 2) if weights else None,
+        "in_flight": kernel.in_flight(loop) * 32 * min(65536 // (-(-kernel.registers // 8) * 8 * 32), 64) // 1024,
     }
 
 

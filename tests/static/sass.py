@@ -107,6 +107,22 @@ class Kernel:
         loops = self.loops()
         return max(loops, key=lambda path: (self.count("LDG", "128", path), len(path)), default=[])
 
+    def in_flight(self, path):
+        """Bytes of the loads of a thread that are under way at once on this way round a loop: sent, and not used."""
+        waiting, most = {}, 0  # first of its registers -> how many there are, bytes
+        for i in [*path, *path]:
+            _, opcode, operands = self.instructions[i]
+            registers = [int(r) for r in re.findall(r"R(\d+)", operands)]
+            loaded = registers[: opcode.startswith("LDG")]
+            for used in registers[len(loaded) :]:
+                waiting = {r: (n, size) for r, (n, size) in waiting.items() if not r <= used < r + n}
+            for register in loaded:
+                widths = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+                size = next((width for mark, width in widths.items() if mark in opcode.split(".")), 4)
+                waiting[register] = max(size // 4, 1), size
+            most = max(most, sum(size for _, size in waiting.values()))
+        return most
+
     def per_weight(self, size, loads_per_weight=1):
         """Instructions of the main loop for each weight of `size` bytes that it reads."""
         path = self.main_loop()

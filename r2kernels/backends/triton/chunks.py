@@ -12,6 +12,7 @@ SHIFT = tl.constexpr(2**32)
 TUPLES = tl.constexpr((tl.tuple, tuple))  # compiled, and in the interpreter
 WORDS = 64  # that a launch writes
 MULTIPLES = ("p_weights", "p_targets", "n_chunk")  # of 16: n_chunk in all plans
+MOST_DIVIDED = tl.constexpr(65536)  # rows of a run in which rows are found by a multiplication
 ALIGN = tl.constexpr(16)  # elements: a mask that changes only at its multiples leaves 128-bit accesses whole
 PROPAGATE = tl.constexpr(tl.PropagateNan.ALL)
 
@@ -22,7 +23,7 @@ def tile_of_rows(itemsize, d=1, reads=1, interpreted=False):
     is large."""
     if interpreted:
         return 2048, 2
-    return 32 * WARPS * 16 // itemsize, 2 if d > 1 else (8 if itemsize == 4 and reads == 1 else 4) // reads
+    return 32 * WARPS * 16 // itemsize, 4 if d > 1 else (8 if itemsize == 4 and reads == 1 else 4) // reads
 
 
 def jit(kernel):
@@ -37,6 +38,12 @@ def as_argument(number):
     """A number in a tuple of arguments: odd, and never 32 bits, or Triton would compile the kernel again for numbers
     that are 1, multiples of 16, or beyond 2^31."""
     return 2 * (number + 2**32) + 1
+
+
+def most_registers(itemsize, d=1):
+    """Of a thread of a reduction, None for as many as ptxas likes: it would end at 64 of them, for want of which soft
+    extremes of 16 bits have but one load in flight."""
+    return 80 if d == 1 and itemsize < 8 else None
 
 
 @triton.jit
@@ -88,3 +95,27 @@ def zero_leftovers(p, start, end):
         o = start + tl.arange(0, EDGE)
         tl.store(p + o, tl.zeros([EDGE], p.dtype.element_ty), mask=o < end)
         start += EDGE
+
+
+@triton.jit
+def column_pointer(p, c, start, run, D: tl.constexpr):
+    """`Rows.p` of column c, in the tensor at p."""
+    return p + (start if D == 1 else start // run * (D * run) + c * run + start % run)
+
+
+@triton.jit
+def runs_of_chunk(start, run, D: tl.constexpr):
+    """(place, inverse, gap): before row i of the chunk end umulhi(place + i, inverse) runs that its first row is not
+    past, and after each of them there are `gap` elements of other columns. For up to 2^16 rows right with one of the
+    reciprocals next above and below, which errs by half a run at most; a longer run ends once, which is where place + i
+    becomes 2^17."""
+    if D == 1:
+        return run, run, run
+    else:
+        within, short = start % run, tl.minimum(run, MOST_DIVIDED)
+        above = 4294967295 // short + 1
+        nearer = (run > 1) & (above * short - 4294967296 <= short // 2)
+        ahead = 131072 - (run - within)
+        place = tl.where(run <= MOST_DIVIDED, tl.where(nearer, within, within + 1), tl.maximum(ahead, 0))
+        inverse = tl.where(run <= MOST_DIVIDED, tl.where(nearer, above, above - 1), tl.where(ahead > 0, 32768, 0))
+        return place.to(tl.uint32), inverse.to(tl.uint32), (run * (D - 1)).to(tl.uint32)

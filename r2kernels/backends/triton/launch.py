@@ -78,6 +78,8 @@ class Launcher:
     def _list(self, weights, d, layout):
         """(tensors as they lie in memory, plan)"""
         tensors, runs = lists.dense(weights, d, layout)
+        if d > 1 and max([t.numel() for t in tensors]) >= 2**32:
+            raise ValueError("the Triton kernels read columns of fewer than 2^32 elements; choose the backend cuda")
         return tensors, lists.plan(tensors, runs, d, weights[0].device)
 
     def _tables(self, *groups):

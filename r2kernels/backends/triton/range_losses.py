@@ -6,7 +6,7 @@ import torch
 
 from ... import lists
 from .. import launchers
-from . import range_losses_kernels, regularizers_moments_kernels, skeletons
+from . import chunks, range_losses_kernels, regularizers_moments_kernels, skeletons
 from .launch import Launch, Launcher, about, current, fields, tile
 
 FORMULAS = {**range_losses_kernels.FORMULAS, **regularizers_moments_kernels.FORMULAS}  # op -> skeletons.Formula
@@ -57,6 +57,7 @@ def _reduction(op, alpha_grad, dtype, d, aligned, alone, interpreted):
     frozen = formula.reduce_frozen is not None and not alpha_grad
     reduce = formula.reduce_frozen if frozen else formula.reduce
     constants = {**about(dtype, aligned), **tile(dtype, interpreted, d), "LANES": skeletons.LAST_LANES}
+    constants["maxnreg"] = chunks.most_registers(dtype.itemsize, d)
     return Launch(
         skeletons.reduce_list, aligned, REDUCE=reduce, MERGE=formula.merge, LOSSES=formula.losses, D=d, **constants
     )

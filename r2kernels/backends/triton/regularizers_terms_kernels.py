@@ -10,19 +10,8 @@ import triton.language as tl
 from . import range_losses_kernels as range_losses
 from . import regularizers_kernels as regularizers
 from . import regularizers_moments_kernels as moments
-from .chunks import FIRST_CHUNK, N_ROWS, chunk_of_program, field, tensor_pointer
-from .skeletons import (
-    STATE,
-    Column,
-    Rows,
-    States,
-    column_pointer,
-    fold_rows,
-    map_rows_of_chunk,
-    max_or_nan,
-    sum_blocks,
-    zero_block,
-)
+from .chunks import FIRST_CHUNK, N_ROWS, chunk_of_program, column_pointer, field, tensor_pointer
+from .skeletons import STATE, Column, Rows, States, fold_rows, map_rows_of_chunk, max_or_nan, sum_blocks, zero_block
 
 BLOCKS = {  # term -> blocks in its state; frozen is soft_min_max where alpha learns nothing
     "l_inf": 2,
@@ -194,9 +183,10 @@ def reduce_terms(
     reduce_rows_to_terms(
         Rows(
             p,
-            start,
-            tl.minimum(n - start, n_chunk).to(tl.int32),
             run,
+            run,
+            run,
+            tl.minimum(n - start, n_chunk).to(tl.int32),
             ACC,
             1,
             HALF and ALIGNED,
@@ -361,7 +351,7 @@ def map_terms(
         p_target = column_pointer(tensor_pointer(p_targets, t, DT, ALIGNED), c, start, run, 1)
         count = tl.minimum(n - start, n_chunk).to(tl.int32)
         map_rows_of_chunk(
-            Rows(p, start, count, run, ACC, 1, False, BLOCK, UNROLL),
+            Rows(p, run, run, run, count, ACC, 1, False, BLOCK, UNROLL),
             Rows(p_target, start, count, run, ACC, 1, False, BLOCK, UNROLL),
             constants,
             terms_gradient,

@@ -10,7 +10,18 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .chunks import ALIGN, FIRST_CHUNK, N_ELEMENTS, chunk_of_program, field, jit, tensor_pointer, zero_leftovers
+from .chunks import (
+    ALIGN,
+    FIRST_CHUNK,
+    N_ELEMENTS,
+    chunk_of_program,
+    column_pointer,
+    field,
+    jit,
+    runs_of_chunk,
+    tensor_pointer,
+    zero_leftovers,
+)
 
 MERGE_LANES = 512  # states per step of a merge,
 LAST_LANES = 128  # and of one by the last program, whose registers are those of all
@@ -31,10 +42,11 @@ class Formula(NamedTuple):
 class Rows(NamedTuple):
     """The rows of a chunk. Only ever built as an argument: assigned to a name, its constants would become tensors."""
 
-    p: tl.tensor  # of the first row where D is 1, else of the first row of the column
-    start: tl.tensor  # first row
+    p: tl.tensor  # of the first row
+    place: tl.tensor  # what `runs_of_chunk` tells; of no use where D is 1
+    inverse: tl.tensor
+    gap: tl.tensor
     count: tl.tensor
-    run: tl.tensor
     ACC: tl.constexpr  # dtype of the sums
     D: tl.constexpr  # columns
     PAIRED: tl.constexpr  # two 16-bit weights are read as one int32
@@ -67,19 +79,13 @@ class Column(NamedTuple):
 
 
 @triton.jit
-def column_pointer(p, c, start, run, D: tl.constexpr):
-    """`Rows.p` of column c, in the tensor at p."""
-    return p + (start if D == 1 else c * run)
-
-
-@triton.jit
 def row_addresses(rows, i, o):
     """Of the rows i + o of a chunk; i apart, so that the o of unrolled blocks become immediate offsets."""
     if rows.D == 1:
         return rows.p + i + o
     else:
-        k = rows.start + i + o
-        return rows.p + (k // rows.run * (rows.D * rows.run) + k % rows.run)
+        k = rows.place + i + o.to(tl.uint32)
+        return (rows.p - rows.place.to(tl.int64)) + (k + tl.umulhi(k, rows.inverse) * rows.gap)
 
 
 @triton.jit
@@ -114,9 +120,7 @@ def zero_block(rows):
 def first_block(rows):
     """The first weights of a chunk; a short chunk is filled up with its first weight."""
     o = tl.arange(0, rows.BLOCK)
-    b_w = tl.load(
-        row_addresses(rows, 0, o), mask=o < rows.count // ALIGN * ALIGN, other=tl.load(row_addresses(rows, 0, 0))
-    )
+    b_w = tl.load(row_addresses(rows, 0, o), mask=o < rows.count // ALIGN * ALIGN, other=tl.load(rows.p))
     return b_w.to(rows.ACC)
 
 
@@ -278,11 +282,12 @@ def reduce_list(
     """One program per chunk: REDUCE(rows, parameters, column) gives its state. The last one of a tensor merges them."""
     i = tl.program_id(0)
     t, c, start, n, run = chunk_of_program(i, p_tensors, p_owner, n_chunk, D)
+    place, inverse, gap = runs_of_chunk(start, run, D)
     p = column_pointer(tensor_pointer(p_weights, t, DT, ALIGNED), c, start, run, D)
     count = tl.minimum(n - start, n_chunk).to(tl.int32)
     HALF: tl.constexpr = DT.primitive_bitwidth == 16
     state = REDUCE(
-        Rows(p, start, count, run, ACC, D, HALF and ALIGNED and D == 1, BLOCK // 2 if HALF else BLOCK, UNROLL),
+        Rows(p, place, inverse, gap, count, ACC, D, HALF and ALIGNED and D == 1, BLOCK // 2 if HALF else BLOCK, UNROLL),
         p_first,
         t * D + c,
     )
@@ -377,12 +382,13 @@ def map_chunks(
     if p_parameter_gradient is not None:
         tl.store(p_parameter_gradient + column, parameter_gradient, mask=start == 0)
     if p_targets is not None:
+        place, inverse, gap = runs_of_chunk(start, run, D)
         p = column_pointer(tensor_pointer(p_weights, t, DT, ALIGNED), c, start, run, D)
         p_target = tensor_pointer(p_targets, t, DT, ALIGNED)
         count = tl.minimum(n - start, n_chunk).to(tl.int32)
         map_rows_of_chunk(
-            Rows(p, start, count, run, ACC, D, False, BLOCK, UNROLL),
-            Rows(column_pointer(p_target, c, start, run, D), start, count, run, ACC, D, False, BLOCK, UNROLL),
+            Rows(p, place, inverse, gap, count, ACC, D, False, BLOCK, UNROLL),
+            Rows(column_pointer(p_target, c, start, run, D), place, inverse, gap, count, ACC, D, False, BLOCK, UNROLL),
             constants,
             GRADIENT,
             ADD,

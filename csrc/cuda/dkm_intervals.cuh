@@ -217,7 +217,7 @@ struct Finder {
       if (!crowded || count == kMostCells) break;
     }
     if (threadIdx.x == 0) *most = 1;
-    for (int c = threadIdx.x; c < count; c += blockDim.x) grid[c] = uint8_t(below(next, K, c) >> shift);
+    for (int c = threadIdx.x; c < count; c += blockDim.x) grid[c] = uint8_t(min(below(next, K, c), K - 1) >> shift);
     __syncthreads();
     if (crowded)
       for (int j = threadIdx.x; j < K; j += blockDim.x) atomicMax(most, below(next, K, cell(next[j]) + 1) - j);

@@ -1,7 +1,7 @@
 // Sums by interval: how a block reads the weights of a chunk, and the bins in shared memory that it adds to.
 #pragma once
 #include "dkm_common.cuh"
-#include "dkm_intervals.cuh"
+#include "dkm_tables.cuh"
 
 namespace r2::cuda {
 
@@ -78,6 +78,10 @@ struct Shape {
   int bins;    // intervals at once
   int copies;  // as a power of two
   int flush;   // tiles after which the bins are emptied into float64
+  int warps;   // of a block
+  int blocks;  // that a multiprocessor has room for
+
+  size_t records() const { return (size_t(warps) * bins) << copies; }
 };
 
 template <class A, int kRecord>
@@ -210,8 +214,8 @@ struct SumLane {
   A slope;
   int K;
   Bins<A, Op::kRecord> bins;
-  Record* all;  // the bins of all warps
-  double* totals;
+  Record* all;              // the bins of all warps
+  double* totals;           // of the chunk, in Pass.scratch
   int *equal, flush, left;  // left: tiles until the next flush
 
   template <int n>
@@ -249,9 +253,9 @@ struct SumLane {
   __device__ void empty() {
     const int copies = 1 << bins.copies, warps = blockDim.x / 32;
     __syncthreads();
-    for (int i = threadIdx.x; i < bins.count * Op::kRecord; i += blockDim.x) {
+    for (int i = threadIdx.x; i < min(bins.count, K + 1 - bins.from) * Op::kRecord; i += blockDim.x) {
       const int bin = i / Op::kRecord, m = i % Op::kRecord;
-      double sum = totals[i];
+      double &total = totals[(bins.from + bin) * Op::kSums + m], sum = total;
       for (int warp = 0; warp < warps; ++warp) {
         Record* own = all + ((warp * bins.count + bin) << bins.copies);
         for (int c = 0; c < copies; c += 4) {
@@ -264,83 +268,65 @@ struct SumLane {
           sum += (double(four[0]) + double(four[1])) + (double(four[2]) + double(four[3]));
         }
       }
-      totals[i] = sum;
+      total = sum;
     }
     __syncthreads();
   }
 };
 
-// What a block of dkm_sums_kernel keeps besides the tables: totals and counts, and bins where the tables were worked
-// out.
+// What a block of dkm_sums_kernel keeps in shared memory; the tables may lie elsewhere.
 template <class Op, class A>
 struct SumsRoom {
   using Record = Numbers<A, Op::kRecord>;
   Tables<Op, A> tables;
-  double* totals;
   int* equal;
-  char* rest;
+  Record* bins;
 
-  R2_HD SumsRoom(Space& space, int most, int bins)
-      : tables(space, most), totals(space.take<double>(bins * Op::kRecord)),
-        equal(space.take<int>(Op::kCounts ? most + 1 : 0)), rest(space.take<char>(0)) {}
+  R2_HD SumsRoom(Space& space, Space& of_tables, int most, size_t records)
+      : tables(of_tables, most), equal(space.take<int>(Op::kCounts ? most + 1 : 0)), bins(space.take<Record>(records)) {
+  }
 
-  // outside: the tables are worked out in Pass.scratch
-  static size_t bytes(int most, Shape shape, int warps, bool outside = false) {
-    Space space = {}, work = {};
-    SumsRoom(space, most, shape.bins);
-    Groups<Op::kGroups>(work, most);
-    const size_t bins = (size_t(warps) * shape.bins << shape.copies) * sizeof(Record);
-    return space.used + (bins > work.used || outside ? bins : work.used);
+  static size_t bytes(int most, size_t records, bool far) {
+    Space space = {}, other = {};
+    SumsRoom(space, far ? other : space, most, records);
+    return space.used;
   }
 };
 
-template <class Op, class T>
+// kFar: the tables are read where they have been made, as shared memory is too small for them.
+template <class Op, bool kFar, class T>
 __global__ void __launch_bounds__(kThreads, 4)
-    dkm_sums_kernel(List list, Clusters clusters, Pass pass, Shape shape, int64_t numbers, bool outside) {
+    dkm_sums_kernel(List list, Clusters clusters, Pass pass, Shape shape, int64_t numbers, Rooms rooms) {
   using A = Acc<T>;
   using Lane = SumLane<Op, T>;
   using Record = typename Lane::Record;
   const RowChunk part(list, clusters);
-  const Iteration<A> it(clusters, pass, list.count, part.tensor);
-  const int K = it.size, count = min(shape.bins, K + 1);
-  Space space = {shared_memory()};
-  const SumsRoom<Op, A> room(space, clusters.most, shape.bins);
+  const int K = part.clusters, count = min(shape.bins, K + 1), lane = threadIdx.x % 32, warp = threadIdx.x / 32,
+            records = (int(blockDim.x / 32) * count) << shape.copies;
+  Space space = {shared_memory()}, made = {rooms.of(part.tensor)};
+  const SumsRoom<Op, A> room(space, kFar ? made : space, clusters.most, records);
+  if constexpr (!kFar) copy(room.tables.grid, made.base, rooms.tables);
+  each(Op::kCounts ? K + 1 : 0, [&](int k) { room.equal[k] = 0; });
   double* out = Scratch(list, pass, numbers).of(part);
-  room.tables.fill(it, outside ? reinterpret_cast<char*>(out + int64_t(K + 1) * Op::kSums) : room.rest);
+  each((K + 1) * Op::kSums, [&](int i) { out[i] = 0; });
+  __syncthreads();
 
   const auto* constants = room.tables.constants;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  int own = int(room.rest - shared_memory()) +
+  int own = int(reinterpret_cast<char*>(room.bins) - shared_memory()) +
             (((warp * count) << shape.copies) + lane % (1 << shape.copies)) * int(sizeof(Record));
   pin(own);
-  Lane sums = {room.tables,
-               constants->finder,
-               constants->slope,
-               K,
-               {own, 0, count, shape.copies},
-               reinterpret_cast<Record*>(room.rest),
-               room.totals,
-               room.equal,
-               shape.flush,
-               shape.flush};
-  each(Op::kCounts ? K + 1 : 0, [&](int k) { room.equal[k] = 0; });
+  Lane sums = {room.tables, constants->finder, constants->slope, K,          {own, 0, count, shape.copies}, room.bins,
+               out,         room.equal,        shape.flush,      shape.flush};
 
   const T* w = reinterpret_cast<const T*>(list.pointers[part.tensor]) + part.row;
   const T* g = Op::kGrads ? reinterpret_cast<const T*>(pass.grads[part.tensor]) + part.row : nullptr;
   for (; sums.bins.from <= K; sums.bins.from += count) {
-    each((warps * count) << shape.copies, [&](int i) { sums.all[i] = Record(); });
-    each(count * Op::kRecord, [&](int i) { room.totals[i] = 0; });
+    each(records, [&](int i) { room.bins[i] = Record(); });
     __syncthreads();
     sweep_chunk<Op::kGrads>(w, g, part.rows, sums);
     sums.empty();
-    each(min(count, K + 1 - sums.bins.from), [&](int bin) {
-      double* to = out + (sums.bins.from + bin) * Op::kSums;
-#pragma unroll
-      for (int m = 0; m < Op::kRecord; ++m) to[m] = room.totals[bin * Op::kRecord + m];
-      if (Op::kCounts) to[Op::kRecord] = room.equal[sums.bins.from + bin];
-    });
-    __syncthreads();
   }
+  each(Op::kCounts ? K + 1 : 0, [&](int k) { out[k * Op::kSums + Op::kRecord] = room.equal[k]; });
 }
 
 }  // namespace r2::cuda

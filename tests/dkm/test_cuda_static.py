@@ -31,7 +31,7 @@ def find(kernels, kind, name, dtype):
     found = [
         kernel
         for mangled, kernel in kernels.items()
-        if re.search(rf"dkm_{kind}_kernelI(.*{name}E+)?{TYPES[dtype][0]}EEv", mangled)
+        if re.search(rf"dkm_{kind}_kernelI(.*{name}E+(Lb0E)?)?{TYPES[dtype][0]}EEv", mangled)
     ]
     assert len(found) == 1
     return found[0]

@@ -31,7 +31,10 @@ float __uint_as_float(unsigned bits) { float x; memcpy(&x, &bits, 4); return x; 
 float __saturatef(float x) { return x > 0 ? std::min(x, 1.0f) : 0; }
 void atomicMax(int* to, int x) { *to = std::max(*to, x); }
 int ulps;  // that the approximate reciprocal errs by
-float reciprocal(float x) { float y = 1 / x; return __uint_as_float(__float_as_uint(y) + (std::isfinite(y) ? ulps : 0)); }
+float reciprocal(float x) {
+  const float y = 1 / x;
+  return __uint_as_float(__float_as_uint(y) + (std::isfinite(y) ? ulps : 0));
+}
 double reciprocal(double x) { return 1 / x; }
 
 %s
@@ -59,7 +62,8 @@ int wrong_tables(int K, int form) {
   const A infinity = INFINITY;
   for (int i = 0; i < K + 64; ++i) {
     const A x = i < K ? c[i] : c[bits() %% K] + normal(bits) * (c[K - 1] - c[0]) / K;
-    const A w[4] = {x, std::nextafter(x, -infinity), std::nextafter(x, infinity), i == K ? infinity : i == K + 1 ? -infinity : -x};
+    const A last = i == K ? infinity : i == K + 1 ? -infinity : -x;
+    const A w[4] = {x, std::nextafter(x, -infinity), std::nextafter(x, infinity), last};
     int at[4];
     finder.find(c.data(), grid, K, w, at);
     for (int j = 0; j < 4; ++j)

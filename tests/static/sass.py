@@ -63,6 +63,7 @@ class Kernel:
     local: int
     instructions: list = field(default_factory=list)  # (predicate or "", opcode, operands), in order
     targets: dict = field(default_factory=dict)  # index of a jump -> index it goes to
+    shared: int = 0  # bytes of shared memory that it declares itself
 
     @property
     def spills(self):
@@ -118,8 +119,8 @@ def kernels(binary, cuobjdump):
     """Name -> Kernel for each kernel of a cubin or object file."""
     usage = subprocess.run([cuobjdump, "-res-usage", str(binary)], check=True, capture_output=True, text=True)
     found = {
-        name: Kernel(name, int(reg), int(stack), int(local))
-        for name, reg, stack, _, local in _USAGE.findall(usage.stdout + usage.stderr)
+        name: Kernel(name, int(reg), int(stack), int(local), shared=int(shared))
+        for name, reg, stack, shared, local in _USAGE.findall(usage.stdout + usage.stderr)
     }
     parts = _FUNCTION.split(
         subprocess.run([cuobjdump, "-sass", str(binary)], check=True, capture_output=True, text=True).stdout

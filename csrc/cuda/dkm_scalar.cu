@@ -29,8 +29,8 @@ void sum(const Queue& queue, const List& list, const Clusters& clusters, const P
     const SumPlan<Op, MergeOp, A> plan(most, shared_limit(queue), outside > 0);
     const Rooms rooms = make_tables<Op, A>(queue, list, clusters, pass, list.chunks * Scratch::bytes(numbers),
                                            plan.tables, outside, plan.tables_outside);
-    auto kernel = dkm_sums_kernel<Op, false, T>;
-    if constexpr (kOutside) kernel = plan.far ? dkm_sums_kernel<Op, true, T> : kernel;
+    auto kernel = plan.shape.own ? dkm_sums_kernel<Op, true, false, T> : dkm_sums_kernel<Op, false, false, T>;
+    if constexpr (kOutside) kernel = plan.far ? dkm_sums_kernel<Op, false, true, T> : kernel;
     launch(queue, kernel, list.chunks, 32 * plan.shape.warps, plan.sums, list, clusters, pass, plan.shape, numbers,
            rooms);
     const int slices = slices_of(numbers);

@@ -5,25 +5,29 @@
 
 namespace r2::cuda {
 
-constexpr size_t kMostBins = 34 * 1024;  // bytes of a warp's
+constexpr size_t kMostBins = 34 * 1024;  // bytes for each warp
 
-// As many copies of the bins as fit, at the least 8, and then fewer bins. The blocks to a multiprocessor are a power of
-// two, as the chunks of a list make whole waves of these (FEWEST_PROGRAMS of r2kernels/lists.py).
+// Own bins for each lane where they fit, else a copy for four lanes of two warps, and then fewer bins. The blocks to a
+// multiprocessor are a power of two, as the chunks of a list make whole waves of these (FEWEST_PROGRAMS of
+// r2kernels/lists.py).
 template <class Op, class A>
 Shape choose(int most, size_t limit, bool far) {
-  Shape shape = {most + 1, 5, 0, 1, 1};
+  Shape shape = {most + 1, true, 0, 0, 0};
   const size_t others = SumsRoom<Op, A>::bytes(most, 0, far), record = sizeof(Numbers<A, Op::kRecord>);
   auto fit = [&](int blocks, int warps) {
-    const size_t bins = (size_t(shape.bins) << shape.copies) * record;
-    return bins <= kMostBins && others + warps * bins <= (limit + kReserved) / blocks - kReserved;
+    const size_t bins = records_of(shape.bins, shape.own, warps) * record;
+    return bins <= warps * kMostBins && others + bins <= (limit + kReserved) / blocks - kReserved;
   };
-  while (shape.copies > 3 && !fit(1, 1)) --shape.copies;
-  while (shape.bins > 32 && !fit(1, 1)) shape.bins = (shape.bins + 1) / 2;
+  shape.own = fit(1, 1);
+  const int least = shape.own ? 1 : 2;
+  while (shape.bins > 32 && !fit(1, least)) shape.bins = (shape.bins + 1) / 2;
   for (int blocks = 4; blocks > 0; blocks /= 2)
-    for (int warps = kWarps; warps > 0; --warps)
-      if (fit(blocks, warps) && blocks * warps > shape.blocks * shape.warps) shape.blocks = blocks, shape.warps = warps;
-  const int copies = 1 << (5 - shape.copies), often = 128 > 8 * shape.bins ? 128 : 8 * shape.bins;
-  shape.flush = often / copies / (sizeof(A) == 8 ? 4 : 8);
+    for (int warps = shape.own ? kMostWarps<true> : kMostWarps<false>; warps > 0; warps -= least)
+      if (fit(blocks, warps) && blocks * warps > shape.blocks * shape.warps && blocks * warps <= 16)
+        shape.blocks = blocks, shape.warps = warps;
+  if (shape.blocks == 0) shape.blocks = 1, shape.warps = least;
+  const int sharing = shape.own ? 1 : 8, often = 128 > 8 * shape.bins ? 128 : 8 * shape.bins;
+  shape.flush = often / sharing / (sizeof(A) == 8 ? 4 : 8);
   return shape;
 }
 
@@ -46,11 +50,11 @@ struct SumPlan {
 
   // limit: bytes of a block, with those that kernels declare
   SumPlan(int most, size_t limit, bool outside)
-      : far(outside && SumsRoom<Op, A>::bytes(most, 32 << 3, false) > limit),
+      : far(outside && SumsRoom<Op, A>::bytes(most, records_of(32, false, 2), false) > limit),
         tables_outside(outside && tables_bytes<Op, A>(most) > limit),
         merge_outside(outside && merge_bytes(most) > limit), shape(choose<Op, A>(most, limit, far)),
         tables(tables_outside ? 0 : tables_bytes<Op, A>(most)),
-        sums(SumsRoom<Op, A>::bytes(most, shape.records(), far)),
+        sums(SumsRoom<Op, A>::bytes(most, records_of(shape.bins, shape.own, shape.warps), far)),
         merge(merge_outside ? 0 : merge_bytes(most) - sizeof(AddingUp)) {}
   static size_t merge_bytes(int most) { return Merge<MergeOp::kGroups>::bytes(most) + sizeof(AddingUp); }
   bool fits(size_t limit) const { return tables <= limit && sums <= limit && merge + sizeof(AddingUp) <= limit; }

@@ -104,8 +104,10 @@ struct Bins {
   int own;                                      // where this lane's copy of the first bin lies in shared memory
   int spare;                                    // and its record behind the bins
   int from, count;
+  int when;  // this warp adds, after so many others; the same in all lanes, as the compiler can see
 
-  __device__ Bins(const Record* all, int count) : from(0), count(count) {
+  __device__ Bins(const Record* all, int count)
+      : from(0), count(count), when(__shfl_sync(~0u, threadIdx.x / 32 % kWarps, 0)) {
     const int lane = threadIdx.x % 32, before = records_of(count, kOwn, threadIdx.x / 32 / kWarps * kWarps),
               first = int(reinterpret_cast<const char*>(all) - shared_memory()) + before * int(sizeof(Record));
     own = first + lane % (1 << kCopies) * int(sizeof(Record));
@@ -161,7 +163,7 @@ struct Bins {
 #pragma unroll 1
     for (int warp = 0; warp < kWarps; ++warp) {
       __syncthreads();
-      if (warp != threadIdx.x / 32 % kWarps) continue;
+      if (warp != when) continue;
 #pragma unroll
       for (int i = 0; i < n; ++i) {
         add(turn[i] == 0 ? place[i] : spare, r[i]);

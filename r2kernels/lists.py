@@ -20,6 +20,7 @@ MOST_STEPS = 16  # steps per GPU program: few partial states for large lists,
 FEWEST_PROGRAMS = 1056  # but first enough programs to fill a GPU (8 for each of 132 multiprocessors)
 ROWS = 16384  # rows per chunk of whole rows on the CPU: sums over K clusters stay few beside them
 FEWEST_ROWS = 1024  # per program of a GPU, a multiple of it
+WAVE = 528  # blocks at once, 4 for each multiprocessor
 SEGMENT = 64  # elements: gradients of a list on a GPU start at multiples of it, so that 128-bit stores are aligned
 # of a tensor in Plan.tensors: rows N, elements, run, first chunk, gradient offset, columns d, the first of them among
 # all columns
@@ -152,11 +153,7 @@ def _plan(numels, runs, d, device, whole, most_steps=MOST_STEPS):
     columns = torch.tensor(d, dtype=torch.int64, device="cpu").expand(len(numels)).contiguous()
     rows = numel // columns
     if whole:
-        chunk = (
-            ROWS
-            if device.type == "cpu"
-            else FEWEST_ROWS * max(-(-int(rows.sum()) // (FEWEST_ROWS * FEWEST_PROGRAMS)), 1)
-        )
+        chunk = ROWS if device.type == "cpu" else _whole_waves(rows)
     else:
         chunk = CHUNK
         if device.type == "cuda":
@@ -165,6 +162,19 @@ def _plan(numels, runs, d, device, whole, most_steps=MOST_STEPS):
     chunks = (1 if whole else columns) * ((rows + chunk - 1) // chunk)
     run = torch.tensor(runs, dtype=torch.int64, device="cpu") if runs else torch.ones_like(numel)
     return _tabled(numel, run, columns, chunks, chunk, d if isinstance(d, int) else 0, device)
+
+
+def _whole_waves(rows):
+    """Rows per chunk of whole rows: of those that make about FEWEST_PROGRAMS chunks or half as many the one that a GPU
+    is done with first, if it takes as long for a wave of WAVE blocks that is not full. (Where 2 blocks or 1 fit on a
+    multiprocessor, waves are halves or quarters.)"""
+    least = max(-(-int(rows.sum()) // (FEWEST_ROWS * FEWEST_PROGRAMS)), 1)
+
+    def time(steps):
+        chunks = int((-(-rows // (FEWEST_ROWS * steps))).sum())
+        return steps * -(-chunks // WAVE)
+
+    return FEWEST_ROWS * min(range(least, 2 * least + 2), key=time)
 
 
 def _tabled(numel, run, columns, chunks, chunk, d, device):

@@ -5,7 +5,10 @@ import re
 
 import pytest
 import sass
+import torch
 from sass import TYPES
+
+from r2kernels import lists
 
 # By interval, where each lane has bins of its own: instructions per weight (float32, 16 bit), float4 additions in bins,
 # arrays read.
@@ -67,6 +70,23 @@ def test_gradient(scalar, dtype):
         kernel.count("MUFU", path=step) == 16 and kernel.count("LDG", path=step) == kernel.count("STG", path=step) == 0
     )
     assert len(step) / 8 <= GRADIENT[size == 2]
+
+
+@pytest.mark.parametrize(
+    ("rows", "chunk", "chunks"),
+    [
+        ([11_678_912], 11 * 1024, 1037),
+        ([2**26], 63 * 1024, 1041),
+        ([1000], 1024, 1),
+        ([50 * 1024 + 1] * 21, 1024, 1071),  # three waves of chunks of 1024 rows, or two of 2048
+        ([48 * 1024 + 1] * 22, 3 * 1024, 374),  # one wave of chunks of 3072 rows, or three of 1024
+        ([3000 * 1024 + 1] * 3, 9 * 1024, 1002),
+    ],
+)
+def test_chunks_make_whole_waves(rows, chunk, chunks):
+    rows = torch.tensor(rows)
+    assert lists._whole_waves(rows) == chunk
+    assert int((-(-rows // chunk)).sum()) == chunks
 
 
 @pytest.mark.parametrize("kind", PAIRS)

@@ -10,14 +10,14 @@ from sass import TYPES
 
 from r2kernels import lists
 
-# By interval, where each lane has bins of its own: instructions per weight (float32, 16 bit), float4 additions in bins,
-# arrays read.
+# By interval: instructions per weight where each lane has bins of its own (float32, 16 bit), and where two warps share
+# them; float4 additions in bins, arrays read.
 SUMS = {
-    "UpdateSums": (40, 40, 1, 1),
-    "UpstreamSums": (44, 45, 1, 2),
-    "RecurSums<false>": (48, 48, 0.5, 1),
-    "RecurSums<true>": (59, 59, 0.5, 2),
-    "JacobianSums": (53, 53, 1.5, 1),
+    "UpdateSums": (36.5, 36.5, 62.5, 1, 1),
+    "UpstreamSums": (40, 41, 66, 1, 2),
+    "RecurSums<false>": (44, 44, 70.5, 0.5, 1),
+    "RecurSums<true>": (53, 54, 80, 0.5, 2),
+    "JacobianSums": (47, 47, 73, 1.5, 1),
 }
 OUTPUT, GRADIENT = (22.5, 23), (38, 39)  # the gradient for each iteration
 # By rows: instructions for a pair of a row and a centroid in the sweep that sums exponentials, d = 1, 2, 4, 8.
@@ -29,12 +29,12 @@ def scalar():
     return sass.compiled("dkm_scalar.cu")
 
 
-def find(kernels, kind, name, dtype):
+def find(kernels, kind, name, dtype, own=True):
     name = re.sub("<(.).*", lambda m: f"ILb{int(m[1] == 't')}E", name)
     found = [
         kernel
         for mangled, kernel in kernels.items()
-        if re.search(rf"dkm_{kind}_kernelI(.*{name}E+(Lb0E)?)?{TYPES[dtype][0]}EEv", mangled)
+        if re.search(rf"dkm_{kind}_kernelI(.*{name}E+(Lb{own:d}ELb0E)?)?{TYPES[dtype][0]}EEv", mangled)
     ]
     assert len(found) == 1
     return found[0]
@@ -44,13 +44,30 @@ def find(kernels, kind, name, dtype):
 @pytest.mark.parametrize("op", SUMS)
 def test_sums(scalar, op, dtype):
     """A weight's bin is read and written in 128 bits, of two numbers in 64, and two weights wait together for it."""
-    *most, additions, arrays = SUMS[op]
+    *most, _, additions, arrays = SUMS[op]
     kernel, size = find(scalar, "sums", op, dtype), TYPES[dtype][1]
     loop = kernel.main_loop()
     assert kernel.count("LDG", "128", loop) == kernel.count("LDG", path=loop) == max(size // 2, 1) * arrays
     assert kernel.count("STS", "128", loop) + kernel.count("STS", "64", loop) / 2 == 8 * additions
     assert kernel.count("MUFU", path=loop) == 16
     assert kernel.per_weight(size, arrays) <= most[size == 2]
+    assert kernel.registers <= 128 and not kernel.spills  # 16 warps
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("op", SUMS)
+def test_sums_of_two_warps(scalar, op, dtype):
+    """Lanes that share bins ask each other first, three times for a weight; all of it without a branch to make sure
+    that the warp is together, and 12 warps are resident."""
+    *_, most, additions, arrays = SUMS[op]
+    kernel = find(scalar, "sums", op, dtype, own=False)
+    loop = kernel.main_loop_through(("STS.128", "STS.64"))
+    assert kernel.count("LDG", path=loop) == max(TYPES[dtype][1] // 2, 1) * arrays
+    assert kernel.count("STS", "128", loop) + kernel.count("STS", "64", loop) / 2 == 8 * additions
+    assert kernel.count("SHFL", path=loop) == 24 and kernel.count("REDUX", path=loop) == 1
+    assert kernel.count("BRA.DIV", path=loop) == 0
+    assert len(loop) / 8 <= most
+    assert kernel.registers <= 168 and not kernel.spills
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -112,8 +112,12 @@ class Kernel:
     def main_loop_through(self, opcodes):
         """The same, of the shortest such loop, where these instructions lie on the way that the shortest way leaves
         out, as no warp passes over them each time."""
-        most = self.count("LDG", "128", self.main_loop())
-        head, *rest = min((path for path in self.loops() if self.count("LDG", "128", path) == most), key=len)
+
+        def work(path):
+            return self.count("LDG", "128", path), self.count("MUFU", path=path)
+
+        most = work(self.main_loop())
+        head, *rest = min((path for path in self.loops() if work(path) == most), key=len)
         found = [i for i in range(head, max(rest)) if self.instructions[i][1].startswith(opcodes)]
         ways = [(self._way(head, i), self._way(i, head)) for i in found]
         return min((there + back for there, back in ways if there and back), key=len)

@@ -295,8 +295,11 @@ void def_cpu(py::module_ m) {
   R2_DEF(look_up);
 #undef R2_DEF
   m.def(
-      "dkm_scratch", [](int most, int d, Metric metric) { return chosen.dkm->scratch(most, d, metric); }, "most"_a,
-      "d"_a, "metric"_a);
+      "dkm_scratch",
+      [](int64_t chunks, int64_t, int most, int d, Metric metric) {
+        return chunks * chosen.dkm->scratch(most, d, metric);
+      },
+      "chunks"_a, "tensors"_a, "most"_a, "d"_a, "metric"_a);
 }
 
 #if defined(R2_WITH_CUDA)
@@ -314,7 +317,7 @@ void def_cuda(py::module_ m) {
 #define R2_DEF(pass) def_pass(m, "dkm_" #pass, &cuda::dkm_##pass)
   R2_PASSES(R2_DEF);
 #undef R2_DEF
-  m.def("dkm_scratch", &cuda::dkm_scratch, "most"_a, "d"_a, "metric"_a);
+  m.def("dkm_scratch", &cuda::dkm_scratch, "chunks"_a, "tensors"_a, "most"_a, "d"_a, "metric"_a);
   m.def("rank_scratch", &cuda::rank_scratch, "count"_a);
 }
 #endif

@@ -102,7 +102,7 @@ struct Pass {
   const void *old, *fresh, *upstream, *moments;
   int steps;
   const int64_t* grads;  // addresses of dL/dW_hat, lying as the weights do, or null
-  void* scratch;         // as many bytes for each chunk as dkm_scratch says
+  void* scratch;         // as many bytes as dkm_scratch says
   void* kept;            // what `upstream` leaves for `recur`: (count, most + 1, 4) float64
   void *out, *out_moments;
   void* target;           // addresses of W_hat, of dL/dW or of codes

@@ -20,6 +20,7 @@ MOST_STEPS = 16  # steps per GPU program: few partial states for large lists,
 FEWEST_PROGRAMS = 1056  # but first enough programs to fill a GPU (8 for each of 132 multiprocessors)
 ROWS = 16384  # rows per chunk of whole rows on the CPU: sums over K clusters stay few beside them
 FEWEST_ROWS = 1024  # per program of a GPU, a multiple of it
+WAVE = 528  # blocks at once, 4 for each multiprocessor
 # of a tensor in Plan.tensors: rows N, elements, run, first chunk, columns d, the first of them among all columns
 FIELDS = 6
 COUNTERS = 64  # the fewest that are kept
@@ -152,7 +153,7 @@ def _plan(numels, runs, d, device, whole, most_steps=MOST_STEPS):
     if whole and not on_gpu(device):
         chunk = ROWS
     elif whole:
-        chunk = FEWEST_ROWS * max(-(-sum(rows) // (FEWEST_ROWS * FEWEST_PROGRAMS)), 1)
+        chunk = _whole_waves(rows)
     elif on_gpu(device):
         steps = sum([n * c for n, c in zip(rows, columns, strict=True)]) // (BLOCK * FEWEST_PROGRAMS)
         chunk = BLOCK * min(max(steps, 1), most_steps)
@@ -161,6 +162,18 @@ def _plan(numels, runs, d, device, whole, most_steps=MOST_STEPS):
     chunks = [(1 if whole else c) * -(-n // chunk) for n, c in zip(rows, columns, strict=True)]
     tensors = list(zip(rows, numels, runs or (1,) * len(numels), columns, strict=True))
     return _tabled(tensors, chunks, chunk, d if isinstance(d, int) else 0, device)
+
+
+def _whole_waves(rows):
+    """Rows per chunk of whole rows: of those that make about FEWEST_PROGRAMS chunks, or half as many, the fewest for
+    which a GPU takes at most 5% longer than for the best, where a wave of WAVE blocks takes as long if it is not full.
+    (Where 2 blocks or 1 fit on a multiprocessor, waves are halves or quarters.)"""
+    least = max(-(-sum(rows) // (FEWEST_ROWS * FEWEST_PROGRAMS)), 1)
+    times = {
+        steps: steps * -(-sum([-(-n // (FEWEST_ROWS * steps)) for n in rows]) // WAVE)
+        for steps in range(least, 2 * least + 2, max(least // 64, 1))
+    }
+    return FEWEST_ROWS * next(steps for steps, time in times.items() if time <= 1.05 * min(times.values()))
 
 
 def _tabled(tensors, chunks, chunk, d, device):

@@ -56,13 +56,7 @@ LAW = {
     # what a user calls
     "functional": {"functional.*"},
     "functional.differentiable": {"reference.checks"},
-    "functional.loss": {
-        "contract",
-        "functional.differentiable",
-        "ops",
-        "reference.checks",
-        "reference.parameters",
-    },
+    "functional.loss": {"contract", "functional.differentiable", "ops", "reference.checks", "reference.parameters"},
     "functional.range_losses": {"functional.differentiable", "functional.loss", "ops", "reference.parameters"},
     "functional.regularizers": {
         "contract",

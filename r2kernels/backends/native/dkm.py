@@ -63,8 +63,14 @@ class NativeDKM:
     ):
         native, most, room = self.native, old.shape[-2], None
         if scratch:
-            size = native.library.dkm_scratch(most=most, d=self.geometry[0], metric=self.metric)
-            room = torch.empty(self.plan.chunks * size, dtype=torch.uint8, device=self.device)
+            size = native.library.dkm_scratch(
+                chunks=self.plan.chunks,
+                tensors=self.plan.count * steps,
+                most=most,
+                d=self.geometry[0],
+                metric=self.metric,
+            )
+            room = torch.empty(size, dtype=torch.uint8, device=self.device)
         old, fresh, upstream, moments = [None if t is None else t.contiguous() for t in (old, fresh, upstream, moments)]
         clusters = native.structs.Clusters(
             size=self.sizes.data_ptr(), tau=pointer(self.tau), most=most, metric=self.metric
@@ -100,7 +106,7 @@ class NativeDKM:
     def _map(self, name, *args, **options):
         made = lists.empty_gradients(self.weights, *self.geometry)
         (target,) = self.native.tables(made)
-        self._run(name, *args, **options, target=target)
+        self._run(name, *args, **options, target=target, scratch=self.native.on_gpu)
         return made
 
     def update(self, c, new=None, moments=None):

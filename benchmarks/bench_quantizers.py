@@ -57,15 +57,14 @@ def measured(case, deadline, seconds):
             rows[name]["absent"] = rows[name]["wrong"] = f"not timed, its numbers are wrong: {reason}"
             del found[name]
     inputs = Inputs(case)
+    synchronize = torch.cuda.synchronize if case.device == "cuda" else lambda: None
     for name in [name for name in found if name not in ("cpu", "triton", "cuda")]:
         try:
-            sample(found[name], [inputs], 1, lambda: None)
+            sample(found[name], [inputs], 1, synchronize)
         except Exception as error:  # another's failure fails nothing of ours
             rows[name]["absent"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             del found[name]
-    timed = interleave(
-        found, [inputs], seconds, torch.cuda.synchronize if case.device == "cuda" else lambda: None, settle=True
-    )
+    timed = interleave(found, [inputs], seconds, synchronize, settle=True)
     for name, (samples, calls) in timed.items():
         quartiles = statistics.quantiles(samples, n=4)
         median = statistics.median(samples)

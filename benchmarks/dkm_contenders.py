@@ -177,7 +177,7 @@ def _eager_assign(inputs):
 def _sklearn(inputs):
     from sklearn.cluster import KMeans
 
-    rows = reference.columns(inputs.weights[0].detach(), inputs.case.d).t()
+    rows = reference.columns(inputs.weights[0].detach(), inputs.case.d).t().cpu()
     return torch.from_numpy(KMeans(inputs.case.clusters, n_init=1, random_state=0).fit(rows.numpy()).cluster_centers_)
 
 

@@ -1,161 +1,135 @@
-"""What `make gpu-check` runs after the build: the tests on CUDA tensors, then the benchmarks, each within its own time.
+"""What there is to know of a GPU in half an hour, in stages that each fit into nine minutes.
 
-    python benchmarks/gpu_check.py [--seconds 420] [--results FOLDER]
+    python benchmarks/gpu_check.py STAGE [--results FOLDER] [--seconds N] [--device cuda]
 
-Needs no network. Writes gpu-check.log and gpu-check.json into benchmarks/results as it goes. Exit code 0 where all
-that could run has passed. A package that is absent is named, and what needs it is left out.
+    smoke    builds; every op, dtype and alignment against float64; compute-sanitizer
+    tests    each file of tests that takes CUDA tensors
+    graphs   CUDA graphs, torch.compile(mode="reduce-overhead"), streams, 200 repetitions, more than 2^31 numbers
+    kernels  device time of every kernel beside a copy and a read; ncu
+    bench    the benchmarks beside eager PyTorch, torch.compile and others
+    all      these in this order, as far as the time goes
+
+Every family is a process of its own with its own time; one that crashes, hangs or prints without end stops no other.
+Writes STAGE.json, gpu-check.txt and gpu-check.tar.gz into the folder as it goes. Fetches nothing; says which packages
+and tools are absent, and what is left out for it. Exit code 0 where all has passed. `--device cpu` rehearses every
+stage in seconds.
 """
 
 import argparse
-import contextlib
-import importlib.util
-import json
+import concurrent.futures
+import importlib
 import os
-import platform
 import signal
-import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
-ROOT = Path(__file__).parents[1]
-NEEDED = {"torch": "everything", "pytest": "the tests and the benchmarks"}
-WANTED = {
-    "triton": "the Triton backend",
-    "pytest_benchmark": "pytest-benchmark's own report (the tables are written without it)",
-    "hypothesis": "the property tests",
-    "matplotlib": "the figure, and the tests of --plot",
-    "rich": "the tests of the command line",
-    "safetensors": "the tests of .safetensors",
-    "sklearn": "the demo and its tests",
-}
-GRACE = 10  # seconds between asking a step to stop and killing it
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from gpu import machine, processes  # noqa: E402
+from gpu.book import Book, failures, line  # noqa: E402
+
+STAGES = ("smoke", "tests", "graphs", "kernels", "bench")
+SECONDS = 540  # of a stage
+ENOUGH = 15  # seconds: with less left no further task is begun
 
 
-def steps(results):
-    """(name, command, part of the time left that it may take): the tests get at most half, the benchmarks share the
-    rest."""
-    python = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
-    yield "tests", [*python, "tests", "--device", "cuda", "-q", "--continue-on-collection-errors"], 1 / 2
-    options = ["--bench-device", "cuda", "--bench-results", str(results), "--bench-case-seconds", "1"]
-    if importlib.util.find_spec("pytest_benchmark"):
-        options.append("--benchmark-quiet")
-    for name, part in (("bench_range_losses", 1 / 2), ("bench_dkm", 1 / 2), ("bench_quantizers", 1)):
-        yield name, [*python, f"benchmarks/{name}.py", "-q", *options], part
+class Plan(NamedTuple):
+    """What the stages need to know."""
+
+    device: str
+    extra: Path  # where benchmarks write
+    backends: tuple = ()
+    tools: dict = {}
+    absent: dict = {}
 
 
-def run(name, command, seconds, log):
-    """One step; what it prints goes to the log. Its processes are stopped when the time is up."""
-    start = time.monotonic()
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-    )
-    stopped = False
-    try:
-        code = process.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        stopped, code = True, stop(process)
-    except BaseException:
-        stop(process)
-        raise
-    state = "stopped: its time was up" if stopped else "passed" if code == 0 else f"failed (exit code {code})"
-    return {
-        "step": name,
-        "state": state,
-        "seconds": round(time.monotonic() - start, 1),
-        "allowed": round(seconds, 1),
-        "command": " ".join(command[1:]),
-    }
+def run_batch(tasks, book, deadline, workers, say):
+    """Those that the time still allows, side by side; what has ended is written at once."""
+
+    def one(task):
+        left = deadline - time.monotonic()
+        outcome = processes.run(task, min(task.seconds, left if left >= ENOUGH else 0))
+        book.add(outcome)
+        say("\n".join([line(outcome), *([] if outcome["state"] == "passed" else failures(outcome)[:8])]))
+
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        try:
+            for future in [pool.submit(one, task) for task in tasks]:
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            processes.kill_all()
+            raise
 
 
-def stop(process):
-    """Interrupts the step, so that it writes what it has, then kills what is left of it."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGINT)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        return process.wait(timeout=GRACE)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    return process.wait()
+def prepared(plan, book, deadline, say):
+    """(the plan with the backends that are usable, what every stage's results begin with)"""
+    for tasks in machine.batches(plan, book.tasks):
+        run_batch(tasks, book, deadline, 1, say)
+    rows = book.tasks[-1]["rows"]
+    header = rows[0].get("header", {}) if rows else {}
+    ours = ("triton", "cuda") if plan.device == "cuda" else ("cpu",)
+    found = header.get("backends", dict.fromkeys(ours))  # where even that failed, let each say so itself
+    return plan._replace(backends=tuple(name for name in ours if found[name] is None)), header
 
 
-def machine():
-    """What the check ran on; raises where torch or its GPU is missing."""
-    sys.path.insert(0, str(ROOT))
-    import torch
-
-    found = {"python": platform.python_version(), "torch": torch.__version__, "gpu": torch.cuda.get_device_name(0)}
-    with contextlib.suppress(ImportError):
-        import triton
-
-        found["triton"] = triton.__version__
-    import r2kernels
-
-    return {
-        **found,
-        "r2kernels": r2kernels.__version__,
-        "backends": {name: reason or "usable" for name, reason in r2kernels.backends().items()},
-    }
-
-
-def check(results, seconds, say=print):
-    """Runs the steps; the summary, written after each of them."""
-    results.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + seconds
-    absent = {
-        package: use for package, use in {**NEEDED, **WANTED}.items() if importlib.util.find_spec(package) is None
-    }
-    summary = {"machine": {}, "absent packages": absent, "steps": []}
-
-    def save():
-        part = results / "gpu-check.json.part"
-        part.write_text(json.dumps(summary, indent=1))
-        part.replace(results / "gpu-check.json")
-
-    for package, use in absent.items():
-        say(f"gpu-check: {package} is not installed; left out: {use}")
-    save()
-    if missing := [package for package in NEEDED if package in absent]:
-        say(f"gpu-check: nothing can run without {' and '.join(missing)}")
-        return summary
-    try:
-        summary["machine"] = machine()
-    except (RuntimeError, AssertionError, ImportError, OSError) as error:
-        summary["steps"].append({"step": "machine", "state": f"failed ({type(error).__name__}: {error})"})
-        save()
-        say(f"gpu-check: {error}")
-        return summary
-    say(f"gpu-check: {summary['machine']}")
-    with (results / "gpu-check.log").open("w+") as log:
-        for name, command, part in steps(results):
-            allowed = part * (deadline - time.monotonic() - GRACE)
-            if name != "tests":
-                # a case under way, and the figure, take a while
-                command = [*command, "--bench-seconds", f"{max(allowed - 45, 1):.0f}"]
-            say(f"gpu-check: {name}, at most {allowed:.0f} s")
-            at = log.seek(0, os.SEEK_END)
-            summary["steps"].append({"step": name, "state": "running"})
-            save()
-            summary["steps"][-1] = run(name, command, max(allowed, 1), log)
-            save()
-            log.seek(at)
-            say("".join(log.readlines()[-60:]))
-    for step in summary["steps"]:
-        say(f"gpu-check: {step['step']} {step['state']} after {step['seconds']} s of {step['allowed']}")
-    return summary
+def run_stage(stage, plan, about, folder, deadline, earlier, say):
+    """The outcomes of a stage's tasks; `earlier` are those of the build."""
+    module = importlib.import_module(f"gpu.{stage}")
+    book = Book(folder, stage, module.table, about, plan.extra)
+    for outcome in earlier:
+        book.add(outcome)
+    for name in ("triton", "cuda") if plan.device == "cuda" else ():
+        if name not in plan.backends:
+            say(f"gpu-check: backend {name} is not usable: {about.get('backends', {}).get(name)}")
+    for tasks in module.batches(plan, book.tasks):
+        run_batch(tasks, book, deadline, module.WORKERS if plan.device == "cuda" else 2, say)
+    return book.tasks
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description="The tests on CUDA tensors, then the benchmarks, within a time budget."
-    )
-    parser.add_argument("--seconds", type=float, default=420, help="for both together (default 420)")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", metavar="FOLDER")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=(*STAGES, "all"))
+    parser.add_argument("--results", type=Path, default=ROOT / "build" / "gpu-check", metavar="FOLDER")
+    parser.add_argument("--seconds", type=float, help=f"for all that is run (default {SECONDS} for each stage)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     args = parser.parse_args(argv)
-    done = check(args.results.resolve(), args.seconds)["steps"]
-    return 0 if done and all(step["state"] == "passed" for step in done) else 1
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    folder, stages = args.results.resolve(), STAGES if args.stage == "all" else (args.stage,)
+    folder.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + (args.seconds or SECONDS * len(stages))
+
+    def say(text):
+        print(text, flush=True)
+
+    tools = {name: machine.tool(name) for name in machine.TOOLS}
+    absent = machine.absent()
+    for name, use in absent.items():
+        say(f"gpu-check: {name} is not installed; left out: {use}")
+    for name, use in machine.TOOLS.items():
+        if tools[name] is None:
+            say(f"gpu-check: {name} was not found: {use}")
+    if "torch" in absent:
+        return 1
+    about = {"absent packages": absent, "tools": tools}
+    plan = Plan(args.device, Path(tempfile.mkdtemp(prefix="gpu-check-")), tools=tools, absent=absent)
+    first = Book(folder, stages[0], lambda tasks: "", about, plan.extra)
+    plan, header = prepared(plan, first, deadline, say)
+    about |= header
+    outcomes = []
+    for i, stage in enumerate(stages):
+        until = min(deadline, time.monotonic() + SECONDS)
+        say(f"gpu-check: {stage}, at most {until - time.monotonic():.0f} s")
+        outcomes += run_stage(stage, plan, about, folder, until, first.tasks if i == 0 else (), say)
+    passed = sum(outcome["state"] == "passed" for outcome in outcomes)
+    say(f"gpu-check: {passed} of {len(outcomes)} tasks passed; {folder / 'gpu-check.txt'}")
+    return 0 if passed == len(outcomes) else 1
 
 
 if __name__ == "__main__":
+    os.chdir(ROOT)
     sys.exit(main())

@@ -6,13 +6,17 @@ Needs nvcc and Triton, but no GPU.
 
 The hot loop of a kernel is the way once round the loop with the most 128-bit loads. It says how many bytes,
 instructions, results of the special-function unit (MUFU: exponentials, reciprocals) and wavefronts of shared memory
-each weight costs. The predicted time is that of the dearest of them, as if the others were hidden behind it: a floor,
-which launches, the last wave of blocks and waiting add to. Shared memory is counted without bank conflicts.
+each weight costs, and how long a warp takes that has a scheduler to itself: instructions issue in order, one a cycle,
+each when what it reads is there. The resident warps, by registers and by shared memory, go round the loop at once; if
+they are too few to fill the units meanwhile, their latency decides. Of two warps that share bins, each waits while the
+other adds. The predicted time is that of the dearest of all these, as if the others were hidden behind it: a floor,
+which launches, the last wave of blocks, queues and bank conflicts of shared memory add to.
 """
 
 import argparse
 import datetime
 import json
+import math
 import re
 import subprocess
 import sys
@@ -32,6 +36,25 @@ SIZES = {"float": 4, "__nv_bfloat16": 2, "fp32": 4, "bf16": 2}
 NAMES = {"float": "float32", "__nv_bfloat16": "bfloat16", "fp32": "float32", "bf16": "bfloat16"}
 TWO_ARRAYS = ("Upstream", "Recur<true>", "gradient", "adding")
 ITERATIONS = 5
+CLUSTERS = (16, 64, 256)
+SHARED = 227  # KB of a block
+TURN = 60  # cycles that a later turn at a bin takes
+# prints Shape.own and warps to a multiprocessor for each pass over scalars that sums, and number of clusters
+SHAPES = """
+#include <cstdio>
+#include "dkm_shared.cuh"
+using namespace r2::cuda;
+template <class Op> void put(const char* op, int most) {
+  const Shape shape = choose<Op, float>(most, %d * 1024 - kReserved, false);
+  printf("%%s,%%d,%%d,%%d\\n", op, most, int(shape.own), shape.warps * shape.blocks);
+}
+int main() {
+  for (int most : {%s})
+    put<UpdateSums>("UpdateSums", most), put<UpstreamSums>("UpstreamSums", most),
+        put<RecurSums<false>>("RecurSums<false>", most), put<RecurSums<true>>("RecurSums<true>", most),
+        put<JacobianSums>("JacobianSums", most);
+}
+"""
 
 
 def wavefronts(kernel, loop):
@@ -41,6 +64,7 @@ def wavefronts(kernel, loop):
         opcode = kernel.instructions[i][1]
         if opcode.startswith(("LDS", "STS")):
             total += 4 if "128" in opcode else 2 if "64" in opcode else 1
+        total += opcode.startswith("SHFL")
     return total
 
 
@@ -58,14 +82,18 @@ def accessed(kernel, loop, prefix):
     return found
 
 
-def row(backend, op, dtype, kernel, loop, arrays):
-    """The cost of a weight, or None where the loop does not stream in 128-bit loads."""
+def row(backend, op, dtype, kernel, loop, arrays, warps=64, turns=0):
+    """The cost of a weight, or None where the loop does not stream in 128-bit loads. warps: to a multiprocessor, if
+    registers allow. turns: later ones that a warp takes for each number of a thread."""
     read = kernel.count("LDG", "128", loop) * 16
     weights = read // SIZES[dtype] // arrays
     if not weights:
         return None
+    import sass
+
     written = accessed(kernel, loop, "STG")
-    warps = min(65536 // (-(-kernel.registers // 8) * 8 * 32), 64)
+    warps = min(warps, 65536 // (-(-kernel.registers // 8) * 8 * 32))
+    *times, lap = sass.alone(kernel, loop)
     return {
         "backend": backend,
         "op": op,
@@ -77,12 +105,50 @@ def row(backend, op, dtype, kernel, loop, arrays):
         "mufu": kernel.count("MUFU", "", loop) / weights,
         "shared": wavefronts(kernel, loop) / weights / 32,
         "in flight": warps * 32 * read / 1024,
+        "warps": warps,
+        "latency": (lap + waiting(kernel, loop, times) + 2 * turns * weights * TURN) / (warps * 32 * weights),
     }
+
+
+def waiting(kernel, loop, times):
+    """Cycles in which the other warp adds, where two share bins: from the barrier to the last addition."""
+    opcodes = [kernel.instructions[i][1] for i in loop]
+    begun = [at for at, opcode in zip(times, opcodes, strict=True) if opcode.startswith("BAR")]
+    added = [at for at, opcode in zip(times, opcodes, strict=True) if opcode.startswith(("STS.128", "STS.64"))]
+    return added[-1] - begun[0] if begun and added else 0
+
+
+def shapes():
+    """(op, clusters) -> (whether each lane has its own bins, warps to a multiprocessor), as the launcher chooses."""
+    import sass
+
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "shapes"
+        source = program.with_suffix(".cu")
+        source.write_text(SHAPES % (SHARED, ", ".join(map(str, CLUSTERS))))
+        compiler = [sass.find_nvcc(), "-std=c++17", "-arch=sm_90", "-I", sass.SOURCES]
+        subprocess.run([*compiler, "-o", program, source], check=True)
+        lines = subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines()
+    table = [line.split(",") for line in lines]
+    return {(op, int(most)): (own == "1", int(warps)) for op, most, own, warps in table}
+
+
+def sums_rows(signature, dtype, kernel, chosen):
+    """A pass that sums by interval, for the numbers of clusters for which it runs in this kernel."""
+    op, own, far = re.search(r"dkm_sums_kernel<(.*?), (true|false), (true|false)", signature).groups()
+    for (name, clusters), (is_own, warps) in chosen.items():
+        if name != op or far == "true" or is_own != (own == "true"):
+            continue
+        label, loop = f"dkm {op.replace('Sums', '')}, K = {clusters}", kernel.main_loop_through(("STS.128", "STS.64"))
+        turns = 0 if is_own else 1 - math.exp(-48 / clusters)  # 48 pairs of lanes, weights in all intervals alike
+        arrays = 2 if any(mark in label for mark in TWO_ARRAYS) else 1
+        yield row("cuda", label, dtype, kernel, loop, arrays, warps, turns)
 
 
 def cuda_rows():
     import sass
 
+    chosen = shapes()
     for source in sorted(sass.SOURCES.glob("*.cu")):
         kernels = sass.compiled(source.name)
         names = subprocess.run(
@@ -94,8 +160,13 @@ def cuda_rows():
             )
             dtype = next((d for d in ("__nv_bfloat16", "float") if re.search(rf"[<, ]{d}[,>]", signature)), None)
             if (
-                dtype is None or "__half" in signature or "merge" in signature or "terms" in signature
+                dtype is None
+                or "__half" in signature
+                or re.search("merge|terms|tables|gradient_kernel<false", signature)
             ):  # a set of terms costs what they cost
+                continue
+            if "dkm_sums" in signature:
+                yield from sums_rows(signature, dtype, kernel, chosen)
                 continue
             op = label(signature)
             if "dkm_gradient_kernel<true" in signature:
@@ -126,6 +197,9 @@ def label(signature):
 
 def gradient_row(op, dtype, kernel):
     """All iterations in registers: w and g are read and dL/dW written once."""
+    import sass
+
+    warps = 65536 // (-(-kernel.registers // 8) * 8 * 32) // 4 * 4  # blocks of 4
     step = max(kernel.loops(), key=lambda path: kernel.count("MUFU", path=path))
     size, weights = SIZES[dtype], kernel.count("MUFU", "", step) / 2  # an exponential and a reciprocal each
     return {
@@ -139,6 +213,8 @@ def gradient_row(op, dtype, kernel):
         "mufu": 2 * ITERATIONS,
         "in flight": None,
         "shared": ITERATIONS * wavefronts(kernel, step) / weights / 32,
+        "warps": warps,
+        "latency": ITERATIONS * sass.alone(kernel, step)[-1] / (warps * 32 * weights),
     }
 
 
@@ -212,6 +288,7 @@ def predicted(found, weights):
         "instructions": found["instructions"] * weights / (SMS * LANES * CLOCK),
         "MUFU": found["mufu"] * weights / (SMS * MUFU * CLOCK),
         "shared memory": found["shared"] * weights / (SMS * CLOCK),
+        "latency": found["latency"] * weights / (SMS * CLOCK),
     }
     limit = max(seconds, key=seconds.get)
     return 1e6 * seconds[limit], limit, seconds["memory"] / seconds[limit]
@@ -232,9 +309,9 @@ def markdown(data):
         "  what lies behind a branch is not counted, so BinReg forward lacks its bins: about 6 instructions and 0.12 "
         "wavefronts",
         "",
-        "| backend | pass | dtype | registers | KB in flight | bytes | instructions | MUFU | shared wavefronts | limit "
-        "| of bandwidth | " + " | ".join(f"µs, {name}" for name in WEIGHTS) + " |",
-        "|---|---|---|---:|---:|---:|---:|---:|---:|---|---:|" + "---:|" * len(WEIGHTS),
+        "| backend | pass | dtype | registers | warps | KB in flight | bytes | instructions | MUFU | shared wavefronts "
+        "| limit | of bandwidth | " + " | ".join(f"µs, {name}" for name in WEIGHTS) + " |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---|---:|" + "---:|" * len(WEIGHTS),
     ]
     for found in data["rows"]:
         times = [predicted(found, weights) for weights in WEIGHTS.values()]
@@ -250,6 +327,7 @@ def markdown(data):
             found["op"],
             found["dtype"],
             f"{found['registers']}{' (spills)' if found['spills'] else ''}",
+            str(found["warps"]),
             flight,
             *numbers,
             times[0][1],

@@ -1,10 +1,12 @@
 """The tables of README.md, from the files in benchmarks/results.
 
     python benchmarks/readme_table.py               writes them between their markers in README.md
+    python benchmarks/readme_table.py --of FOLDER   prints the table of times from the results in another folder
 
 tests/test_readme.py holds README.md to what is written here.
 """
 
+import argparse
 import json
 import statistics
 from pathlib import Path
@@ -13,12 +15,15 @@ from report import number, replace
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
-RANGE, DKM, QUANTIZERS = (f"{family}amd-epyc-2-cores-2026-11-21" for family in ("", "dkm-", "quantizers-"))
+RESULTS = HERE / "results"
+CPU = "amd-epyc-2-cores-2026-11-21"
+RANGE, DKM, QUANTIZERS = "", "dkm-", "quantizers-"  # what the names of their files begin with
 BOTH, ONE = "forward + backward", "one tensor 11.7M"
 SCALARS = "forward + backward, T = 5, scalars, euclidean"
 PEERS = ("eager", "torch.compile", "coremltools")
+HEAD = ("r2kernels", "eager PyTorch", "torch.compile", "coremltools")
 
-# (what is shown, file, what its rows have in common)
+# (what is shown, family, what its rows have in common)
 ROWS = (
     ("`soft_min_max`, ResNet-18", RANGE, {"op": "soft_min_max", "table": "ResNet-18", "work": BOTH}),
     ("the same, `accumulate_grad_`", RANGE, {"op": "soft_min_max", "table": "ResNet-18", "work": "accumulate_grad_"}),
@@ -46,23 +51,42 @@ CELLS = {
 }
 
 
-def read(name):
-    return json.loads((HERE / "results" / f"{name}.json").read_text())
+def read(name, folder=RESULTS):
+    return json.loads((folder / f"{name}.json").read_text())
 
 
 def measured():
     """Times of each family, those of others with how many times longer they took."""
-    lines = [("call", "r2kernels", "eager PyTorch", "torch.compile", "coremltools", "on a GPU")]
-    lines.append(["---"] + ["---:"] * 4 + ["---"])
-    for label, name, common in ROWS:
-        rows = [row for row in read(name)["rows"] if common.items() <= row.items() and "absent" not in row]
-        ours = next(row for row in rows if row["default"])
-        cells = [number(ours["median_ms"]) + " ms"]
-        for peer in PEERS:
-            row = next((row for row in rows if row["contender"] == peer), None)
-            cells.append(f"{number(row['median_ms'])} ms ({number(times(ours, row))}x)" if row else "")
-        lines.append((label, *cells, "not yet measured"))
+    lines = [("call", *HEAD, "on a GPU"), ["---"] + ["---:"] * 4 + ["---"]]
+    for label, family, common in ROWS:
+        lines.append((label, *cells(read(family + CPU)["rows"], common), "not yet measured"))
     return table(lines)
+
+
+def measured_in(folder):
+    """The same of the results in a folder, whatever machine they are of; without the rows that were not reached."""
+    lines = [("call", *HEAD), ["---"] + ["---:"] * 4]
+    found = {path.name: read(path.stem, folder).get("rows", ()) for path in folder.glob("*.json")}
+    for label, family, common in ROWS:
+        rows = [row for name, rows in found.items() if family_of(name) == family for row in rows]
+        if any(common.items() <= row.items() and row.get("default") for row in rows):
+            lines.append((label, *cells(rows, common)))
+    return table(lines)
+
+
+def family_of(name):
+    return next((family for family in (DKM, QUANTIZERS) if name.startswith(family)), RANGE)
+
+
+def cells(rows, common):
+    """A call's time by r2kernels and by its peers."""
+    rows = [row for row in rows if common.items() <= row.items() and "absent" not in row]
+    ours = next(row for row in rows if row["default"])
+    found = [number(ours["median_ms"]) + " ms"]
+    for peer in PEERS:
+        row = next((row for row in rows if row["contender"] == peer), None)
+        found.append(f"{number(row['median_ms'])} ms ({number(times(ours, row))}x)" if row else "")
+    return found
 
 
 def times(ours, row):
@@ -101,5 +125,15 @@ def filled(text):
     return insert(insert(text, "accuracy", accuracy()), "measured", measured())
 
 
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--of", type=Path, metavar="FOLDER")
+    args = parser.parse_args()
+    if args.of:
+        print(measured_in(args.of))
+    else:
+        replace(README, filled(README.read_text()))
+
+
 if __name__ == "__main__":
-    replace(README, filled(README.read_text()))
+    main()

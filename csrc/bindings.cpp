@@ -87,9 +87,9 @@ constexpr auto fields_of<Values> =
 template <>
 constexpr auto fields_of<Quantizer> = std::make_tuple(
     R2_FIELD(Quantizer, first), R2_FIELD(Quantizer, second), R2_FIELD(Quantizer, third), R2_FIELD(Quantizer, bits),
-    R2_FIELD(Quantizer, low), R2_FIELD(Quantizer, high), R2_FIELD(Quantizer, flag), R2_FIELD(Quantizer, grads),
-    R2_FIELD(Quantizer, partial), R2_FIELD(Quantizer, target), R2_FIELD(Quantizer, first_gradient),
-    R2_FIELD(Quantizer, second_gradient));
+    R2_FIELD(Quantizer, low), R2_FIELD(Quantizer, high), R2_FIELD(Quantizer, flag), R2_FIELD(Quantizer, sized),
+    R2_FIELD(Quantizer, grads), R2_FIELD(Quantizer, partial), R2_FIELD(Quantizer, target),
+    R2_FIELD(Quantizer, first_gradient), R2_FIELD(Quantizer, second_gradient));
 template <>
 constexpr auto fields_of<codes::Groups> =
     std::make_tuple(R2_FIELD(codes::Groups, rows), R2_FIELD(codes::Groups, each), R2_FIELD(codes::Groups, bits));
@@ -135,7 +135,7 @@ py::dict contract() {
                  "bin_reg"_a = int(Term::bin_reg), "msqe"_a = int(Term::msqe), "partial_l2"_a = int(Term::partial_l2));
   return py::dict("saved"_a = numbers, "terms"_a = terms, "statistics"_a = kStatistics,
                   "fields"_a = int(sizeof(Tensor) / sizeof(int64_t)), "state"_a = kState,
-                  "quantizer_sums"_a = kQuantizerSums, "half_values"_a = kHalfValues);
+                  "quantizer_sums"_a = kQuantizerSums, "floor"_a = kFloor, "half_values"_a = kHalfValues);
 }
 
 struct InstructionSet {
@@ -259,7 +259,9 @@ void def_terms(py::module_& m, const char* name, Run run) {
   def(def_op, Quantizer, quantizers, pact_fwd);          \
   def(def_op, Quantizer, quantizers, pact_bwd);          \
   def(def_op, Quantizer, quantizers, dorefa_fwd);        \
-  def(def_op, Quantizer, quantizers, dorefa_bwd)
+  def(def_op, Quantizer, quantizers, dorefa_bwd);        \
+  def(def_op, Quantizer, quantizers, rescale_fwd);       \
+  def(def_op, Quantizer, quantizers, rescale_bwd)
 #define R2_PASSES(def) \
   def(update);         \
   def(output);         \
@@ -293,8 +295,11 @@ void def_cpu(py::module_ m) {
   R2_DEF(look_up);
 #undef R2_DEF
   m.def(
-      "dkm_scratch", [](int most, int d, Metric metric) { return chosen.dkm->scratch(most, d, metric); }, "most"_a,
-      "d"_a, "metric"_a);
+      "dkm_scratch",
+      [](int64_t chunks, int64_t, int most, int d, Metric metric) {
+        return chunks * chosen.dkm->scratch(most, d, metric);
+      },
+      "chunks"_a, "tensors"_a, "most"_a, "d"_a, "metric"_a);
 }
 
 #if defined(R2_WITH_CUDA)
@@ -312,7 +317,7 @@ void def_cuda(py::module_ m) {
 #define R2_DEF(pass) def_pass(m, "dkm_" #pass, &cuda::dkm_##pass)
   R2_PASSES(R2_DEF);
 #undef R2_DEF
-  m.def("dkm_scratch", &cuda::dkm_scratch, "most"_a, "d"_a, "metric"_a);
+  m.def("dkm_scratch", &cuda::dkm_scratch, "chunks"_a, "tensors"_a, "most"_a, "d"_a, "metric"_a);
   m.def("rank_scratch", &cuda::rank_scratch, "count"_a);
 }
 #endif

@@ -10,6 +10,7 @@ enum class Dtype : int { f64, f32, bf16, f16 };
 
 constexpr int kState = 8;             // numbers in a chunk's partial state
 constexpr int kStatistics = 6;        // of weight_stats: min, max, mean, unbiased std, kurtosis, max|w|
+constexpr double kFloor = 1e-8;       // below sizes that a quantizer learns: contract.FLOOR
 constexpr int kQuantizerSums = 2;     // numbers in a quantizer's partial state, on a GPU
 constexpr int kHalfValues = 1 << 16;  // that 16 bits can have
 
@@ -101,7 +102,7 @@ struct Pass {
   const void *old, *fresh, *upstream, *moments;
   int steps;
   const int64_t* grads;  // addresses of dL/dW_hat, lying as the weights do, or null
-  void* scratch;         // as many bytes for each chunk as dkm_scratch says
+  void* scratch;         // as many bytes as dkm_scratch says
   void* kept;            // what `upstream` leaves for `recur`: (count, most + 1, 4) float64
   void *out, *out_moments;
   void* target;           // addresses of W_hat, of dL/dW or of codes
@@ -127,6 +128,7 @@ struct Quantizer {
   int bits;
   double low, high;      // the codes run from -low to high
   bool flag;             // signed (lsq, ewgs), plus (pact), detach_max (dorefa)
+  bool sized;            // step, upper - lower, alpha and scale are used as |p| + kFloor
   const int64_t* grads;  // addresses of dL/dy, lying as the tensors do
   double* partial;       // on a GPU room for (chunks, kQuantizerSums)
   void* target;          // addresses of what has the tensors' form

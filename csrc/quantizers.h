@@ -60,6 +60,16 @@ R2_HD A positive(A p) {
   return p > 0 ? p : A(NAN);
 }
 
+// A size as it is used: `size` if that is positive, or with `q.sized` |size| + kFloor; and its derivative.
+template <class A>
+R2_HD A size_of(const Quantizer& q, A size) {
+  return q.sized ? (size < 0 ? -size : size) + A(kFloor) : positive(size);
+}
+template <class A>
+R2_HD double slope_of(const Quantizer& q, A size) {
+  return q.sized ? double(size > 0) - double(size < 0) : 1.0;
+}
+
 template <class V>
 R2_HD V clamp_(V x, V low, V high) {
   return x < low ? low : x > high ? high : x;
@@ -82,18 +92,25 @@ R2_HD void set_gradient(void* flat, int64_t i, double x) {
 // An op has for each column `divisor`, what its formula divides by; the formula At<V, D>, with `forward` and
 // `backward`, which adds to kSums sums; and `finish`, which makes parameters' gradients of the sums of `rows` numbers.
 
-// The codes of LSQ: whole numbers, half-integers, or -1 and 1 alone.
-enum class Code { whole, half, sign };
-
-template <Code kCode>
-struct Lsq {
+// Those of an op of one size, which its formula divides by.
+struct OneSize {
   static constexpr int kSums = 1;
 
   template <class A>
   R2_HD static A divisor(const Quantizer& q, int64_t column) {
-    return positive(parameter_at<A>(q.first, column));
+    return size_of(q, parameter_at<A>(q.first, column));
   }
+  template <class A>
+  R2_HD static void finish(const Quantizer& q, int64_t column, const double* sums, double) {
+    set_gradient<A>(q.first_gradient, column, slope_of(q, parameter_at<A>(q.first, column)) * sums[0]);
+  }
+};
 
+// The codes of LSQ: whole numbers, half-integers, or -1 and 1 alone.
+enum class Code { whole, half, sign };
+
+template <Code kCode>
+struct Lsq : OneSize {
   template <class V, class D>
   struct At {
     using A = typename Scalar<V>::type;
@@ -121,7 +138,8 @@ struct Lsq {
 
   template <class A>
   R2_HD static void finish(const Quantizer& q, int64_t column, const double* sums, double rows) {
-    set_gradient<A>(q.first_gradient, column, sums[0] / sqrt(rows * q.high));
+    const double slope = slope_of(q, parameter_at<A>(q.first, column));
+    set_gradient<A>(q.first_gradient, column, slope * (sums[0] / sqrt(rows * q.high)));
   }
 };
 
@@ -144,7 +162,8 @@ struct Ewgs {
 
   template <class A>
   R2_HD static A divisor(const Quantizer& q, int64_t column) {
-    return positive(parameter_at<A>(q.second, column) - parameter_at<A>(q.first, column));
+    const A low = parameter_at<A>(q.first, column), high = parameter_at<A>(q.second, column);
+    return positive((q.sized ? low + size_of(q, high - low) : high) - low);
   }
 
   template <class V, class D>
@@ -173,19 +192,18 @@ struct Ewgs {
 
   template <class A>
   R2_HD static void finish(const Quantizer& q, int64_t column, const double* sums, double) {
-    const double span = double(divisor<A>(q, column));
-    set_gradient<A>(q.first_gradient, column, sums[0] / span),
-        set_gradient<A>(q.second_gradient, column, -sums[1] / span);
+    const double span = double(divisor<A>(q, column)), lower = sums[0] / span, upper = -sums[1] / span,
+                 slope = slope_of(q, parameter_at<A>(q.second, column) - parameter_at<A>(q.first, column));
+    set_gradient<A>(q.first_gradient, column, slope < 1 ? lower + (1 - slope) * upper : lower);
+    set_gradient<A>(q.second_gradient, column, slope * upper);
   }
 };
 
 template <bool kPlus>
-struct Pact {
-  static constexpr int kSums = 1;
-
+struct Pact : OneSize {
   template <class A>
   R2_HD static A divisor(const Quantizer& q, int64_t column) {
-    return positive(parameter_at<A>(q.first, column)) / A((1 << q.bits) - 1);
+    return size_of(q, parameter_at<A>(q.first, column)) / A((1 << q.bits) - 1);
   }
 
   template <class V, class D>
@@ -194,7 +212,7 @@ struct Pact {
     V alpha;
     D step, steps;
     R2_HD At(const Quantizer& q, int64_t column)
-        : alpha(splat<V>(positive(parameter_at<A>(q.first, column)))), step(splat<V>(divisor<A>(q, column))),
+        : alpha(splat<V>(size_of(q, parameter_at<A>(q.first, column)))), step(splat<V>(divisor<A>(q, column))),
           steps(splat<V>(A((1 << q.bits) - 1))) {}
 
     R2_HD V forward(V x) const { return step.by * rint_(step(x >= alpha ? alpha : x < splat<V>(0) ? splat<V>(0) : x)); }
@@ -209,11 +227,21 @@ struct Pact {
       return above | below ? splat<V>(0) : g;
     }
   };
+};
 
-  template <class A>
-  R2_HD static void finish(const Quantizer& q, int64_t column, const double* sums, double) {
-    set_gradient<A>(q.first_gradient, column, sums[0]);
-  }
+// Numbers times a size.
+struct Rescale : OneSize {
+  template <class V, class D>
+  struct At {
+    V scale;
+    R2_HD At(const Quantizer& q, int64_t column) : scale(splat<V>(divisor<typename Scalar<V>::type>(q, column))) {}
+
+    R2_HD V forward(V x) const { return scale * x; }
+    R2_HD V backward(V x, V g, V* sums) const {
+      sums[0] += g * x;
+      return scale * g;
+    }
+  };
 };
 
 // Minimax polynomials of (2^f - 1) / f for |f| <= 1/2, highest power first: relative error 1.1e-8, 1.8e-17.

@@ -12,7 +12,8 @@ weights, and of the learned parameter. The kernels behind it also take `out=`, a
 added to. Those without d and layout read a weight as one column.
 
 Quantizers: `<op>_fwd(xs, parameters..., options...) -> ys` and `<op>_bwd(gs, xs, parameters..., options...)`;
-parameters are flat, one number for each tensor or channel; told in reference/quantizers.py.
+parameters are flat, one number for each tensor or channel; told in reference/quantizers.py. `sized`: the sizes among
+them, step, upper - lower, alpha and scale, are used as |p| + FLOOR; without they are NaN where they are not positive.
 
 DKM: `dkm_fwd`, `dkm_bwd` and `dkm_solve` run algorithms/ over the passes of a backend, its `DKM`. Centroids are (L,
 K, d), filled up with zeros where tensor t has fewer, clusters[t], than K; for d = 1 sorted, except for `assign_fwd`.
@@ -23,8 +24,9 @@ from typing import NamedTuple
 from .reference.checks import TERMS, tensors_of_term
 from .reference.columns import accumulator
 from .reference.parameters import levels
+from .reference.quantizers import FLOOR
 
-__all__ = ["BY_NAME", "OPS", "STATISTICS", "TERMS", "Op", "accumulator", "levels", "tensors_of_term"]
+__all__ = ["BY_NAME", "FLOOR", "OPS", "STATISTICS", "TERMS", "Op", "accumulator", "levels", "tensors_of_term"]
 
 
 class Op(NamedTuple):
@@ -114,21 +116,22 @@ WEIGHT_TERMS = Op(
 )
 LSQ = Op(
     "lsq",
-    "(Tensor[] xs, Tensor step, int bits, bool signed, int? axis, str levels) -> Tensor[]",
-    "(Tensor[] gs, Tensor[] xs, Tensor step, int bits, bool signed, int? axis, str levels) -> (Tensor[], Tensor)",
+    "(Tensor[] xs, Tensor step, int bits, bool signed, int? axis, str levels, bool sized=False) -> Tensor[]",
+    "(Tensor[] gs, Tensor[] xs, Tensor step, int bits, bool signed, int? axis, str levels, bool sized=False) "
+    "-> (Tensor[], Tensor)",
     learned=1,
 )
 EWGS = Op(
     "ewgs",
-    "(Tensor[] xs, Tensor lower, Tensor upper, Tensor delta, int bits, bool signed) -> Tensor[]",
-    "(Tensor[] gs, Tensor[] xs, Tensor lower, Tensor upper, Tensor delta, int bits, bool signed) "
+    "(Tensor[] xs, Tensor lower, Tensor upper, Tensor delta, int bits, bool signed, bool sized=False) -> Tensor[]",
+    "(Tensor[] gs, Tensor[] xs, Tensor lower, Tensor upper, Tensor delta, int bits, bool signed, bool sized=False) "
     "-> (Tensor[], Tensor, Tensor)",
     learned=2,
 )
 PACT = Op(
     "pact",
-    "(Tensor[] xs, Tensor alpha, int bits, bool plus) -> Tensor[]",
-    "(Tensor[] gs, Tensor[] xs, Tensor alpha, int bits, bool plus) -> (Tensor[], Tensor)",
+    "(Tensor[] xs, Tensor alpha, int bits, bool plus, bool sized=False) -> Tensor[]",
+    "(Tensor[] gs, Tensor[] xs, Tensor alpha, int bits, bool plus, bool sized=False) -> (Tensor[], Tensor)",
     learned=1,
 )
 DOREFA = Op(
@@ -136,11 +139,17 @@ DOREFA = Op(
     "(Tensor[] xs, Tensor scale, int bits, bool detach_max) -> Tensor[]",
     "(Tensor[] gs, Tensor[] xs, Tensor scale, int bits, bool detach_max) -> Tensor[]",
 )
+RESCALE = Op(
+    "rescale",
+    "(Tensor[] xs, Tensor scale, bool sized=False) -> Tensor[]",
+    "(Tensor[] gs, Tensor[] xs, Tensor scale, bool sized=False) -> (Tensor[], Tensor)",
+    learned=1,
+)
 _PROBLEM = "Tensor tau, int[] clusters, str metric, int d, str layout"
 DKM = Op(
     "dkm",
     f"(Tensor[] weights, Tensor centroids, int iterations, bool pinned, {_PROBLEM}) -> (Tensor[], Tensor, Tensor)",
-    "(Tensor grad_centroids, Tensor[] weights, Tensor[] grads, Tensor history, Tensor moments, str gradient, "
+    "(Tensor? grad_centroids, Tensor[] weights, Tensor[] grads, Tensor history, Tensor moments, str gradient, "
     f"bool centroid_grad, bool pinned, {_PROBLEM}) -> (Tensor[], Tensor)",
     scatters=True,
 )
@@ -168,6 +177,7 @@ OPS = (
     EWGS,
     PACT,
     DOREFA,
+    RESCALE,
     DKM,
     ASSIGN,
 )

@@ -20,14 +20,14 @@ def apart(kernel, plain, op, schema, at):
         weights = args[at]
         if all([w.numel() for w in weights]):
             return kernel(*args, **options)
-        given = dict(zip(names, args, strict=True))
+        given = dict(zip(names, args, strict=False))  # an argument with a default may not be there
         axis = given.get("axis")
         sizes = [1 if axis is None else w.shape[axis] for w in weights]  # numbers of a tensor in a flat parameter
         parts = [[i for i, w in enumerate(weights) if bool(w.numel()) == full] for full in (True, False)]
         results = []
         for some, function in zip(parts, (kernel, plain), strict=True):
             if some:
-                cut = [_some(given[n], some, sizes, n in each, int(n in second)) for n in names]
+                cut = [_some(value, some, sizes, n in each, int(n in second)) for n, value in given.items()]
                 kept = {n: _some(value, some, sizes, n in each, 0) for n, value in options.items()}
                 results.append(function(*cut, **kept))
         if len(results) == 1:

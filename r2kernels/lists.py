@@ -6,13 +6,13 @@ leftovers.
 """
 
 import functools
-import threading
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .contract import accumulator
+from .reference.lasting import lasting
 
 CHUNK = 4096  # rows per chunk on the CPU: 16 KiB of float32 stay in a core's first cache between its two passes
 BLOCK = 4096  # rows per step of a GPU program
@@ -20,6 +20,7 @@ MOST_STEPS = 16  # steps per GPU program: few partial states for large lists,
 FEWEST_PROGRAMS = 1056  # but first enough programs to fill a GPU (8 for each of 132 multiprocessors)
 ROWS = 16384  # rows per chunk of whole rows on the CPU: sums over K clusters stay few beside them
 FEWEST_ROWS = 1024  # per program of a GPU, a multiple of it
+WAVE = 528  # blocks at once, 4 for each multiprocessor
 # of a tensor in Plan.tensors: rows N, elements, run, first chunk, columns d, the first of them among all columns
 FIELDS = 6
 COUNTERS = 64  # the fewest that are kept
@@ -152,7 +153,7 @@ def _plan(numels, runs, d, device, whole, most_steps=MOST_STEPS):
     if whole and not on_gpu(device):
         chunk = ROWS
     elif whole:
-        chunk = FEWEST_ROWS * max(-(-sum(rows) // (FEWEST_ROWS * FEWEST_PROGRAMS)), 1)
+        chunk = _whole_waves(rows)
     elif on_gpu(device):
         steps = sum([n * c for n, c in zip(rows, columns, strict=True)]) // (BLOCK * FEWEST_PROGRAMS)
         chunk = BLOCK * min(max(steps, 1), most_steps)
@@ -161,6 +162,18 @@ def _plan(numels, runs, d, device, whole, most_steps=MOST_STEPS):
     chunks = [(1 if whole else c) * -(-n // chunk) for n, c in zip(rows, columns, strict=True)]
     tensors = list(zip(rows, numels, runs or (1,) * len(numels), columns, strict=True))
     return _tabled(tensors, chunks, chunk, d if isinstance(d, int) else 0, device)
+
+
+def _whole_waves(rows):
+    """Rows per chunk of whole rows: of those that make about FEWEST_PROGRAMS chunks, or half as many, the fewest for
+    which a GPU takes at most 5% longer than for the best, where a wave of WAVE blocks takes as long if it is not full.
+    (Where 2 blocks or 1 fit on a multiprocessor, waves are halves or quarters.)"""
+    least = max(-(-sum(rows) // (FEWEST_ROWS * FEWEST_PROGRAMS)), 1)
+    times = {
+        steps: steps * -(-sum([-(-n // (FEWEST_ROWS * steps)) for n in rows]) // WAVE)
+        for steps in range(least, 2 * least + 2, max(least // 64, 1))
+    }
+    return FEWEST_ROWS * next(steps for steps, time in times.items() if time <= 1.05 * min(times.values()))
 
 
 def _tabled(tensors, chunks, chunk, d, device):
@@ -201,29 +214,7 @@ def _counters(count, device, stream):
 
 
 def _on(table, device):
-    """The table on the device, there for every stream: copied by another thread, which waits for it. That one allocates
-    outside the memory pool of a CUDA graph that this one may be warming up, and under none of its modes."""
-    if device.type == "cpu":
-        return table
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "r2kernels met a list of these sizes for the first time during CUDA-graph capture; "
-            "run one step with it before the capture"
-        )
-    made = []
-    thread = threading.Thread(target=lambda: made.append(_copied(table, device)))
-    thread.start()
-    thread.join()
-    if isinstance(made[0], BaseException):
-        raise made[0]
-    return made[0]
-
-
-def _copied(table, device):
-    try:
-        return table.to(device)
-    except Exception as error:  # goes on in the thread that waits
-        return error
+    return lasting(lambda: table.to(device), device, "a list of these sizes")
 
 
 def _kept_if_captured(value, device):
@@ -269,6 +260,22 @@ def like_weights(others, tensors):
         else torch.empty_strided(w.shape, w.stride(), dtype=w.dtype, device=w.device).copy_(o)
         for o, w in zip(others, tensors, strict=True)
     ]
+
+
+def with_zeros(others, weights, d=1, layout="output"):
+    """`others`, shaped like the weights; zeros for those that are None, lying as `dense` has the weights."""
+    zeros = empty_gradients([w for o, w in zip(others, weights, strict=True) if o is None], d, layout)
+    if zeros:
+        torch._foreach_zero_(zeros)
+    made = iter(zeros)
+    return [next(made) if o is None else o for o in others]
+
+
+def stacked(steps):
+    """The centroids, new centroids, gradients and moments of some iterations of DKM, (steps, L, K, ...) each."""
+    *lengths, moments = zip(*[step[:4] for step in steps], strict=True)
+    c, new, u = torch.stack([t for some in lengths for t in some]).chunk(3)
+    return c, new, u, torch.stack(moments)
 
 
 def in_layout_order(codes, w, d=1, layout="output"):

@@ -162,10 +162,10 @@ INPUTS = {
 def make(name, dtype=torch.float64, device="cpu", seed=0):
     """The tensors of an input, with their strides."""
     g = torch.Generator().manual_seed(seed)
-    return [_like(maker(g), dtype, device) for maker in INPUTS[name]]
+    return [like(maker(g), dtype, device) for maker in INPUTS[name]]
 
 
-def _like(w, dtype, device):
+def like(w, dtype, device):
     """w in another dtype, with the same strides and storage offset."""
     base = torch.zeros(w.untyped_storage().nbytes() // w.element_size(), dtype=dtype, device=device)
     base.copy_(torch.as_strided(w, base.shape, (1,), 0))

@@ -21,6 +21,7 @@ def test_the_contract_is_that_of_the_ops(extension):
     assert told["saved"] == losses
     assert told["terms"] == {name: i for i, name in enumerate(contract.TERMS)}
     assert told["statistics"] == contract.STATISTICS
+    assert told["floor"] == contract.FLOOR
     assert told["fields"] == lists.FIELDS
 
 

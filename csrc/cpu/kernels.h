@@ -22,7 +22,8 @@ struct Regularizers {
 };
 
 struct Quantizers {
-  Function<Quantizer> lsq_fwd, lsq_bwd, ewgs_fwd, ewgs_bwd, pact_fwd, pact_bwd, dorefa_fwd, dorefa_bwd;
+  Function<Quantizer> lsq_fwd, lsq_bwd, ewgs_fwd, ewgs_bwd, pact_fwd, pact_bwd, dorefa_fwd, dorefa_bwd, rescale_fwd,
+      rescale_bwd;
 };
 
 struct Dkm {

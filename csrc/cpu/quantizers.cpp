@@ -353,6 +353,8 @@ const Quantizers quantizers = {
     .pact_bwd = pact_backward,
     .dorefa_fwd = dorefa_forward,
     .dorefa_bwd = dorefa_backward,
+    .rescale_fwd = quantize<Rescale>,
+    .rescale_bwd = quantize_gradient<Rescale>,
 };
 }  // namespace cpu::R2_ISA
 }  // namespace r2

@@ -40,8 +40,8 @@ void dkm_jacobian(const List& list, const Clusters& clusters, const Pass& pass, 
   ScalarPasses::jacobian(Queue("dkm_jacobian", device, stream), list, clusters, pass);
 }
 
-int64_t dkm_scratch(int most, int d, Metric metric) {
-  const int64_t rows = RowPasses::scratch(most, d), scalars = ScalarPasses::scratch(most);
+int64_t dkm_scratch(int64_t chunks, int64_t tensors, int most, int d, Metric metric) {
+  const int64_t rows = RowPasses::scratch(chunks, most, d), scalars = ScalarPasses::scratch(chunks, tensors, most);
   return d == 1 && metric == Metric::euclidean && scalars > rows ? scalars : rows;
 }
 

@@ -1,7 +1,7 @@
 // Sums by interval: how a block reads the weights of a chunk, and the bins in shared memory that it adds to.
 #pragma once
 #include "dkm_common.cuh"
-#include "dkm_intervals.cuh"
+#include "dkm_tables.cuh"
 
 namespace r2::cuda {
 
@@ -24,6 +24,16 @@ struct Batch {
 };
 
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+// Those that any lane of a warp has.
+__device__ __forceinline__ unsigned any_bits(unsigned bits) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_or_sync(~0u, bits);
+#else
+  for (int distance = 16; distance > 0; distance /= 2) bits |= __shfl_xor_sync(~0u, bits, distance);
+  return bits;
+#endif
+}
 
 // Calls lane.take(w[n], g[n], valid) for all n rows, in every thread equally often, and lane.tile_done() after each
 // full tile. g may be null.
@@ -71,27 +81,45 @@ __device__ void sweep_chunk(const T* w, const T* g, int n, Lane& lane) {
   }
 }
 
-// How bins lie in shared memory: [warp][bin][copy] records. With 32 copies each lane has its own; with fewer, lanes
-// that are so many apart share one and take turns where they meet. Where not all intervals have a bin, the chunk is
-// read once for each part of them.
+// How bins lie in shared memory: [bin][copy] records of a warp, in which each lane has its own copy; or, where these do
+// not fit, of two warps, which add one after the other, with a copy for four lanes, 8 apart. Such lanes take turns
+// where they meet, and each has a record behind the bins for what it does not add at its turn. Where not all intervals
+// have a bin, the chunk is read once for each part of them.
 struct Shape {
   int bins;    // intervals at once
-  int copies;  // as a power of two
+  bool own;    // whether each lane has its own copy
   int flush;   // tiles after which the bins are emptied into float64
+  int warps;   // of a block
+  int blocks;  // that a multiprocessor has room for
 };
 
-template <class A, int kRecord>
+// Records of so many warps.
+R2_HD int records_of(int bins, bool own, int warps) { return own ? warps * bins << 5 : warps / 2 * ((bins << 3) + 32); }
+
+template <class A, int kRecord, bool kOwn>
 struct Bins {
   using Record = Numbers<A, kRecord>;
-  int own;  // where this lane's copy of the first bin lies in shared memory
-  int from, count, copies;
+  static constexpr int kCopies = kOwn ? 5 : 3;  // as a power of two
+  static constexpr int kWarps = kOwn ? 1 : 2;   // that share bins
+  int own;                                      // where this lane's copy of the first bin lies in shared memory
+  int spare;                                    // and its record behind the bins
+  int from, count;
+  int when;  // this warp adds, after so many others; the same in all lanes, as the compiler can see
 
-  __device__ __forceinline__ Record& of_lane(int at) const {
-    return *reinterpret_cast<Record*>(shared_memory() + own + at * (kRecord * 32));
+  __device__ Bins(const Record* all, int count)
+      : from(0), count(count), when(__shfl_sync(~0u, threadIdx.x / 32 % kWarps, 0)) {
+    const int lane = threadIdx.x % 32, before = records_of(count, kOwn, threadIdx.x / 32 / kWarps * kWarps),
+              first = int(reinterpret_cast<const char*>(all) - shared_memory()) + before * int(sizeof(Record));
+    own = first + lane % (1 << kCopies) * int(sizeof(Record));
+    spare = first + ((count << kCopies) + lane) * int(sizeof(Record));
+    pin(own), pin(spare);
   }
 
-  static __device__ __forceinline__ void add(Record& to, const Record& r) {
-    Record sum = to;
+  // at: a bin times the size of A
+  __device__ __forceinline__ int of_lane(int at) const { return own + (at << kCopies) * kRecord; }
+
+  static __device__ __forceinline__ void add(int place, const Record& r) {
+    Record &to = *reinterpret_cast<Record*>(shared_memory() + place), sum = to;
 #pragma unroll
     for (int m = 0; m < kRecord; ++m) sum.v[m] += r.v[m];
     to = sum;
@@ -99,7 +127,8 @@ struct Bins {
 
   // Two at a time, as an addition in memory takes long.
   __device__ __forceinline__ void add_pair(int at1, const Record& r1, int at2, const Record& r2) const {
-    Record &to1 = of_lane(at1), &to2 = of_lane(at2);
+    Record &to1 = *reinterpret_cast<Record*>(shared_memory() + of_lane(at1)),
+           &to2 = *reinterpret_cast<Record*>(shared_memory() + of_lane(at2));
     Record sum1 = to1, sum2 = to2;
     const bool same = at1 == at2;
 #pragma unroll
@@ -110,30 +139,56 @@ struct Bins {
     to1 = sum1, to2 = sum2;
   }
 
-  // The lanes of a warp together.
-  __device__ __forceinline__ void add_in_turn(int at, const Record& r) const {
-    const int lane = threadIdx.x % 32, bin = at / int(sizeof(A)) - from;
-    int turn = unsigned(bin) < unsigned(count) ? 0 : -32;
-    for (int distance = 1 << copies; distance < 32; distance += 1 << copies)
-      turn += __shfl_xor_sync(~0u, at, distance) == at && (lane ^ distance) < lane;
-    Record& to = *(reinterpret_cast<Record*>(shared_memory() + own) + (bin << copies));
-    for (int t = 0;; ++t) {
-      if (turn == t) add(to, r);
-      __syncwarp();
-      if (!__any_sync(~0u, turn > t)) break;
+  // The threads of a block together: a lane's turn comes after those of the lanes before it that share its copy and
+  // have the same bin. All first turns, then the few others.
+  template <int n>
+  __device__ __forceinline__ void add_in_turn(const int (&at)[n], const Record (&r)[n]) const {
+    const int lane = threadIdx.x % 32;
+    int turn[n] = {};
+#pragma unroll
+    for (int distance = 8; distance < 32; distance += 8) {
+      const int behind = (lane ^ distance) < lane;
+#pragma unroll
+      for (int i = 0; i < n; ++i) turn[i] += __shfl_xor_sync(~0u, at[i], distance) == at[i] ? behind : 0;
+    }
+    int place[n];
+    unsigned meet = 0;  // bit i: lanes meet at number i
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      if (unsigned(at[i]) / unsigned(sizeof(A)) - from >= unsigned(count)) turn[i] = -1;
+      meet |= (turn[i] > 0) << i;
+      place[i] = of_lane(at[i] - from * int(sizeof(A)));
+    }
+    meet = any_bits(meet);
+#pragma unroll 1
+    for (int warp = 0; warp < kWarps; ++warp) {
+      __syncthreads();
+      if (warp != when) continue;
+#pragma unroll
+      for (int i = 0; i < n; ++i) {
+        add(turn[i] == 0 ? place[i] : spare, r[i]);
+        __syncwarp();
+      }
+#pragma unroll
+      for (int i = 0; i < n; ++i) {
+        if (!(meet >> i & 1)) continue;
+#pragma unroll 1
+        for (int t = 1; t < 4; ++t) {
+          if (turn[i] == t) add(place[i], r[i]);
+          __syncwarp();
+        }
+      }
     }
   }
 
-  // at: bins times the size of A
   template <int n>
   __device__ __forceinline__ void add(const int (&at)[n], const Record (&r)[n]) const {
-    if (copies == 5) {
+    if constexpr (!kOwn) {
+      add_in_turn(at, r);
+    } else {
       if (n == 1) add(of_lane(at[0]), r[0]);
 #pragma unroll
       for (int i = 0; i + 1 < n; i += 2) add_pair(at[i], r[i], at[i + 1], r[i + 1]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < n; ++i) add_in_turn(at[i], r[i]);
     }
   }
 };
@@ -200,7 +255,7 @@ struct JacobianSums : SumsOf<false, 6, true, 1> {
   }
 };
 
-template <class Op, class T>
+template <class Op, bool kOwn, class T>
 struct SumLane {
   using A = Acc<T>;
   using Record = Numbers<A, Op::kRecord>;
@@ -209,9 +264,9 @@ struct SumLane {
   Finder<A> finder;
   A slope;
   int K;
-  Bins<A, Op::kRecord> bins;
-  Record* all;  // the bins of all warps
-  double* totals;
+  Bins<A, Op::kRecord, kOwn> bins;
+  Record* all;              // the bins of all warps
+  double* totals;           // of the chunk, in Pass.scratch
   int *equal, flush, left;  // left: tiles until the next flush
 
   template <int n>
@@ -247,13 +302,14 @@ struct SumLane {
 
   // The bins' sums into the totals, in a fixed order.
   __device__ void empty() {
-    const int copies = 1 << bins.copies, warps = blockDim.x / 32;
+    constexpr int copies = 1 << bins.kCopies;
+    const int sets = blockDim.x / 32 / bins.kWarps, each = records_of(bins.count, kOwn, bins.kWarps);
     __syncthreads();
-    for (int i = threadIdx.x; i < bins.count * Op::kRecord; i += blockDim.x) {
+    for (int i = threadIdx.x; i < min(bins.count, K + 1 - bins.from) * Op::kRecord; i += blockDim.x) {
       const int bin = i / Op::kRecord, m = i % Op::kRecord;
-      double sum = totals[i];
-      for (int warp = 0; warp < warps; ++warp) {
-        Record* own = all + ((warp * bins.count + bin) << bins.copies);
+      double &total = totals[(bins.from + bin) * Op::kSums + m], sum = total;
+      for (int set = 0; set < sets; ++set) {
+        Record* own = all + set * each + (bin << bins.kCopies);
         for (int c = 0; c < copies; c += 4) {
           A four[4];
 #pragma unroll
@@ -264,83 +320,63 @@ struct SumLane {
           sum += (double(four[0]) + double(four[1])) + (double(four[2]) + double(four[3]));
         }
       }
-      totals[i] = sum;
+      total = sum;
     }
     __syncthreads();
   }
 };
 
-// What a block of dkm_sums_kernel keeps besides the tables: totals and counts, and bins where the tables were worked
-// out.
+template <bool kOwn>
+constexpr int kMostWarps = kOwn ? 4 : 6;  // of a block of dkm_sums_kernel
+
+// What a block of dkm_sums_kernel keeps in shared memory; the tables may lie elsewhere.
 template <class Op, class A>
 struct SumsRoom {
   using Record = Numbers<A, Op::kRecord>;
   Tables<Op, A> tables;
-  double* totals;
   int* equal;
-  char* rest;
+  Record* bins;
 
-  R2_HD SumsRoom(Space& space, int most, int bins)
-      : tables(space, most), totals(space.take<double>(bins * Op::kRecord)),
-        equal(space.take<int>(Op::kCounts ? most + 1 : 0)), rest(space.take<char>(0)) {}
+  R2_HD SumsRoom(Space& space, Space& of_tables, int most, size_t records)
+      : tables(of_tables, most), equal(space.take<int>(Op::kCounts ? most + 1 : 0)), bins(space.take<Record>(records)) {
+  }
 
-  // outside: the tables are worked out in Pass.scratch
-  static size_t bytes(int most, Shape shape, int warps, bool outside = false) {
-    Space space = {}, work = {};
-    SumsRoom(space, most, shape.bins);
-    Groups<Op::kGroups>(work, most);
-    const size_t bins = (size_t(warps) * shape.bins << shape.copies) * sizeof(Record);
-    return space.used + (bins > work.used || outside ? bins : work.used);
+  static size_t bytes(int most, size_t records, bool far) {
+    Space space = {}, other = {};
+    SumsRoom(space, far ? other : space, most, records);
+    return space.used;
   }
 };
 
-template <class Op, class T>
-__global__ void __launch_bounds__(kThreads, 4)
-    dkm_sums_kernel(List list, Clusters clusters, Pass pass, Shape shape, int64_t numbers, bool outside) {
+// kFar: the tables are read where they have been made, as shared memory is too small for them.
+template <class Op, bool kOwn, bool kFar, class T>
+__global__ void __launch_bounds__(32 * kMostWarps<kOwn>, 512 / (32 * kMostWarps<kOwn>))
+    dkm_sums_kernel(List list, Clusters clusters, Pass pass, Shape shape, int64_t numbers, Rooms rooms) {
   using A = Acc<T>;
-  using Lane = SumLane<Op, T>;
-  using Record = typename Lane::Record;
+  using Lane = SumLane<Op, kOwn, T>;
   const RowChunk part(list, clusters);
-  const Iteration<A> it(clusters, pass, list.count, part.tensor);
-  const int K = it.size, count = min(shape.bins, K + 1);
-  Space space = {shared_memory()};
-  const SumsRoom<Op, A> room(space, clusters.most, shape.bins);
+  const int K = part.clusters, count = min(shape.bins, K + 1), records = records_of(count, kOwn, blockDim.x / 32);
+  Space space = {shared_memory()}, made = {rooms.of(part.tensor)};
+  const SumsRoom<Op, A> room(space, kFar ? made : space, clusters.most, records);
+  if constexpr (!kFar) copy(room.tables.grid, made.base, rooms.tables);
+  each(Op::kCounts ? K + 1 : 0, [&](int k) { room.equal[k] = 0; });
   double* out = Scratch(list, pass, numbers).of(part);
-  room.tables.fill(it, outside ? reinterpret_cast<char*>(out + int64_t(K + 1) * Op::kSums) : room.rest);
+  each((K + 1) * Op::kSums, [&](int i) { out[i] = 0; });
+  __syncthreads();
 
   const auto* constants = room.tables.constants;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  int own = int(room.rest - shared_memory()) +
-            (((warp * count) << shape.copies) + lane % (1 << shape.copies)) * int(sizeof(Record));
-  pin(own);
-  Lane sums = {room.tables,
-               constants->finder,
-               constants->slope,
-               K,
-               {own, 0, count, shape.copies},
-               reinterpret_cast<Record*>(room.rest),
-               room.totals,
-               room.equal,
-               shape.flush,
-               shape.flush};
-  each(Op::kCounts ? K + 1 : 0, [&](int k) { room.equal[k] = 0; });
+  Lane sums = {room.tables, constants->finder, constants->slope, K,          {room.bins, count}, room.bins,
+               out,         room.equal,        shape.flush,      shape.flush};
 
   const T* w = place<const T>(list, list.pointers, part.tensor) + part.row;
   const T* g = Op::kGrads ? place<const T>(list, pass.grads, part.tensor) + part.row : nullptr;
   for (; sums.bins.from <= K; sums.bins.from += count) {
-    each((warps * count) << shape.copies, [&](int i) { sums.all[i] = Record(); });
-    each(count * Op::kRecord, [&](int i) { room.totals[i] = 0; });
+    each(records, [&](int i) { room.bins[i] = typename Lane::Record(); });
     __syncthreads();
     sweep_chunk<Op::kGrads>(w, g, part.rows, sums);
     sums.empty();
-    each(min(count, K + 1 - sums.bins.from), [&](int bin) {
-      double* to = out + (sums.bins.from + bin) * Op::kSums;
-#pragma unroll
-      for (int m = 0; m < Op::kRecord; ++m) to[m] = room.totals[bin * Op::kRecord + m];
-      if (Op::kCounts) to[Op::kRecord] = room.equal[sums.bins.from + bin];
-    });
-    __syncthreads();
   }
+  each(Op::kCounts ? K + 1 : 0, [&](int k) { out[k * Op::kSums + Op::kRecord] = room.equal[k]; });
 }
 
 }  // namespace r2::cuda

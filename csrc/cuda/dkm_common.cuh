@@ -1,5 +1,9 @@
 // What DKM's passes on a GPU have in common: chunks of whole rows, the totals of what chunks give, launches.
 #pragma once
+#include <mutex>
+#include <set>
+#include <utility>
+
 #include "launch.cuh"
 
 namespace r2::cuda {
@@ -26,7 +30,7 @@ struct Scratch {
       : partial(static_cast<double*>(pass.scratch)),
         counters(reinterpret_cast<unsigned*>(partial + list.chunks * numbers)), numbers(numbers) {}
 
-  static int64_t bytes(int64_t numbers) { return (numbers + 1) * int64_t(sizeof(double)); }
+  static R2_HD int64_t bytes(int64_t numbers) { return (numbers + 1) * int64_t(sizeof(double)); }
 
   // That of this block's chunk; the first chunk's block readies the counter for the kernel that adds up.
   __device__ double* of(const RowChunk& part) const {
@@ -39,12 +43,16 @@ constexpr int kMergeThreads = 512, kMergeGroups = kMergeThreads / 32;
 
 R2_HD int slices_of(int64_t numbers) { return int((numbers + 31) / 32); }
 
+struct alignas(16) AddingUp {
+  double sums[kMergeGroups][32];
+  bool last;
+};
+
 // Totals of `used` numbers over a tensor's chunks, by a block for each 32 of them. A warp adds up every kMergeGroups-th
 // chunk, the first warp the groups. The last block to end gets the totals, the others false.
 __device__ inline bool add_up(const List& list, const Scratch& scratch, int64_t tensor, int slice, int64_t used,
                               const double** totals) {
-  __shared__ double sums[kMergeGroups][32];
-  __shared__ bool last;
+  __shared__ AddingUp shared;
   const int lane = threadIdx.x % 32, group = threadIdx.x / 32;
   const int64_t first = tensor_of(list, tensor).first_chunk,
                 chunks = (tensor + 1 < list.count ? tensor_of(list, tensor + 1).first_chunk : list.chunks) - first;
@@ -55,20 +63,20 @@ __device__ inline bool add_up(const List& list, const Scratch& scratch, int64_t 
 #pragma unroll 8
     for (int64_t c = group; c < chunks; c += kMergeGroups) sum += base[c * scratch.numbers + number];
   }
-  sums[group][lane] = sum;
+  shared.sums[group][lane] = sum;
   __syncthreads();
   if (group == 0 && number < used && chunks > 0) {
-    for (int g = 1; g < kMergeGroups; ++g) sum += sums[g][lane];
+    for (int g = 1; g < kMergeGroups; ++g) sum += shared.sums[g][lane];
     base[number] = sum;
     __threadfence();
   }
   __syncthreads();
   if (threadIdx.x == 0)
-    last = chunks == 0 ? slice == 0 : atomicAdd(scratch.counters + first, 1u) + 1 == unsigned(slices_of(used));
+    shared.last = chunks == 0 ? slice == 0 : atomicAdd(scratch.counters + first, 1u) + 1 == unsigned(slices_of(used));
   __syncthreads();
   __threadfence();
   *totals = chunks > 0 ? base : nullptr;
-  return last;
+  return shared.last;
 }
 
 // A total that another block may have written.
@@ -87,6 +95,30 @@ inline int attribute(const Queue& queue, cudaDeviceAttr which) {
   return value;
 }
 
+constexpr int kReserved = 1024;  // bytes of shared memory that the system takes of each block
+
+// Bytes of shared memory that a block may have, declared by the kernel or given to it at the launch; less kReserved,
+// which cuobjdump counts among those that the kernel declares.
+inline int shared_limit(const Queue& queue) {
+  return attribute(queue, cudaDevAttrMaxSharedMemoryPerBlockOptin) - kReserved;
+}
+
+// Lets a kernel be launched with all the shared memory that it does not declare itself. Once on each device and always
+// all of it, so that threads that need different sizes do not take it from each other.
+inline void grant_shared(const Queue& queue, const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> granted;
+  int device = 0;
+  check(queue.op, cudaGetDevice(&device));
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (granted.count({kernel, device})) return;
+  cudaFuncAttributes own;
+  check(queue.op, cudaFuncGetAttributes(&own, kernel));
+  const int rest = attribute(queue, cudaDevAttrMaxSharedMemoryPerBlockOptin) - int(own.sharedSizeBytes);
+  check(queue.op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, rest));
+  granted.emplace(kernel, device);
+}
+
 template <class... Arguments>
 void launch(const Queue& queue, void (*kernel)(List, Clusters, Pass, Arguments...), int64_t blocks, int threads,
             size_t shared, const List& list, const Clusters& clusters, const Pass& pass,
@@ -94,8 +126,7 @@ void launch(const Queue& queue, void (*kernel)(List, Clusters, Pass, Arguments..
   if (blocks == 0) return;
   if (blocks > INT32_MAX || list.chunk > INT32_MAX)
     throw std::runtime_error(std::string(queue.op) + ": the plan is beyond the limits of a grid");
-  if (shared > 48 * 1024)
-    check(queue.op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
+  if (shared > 0) grant_shared(queue, reinterpret_cast<const void*>(kernel));
   kernel<<<unsigned(blocks), threads, shared, queue.stream>>>(list, clusters, pass, arguments...);
   check(queue.op, cudaGetLastError());
 }

@@ -217,7 +217,7 @@ struct Finder {
       if (!crowded || count == kMostCells) break;
     }
     if (threadIdx.x == 0) *most = 1;
-    for (int c = threadIdx.x; c < count; c += blockDim.x) grid[c] = uint8_t(below(next, K, c) >> shift);
+    for (int c = threadIdx.x; c < count; c += blockDim.x) grid[c] = uint8_t(min(below(next, K, c), K - 1) >> shift);
     __syncthreads();
     if (crowded)
       for (int j = threadIdx.x; j < K; j += blockDim.x) atomicMax(most, below(next, K, cell(next[j]) + 1) - j);
@@ -258,6 +258,11 @@ struct Tables {
   R2_HD Tables(Space& space, int most)
       : grid(space.take<uint8_t>(kMostCells)), constants(space.take<Constants>(1)), next(space.take<A>(most + 1)),
         numbers(space.take<A>(kStride * (most + 1))) {}
+  static R2_HD size_t bytes(int most) {
+    Space space = {};
+    Tables(space, most);
+    return space.used;
+  }
 
   // the numbers of the interval that is at / sizeof(A)
   __device__ __forceinline__ const A* row(int at) const {

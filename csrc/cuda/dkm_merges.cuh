@@ -1,8 +1,7 @@
 // From the sums by interval of a tensor to numbers of its centroids, by the threads of one block (the formulas are
 // those of csrc/dkm.h, where one thread does it).
 #pragma once
-#include "dkm_common.cuh"
-#include "dkm_intervals.cuh"
+#include "dkm_tables.cuh"
 
 namespace r2::cuda {
 
@@ -214,21 +213,17 @@ struct JacobianMerge {
   }
 };
 
-// Adds up what the blocks of dkm_sums_kernel left, and merges it. outside: in what Pass.scratch has left for the
-// tensor's first chunk, as shared memory is too small.
+// Adds up what the blocks of dkm_sums_kernel left, and merges it; outside: where the tensor has room for that.
 template <class Op, class A>
 __global__ void __launch_bounds__(kMergeThreads, 1)
     dkm_merge_kernel(List list, Clusters clusters, Pass pass, int64_t numbers, int per_interval, int slices,
-                     bool outside) {
+                     Rooms rooms, bool outside) {
   const int64_t tensor = blockIdx.x / slices, used = int64_t(clusters.size[tensor] + 1) * per_interval;
   const int slice = blockIdx.x % slices;
-  const Scratch scratch(list, pass, numbers);
   const double* totals;
-  if (slice >= slices_of(used) || !add_up(list, scratch, tensor, slice, used, &totals)) return;
-  char* memory = outside
-                     ? reinterpret_cast<char*>(scratch.partial + tensor_of(list, tensor).first_chunk * numbers + used)
-                     : shared_memory();
-  Op::template run<A>(Iteration<A>(clusters, pass, list.count, tensor), totals, tensor, clusters, pass, memory);
+  if (slice >= slices_of(used) || !add_up(list, Scratch(list, pass, numbers), tensor, slice, used, &totals)) return;
+  Op::template run<A>(Iteration<A>(clusters, pass, list.count, tensor), totals, tensor, clusters, pass,
+                      outside ? rooms.work(tensor) : shared_memory());
 }
 
 }  // namespace r2::cuda

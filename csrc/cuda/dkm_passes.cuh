@@ -8,7 +8,7 @@ namespace r2::cuda {
 struct ScalarPasses {
   // whether a block's shared memory holds the tables of so many clusters
   static bool serves(const Queue& queue, const List& list, const Clusters& clusters);
-  static int64_t scratch(int most);
+  static int64_t scratch(int64_t chunks, int64_t tensors, int most);
   static void update(const Queue& queue, const List& list, const Clusters& clusters, const Pass& pass);
   static void output(const Queue& queue, const List& list, const Clusters& clusters, const Pass& pass);
   static void upstream(const Queue& queue, const List& list, const Clusters& clusters, const Pass& pass);
@@ -18,7 +18,7 @@ struct ScalarPasses {
 };
 
 struct RowPasses {
-  static int64_t scratch(int most, int d);
+  static int64_t scratch(int64_t chunks, int most, int d);
   static void update(const Queue& queue, const List& list, const Clusters& clusters, const Pass& pass);
   static void output(const Queue& queue, const List& list, const Clusters& clusters, const Pass& pass);
   static void upstream(const Queue& queue, const List& list, const Clusters& clusters, const Pass& pass);

@@ -45,7 +45,7 @@ R2_MAP(output, dkm_row_output_kernel)
 R2_MAP(gradient, dkm_row_gradient_kernel)
 R2_MAP(assign, dkm_assign_kernel)
 
-int64_t RowPasses::scratch(int most, int d) { return Scratch::bytes(numbers_of(most, d)); }
+int64_t RowPasses::scratch(int64_t chunks, int most, int d) { return chunks * Scratch::bytes(numbers_of(most, d)); }
 void RowPasses::update(const Queue& queue, const List& list, const Clusters& clusters, const Pass& pass) {
   sum<RowSum::update>(queue, list, clusters, pass);
 }

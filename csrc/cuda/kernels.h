@@ -28,9 +28,11 @@ Function<Terms<Backward>> terms_bwd;
 Function<Rank> rank;
 int64_t rank_scratch(int64_t count);  // bytes of Rank.scratch for so many tensors
 
-Function<Quantizer> lsq_fwd, lsq_bwd, ewgs_fwd, ewgs_bwd, pact_fwd, pact_bwd, dorefa_fwd, dorefa_bwd;
+Function<Quantizer> lsq_fwd, lsq_bwd, ewgs_fwd, ewgs_bwd, pact_fwd, pact_bwd, dorefa_fwd, dorefa_bwd, rescale_fwd,
+    rescale_bwd;
 
 PassFunction dkm_update, dkm_output, dkm_upstream, dkm_recur, dkm_gradient, dkm_jacobian, dkm_assign;
-int64_t dkm_scratch(int most, int d, Metric metric);  // bytes of Pass.scratch for each chunk
+// bytes of Pass.scratch for so many chunks of so many tensors, which count once for each of Pass.steps
+int64_t dkm_scratch(int64_t chunks, int64_t tensors, int most, int d, Metric metric);
 
 }  // namespace r2::cuda

@@ -54,5 +54,11 @@ void dorefa_bwd(const List& list, const Quantizer& q, int device, uintptr_t stre
       queue.launch(maxima_kernel<typename decltype(tag)::type>, list.chunks, kThreads, list, q);
     });
 }
+void rescale_fwd(const List& list, const Quantizer& q, int device, uintptr_t stream) {
+  quantize<Rescale>(Queue("rescale_fwd", device, stream), list, q);
+}
+void rescale_bwd(const List& list, const Quantizer& q, int device, uintptr_t stream) {
+  quantize_gradient<Rescale>(Queue("rescale_bwd", device, stream), list, q);
+}
 
 }  // namespace r2::cuda

@@ -13,18 +13,21 @@ from . import fixed_point
 
 def forward(passes, centroids, iterations, pinned=False):
     """(outputs, history (T + 1, L, K, d), moments (T, L, K, m))"""
-    history, moments = [centroids], []
-    for _ in range(iterations):
-        new, m = passes.update(history[-1])
-        history.append(_pinned(new, history[-1]) if pinned else new)
-        moments.append(m)
-    return passes.output(history[-2], history[-1]), torch.stack(history), torch.stack(moments)
+    shape = centroids.shape
+    history = centroids.new_empty(iterations + 1, *shape)
+    moments = centroids.new_empty(iterations, *shape[:2], 3 if passes.signed else 1)
+    history[0].copy_(centroids)
+    for t in range(iterations):
+        passes.update(history[t], history[t + 1], moments[t])
+        if pinned:
+            _pin(history[t + 1], history[t])
+    return passes.output(history[-2], history[-1]), history, moments
 
 
-def _pinned(new, old):
-    """The new centroids of one iteration; NaN stays NaN."""
+def _pin(new, old):
+    """In place, the new centroids of one iteration; NaN stays NaN."""
     stopped = new.sign() != old.sign() if new.shape[-1] == 1 else (old == 0).all(-1, keepdim=True)
-    return new.masked_fill(stopped & (new == new), 0)
+    new.masked_fill_(stopped & (new == new), 0)
 
 
 def backward(passes, grad_centroids, grads, history, moments, gradient, centroid_grad, pinned=False):
@@ -34,7 +37,8 @@ def backward(passes, grad_centroids, grads, history, moments, gradient, centroid
         return u * (c != 0).any(-1, keepdim=True) if pinned else u
 
     old, new, m = history[-2], history[-1], moments[-1]
-    u = free(passes.upstream(old, grads) + grad_centroids, new)
+    u = passes.upstream(old, grads)
+    u = free(u if grad_centroids is None else u + grad_centroids, new)
     steps = [(old, new, u, m, True)]
     if gradient == "implicit":
         u = fixed_point.adjoint(passes, old, new, m, passes.recur(old, new, u, m, grads))
@@ -44,7 +48,8 @@ def backward(passes, grad_centroids, grads, history, moments, gradient, centroid
             u = passes.recur(history[t], history[t + 1], u, moments[t], grads if len(steps) == 1 else None)
             u = free(u, history[t])
             steps.append((history[t - 1], history[t], u, moments[t - 1], False))
-    first = torch.zeros_like(u)
     if gradient == "unrolled" and centroid_grad:
         first = passes.recur(history[0], history[1], u, moments[0], grads if len(steps) == 1 else None)
+    else:
+        first = torch.zeros_like(u)
     return passes.gradient(steps, grads), first

@@ -19,6 +19,7 @@ from ..contract import (
     MSQE,
     PACT,
     PARTIAL_L2,
+    RESCALE,
     SOFT_EXTREMA,
     SOFT_MIN_MAX,
     STATISTICS,
@@ -121,31 +122,39 @@ class Regularizers:
 
 
 class Quantizers:
-    """`_quantize(op, xs, parameters, bits, flag, axis=None, codes=None)` gives the quantized tensors;
+    """`_quantize(op, xs, parameters, bits, flag, axis=None, codes=None, sized=False)` gives the quantized tensors;
     `_quantize_bwd(op, gs, xs, parameters, ...)` the gradients of the tensors and a tuple of those of the first
     `op.learned` parameters. codes: (QN, QP) of LSQ, whose codes run from -QN to QP; those of the others from 0 to
     2^bits - 1."""
 
-    def lsq_fwd(self, xs, step, bits, signed, axis, kind):
-        return self._quantize(LSQ, xs, (step,), bits, signed, axis, levels(bits, signed, kind))
+    def lsq_fwd(self, xs, step, bits, signed, axis, kind, sized=False):
+        return self._quantize(LSQ, xs, (step,), bits, signed, axis, levels(bits, signed, kind), sized)
 
-    def lsq_bwd(self, gs, xs, step, bits, signed, axis, kind):
-        made, (g_step,) = self._quantize_bwd(LSQ, gs, xs, (step,), bits, signed, axis, levels(bits, signed, kind))
+    def lsq_bwd(self, gs, xs, step, bits, signed, axis, kind, sized=False):
+        codes = levels(bits, signed, kind)
+        made, (g_step,) = self._quantize_bwd(LSQ, gs, xs, (step,), bits, signed, axis, codes, sized)
         return made, g_step
 
-    def ewgs_fwd(self, xs, lower, upper, delta, bits, signed):
-        return self._quantize(EWGS, xs, (lower, upper, delta), bits, signed)
+    def ewgs_fwd(self, xs, lower, upper, delta, bits, signed, sized=False):
+        return self._quantize(EWGS, xs, (lower, upper, delta), bits, signed, sized=sized)
 
-    def ewgs_bwd(self, gs, xs, lower, upper, delta, bits, signed):
-        made, (g_lower, g_upper) = self._quantize_bwd(EWGS, gs, xs, (lower, upper, delta), bits, signed)
+    def ewgs_bwd(self, gs, xs, lower, upper, delta, bits, signed, sized=False):
+        made, (g_lower, g_upper) = self._quantize_bwd(EWGS, gs, xs, (lower, upper, delta), bits, signed, sized=sized)
         return made, g_lower, g_upper
 
-    def pact_fwd(self, xs, alpha, bits, plus):
-        return self._quantize(PACT, xs, (alpha,), bits, plus)
+    def pact_fwd(self, xs, alpha, bits, plus, sized=False):
+        return self._quantize(PACT, xs, (alpha,), bits, plus, sized=sized)
 
-    def pact_bwd(self, gs, xs, alpha, bits, plus):
-        made, (g_alpha,) = self._quantize_bwd(PACT, gs, xs, (alpha,), bits, plus)
+    def pact_bwd(self, gs, xs, alpha, bits, plus, sized=False):
+        made, (g_alpha,) = self._quantize_bwd(PACT, gs, xs, (alpha,), bits, plus, sized=sized)
         return made, g_alpha
+
+    def rescale_fwd(self, xs, scale, sized=False):
+        return self._quantize(RESCALE, xs, (scale,), 1, False, sized=sized)
+
+    def rescale_bwd(self, gs, xs, scale, sized=False):
+        made, (g_scale,) = self._quantize_bwd(RESCALE, gs, xs, (scale,), 1, False, sized=sized)
+        return made, g_scale
 
     def dorefa_fwd(self, xs, scale, bits, detach_max):
         return self._quantize(DOREFA, xs, (scale,), bits, detach_max)

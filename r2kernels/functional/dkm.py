@@ -10,6 +10,7 @@ each, not all of the same K.
 import torch
 
 from .. import ops
+from ..lists import with_zeros
 from ..reference import checks, parameters
 from ..reference.zeros import zeros_of
 from . import differentiable
@@ -49,34 +50,40 @@ class _DifferentiableKMeans(torch.autograd.Function):
         tau, history, moments, order, *weights = tensors
         clusters, metric, gradient, pinned, d, layout = ctx.call
         count = len(weights)
-        gs = [torch.zeros_like(w) if g is None else g for g, w in zip(grads[:count], weights, strict=True)]
-        gc = [history.new_zeros(shape) if g is None else g for g, shape in zip(grads[count:], ctx.shapes, strict=True)]
-        upstream = parameters.padded(gc, d)
-        if order is not None:
-            upstream = upstream.gather(1, order)
+        gs = with_zeros(grads[:count], weights, d, layout)
+        upstream = _upstream(grads[count:], order, ctx.shapes, history[-1])
         needed, problem = ctx.needs_input_grad[10:], (tau, clusters, metric, d, layout)
         args = upstream, weights, gs, history, moments, gradient, any(needed[:count]), pinned, *problem
         of_weights, first = ops.backward(ctx.backend, ops.dkm.bwd, *args)
-        centroid_gradients = _restored(first, order, ctx.shapes) if gradient == "unrolled" else [None] * count
+        learned = gradient == "unrolled" and any(needed[:count])
+        centroid_gradients = _restored(first, order, ctx.shapes) if learned else [None] * count
         gradients = [*centroid_gradients, *of_weights]
         return *[None] * 10, *[g if need else None for g, need in zip(gradients, needed, strict=True)]
 
 
 def _sorted(c, clusters):
     """(centroids in rising order within each tensor, the order); what fills up stays behind."""
-    count = torch.tensor(clusters, device=c.device)
-    real = (
-        (torch.arange(c.shape[1], device=c.device) < count[:, None])[..., None] if min(clusters) < c.shape[1] else None
-    )
-    order = (c if real is None else torch.where(real, c, torch.inf)).argsort(dim=1, stable=True)
+    if min(clusters) == c.shape[1]:
+        return c.sort(dim=1, stable=True)
+    order = torch.where(parameters.are_centroids(clusters, c.device), c, torch.inf).argsort(dim=1, stable=True)
     return c.gather(1, order), order
 
 
 def _restored(c, order, shapes):
-    """The (L, K, d) numbers of centroids as one tensor for each, in the caller's order and shape."""
-    if order is not None:
-        c = torch.empty_like(c).scatter_(1, order, c)
-    return [c[i, : shape[0]].reshape(shape).clone() for i, shape in enumerate(shapes)]
+    """The (L, K, d) numbers of centroids as one tensor for each, in the caller's order and shape; views of one copy."""
+    c = c.clone() if order is None else torch.empty_like(c).scatter_(1, order, c)
+    return [c[i, : shape[0]].view(shape) for i, shape in enumerate(shapes)]
+
+
+def _upstream(grads, order, shapes, like):
+    """The gradients of the centroids, of which those that are None are 0, as the passes have them: (L, K, d), or None
+    for none at all."""
+    if not any([g is not None for g in grads]):
+        return None
+    zero = None if all([g is not None for g in grads]) else like.new_zeros(())
+    grads = [zero.expand(shape) if g is None else g for g, shape in zip(grads, shapes, strict=True)]
+    upstream = parameters.padded(grads, like.shape[2])
+    return upstream if order is None else upstream.gather(1, order)
 
 
 def dkm(

@@ -67,12 +67,7 @@ def lsq(x, step, bits, *, signed=True, axis=None, levels="lsq") -> Tensor:
     arXiv:2502.02631) with alpha = 3/2 step and 2^(bits-1) step. There the gradient also passes half a step beyond the
     outermost levels (|x| <= 0.99 alpha), and is scaled by the levels of LSQ.
     """
-    xs, single = weights("lsq", x, name="x")
-    checks.bit_width(bits)
-    checks.level_kind(levels, bits, signed)
-    axis = checks.channel_axis(axis, xs, single)
-    step = parameters.channels("step", step, xs, single, axis)
-    return _quantized(ops.lsq, xs, single, [step], (bits, bool(signed), axis, levels))
+    return _lsq(x, step, bits, signed, axis, levels, False)
 
 
 def ewgs(x, lower, upper, bits, *, delta=0.0, signed=True) -> Tensor:
@@ -83,9 +78,7 @@ def ewgs(x, lower, upper, bits, *, delta=0.0, signed=True) -> Tensor:
     (signed: weights), or q (activations). The gradient g of q reaches z as g + delta |g| (z - q); delta = 0 is
     straight-through. What is clipped gives no gradient.
     """
-    xs, single = weights("ewgs", x, name="x")
-    checks.bit_width(bits)
-    return _quantized(ops.ewgs, xs, single, parameters.bounds(lower, upper, delta, xs, single), (bits, bool(signed)))
+    return _ewgs(x, lower, upper, bits, delta, signed, False)
 
 
 def pact(x, alpha, bits, *, plus=False) -> Tensor:
@@ -95,9 +88,7 @@ def pact(x, alpha, bits, *, plus=False) -> Tensor:
     dL/dx = g [0 <= x < alpha]; dL/dalpha = sum g [x >= alpha]; `plus` adds sum g (round(z) - z) / (2^bits - 1) inside,
     z = x / s. Add weight decay on alpha.
     """
-    xs, single = weights("pact", x, name="x")
-    checks.bit_width(bits)
-    return _quantized(ops.pact, xs, single, [parameters.channels("alpha", alpha, xs, single)], (bits, bool(plus)))
+    return _pact(x, alpha, bits, plus, False)
 
 
 def dorefa(w, bits, *, detach_max=False) -> Tensor:
@@ -121,3 +112,47 @@ def _mean_size(ws):
     numels = parameters.parameter("k", [max(w.numel(), 1) for w in ws], len(ws), False, 1, ws[0])
     loss, _ = ops.margin.fwd(ws, zeros, numels, 1, "output")
     return torch.stack([loss, torch.ones_like(loss)], 1)
+
+
+def _lsq(x, step, bits, signed, axis, levels, sized):
+    xs, single = weights("lsq", x, name="x")
+    checks.bit_width(bits)
+    checks.level_kind(levels, bits, signed)
+    axis = checks.channel_axis(axis, xs, single)
+    step = parameters.channels("step", step, xs, single, axis)
+    return _quantized(ops.lsq, xs, single, [step], (bits, bool(signed), axis, levels, sized))
+
+
+def _ewgs(x, lower, upper, bits, delta, signed, sized):
+    xs, single = weights("ewgs", x, name="x")
+    checks.bit_width(bits)
+    bounds = parameters.bounds(lower, upper, delta, xs, single)
+    return _quantized(ops.ewgs, xs, single, bounds, (bits, bool(signed), sized))
+
+
+def _pact(x, alpha, bits, plus, sized):
+    xs, single = weights("pact", x, name="x")
+    checks.bit_width(bits)
+    alpha = parameters.channels("alpha", alpha, xs, single)
+    return _quantized(ops.pact, xs, single, [alpha], (bits, bool(plus), sized))
+
+
+# as a `Quantizer` learns them: the sizes step, upper - lower, alpha and scale are used as |p| + contract.FLOOR
+
+
+def sized_lsq(x, step, bits, *, signed=True, axis=None, levels="lsq"):
+    return _lsq(x, step, bits, signed, axis, levels, True)
+
+
+def sized_ewgs(x, lower, upper, bits, *, delta, signed=True):
+    return _ewgs(x, lower, upper, bits, delta, signed, True)
+
+
+def sized_pact(x, alpha, bits, *, plus=False):
+    return _pact(x, alpha, bits, plus, True)
+
+
+def rescaled(x, scale):
+    """x (|scale| + contract.FLOOR)."""
+    xs, single = weights("rescaled", x, name="x")
+    return _quantized(ops.rescale, xs, single, [parameters.channels("scale", scale, xs, single)], (True,))

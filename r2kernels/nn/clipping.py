@@ -45,17 +45,15 @@ class Histogram:
             self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
             top = torch.maximum(high, -low)
             self.widen(torch.where(top > 0, top.frexp().exponent, LEAST))
-            place = (part / self._width()).floor_().long() + BINS
-            # int32: float atomics add in any order, and those of int64 are slower
-            new = torch.zeros_like(self.count, dtype=torch.int32)
-            self.count += new.scatter_add_(1, place, torch.ones_like(place, dtype=torch.int32))
+            place = (part / self._width()).floor_().short() + BINS
+            self.count += counted(place, 2 * BINS, x.device.type == "cpu")
 
     def widen(self, exponent):
         """Has the bins reach to 2**exponent, (rows,), or as far as they do."""
         exponent = torch.maximum(self.exponent, exponent)
-        doublings = (exponent - self.exponent).clamp(max=62)
-        place = torch.arange(-BINS, BINS, device=exponent.device) >> doublings[:, None]
-        self.count = torch.zeros_like(self.count).scatter_add_(1, place + BINS, self.count)
+        doublings = (exponent - self.exponent).clamp(max=13)  # which leave two bins
+        edges = (torch.arange(-BINS, BINS + 1, device=exponent.device) << doublings[:, None]).clamp_(-BINS, BINS)
+        self.count = _below(self.count).gather(1, edges + BINS).diff(dim=1)
         self.exponent = exponent
 
     def _width(self):
@@ -99,6 +97,17 @@ class Histogram:
         low, high = torch.maximum(self.low, low), torch.minimum(self.high, high)
         narrow = torch.maximum(high, -low) < width
         return torch.where(narrow, self.low, low), torch.where(narrow, self.high, high)
+
+
+def counted(codes, most, in_turn):
+    """(rows, most) how often each code below `most` occurs in each row of codes: one after the other, or where that
+    would read their largest (on a GPU) from their order."""
+    codes, rows = codes.contiguous(), len(codes)
+    if in_turn:
+        codes = codes + torch.arange(0, rows * most, most, device=codes.device)[:, None]
+        return torch.bincount(codes.view(-1), minlength=rows * most).view(rows, most)
+    edges = torch.arange(most + 1, dtype=codes.dtype, device=codes.device).repeat(rows, 1)
+    return torch.searchsorted(codes.sort(dim=1).values, edges).diff(dim=1)
 
 
 def _below(count):
@@ -173,10 +182,10 @@ def weight_qparams(w, bits, axis, method, symmetric, group_size=None, percentile
     if group_size is not None:
         return group_qparams(w, Grid(bits, axis % w.dim(), group_size), method, symmetric)
     rows = w.detach().reshape(1, -1) if axis is None else w.detach().movedim(axis, 0).reshape(w.shape[axis], -1)
+    if not rows.isfinite().all():
+        return None
     found = []
     for some in rows.split(ROWS):
-        if not some.isfinite().all():
-            return None
         histogram = Histogram(len(some), w.device)
         histogram.add(some)
         found.append(histogram_qparams(histogram, bits, method, symmetric, percentile=percentile))

@@ -72,11 +72,16 @@ class ClusteringOptions(NamedTuple):
                 checks.number(f"tau of {name}", value, "a finite number > 0", lambda v: 0 < v < float("inf"))
         return self
 
-    def temperature(self, step, centroids):
-        """tau of every group (G,) after `step` steps, for centroids (G, K, d); float64, which holds squares of small
-        weights."""
+    @property
+    def is_squared(self):
+        """Whether tau has the units of squared weights."""
+        return self.metric == "sqeuclidean"
+
+    def temperature(self, step, spacings):
+        """tau of every group (G,) after `step` steps, where centroids are so far apart (`spacing`, squared for
+        "sqeuclidean"); float64, which holds squares of small weights."""
         if self.tau == "auto":
-            return spacing(centroids.double(), self.metric) * SOFT ** (2 if self.metric == "sqeuclidean" else 1)
+            return spacings * SOFT ** (2 if self.is_squared else 1)
         if callable(self.tau):
             value = checks.number("tau(step)", self.tau(step), "a finite number > 0", lambda v: 0 < v < float("inf"))
         elif isinstance(self.tau, (tuple, list)):
@@ -84,23 +89,7 @@ class ClusteringOptions(NamedTuple):
             value = first * (last / first) ** min(step / steps, 1.0)
         else:
             value = self.tau
-        return torch.full((len(centroids),), float(value), dtype=torch.float64, device=centroids.device)
-
-
-def spacing(centroids, metric):
-    """(G,) mean distance of a centroid to the nearest other one, or its square; 1 where all are equal."""
-    if centroids.shape[1] == 1:
-        return torch.ones_like(centroids[:, 0, 0])
-    if centroids.shape[2] == 1:
-        gaps = centroids[..., 0].sort(1).values.diff(dim=1)
-        nearest = torch.minimum(torch.cat([gaps[:, :1], gaps], 1), torch.cat([gaps, gaps[:, -1:]], 1))
-    else:  # of differences: cdist's product of matrices errs by more than small distances
-        D = torch.cdist(centroids, centroids, compute_mode="donot_use_mm_for_euclid_dist")
-        itself = torch.eye(D.shape[-1], dtype=torch.bool, device=D.device)
-        nearest = D.masked_fill(itself, torch.inf).amin(-1)
-    mean = nearest.mean(-1)
-    mean = torch.where((mean > 0) & mean.isfinite(), mean, 1)
-    return mean.square() if metric == "sqeuclidean" else mean
+        return torch.full((len(spacings),), float(value), dtype=torch.float64, device=spacings.device)
 
 
 def form_of(layer):
@@ -153,15 +142,20 @@ def lost(w, form, centroids, preserve_zeros):
 SAME = 1e-3
 
 
-def spare_and_error(w, form, centroids, wide=False):
-    """For each group (how many centroids no row needs, the largest error); reads values on the host.
+def spare_and_error(problems):
+    """For each (weight, form, centroids, wide) and each of its groups (how many centroids no row needs, the largest
+    error); the host reads once.
 
     A centroid is spare that is nearest to no row, or where another one is. wide: as for `nearest_codes`.
     """
-    d, found, pieces = form.cluster_dim, [], divided(w, form)[0]
-    for piece, codes, c in zip(pieces, nearest_codes(pieces, centroids, form, wide), centroids, strict=True):
-        error = (columns(piece, d, form.layout).t() - c[codes.long()]).abs().amax()
-        near = (c[:, None] - c).abs().amax(-1).le(SAME * error).tril(-1).any(1)
-        unused = torch.bincount(codes.long(), minlength=len(c)) == 0
-        found.append((int((near | unused).sum()), error.item()))
-    return found
+    found, counts = [], []
+    for w, form, centroids, wide in problems:
+        d, pieces = form.cluster_dim, divided(w, form)[0]
+        counts.append(len(pieces))
+        for piece, codes, c in zip(pieces, nearest_codes(pieces, centroids, form, wide), centroids, strict=True):
+            error = (columns(piece, d, form.layout).t() - c[codes.long()]).abs().amax()
+            near = (c[:, None] - c).abs().amax(-1).le(SAME * error).tril(-1).any(1)
+            used = torch.zeros_like(near).index_fill_(0, codes.long(), True)
+            found.append(torch.stack([(near | ~used).sum().double(), error.double()]).to(problems[0][0].device))
+    values = iter(torch.stack(found).tolist())
+    return [[next(values) for _ in range(count)] for count in counts]

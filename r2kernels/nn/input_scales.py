@@ -125,7 +125,7 @@ class LSQInput(Input):
         return positive(self.step).item(), 0, self.is_signed
 
     def forward(self, x):
-        return quantizers.lsq(x, by_sample(positive(self.step), x), self.bits, signed=self.is_signed)
+        return quantizers.sized_lsq(x, by_sample(self.step, x), self.bits, signed=self.is_signed)
 
 
 class EWGSInput(Input):
@@ -149,9 +149,9 @@ class EWGSInput(Input):
         return (self.span() / (2**self.bits - 1)).item(), 0, False, self.lower.item()
 
     def forward(self, x):
-        lower, upper = bounds(self.lower, self.upper)
-        q = quantizers.ewgs(x, lower, upper, self.bits, delta=self.delta, signed=False)
-        return lower.detach() + (upper - lower).detach() * q
+        q = quantizers.sized_ewgs(x, self.lower, self.upper, self.bits, delta=self.delta, signed=False)
+        lower, upper = bounds(self.lower.detach(), self.upper.detach())
+        return lower + (upper - lower) * q
 
 
 class PACTInput(Input):
@@ -170,11 +170,10 @@ class PACTInput(Input):
         return (positive(self.alpha) / top).item(), 0, self.is_signed
 
     def forward(self, x):
-        alpha = positive(self.alpha)
         if self.is_signed:
-            step = by_sample(alpha / parameters.levels(self.bits, True)[1], x)
+            step = by_sample(positive(self.alpha) / parameters.levels(self.bits, True)[1], x)
             return quantizers.lsq(x, step, self.bits)
-        return quantizers.pact(x, alpha, self.bits, plus=self.plus)
+        return quantizers.sized_pact(x, self.alpha, self.bits, plus=self.plus)
 
 
 class FrozenInput(Input):

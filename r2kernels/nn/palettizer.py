@@ -10,10 +10,13 @@ from torch import nn
 from ..files.clustered import Clustered, Form, assembled, different, divided, joined, quantized_lut
 from ..files.integers import Integers, palette_weight
 from ..functional.dkm import assign, dkm
+from ..lists import resident
+from ..ops import settled
 from ..reference.columns import accumulator
+from ..reference.dkm import spacing
 from ..reference.zeros import with_zero, zeros_of
 from .attach import Attached
-from .clustering import ClusteringOptions, few_rows, fitted, form_of, lost, spacing, spare_and_error, with_zeros_kept
+from .clustering import ClusteringOptions, few_rows, fitted, form_of, lost, spare_and_error, with_zeros_kept
 from .layers import layers_of
 
 CHECKED = 64  # steps between two searches for spare centroids; before these at every power of two
@@ -114,7 +117,8 @@ class Palettizer(Attached):
                     raise ValueError(f"{layer.name} has a NaN or an infinity; only finite weights can be clustered")
                 self.centroids.register_buffer(layer.key, centroids)
                 waits = different(centroids) < centroids.shape[1]
-                self.taus.register_buffer(layer.key, o.temperature(0, centroids).masked_fill(waits, torch.inf))
+                tau = o.temperature(0, spacing(centroids.double(), o.is_squared))
+                self.taus.register_buffer(layer.key, tau.masked_fill(waits, torch.inf))
         self._fresh = {}
         self._waiting, self._wide, self._sound, self._told = {}, {}, {}, set()
         self._read(layers)
@@ -124,14 +128,15 @@ class Palettizer(Attached):
     @torch.no_grad()
     def _read(self, layers):
         """Reads what the Python code has to know of the centroids of some layers, and warns once of what they lose."""
-        for layer in layers:
-            c, tau, o = self.centroids._buffers[layer.key], self.taus._buffers[layer.key], layer.options
-            gaps = spacing(c.double(), "euclidean").tolist()
-            squares = accumulator(layer.weight().dtype) == torch.float32 and (
-                o.metric == "sqeuclidean" or o.cluster_dim > 1
-            )
-            self._waiting[layer.key] = frozenset(tau.isinf().nonzero()[:, 0].tolist())
-            self._wide[layer.key] = squares and not SQUARED[0] <= min(gaps) <= max(gaps) <= SQUARED[1]
+        taus = [self.taus._buffers[layer.key] for layer in layers]
+        waits = iter(torch.cat([tau.isinf().to(self.steps.device) for tau in taus]).tolist())
+        for layer, tau in zip(layers, taus, strict=True):
+            c, o = self.centroids._buffers[layer.key], layer.options
+            self._waiting[layer.key] = frozenset([g for g in range(len(tau)) if next(waits)])
+            self._wide[layer.key] = False
+            if accumulator(layer.weight().dtype) == torch.float32 and (o.is_squared or o.cluster_dim > 1):
+                gaps = spacing(c.double()).tolist()
+                self._wide[layer.key] = not SQUARED[0] <= min(gaps) <= max(gaps) <= SQUARED[1]
             if layer.name in self._told:
                 continue
             w = layer.weight()
@@ -157,7 +162,8 @@ class Palettizer(Attached):
                 if layer.options.lut_dtype != "fp32":
                     hats = [self._rounded(h, p, c_, layer.options) for h, p, c_ in zip(hats, pieces, c, strict=True)]
                 own = w.detach() if layer.options.preserve_zeros else w  # of channels of zeros
-                results[layer.name] = joined(hats, own, form_of(layer), scales), torch.stack(c).detach()
+                c = c[0].unsqueeze(0) if len(c) == 1 else torch.stack(c)
+                results[layer.name] = joined(hats, own, form_of(layer), scales), c.detach()
         return [results[layer.name] for layer in layers]
 
     def _mixtures(self, some):
@@ -172,7 +178,8 @@ class Palettizer(Attached):
             found.append((list(pieces), list(centroids)))
             flat += [pieces[g] for g in live]
             starts += [centroids[g].squeeze(-1) if d == 1 else centroids[g] for g in live]
-            taus.append(self.taus._buffers[layer.key][live] if waiting else self.taus._buffers[layer.key])
+            tau = self.taus._buffers[layer.key]
+            taus.append(tau.index_select(0, resident(tuple(live), torch.int64, tau.device)) if waiting else tau)
             places += [(found[-1], g) for g in live]
         if not places:
             return found
@@ -234,46 +241,63 @@ class Palettizer(Attached):
         self._count += 1
         self.steps.fill_(self._count)
         self._adopt([layer for layer in self.layers if layer.name in self._fresh])
+        stayed = [layer for layer in self.layers if layer.name not in self._fresh]
         self._forget()
         due = self._count & (self._count - 1) == 0 or self._count % CHECKED == 0
         if due or self.steps.device.type == "cpu":
             self._warn_of_unsound()
         if due:
-            for layer in self.layers:
-                self._renew(layer)
-        self._warm_up()
+            problems = [(l.weight(), form_of(l), self._centroids(l), self._wide[l.key]) for l in self.layers]
+            for layer, found in zip(self.layers, spare_and_error(problems), strict=True):
+                self._renew(layer, found)
+        self._warm_up(self.layers if due else stayed)
         if due:
             self._read(self.layers)
 
     def _adopt(self, layers):
-        """New centroids, but for groups where they are not finite."""
+        """New centroids, but for groups where they are not finite, and the temperatures that go with them."""
+        for some in self._alike(layers, [self._fresh[layer.name].dtype for layer in layers]):
+            old = [self.centroids._buffers[layer.key] for layer in some]
+            groups, new = [len(c) for c in old], torch.cat([self._fresh[layer.name] for layer in some])
+            joint, spacings, sound = settled(torch.cat(old), new, some[0].options.is_squared)
+            torch._foreach_copy_(old, list(joint.split(groups)))
+            self._set_temperatures(some, groups, spacings)
+            names = tuple(layer.name for layer, count in zip(some, groups, strict=True) for _ in range(count))
+            self._sound.setdefault(names, []).append(sound)
+
+    def _alike(self, layers, kinds):
+        """The layers, of these kinds, in batches of which the centroids fit in one tensor and take one temperature."""
         batches = defaultdict(list)
-        for layer in layers:
-            old, new = self.centroids._buffers[layer.key], self._fresh[layer.name]
-            batches[new.shape[1:], new.dtype, old.dtype, new.device].append((layer, old, new))
-        for some in batches.values():
-            of, old, new = zip(*some, strict=True)
-            groups = [len(c) for c in old]
-            joint = torch.cat(new)
-            sound = joint.isfinite().flatten(1).all(1)
-            joint = torch.where(sound[:, None, None], joint, torch.cat(old).to(joint.dtype))
-            torch._foreach_copy_(list(old), list(joint.split(groups)))
-            names = tuple(layer.name for layer, count in zip(of, groups, strict=True) for _ in range(count))
-            self._sound[names] = sound & self._sound[names] if names in self._sound else sound
+        for layer, kind in zip(layers, kinds, strict=True):
+            c, o = self.centroids._buffers[layer.key], layer.options
+            tau = o.tau if o.tau == "auto" else id(o.tau)
+            batches[c.shape[1:], c.dtype, c.device, o.metric, tau, kind].append(layer)
+        return batches.values()
+
+    def _set_temperatures(self, layers, groups, spacings):
+        taus = [self.taus._buffers[layer.key] for layer in layers]
+        torch._foreach_copy_(taus, list(layers[0].options.temperature(self._count, spacings).split(groups)))
+        for layer, tau in zip(layers, taus, strict=True):
+            if self._waiting[layer.key]:
+                waiting = resident(tuple(sorted(self._waiting[layer.key])), torch.int64, tau.device)
+                tau.index_fill_(0, waiting, torch.inf)
 
     def _warn_of_unsound(self):
         """Says once of a layer that its centroids were left as they were."""
-        for names, sound in self._sound.items():
-            for name in dict.fromkeys(n for n, fine in zip(names, sound.tolist(), strict=True) if not fine):
+        for names, steps in self._sound.items():
+            sound = torch.stack(steps).all(0).tolist()
+            for name in dict.fromkeys(n for n, fine in zip(names, sound, strict=True) if not fine):
                 if (name, "step") not in self._told:
                     self._told.add((name, "step"))
                     warnings.warn(f"{name} is not finite; its centroids stay as they are", stacklevel=4)
         self._sound = {}
 
-    def _renew(self, layer):
-        """Starts groups anew that have spare centroids, and finds those that wait until their weights differ."""
+    def _renew(self, layer, found):
+        """Starts groups anew that have spare centroids, and finds those that wait until their weights differ.
+
+        found: what `spare_and_error` says of them."""
         w, form, c, key = layer.weight(), form_of(layer), self.centroids._buffers[layer.key], layer.key
-        found, most = spare_and_error(w, form, self._centroids(layer), self._wide[key]), max(2**form.bits // SPARE, 1)
+        most = max(2**form.bits // SPARE, 1)
         anew = [
             g
             for g, (spare, error) in enumerate(found)
@@ -286,20 +310,12 @@ class Palettizer(Attached):
             waiting |= {anew[i] for i in (different(c[anew]) < c.shape[1]).nonzero()[:, 0].tolist()}
         self._waiting[key] = frozenset(waiting)
 
-    def _warm_up(self):
-        batches = defaultdict(list)
-        for layer in self.layers:
-            c, o = self.centroids._buffers[layer.key], layer.options
-            tau = o.tau if o.tau == "auto" else id(o.tau)
-            batches[c.shape[1:], c.dtype, c.device, o.metric, tau].append(layer)
-        for some in batches.values():
+    def _warm_up(self, layers):
+        """The temperatures of these layers, of centroids as they are."""
+        for some in self._alike(layers, [None] * len(layers)):
             centroids = [self.centroids._buffers[layer.key] for layer in some]
-            tau = some[0].options.temperature(self._count, torch.cat(centroids))
-            taus = [self.taus._buffers[layer.key] for layer in some]
-            torch._foreach_copy_(taus, list(tau.split([len(c) for c in centroids])))
-        for key, waiting in self._waiting.items():
-            if waiting:
-                self.taus._buffers[key][list(waiting)] = torch.inf
+            spacings = spacing(torch.cat(centroids).double(), some[0].options.is_squared)
+            self._set_temperatures(some, [len(c) for c in centroids], spacings)
 
     @torch.no_grad()
     def gap(self):

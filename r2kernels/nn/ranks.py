@@ -3,6 +3,8 @@
 import torch
 from torch import distributed
 
+from ..lists import resident
+
 
 def is_distributed():
     """Whether there are other ranks."""
@@ -37,19 +39,13 @@ def average_gradients(parameters):
 
     One without a gradient counts as 0, and stays without where no rank has one.
     """
-    parts = [
-        part
-        for p in parameters
-        for part in (
-            (torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1),
-            p.new_tensor([p.grad is not None]),
-        )
-    ]
-    flat = torch.cat([part.to(parameters[0].device, torch.float64) for part in parts])
+    device = parameters[0].device
+    have = resident(tuple([float(p.grad is not None) for p in parameters]), torch.float64, device)
+    own = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([*[g.reshape(-1).to(device, torch.float64) for g in own], have])
     distributed.all_reduce(flat)
-    found = iter(flat.split([len(part) for part in parts]))
-    for p in parameters:
-        g, count = next(found), next(found)
+    *found, counts = flat.split([*[p.numel() for p in parameters], len(parameters)])
+    for p, g, count in zip(parameters, found, counts, strict=True):
         if p.grad is not None:
             p.grad.copy_(g.div_(distributed.get_world_size()).reshape(p.shape))
         elif count > 0:

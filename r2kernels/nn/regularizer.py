@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..functional.loss import add_gradients_
 from ..functional.regularizers import sampled_std
-from ..lists import memory_order
+from ..lists import memory_order, resident
 from ..reference import checks, parameters
 from .select import select_weights
 
@@ -127,7 +127,7 @@ class RangeRegularizer(nn.Module):
         """Alpha or M of a group, on its device."""
         value = self.alpha if self.loss == "soft_min_max" else self.M
         if len(group.places) < len(self.names):
-            value = value[group.places]
+            value = value.index_select(0, resident(tuple(group.places), torch.int64, value.device))
         return value.to(group.weights[0].device)
 
     def _scaled(self, alpha, weights):
@@ -300,7 +300,7 @@ class RangeRegularizer(nn.Module):
         if len(group.places) == len(self.names):
             p.grad.add_(g)
         else:
-            p.grad.index_add_(0, torch.tensor(group.places, device=p.device), g)
+            p.grad.index_add_(0, resident(tuple(group.places), torch.int64, p.device), g)
 
     def extra_repr(self):
         unit = f", alpha_unit={self.alpha_unit!r}" if self.loss == "soft_min_max" else ""

@@ -14,9 +14,9 @@ from ..files.uniform import Grid, Uniform
 from ..functional import quantizers
 from ..reference import parameters
 from ..reference.columns import accumulator
+from ..reference.quantizers import FLOOR
 from .clipping import nearest
 
-FLOOR = 1e-8
 DELTA = 1e-3  # of EWGS until `estimate_delta` has set it
 
 
@@ -63,10 +63,8 @@ class LSQWeight(nn.Module):
 
     @staticmethod
     def soft(some, ws):
-        if some[0].axis is None:
-            return _lsq(some, ws, positive(torch.stack([q.step for q in some])))
-        steps = positive(torch.cat([q.step for q in some])).split([len(q.step) for q in some])
-        return _lsq(some, ws, list(steps))
+        steps = [q.step for q in some]
+        return _lsq(quantizers.sized_lsq, some, ws, torch.stack(steps) if some[0].axis is None else steps)
 
     def start(self, w):
         size = _or_usual(grid(self, w).rows(wide(w).abs()).mean(1).reshape(self.step.shape), w, 0.5)
@@ -81,14 +79,14 @@ def grid(q, w):
     return Grid(q.bits, None if q.axis is None else q.axis % w.dim(), q.group_size)
 
 
-def _lsq(some, ws, steps, signed=True):
-    """`lsq` of weights whose quantizers share their options. Groups are the rows of a view of a contiguous weight whose
+def _lsq(lsq, some, ws, steps, signed=True):
+    """lsq of weights whose quantizers share their options. Groups are the rows of a view of a contiguous weight whose
     channels lie along its first axis, else of a copy."""
     q, options = some[0], {"signed": signed, "levels": some[0].levels}
     if q.group_size is None:
-        return quantizers.lsq(ws, steps, q.bits, axis=q.axis, **options)
+        return lsq(ws, steps, q.bits, axis=q.axis, **options)
     grids = [grid(q, w) for w in ws]
-    ys = quantizers.lsq([g.rows(w) for g, w in zip(grids, ws, strict=True)], steps, q.bits, axis=0, **options)
+    ys = lsq([g.rows(w) for g, w in zip(grids, ws, strict=True)], steps, q.bits, axis=0, **options)
     return [g.from_rows(y, w.shape) for g, y, w in zip(grids, ys, ws, strict=True)]
 
 
@@ -104,8 +102,7 @@ class _Scaled(nn.Module):
 
     @classmethod
     def soft(cls, some, ws):
-        scales = positive(torch.stack([q.scale for q in some])).unbind()
-        return [y * scale for y, scale in zip(cls.plain(some, ws), scales, strict=True)]
+        return quantizers.rescaled(cls.plain(some, ws), torch.stack([q.scale for q in some]))
 
     def start(self, w):
         self.scale.fill_(1)
@@ -131,8 +128,8 @@ class EWGSWeight(_Scaled):
 
     @staticmethod
     def plain(some, ws):
-        lower, upper = bounds(torch.stack([q.lower for q in some]), torch.stack([q.upper for q in some]))
-        return quantizers.ewgs(ws, lower, upper, some[0].bits, delta=torch.stack([q.delta for q in some]))
+        lower, upper, delta = [torch.stack([getattr(q, name) for q in some]) for name in ("lower", "upper", "delta")]
+        return quantizers.sized_ewgs(ws, lower, upper, some[0].bits, delta=delta)
 
     def span(self):
         """What 1 of [0, 1] is on the scale of the weights that the model sees."""
@@ -196,9 +193,10 @@ class FrozenWeight(nn.Module):
         steps = [q.step for q in some]
         steps = torch.stack(steps) if some[0].axis is None else steps
         if some[0].zero is None:
-            return _lsq(some, ws, steps)
+            return _lsq(quantizers.lsq, some, ws, steps)
         shifts = [grid(q, w).over(q.step * q.zero, w.shape) for q, w in zip(some, ws, strict=True)]
-        ys = _lsq(some, [w.to(shift.dtype) + shift for w, shift in zip(ws, shifts, strict=True)], steps, signed=False)
+        shifted = [w.to(shift.dtype) + shift for w, shift in zip(ws, shifts, strict=True)]
+        ys = _lsq(quantizers.lsq, some, shifted, steps, signed=False)
         return [(y - shift).to(w.dtype) for y, shift, w in zip(ys, shifts, ws, strict=True)]
 
     def start(self, w):

@@ -2,7 +2,7 @@
 on their own."""
 
 from .columns import columns, from_columns
-from .dkm import DKM, assign, assign_fwd, dkm
+from .dkm import DKM, assign, assign_fwd, dkm, settled
 from .kmeans import kmeans
 from .quantizers import (
     dorefa,
@@ -17,6 +17,8 @@ from .quantizers import (
     pact,
     pact_bwd,
     pact_fwd,
+    rescale_bwd,
+    rescale_fwd,
 )
 from .range_losses import (
     l_inf,
@@ -93,7 +95,10 @@ __all__ = [
     "partial_l2",
     "partial_l2_bwd",
     "partial_l2_fwd",
+    "rescale_bwd",
+    "rescale_fwd",
     "sampled_std_fwd",
+    "settled",
     "soft_extrema",
     "soft_extrema_bwd",
     "soft_extrema_fwd",

@@ -226,6 +226,30 @@ def assign_fwd(weights, centroids, clusters, d, layout):
     return codes
 
 
+def spacing(centroids, squared=False):
+    """(G,) mean distance of a centroid of (G, K, d) to the nearest other one, or its square; 1 where all are equal."""
+    if centroids.shape[1] == 1:
+        return torch.ones_like(centroids[:, 0, 0])
+    if centroids.shape[2] == 1:
+        gaps = centroids[..., 0].sort(1).values.diff(dim=1)
+        nearest = torch.minimum(torch.cat([gaps[:, :1], gaps], 1), torch.cat([gaps, gaps[:, -1:]], 1))
+    else:  # of differences: cdist's product of matrices errs by more than small distances
+        D = torch.cdist(centroids, centroids, compute_mode="donot_use_mm_for_euclid_dist")
+        itself = torch.eye(D.shape[-1], dtype=torch.bool, device=D.device)
+        nearest = D.masked_fill(itself, torch.inf).amin(-1)
+    mean = nearest.mean(-1)
+    mean = torch.where((mean > 0) & mean.isfinite(), mean, 1)
+    return mean.square() if squared else mean
+
+
+def settled(old, new, squared):
+    """(the centroids that a step of training ends with, their `spacing` in float64, whether those of a group are the
+    new ones): the old ones where a new one is NaN or infinite. (G, K, d), in the dtype of the old ones."""
+    sound = new.isfinite().flatten(1).all(1)
+    c = torch.where(sound[:, None, None], new, old.to(new.dtype)).to(old.dtype)
+    return c, spacing(c.double(), squared), sound
+
+
 def assign(W, centroids, *, cluster_dim=1, layout="output"):
     ws, single = checks.weights(W, cluster_dim, layout)
     centroids, clusters = checks.centroids(centroids, ws, single, cluster_dim)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .checks import DTYPES, check_parameter, is_finite, number, row_weights
 from .columns import accumulator
+from .lasting import lasting
 
 _constants: dict = {}
 _MOST_CONSTANTS = 4096
@@ -70,11 +71,11 @@ def _constant(key, count, d, dtype, device):
     full = (key, count, d, dtype, device)
     value = _constants.get(full)
     if value is None:
+        if len(_constants) >= _MOST_CONSTANTS:
+            return _fill(key, count, d, dtype, device)
         with torch.inference_mode(False):  # a tensor of inference mode could not be saved for backward later
-            value = _fill(key, count, d, dtype, device)
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if len(_constants) < _MOST_CONSTANTS and not capturing:
-            _constants[full] = value
+            value = lasting(lambda: _fill(key, count, d, dtype, device), device, f"the parameter {key}")
+        _constants[full] = value
     return value
 
 
@@ -86,16 +87,29 @@ def _fill(key, count, d, dtype, device):
 
 def finite_or_nan(c):
     """(L, K, d) centroids; all those of a tensor are NaN where one is infinite or NaN."""
-    return c + (0 * c).sum((1, 2), keepdim=True)
+    return torch.add(c, torch.linalg.vector_norm(c, torch.inf, (1, 2), keepdim=True), alpha=0)
 
 
 def padded(given, d):
     """(L, K, d): the centroids of all tensors, filled up with zeros."""
-    most = max([c.shape[0] for c in given])
-    rows = [c.reshape(-1, d) for c in given]
-    if any([c.shape[0] != most for c in rows]):
-        rows = [torch.cat([c, c.new_zeros(most - c.shape[0], d)]) for c in rows]
-    return torch.stack(rows)
+    rows, counts = [c.reshape(-1, d) for c in given], [c.shape[0] for c in given]
+    most = max(counts)
+    if min(counts) == most:
+        return torch.stack(rows)
+    zeros, places, first = sum(counts), [], 0  # of the row behind all others, and of every row
+    for count in counts:
+        places += [*range(first, first + count), *[zeros] * (most - count)]
+        first += count
+    device, dtype = rows[0].device, rows[0].dtype
+    places = _constant(tuple(places), len(places), 1, torch.int64, device)[:, 0]
+    return torch.cat([*rows, _constant(0.0, 1, d, dtype, device)]).index_select(0, places).view(len(given), most, d)
+
+
+def are_centroids(clusters, device):
+    """(L, K, 1): which of the numbers that `padded` gives are there."""
+    most = max(clusters)
+    key = tuple([k < count for count in clusters for k in range(most)])
+    return _constant(key, len(key), 1, torch.bool, device).view(-1, most, 1)
 
 
 def temperature(tau, ws, single):

@@ -6,9 +6,9 @@ Quantization with Element-wise Gradient Scaling"; Choi et al. 2018, "PACT"; Zhou
 `<op>_fwd(xs, *parameters, *options) -> ys` and `<op>_bwd(gs, xs, *parameters, *options) -> (gradients of xs, gradient
 of each differentiable parameter)`. Parameters are flat tensors of the accumulator's dtype: one number for each
 tensor, or with `axis` for each channel of each tensor, one tensor's after the other's. Everything is computed in the
-accumulator's dtype with true divisions and rounds half to even. `lsq_fwd`, `ewgs_fwd` and `pact_fwd` are the same
-bits on every backend. A comparison decides what is clipped, so NaN takes the way of what is not. No branch depends on
-a value.
+accumulator's dtype with true divisions and rounds half to even. `lsq_fwd`, `ewgs_fwd`, `pact_fwd` and `rescale_fwd`,
+which multiplies, are the same bits on every backend. A comparison decides what is clipped, so NaN takes the way of what
+is not. No branch depends on a value.
 """
 
 import math
@@ -17,6 +17,8 @@ import torch
 
 from . import checks, parameters
 from .columns import accumulator
+
+FLOOR = 1e-8  # below the sizes that a `Quantizer` learns
 
 
 def _parameters(flat, xs, axis=None):
@@ -39,8 +41,13 @@ def _over(x, n):
     return x / x.new_full((), n)
 
 
-def _positive(p):
-    return torch.where(p > 0, p, torch.nan)
+def _size(p, sized=False):
+    return p.abs() + FLOOR if sized else torch.where(p > 0, p, torch.nan)
+
+
+def _of_size(g, p, sized):
+    """The gradient of p, from that of its `_size`."""
+    return g * p.sgn() if sized else g
 
 
 def _sum(x, axis=None):
@@ -71,70 +78,86 @@ def code(v, bits, signed, levels="lsq"):
     return (clipped - shift).round() + shift if shift else clipped.round()
 
 
-def lsq_fwd(xs, step, bits, signed, axis, levels):
+def lsq_fwd(xs, step, bits, signed, axis, levels, sized=False):
     return [
         (s * code(_wide(x) / s, bits, signed, levels)).to(x.dtype)
-        for x, s in zip(xs, _parameters(_positive(step), xs, axis), strict=True)
+        for x, s in zip(xs, _parameters(_size(step, sized), xs, axis), strict=True)
     ]
 
 
-def lsq_bwd(gs, xs, step, bits, signed, axis, levels):
+def lsq_bwd(gs, xs, step, bits, signed, axis, levels, sized=False):
     low, high = parameters.levels(bits, signed, levels)
     gradients, g_step = [], []
-    for g, x, s in zip(gs, xs, _parameters(_positive(step), xs, axis), strict=True):
+    for g, x, s in zip(gs, xs, _parameters(_size(step, sized), xs, axis), strict=True):
         v, g = _wide(x) / s, _wide(g)
         below, above = v < -low, v > high
         slope = torch.where(below, -low, torch.where(above, high, code(v, bits, signed, levels) - v))
         channel = _channel(x, axis)
         gradients.append(torch.where(below | above, 0, g).to(x.dtype))
         g_step.append(_sum(g * slope, axis) / math.sqrt(channel * high))
-    return gradients, torch.cat(g_step)
+    return gradients, _of_size(torch.cat(g_step), step, sized)
 
 
-def _ewgs(x, lower, upper):
+def _ewgs(x, lower, upper, sized=False):
     """(v, v clipped to [0, 1], upper - lower)"""
-    span = _positive(upper - lower)
+    span = _size((lower + _size(upper - lower, sized) if sized else upper) - lower)
     v = (_wide(x) - lower) / span
     return v, v.clamp(0, 1), span
 
 
-def ewgs_fwd(xs, lower, upper, delta, bits, signed):
+def ewgs_fwd(xs, lower, upper, delta, bits, signed, sized=False):
     n, ys = 2**bits - 1, []
     for x, low, high in zip(xs, lower, upper, strict=True):
-        c = (n * _ewgs(x, low, high)[1]).round()
+        c = (n * _ewgs(x, low, high, sized)[1]).round()
         ys.append(_over(2 * c - n if signed else c, n).to(x.dtype))
     return ys
 
 
-def ewgs_bwd(gs, xs, lower, upper, delta, bits, signed):
+def ewgs_bwd(gs, xs, lower, upper, delta, bits, signed, sized=False):
     n, gradients, g_lower, g_upper = 2**bits - 1, [], [], []
     for g, x, low, high, d in zip(gs, xs, lower, upper, delta, strict=True):
-        v, clipped, span = _ewgs(x, low, high)
+        v, clipped, span = _ewgs(x, low, high, sized)
         g = 2 * _wide(g) if signed else _wide(g)
         g = torch.where((v < 0) | (v > 1), 0, g + d * g.abs() * (clipped - (n * clipped).round() / n))
         gradients.append((g / span).to(x.dtype))
         g_lower.append((g * (clipped - 1)).sum() / span)
         g_upper.append(-(g * clipped).sum() / span)
-    return gradients, torch.stack(g_lower), torch.stack(g_upper)
+    g_lower, g_upper = torch.stack(g_lower), torch.stack(g_upper)
+    if not sized:
+        return gradients, g_lower, g_upper
+    of_upper = _of_size(g_upper, upper - lower, sized)
+    return gradients, g_lower + (g_upper - of_upper), of_upper
 
 
-def pact_fwd(xs, alpha, bits, plus):
+def pact_fwd(xs, alpha, bits, plus, sized=False):
     n, ys = 2**bits - 1, []
-    for x, a in zip(xs, _positive(alpha), strict=True):
+    for x, a in zip(xs, _size(alpha, sized), strict=True):
         s, x_ = _over(a, n), _wide(x)
         ys.append((s * (torch.where(x_ >= a, a, torch.where(x_ < 0, 0, x_)) / s).round()).to(x.dtype))
     return ys
 
 
-def pact_bwd(gs, xs, alpha, bits, plus):
+def pact_bwd(gs, xs, alpha, bits, plus, sized=False):
     n, gradients, g_alpha = 2**bits - 1, [], []
-    for g, x, a in zip(gs, xs, _positive(alpha), strict=True):
+    for g, x, a in zip(gs, xs, _size(alpha, sized), strict=True):
         x_, g = _wide(x), _wide(g)
         z, above, below = x_ / _over(a, n), x_ >= a, x_ < 0
         gradients.append(torch.where(above | below, 0, g).to(x.dtype))
         inside = (z.round() - z) / n if plus else torch.zeros_like(z)
         g_alpha.append((g * torch.where(above, 1, torch.where(below, 0, inside))).sum())
-    return gradients, torch.stack(g_alpha)
+    return gradients, _of_size(torch.stack(g_alpha), alpha, sized)
+
+
+def rescale_fwd(xs, scale, sized=False):
+    return [(_wide(x) * s).to(x.dtype) for x, s in zip(xs, _size(scale, sized), strict=True)]
+
+
+def rescale_bwd(gs, xs, scale, sized=False):
+    gradients, g_scale = [], []
+    for g, x, s in zip(gs, xs, _size(scale, sized), strict=True):
+        gradients.append((_wide(g) * s).to(x.dtype))
+        g_scale.append((_wide(g) * _wide(x)).sum())
+    return gradients, _of_size(torch.stack(g_scale), scale, sized)
 
 
 def dorefa_scale(top, bits):
@@ -197,7 +220,7 @@ def lsq(x, step, bits, *, signed=True, axis=None, levels="lsq"):
     axis = checks.channel_axis(axis, xs, single)
     step = parameters.channels("step", step, xs, single, axis)
     (low, high), ys = parameters.levels(bits, signed, levels), []
-    for w, s in zip(xs, _parameters(_positive(step), xs, axis), strict=True):
+    for w, s in zip(xs, _parameters(_size(step), xs, axis), strict=True):
         scale = 1 / math.sqrt(_channel(w, axis) * high)
         s = s.detach() + scale * (s - s.detach())
         v = (_wide(w) / s).clamp(-low, high)
@@ -222,7 +245,7 @@ def pact(x, alpha, bits, *, plus=False):
     xs, single = checks.weights(x, name="x")
     checks.bit_width(bits)
     n, ys = 2**bits - 1, []
-    for w, a in zip(xs, _positive(parameters.channels("alpha", alpha, xs, single)), strict=True):
+    for w, a in zip(xs, _size(parameters.channels("alpha", alpha, xs, single)), strict=True):
         w_ = _wide(w)
         y = torch.where(w_ >= a, a, torch.where(w_ < 0, 0, w_))
         s = _over(a, n)

@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 import r2kernels as r2
-from r2kernels import reference
+from r2kernels import ops, reference
 from r2kernels.backends import select
 from r2kernels.reference.columns import accumulator
 
@@ -231,7 +231,7 @@ def test_assign(k, d, triton):
 
 def test_chunks_groups_and_bits(triton, monkeypatch):
     """Several chunks of each plan; few partial sums at a time; a padding longer than the largest number of clusters;
-    the same bits again."""
+    the same bits again; rows in windows."""
     from r2kernels.backends.triton import dkm as clustering
 
     ws, tau = [draw(20000).float(), draw(17).float()], torch.tensor([0.2, 0.1])
@@ -239,15 +239,35 @@ def test_chunks_groups_and_bits(triton, monkeypatch):
         c = torch.zeros(2, 24, 1)
         c[0, :20, 0], c[1, :3, 0] = start(20).float().sort().values, start(3).float().sort().values
         found = []
-        for most in (2**24, 1):
+        for most, states in ((2**24, 2**25), (1, 2**25), (2**24, 1)):
             monkeypatch.setattr(clustering, "PARTIAL", most)
+            monkeypatch.setattr(clustering, "STATES", states)
             job = triton.DKM(ws, tau, (20, 3), metric, 1, "output")
             new, moments = job.update(c)
             u = job.recur(c, new, job.upstream(c, ws), moments, ws)
             found.append([new, moments, u, *job.output(c, new), *job.gradient([(c, new, u, moments, True)], ws)])
+        windows = found.pop()
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        for one, whole in zip(windows, found[0], strict=True):
+            assert (one - whole)[~whole.isnan()].norm() <= 1e-5 * whole.nan_to_num().norm()
         assert all((x[0, 20:] == 0).all() and (x[1, 3:] == 0).all() for x in found[0][:3])
         exact = reference.DKM([w.double() for w in ws], tau.double(), (20, 3), metric, 1, "output").update(c.double())[
             0
         ]
         assert_close(new.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float32, torch.float64)], ids=str)
+@pytest.mark.parametrize(("clusters", "d"), [(1, 1), (2, 1), (5, 1), (16, 1), (6, 3)])
+def test_what_a_step_ends_with(clusters, d, dtypes):
+    g = torch.Generator().manual_seed(0)
+    old, new = (torch.randn(5, clusters, d, generator=g, dtype=torch.float64).to(dtype) for dtype in dtypes)
+    new[1, -1, -1], new[2, 0, 0] = math.nan, -math.inf
+    new[3] = new[3, :1]
+    for squared in (False, True):
+        with r2.use_backend("triton"):
+            found = ops.settled(old, new, squared)
+        expected = reference.settled(old, new, squared)
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[2], expected[2])
+        assert expected[2].tolist() == [True, False, False, True, True]
+        assert_close(found[1], expected[1], rtol=1e-12, atol=0)

@@ -6,7 +6,6 @@ import concurrent.futures
 import hashlib
 import importlib.util
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -15,7 +14,8 @@ import sysconfig
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from emulate.translate import translated
 
 HERE = Path(__file__).resolve().parent
@@ -28,9 +28,8 @@ FLAGS = (
     "-std=c++17 -O1 -g0 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math "
     "-fno-strict-aliasing -w"
 )
-X86 = "-mavx2 -mfma -mf16c" if platform.machine().lower() in ("x86_64", "amd64") else ""
 SHIM = f"-I{HERE / 'shim'}"
-DEVICE = f"{FLAGS} {X86} -fsanitize=alignment,bounds {SHIM} -include cuda_runtime.h"
+DEVICE = f"{FLAGS} -march=native -fsanitize=alignment,bounds {SHIM} -include cuda_runtime.h"
 INCLUDE = re.compile(r'^\s*#include "([^"]+)"', re.M)
 
 
@@ -75,7 +74,7 @@ def compile_one(source, flags):
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_suffix(f".{os.getpid()}")
-        subprocess.run([CXX, *flags.split(), "-x", "c++", "-c", str(source), "-o", str(part)], check=True)
+        subprocess.run([*CXX.split(), *flags.split(), "-x", "c++", "-c", str(source), "-o", str(part)], check=True)
         part.rename(target)
     return target
 
@@ -89,7 +88,9 @@ def linked(name, sources):
     target = HOME / key / name
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run([CXX, "-shared", *map(str, objects), "-o", str(target)], check=True)
+        part = target.with_suffix(f".{os.getpid()}")
+        subprocess.run([*CXX.split(), "-shared", *map(str, objects), "-o", str(part)], check=True)
+        part.rename(target)
     return target
 
 
@@ -97,16 +98,19 @@ def extension():
     """The path of the module `_C`."""
     import pybind11
 
-    for path in sorted((ROOT / "csrc").rglob("*")):
-        if path.is_file() and (path.parent.name != "cpu" or path.name == "kernels.h"):
-            translate(path, path.relative_to(ROOT))
+    found = [path for path in sorted((ROOT / "csrc").rglob("*")) if path.is_file()]
+    sources = [
+        translate(path, path.relative_to(ROOT))
+        for path in found
+        if path.parent.name != "cpu" or path.name == "kernels.h"
+    ]
     plain = f"{FLAGS} {SHIM} -I{SOURCES}"
     # types of its own: r2kernels._C, in the same process, has those of the same names
     binding = (
         f"{plain} -I{pybind11.get_include()} -I{sysconfig.get_path('include')} -DR2_WITH_CUDA "
         '-DR2_COMPILER="emulated" -DPYBIND11_BUILD_ABI="_emulated"'
     )
-    kernels = [(path, DEVICE) for path in sorted((SOURCES / "cuda").glob("*.cu"))]
+    kernels = [(path, DEVICE) for path in sources if path.suffix == ".cu"]
     beside = [(SOURCES / "bindings.cpp", binding), (HERE / "absent.cpp", plain)]
     return linked(f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", [*kernels, *beside])
 

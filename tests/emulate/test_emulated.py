@@ -189,7 +189,7 @@ def test_budget_of_dkm(metric, d, layout, dtype):
 
 @pytest.mark.parametrize(("d", "K"), [(1, 5), (1, 300), (2, 16), (3, 700)])
 def test_assign(d, K):
-    ws = [calls.numbers((4099 // d * d,), torch.float32, "cpu"), calls.numbers((12, 5, d), torch.float32, "cpu", 1)]
+    ws = [calls.numbers((4099 // d * d,), torch.float32, "cpu"), calls.numbers((K, 5, d), torch.float32, "cpu", 1)]
     c = (
         calls.numbers((K, d), torch.float32, "cpu", 2).squeeze(1)
         if d == 1

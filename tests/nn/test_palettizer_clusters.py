@@ -107,7 +107,7 @@ def test_until_they_differ_the_weights_are_dense():
 def test_when_spare_centroids_are_sought():
     palettizer = Palettizer(linear(draw(8, 8)), 2)
     sought, looked = [], palettizer._renew
-    palettizer._renew = lambda layer: sought.append(palettizer._count) or looked(layer)
+    palettizer._renew = lambda *found: sought.append(palettizer._count) or looked(*found)
     for _ in range(200):
         palettizer.step()
     assert sought == [1, 2, 4, 8, 16, 32, 64, 128, 192]

@@ -326,7 +326,7 @@ def test_gradients_of_the_input_after_inference_mode(attached):
 
 def test_all_weights_are_one_call(monkeypatch):
     """And every input one of its own."""
-    model, calls, original = net(), [], r2.nn.scales.quantizers.lsq
+    model, calls, original = net(), [], r2.nn.scales.quantizers.sized_lsq
 
     def counted(x, *args, **options):
         calls.append(1 if isinstance(x, torch.Tensor) else len(x))
@@ -334,7 +334,7 @@ def test_all_weights_are_one_call(monkeypatch):
 
     quantizer = Quantizer(model, "lsq", 4, 4)
     quantizer.initialize(tokens())
-    monkeypatch.setattr(r2.nn.scales.quantizers, "lsq", counted)
+    monkeypatch.setattr(r2.nn.scales.quantizers, "sized_lsq", counted)
     model(tokens())
     assert calls == [4, 1, 1]
     model.eval()

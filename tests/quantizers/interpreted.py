@@ -85,7 +85,7 @@ def test_the_kernels_have_the_ops_of_the_contract():
     assert {*regularizers_terms_kernels.BLOCKS} - {"frozen"} == {*contract.TERMS}
     alone = ("l_inf", "margin", "soft_min_max", "soft_extrema", "kure", "weight_stats")
     assert [name for name in contract.BY_NAME if name in range_losses.FORMULAS] == [*alone]
-    for op in (contract.LSQ, contract.EWGS, contract.PACT, contract.DOREFA):
+    for op in (contract.LSQ, contract.EWGS, contract.PACT, contract.DOREFA, contract.RESCALE):
         assert (quantizers_kernels.QUANTIZERS[op.name].finish is not None) == (op.learned > 0)
 
 
@@ -183,6 +183,20 @@ def test_ties_of_the_maximum(triton):
         False,
         bits_of_gradients=False,
     )
+
+
+@pytest.mark.parametrize(("dtype", "bits"), BITS, ids=str)
+def test_sizes_and_scales(dtype, bits, triton):
+    xs = tensors(dtype)
+    step = numbers(0.25, -0.01, 0.5, 0.0, -1.0, dtype=dtype)
+    for flag in (False, True):
+        both(triton, "lsq", xs, step, bits, flag, None, "lsq", True)
+        both(triton, "ewgs", xs, -3 * step, 4 * step, step.abs() / 10, bits, flag, True, bits_of_gradients=False)
+        both(triton, "pact", xs, 2 * step, bits, flag, True)
+    channels = numbers(*torch.linspace(-1, 1, sum(x.shape[0] for x in xs)).tolist(), dtype=dtype)
+    both(triton, "lsq", xs, channels, bits, True, 0, "lsq", True)
+    for sized in (False, True):
+        both(triton, "rescale", xs, step if sized else step.abs() + 0.1, sized)
 
 
 def test_special_values_and_invalid_parameters(triton):

@@ -334,6 +334,8 @@ def test_nothing_is_saved_but_x_and_numbers(name):
         ("lsq", (torch.rand(7).add(0.1), 2, True, 0, "seq")),
         ("ewgs", (*torch.tensor([[-1.0, -2], [1, 2], [0.1, 0]]), 4, True)),
         ("pact", (torch.tensor([1.0, 0.8]), 2, True)),
+        ("pact", (torch.tensor([1.0, -0.8]), 2, True, True)),
+        ("rescale", (torch.tensor([1.0, -0.8]), True)),
         ("dorefa", (torch.tensor([[1.5, 1.0], [1.7, 2.0]]), 2, False)),
     ],
 )

@@ -19,6 +19,8 @@ MOST = {  # instructions for an fp32 element, for a 16-bit one, on sm_90; of set
     "dorefa_detached": (31, 33),
     "sign_fwd": (6.5, 7),
     "sign_bwd": (5.5, 3),
+    "rescale_fwd": (2.5, 4.5),
+    "rescale_bwd": (8, 8.5),
     "reduce bin_reg": (33.5, 34.5),
     "reduce msqe": (19, 20),
     "reduce partial_l2": (5, 6),

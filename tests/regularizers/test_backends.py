@@ -76,6 +76,7 @@ def spread(kind, n, dtype, device):
         "equal": torch.full_like(x, -0.5),
         "rising": torch.linspace(-1, 3, n),
         "tiny": x * 1e-6,
+        "subnormal": (x.abs() + 1) * torch.finfo(dtype).smallest_normal / 16,
         "nan": torch.where(x > 1, torch.nan, x),
         "far apart": x.sign() * 10 ** (4 * x),
     }[kind]
@@ -83,7 +84,7 @@ def spread(kind, n, dtype, device):
 
 
 @first_dtypes(torch.float32)
-@pytest.mark.parametrize("kind", ["normal", "ties", "equal", "rising", "tiny", "nan", "far apart"])
+@pytest.mark.parametrize("kind", ["normal", "ties", "equal", "rising", "tiny", "subnormal", "nan", "far apart"])
 def test_ranks_are_exact(kind, dtype, device, variant):
     """At 1, at N, where values tie, below 1, in tensors of one chunk and of several."""
     for n in (1, 2, 33, 4097, 50_000):

@@ -126,7 +126,7 @@ def compile_kernel(kernel, pointers, constants, dtype, architecture, **options):
     divisible = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(signature.items())
-        if i not in kernel.do_not_specialize_on_alignment
+        if name not in kernel.do_not_specialize_on_alignment
         and (name == "n_chunk" or (isinstance(kind, str) and kind.startswith("*")))
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)

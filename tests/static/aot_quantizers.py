@@ -33,10 +33,12 @@ FORMULAS = {  # of the passes: quantizer, backward, FLAG
     "dorefa_detached": ("dorefa_detached", True, False),
     "sign_fwd": ("dorefa_sign", False, False),
     "sign_bwd": ("dorefa_sign", True, False),
+    "rescale_fwd": ("rescale_sized", False, False),
+    "rescale_bwd": ("rescale_sized", True, False),
 }
 CODES = {"lsq": (8.0, 7.0), "seq": (7.5, 7.5)}  # LOW and HIGH; else 0 and 7
-PARAMETERS = {"ewgs": 3}  # else one
-LEARNED = {"lsq": 1, "ewgs": 2, "pact": 1}
+PARAMETERS = {"ewgs": 3, "ewgs_sized": 3}  # else one
+LEARNED = {"lsq": 1, "ewgs": 2, "pact": 1, "lsq_sized": 1, "ewgs_sized": 2, "rescale_sized": 1}
 
 
 def compile_kernel(kernel, arguments, dtype, architecture, **options):

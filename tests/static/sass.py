@@ -63,6 +63,7 @@ class Kernel:
     local: int
     instructions: list = field(default_factory=list)  # (predicate or "", opcode, operands), in order
     targets: dict = field(default_factory=dict)  # index of a jump -> index it goes to
+    shared: int = 0  # bytes of shared memory that it declares itself
 
     @property
     def spills(self):
@@ -80,17 +81,17 @@ class Kernel:
         if i + 1 < len(self.instructions) and not ((jumps or opcode.startswith(("EXIT", "RET"))) and not predicate):
             yield i + 1
 
-    def _cycle(self, head):
-        """Indices on the shortest way from `head` back to it."""
-        best, queue = {}, [(0, n, head) for n in self._next(head)]
+    def _way(self, start, end):
+        """Indices on the shortest way from `start` to `end`, which is not among them unless it is where it starts."""
+        best, queue = {}, [(0, n, start) for n in self._next(start)]
         while queue:
             cost, i, before = heapq.heappop(queue)
             if i in best:
                 continue
             best[i] = before
-            if i == head:
+            if i == end:
                 path = [before]
-                while path[-1] != head:
+                while path[-1] != start:
                     path.append(best[path[-1]])
                 return path[::-1]
             for n in self._next(i):
@@ -99,7 +100,8 @@ class Kernel:
 
     def loops(self):
         """Of each loop the indices on the shortest way once round it."""
-        return [path for path in map(self._cycle, {to for i, to in self.targets.items() if to <= i}) if path]
+        heads = {to for i, to in self.targets.items() if to <= i}
+        return [path for path in (self._way(head, head) for head in heads) if path]
 
     def main_loop(self):
         """Indices on the shortest way once round the loop that has the most 128-bit loads on it: what full tiles cost,
@@ -123,6 +125,19 @@ class Kernel:
             most = max(most, sum(size for _, size in waiting.values()))
         return most
 
+    def main_loop_through(self, opcodes):
+        """The same, of the shortest such loop, where these instructions lie on the way that the shortest way leaves
+        out, as no warp passes over them each time."""
+
+        def work(path):
+            return self.count("LDG", "128", path), self.count("MUFU", path=path)
+
+        most = work(self.main_loop())
+        head, *rest = min((path for path in self.loops() if work(path) == most), key=len)
+        found = [i for i in range(head, max(rest)) if self.instructions[i][1].startswith(opcodes)]
+        ways = [(self._way(head, i), self._way(i, head)) for i in found]
+        return min((there + back for there, back in ways if there and back), key=len)
+
     def per_weight(self, size, loads_per_weight=1):
         """Instructions of the main loop for each weight of `size` bytes that it reads."""
         path = self.main_loop()
@@ -130,12 +145,64 @@ class Kernel:
         return len(path) / weights if weights else float("inf")
 
 
+# Cycles until a result can be used; of arithmetic 5. Of loads from memory: in the second cache, fetched ahead; else
+# under load.
+LATENCIES = {"LDS": 30, "SHFL": 26, "MUFU": 22, "REDUX": 30, "ATOMS": 60, "LDL": 40, "LDC": 40, "D": 8}
+CACHED, LOADED = 300, 1000
+_NO_RESULT = ("ST", "BRA", "BSSY", "BSYNC", "BAR", "RED", "CCTL", "WARPSYNC", "NOP", "EXIT", "MEMBAR", "DEPBAR")
+
+
+def _registers(text, width=1):
+    found = re.findall(r"(?<![\w.])U?P\d", text)
+    for kind, number in re.findall(r"(?<![\w.])(U?R)(\d+)", text):
+        found += [f"{kind}{int(number) + i}" for i in range(width)]
+    return found
+
+
+def _access(opcode, operands):
+    """(registers and predicates that an instruction reads, those that it writes)"""
+    parts, writes = [part.strip() for part in operands.split(",")], []
+    double = opcode.startswith(("DADD", "DMUL", "DFMA", "DSETP", "IMAD.WIDE"))
+    width = 4 if ".128" in opcode else 2 if ".64" in opcode or double else 1
+    if not opcode.startswith(_NO_RESULT) or opcode.startswith("REDUX"):
+        while parts and re.fullmatch(r"U?P[\dT]", parts[0]):
+            writes += _registers(parts.pop(0))
+        if parts and "SETP" not in opcode:
+            writes += _registers(parts.pop(0), width)
+        if parts and opcode.startswith(("IADD3", "LEA", "IMAD")) and re.fullmatch(r"P\d", parts[0]):
+            writes += _registers(parts.pop(0))
+    reads = [
+        register
+        for part in parts
+        for register in _registers(part, width if double or (opcode.startswith("ST") and "[" not in part) else 1)
+    ]
+    return reads, writes
+
+
+def alone(kernel, path):
+    """When a warp that has a scheduler to itself issues each instruction of its third lap on this way: in order, one a
+    cycle, each when all that it reads is there. The last number is when the next lap begins."""
+    memory = CACHED if kernel.count("CCTL", "PF2") else LOADED
+    latencies = {**LATENCIES, "LDG": memory, "LD.": memory}
+    ready, now, times = {}, 0, []
+    for _ in range(3):
+        times, start = [], now
+        for i in path:
+            predicate, opcode, operands = kernel.instructions[i]
+            reads, writes = _access(opcode, operands)
+            now = max([now + 1] + [ready.get(register, 0) for register in reads + _registers(predicate)])
+            times.append(now - start)
+            latency = next((n for prefix, n in latencies.items() if opcode.startswith(prefix)), 5)
+            ready.update(dict.fromkeys(writes, now + latency))
+    return [*times, now - start]
+
+
 def kernels(binary, cuobjdump):
     """Name -> Kernel for each kernel of a cubin or object file."""
     usage = subprocess.run([cuobjdump, "-res-usage", str(binary)], check=True, capture_output=True, text=True)
     found = {
-        name: Kernel(name, int(reg), int(stack), int(local))
-        for name, reg, stack, _, local in _USAGE.findall(usage.stdout + usage.stderr)
+        name: Kernel(name, int(reg), int(stack), int(local), shared=int(shared))
+        for name, reg, stack, shared, local in _USAGE.findall(usage.stdout + usage.stderr)
     }
     parts = _FUNCTION.split(
         subprocess.run([cuobjdump, "-sass", str(binary)], check=True, capture_output=True, text=True).stdout

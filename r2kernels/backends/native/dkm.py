@@ -63,8 +63,14 @@ class NativeDKM:
     ):
         native, most, room = self.native, old.shape[-2], None
         if scratch:
-            size = native.library.dkm_scratch(most=most, d=self.geometry[0], metric=self.metric)
-            room = torch.empty(self.plan.chunks * size, dtype=torch.uint8, device=self.device)
+            size = native.library.dkm_scratch(
+                chunks=self.plan.chunks,
+                tensors=self.plan.count * steps,
+                most=most,
+                d=self.geometry[0],
+                metric=self.metric,
+            )
+            room = torch.empty(size, dtype=torch.uint8, device=self.device)
         old, fresh, upstream, moments = [None if t is None else t.contiguous() for t in (old, fresh, upstream, moments)]
         clusters = native.structs.Clusters(
             size=self.sizes.data_ptr(), tau=pointer(self.tau), most=most, metric=self.metric
@@ -100,11 +106,13 @@ class NativeDKM:
     def _map(self, name, *args, **options):
         made = lists.empty_gradients(self.weights, *self.geometry)
         (target,) = self.native.tables(made)
-        self._run(name, *args, **options, target=target)
+        self._run(name, *args, **options, target=target, scratch=self.native.on_gpu)
         return made
 
-    def update(self, c):
-        new, moments = c.new_empty(c.shape), c.new_empty(*c.shape[:2], 3 if self.signed else 1)
+    def update(self, c, new=None, moments=None):
+        """(new centroids, moments), contiguous tensors that may be given."""
+        if new is None:
+            new, moments = c.new_empty(c.shape), c.new_empty(*c.shape[:2], 3 if self.signed else 1)
         self._run("update", c, out=new, out_moments=moments, scratch=True)
         return new, moments
 
@@ -127,8 +135,7 @@ class NativeDKM:
     def gradient(self, steps, grads):
         """`grads` None: as if they were 0."""
         table, _grads = self._incoming(grads)
-        arrays = [torch.stack(arrays) for arrays in zip(*[step[:4] for step in steps], strict=True)]
-        return self._map("gradient", *arrays, steps=len(steps), grads=table)
+        return self._map("gradient", *lists.stacked(steps), steps=len(steps), grads=table)
 
     def jacobian(self, c, new, moments):
         J = torch.empty(c.shape[0], c.shape[1], c.shape[1], dtype=torch.float64, device=self.device)

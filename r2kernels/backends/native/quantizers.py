@@ -3,7 +3,7 @@
 import torch
 
 from ... import lists
-from ...contract import DOREFA, EWGS, LSQ, PACT
+from ...contract import DOREFA, EWGS, LSQ, PACT, RESCALE
 from .. import launchers
 from .extension import NO_TABLE, Half, described, pointer
 
@@ -15,23 +15,25 @@ def functions(library):
         EWGS: (library.ewgs_fwd, library.ewgs_bwd),
         PACT: (library.pact_fwd, library.pact_bwd),
         DOREFA: (library.dorefa_fwd, library.dorefa_bwd),
+        RESCALE: (library.rescale_fwd, library.rescale_bwd),
     }
 
 
 class NativeQuantizers(launchers.Quantizers, Half):
-    def _quantize(self, op, xs, parameters, bits, flag, axis=None, codes=None):
-        return self._run(self.quantizers[op][0], xs, parameters, bits, flag, axis, codes, None, ())
+    def _quantize(self, op, xs, parameters, bits, flag, axis=None, codes=None, sized=False):
+        return self._run(self.quantizers[op][0], xs, parameters, bits, flag, axis, codes, sized, None, ())
 
-    def _quantize_bwd(self, op, gs, xs, parameters, bits, flag, axis=None, codes=None):
+    def _quantize_bwd(self, op, gs, xs, parameters, bits, flag, axis=None, codes=None, sized=False):
         function = self.quantizers[op][1]
         if op is DOREFA and bits == 1:  # the gradients themselves, lying as the tensors
             lying = lists.like_weights(gs, lists.dense(xs)[0])
-            return self._run(function, lying, parameters, bits, flag, axis, codes, None, ()), ()
+            return self._run(function, lying, parameters, bits, flag, axis, codes, sized, None, ()), ()
         # where the others put their gradient of the first parameter, dorefa keeps a sum
         gradients = [torch.empty_like(p) for p in parameters[: max(op.learned, 1)]]
-        return self._run(function, xs, parameters, bits, flag, axis, codes, gs, gradients), gradients[: op.learned]
+        made = self._run(function, xs, parameters, bits, flag, axis, codes, sized, gs, gradients)
+        return made, gradients[: op.learned]
 
-    def _run(self, function, xs, parameters, bits, flag, axis, codes, gs, gradients):
+    def _run(self, function, xs, parameters, bits, flag, axis, codes, sized, gs, gradients):
         device = xs[0].device
         tensors, _ = lists.dense(xs)
         plan = lists.channel_plan(tensors, axis, device)
@@ -59,6 +61,7 @@ class NativeQuantizers(launchers.Quantizers, Half):
             low=low,
             high=high,
             flag=flag,
+            sized=sized,
             grads=grads.address,
             partial=pointer(partial),
             target=targets.address,

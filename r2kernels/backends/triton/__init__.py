@@ -6,7 +6,7 @@ except ImportError as error:
     raise ImportError("triton is not installed") from error
 import torch
 
-from .dkm import TritonDKM, assign_fwd
+from .dkm import TritonDKM, assign_fwd, settled
 from .quantizers import TritonQuantizers
 from .range_losses import TritonRangeLosses
 from .regularizers import TritonRegularizers
@@ -29,3 +29,6 @@ class Triton(TritonRangeLosses, TritonRegularizers, TritonQuantizers):
 
     def assign_fwd(self, *problem):
         return assign_fwd(self, *problem)
+
+    def settled(self, *problem):
+        return settled(*problem)

@@ -1,8 +1,6 @@
 """How a program finds its chunk of a list of tensors, and where its results go; how a list is cut is told in
 `lists.py`."""
 
-import inspect
-
 import triton
 import triton.language as tl
 
@@ -13,6 +11,7 @@ EDGE = tl.constexpr(64)  # elements at once of what lies behind the rows
 SHIFT = tl.constexpr(2**32)
 TUPLES = tl.constexpr((tl.tuple, tuple))  # compiled, and in the interpreter
 WORDS = 64  # that a launch writes
+MULTIPLES = ("p_weights", "p_targets", "n_chunk")  # of 16: n_chunk in all plans
 MOST_DIVIDED = tl.constexpr(65536)  # rows of a run in which rows are found by a multiplication
 ALIGN = tl.constexpr(16)  # elements: a mask that changes only at its multiples leaves 128-bit accesses whole
 PROPAGATE = tl.constexpr(tl.PropagateNan.ALL)
@@ -29,9 +28,10 @@ def tile_of_rows(itemsize, d=1, reads=1, interpreted=False):
 
 def jit(kernel):
     """A kernel that Triton compiles once for its constants, the dtypes of its arguments and those that are None: never
-    again for addresses or numbers that are multiples of 16, or 1."""
-    names = [p.name for p in inspect.signature(kernel).parameters.values() if p.annotation is not tl.constexpr]
-    return triton.jit(kernel, do_not_specialize=names, do_not_specialize_on_alignment=names)
+    again for addresses or numbers that are multiples of 16, or 1; apart from what 128-bit accesses need to be that."""
+    names = kernel.__code__.co_varnames[: kernel.__code__.co_argcount]
+    kinds = [n for n in names if n not in MULTIPLES and kernel.__annotations__.get(n) is not tl.constexpr]
+    return triton.jit(kernel, do_not_specialize=kinds, do_not_specialize_on_alignment=kinds)
 
 
 def as_argument(number):

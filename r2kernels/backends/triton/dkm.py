@@ -1,15 +1,19 @@
 """DKM's passes, and hard assignment: the number of launches does not depend on that of the tensors."""
 
 import torch
+import triton
 
 from ... import lists
 from . import dkm_rows_kernels as dkm_rows
 from . import dkm_scalar_kernels as dkm_scalar
 from . import dkm_sums_kernels as dkm_sums
+from .dkm_settle_kernels import settle_groups
 from .dkm_sums_kernels import JACOBIAN, RECUR, UPDATE, UPSTREAM
 from .launch import OPTIONS, current, fields, launch, types
 
 PARTIAL = 2**24  # partial sums at once; where there are more, one group of centroids follows the other
+STATES = 2**25  # numbers of rows at once, where they are needed for several tiles of centroids; of more in windows
+WINDOW = 1024  # rows: a window has a multiple of it
 MERGED = 8  # centroids that a program merges
 
 
@@ -34,13 +38,21 @@ class TritonDKM:
         (self.table,) = launcher._tables(self.tensors)
         self.count, self.sizes = len(clusters), lists.resident(tuple(clusters), torch.int32, self.device)
         self.scaled = not self.signed and tau.dtype == torch.float32
-        self.unit = unit_of(tau, not self.euclidean) if self.scaled else torch.ones_like(tau)
-        self.tau = (tau * self.unit * (1 if self.euclidean else self.unit)).contiguous()
+        if self.scaled:
+            self.unit = unit_of(tau, not self.euclidean)
+            tau = tau * self.unit * (1 if self.euclidean else self.unit)
+        else:
+            self.unit = lists.resident((1.0,) * self.count, tau.dtype, self.device)
+        self.tau = tau.contiguous()
 
-    def update(self, c):
-        new, moments = torch.empty_like(c), c.new_empty(*c.shape[:2], 3 if self.signed else 1)
+    def update(self, c, new=None, moments=None):
+        """(new centroids, moments), contiguous tensors that may be given."""
+        if new is None:
+            new, moments = torch.empty_like(c), c.new_empty(*c.shape[:2], 3 if self.signed else 1)
         self._sum(UPDATE, c, out=new, out_moments=moments)
-        return self._lengths(new, 1 / self.unit), moments
+        if self.scaled:
+            new /= self.unit[:, None, None]
+        return new, moments
 
     def output(self, c, new):
         return self._map(1, c, new)
@@ -56,9 +68,7 @@ class TritonDKM:
         return out
 
     def gradient(self, steps, grads):
-        return self._map(
-            len(steps), *[torch.stack(arrays) for arrays in zip(*[step[:4] for step in steps], strict=True)], grads
-        )
+        return self._map(len(steps), *lists.stacked(steps), grads)
 
     def jacobian(self, c, new, moments):
         sums = torch.empty(self.count, c.shape[1], c.shape[1], dtype=torch.float64, device=self.device)
@@ -120,13 +130,13 @@ class TritonDKM:
             "ALIGNED": lists.is_aligned([*self.tensors, *grads]),
         }
         problem = self.table, table, fields(plan), plan.owner, self.tau, self.unit, self.sizes, c, new, u, moments
-        planes, states = 0, None
+        planes, states, window = 0, None, plan.chunk
+        if tiles > 1:
+            planes = 2 if mode is not RECUR else 3 if table is None else 3 + self.geometry[0]
+            window = min(max(STATES // (plan.chunks * planes * WINDOW), 1) * WINDOW, plan.chunk)
+            states = torch.empty(plan.chunks * planes * window, dtype=c.dtype, device=self.device)
         with current(self.device):
-            if tiles > 1:
-                planes = 2 if mode is not RECUR else 3 if table is None else 3 + self.geometry[0]
-                states = torch.empty(plan.chunks * planes * plan.chunk, dtype=c.dtype, device=self.device)
-                read = launch(dkm_sums.row_states, PLANES=planes, MEAN=mode is RECUR, **about, **maps)
-                read((plan.chunks,), *problem, states, plan.chunk, most, n_moments)
+            read = launch(dkm_sums.row_states, PLANES=planes, MEAN=mode is RECUR, **about, **maps)
             add = launch(dkm_sums.cluster_sums, MODE=mode, PLANES=planes, SUMS=each, **about, **sums)
             merge = launch(
                 dkm_sums.merge_sums,
@@ -142,8 +152,11 @@ class TritonDKM:
             )
             for first in range(0, tiles, group):
                 width = min(group, tiles - first) * J
-                place = plan.chunk, most, n_moments, first, width
-                add((plan.chunks, width // J, beside), *problem, states, partial, *place)
+                for row in range(0, plan.chunk, window):
+                    if tiles > 1 and (first == 0 or window < plan.chunk):
+                        read((plan.chunks,), *problem, states, plan.chunk, most, n_moments, row, window)
+                    place = plan.chunk, most, n_moments, first, width, row, window
+                    add((plan.chunks, width // J, beside), *problem, states, partial, *place)
                 given = self.tau, self.sizes, c, out, out_moments, plan.chunk, most, first, width
                 merge((self.count, -(-width // MERGED), beside), partial, fields(plan), *given)
 
@@ -198,3 +211,16 @@ def assign_fwd(launcher, weights, centroids, clusters, d, layout):
     rows = [(w.transpose(0, -1) if d > 1 and layout == "output" and w.dim() > 1 else w).reshape(-1) for w in weights]
     size = centroids.abs().amax((1, 2))  # its scale is all that `assign` takes of a tau
     return TritonDKM(launcher, rows, size, clusters, "euclidean", d, "contiguous").assign(centroids)
+
+
+def settled(old, new, squared):
+    """`reference.settled` in one launch, a program for each group."""
+    groups, clusters, d = old.shape
+    old, new = old.contiguous(), new.contiguous()
+    made, sound = torch.empty_like(old), torch.empty(groups, dtype=torch.bool, device=old.device)
+    spacings = torch.empty(groups, dtype=torch.float64, device=old.device)
+    with current(old.device):
+        settle_groups[(groups,)](
+            old, new, made, spacings, sound, clusters, D=d, SQUARED=squared, BLOCK=triton.next_power_of_2(clusters)
+        )
+    return made, spacings, sound

@@ -22,7 +22,8 @@ class Launch:
     """A kernel with its constants: `launch(grid, *arguments)` is `kernel[grid](*arguments, **constants)`.
 
     What Triton compiles for arguments of a kind is called directly from then on: its binder takes 10 us a launch.
-    `uniform`: that the constants tell the kind of all arguments, as those of a kernel under `chunks.jit` can.
+    `uniform`: that the constants tell the kind of all arguments, as those of a kernel under `chunks.jit` do where
+    memory is aligned.
     """
 
     def __init__(self, kernel, uniform=False, **constants):
@@ -85,8 +86,10 @@ class Launcher:
         """For each group of tensors what a kernel is given: the only tensor itself, or a table of their addresses."""
         if len(groups[0]) == 1:
             return [group[0] for group in groups]
-        count, device = len(groups[0]), groups[0][0].device
-        words = [t.data_ptr() for group in groups for t in group]
+        device, count = groups[0][0].device, len(groups[0]) + len(groups[0]) % 2  # each table at a multiple of 16 bytes
+        words = []
+        for group in groups:
+            words += [*map(torch.Tensor.data_ptr, group), *[0] * (count - len(group))]
         if self.interpreted:
             table = torch.tensor(words, dtype=torch.int64, device=device)
         else:

@@ -22,19 +22,19 @@ class TritonQuantizers(Launcher, launchers.Quantizers):
     """Codes run from -LOW to HIGH. FLAG: those of LSQ are -1 and 1 alone, or those of EWGS signed; the gradient of
     PACT is that of PACT+."""
 
-    def _quantize(self, op, xs, parameters, bits, flag, axis=None, codes=None):
+    def _quantize(self, op, xs, parameters, bits, flag, axis=None, codes=None, sized=False):
         low, high = codes or (0, 2**bits - 1)
         flagged = (op is EWGS or (op is LSQ and bits == 1)) and flag
-        return self._run(op, None, xs, parameters, bits, flag, axis, LOW=low, HIGH=high, FLAG=flagged)[0]
+        return self._run(op, None, xs, parameters, bits, flag, axis, sized, LOW=low, HIGH=high, FLAG=flagged)[0]
 
-    def _quantize_bwd(self, op, gs, xs, parameters, bits, flag, axis=None, codes=None):
+    def _quantize_bwd(self, op, gs, xs, parameters, bits, flag, axis=None, codes=None, sized=False):
         low, high = (0, 1) if op is DOREFA else codes or (0, 2**bits - 1)  # one kernel of DoReFa for all bits
         flagged = op is not DOREFA and (op is not LSQ or bits == 1) and flag
-        return self._run(op, gs, xs, parameters, bits, flag, axis, LOW=low, HIGH=high, FLAG=flagged)
+        return self._run(op, gs, xs, parameters, bits, flag, axis, sized, LOW=low, HIGH=high, FLAG=flagged)
 
-    def _run(self, op, gs, xs, parameters, bits, flag, axis, LOW, HIGH, FLAG):
+    def _run(self, op, gs, xs, parameters, bits, flag, axis, sized, LOW, HIGH, FLAG):
         """(the results, the gradients of the learned parameters); `gs` None: forward."""
-        quantizer, device, dtype = _quantizer(op, bits, flag), xs[0].device, xs[0].dtype
+        quantizer, device, dtype = _quantizer(op, bits, flag, sized), xs[0].device, xs[0].dtype
         tensors, _ = lists.dense(xs)
         grads = () if gs is None else lists.like_weights(gs, tensors)
         made = lists.empty_gradients(xs)
@@ -89,9 +89,11 @@ def _by_chunks(finish, given, tensors, axis, parameters, learned, formula, const
         launch(correct_maxima, LANES=MERGE_LANES, BLOCK=tiles["BLOCK"], **constants)((plan.chunks,), *problem)
 
 
-def _quantizer(op, bits, flag):
+def _quantizer(op, bits, flag, sized):
     if op is DOREFA and bits == 1:
         return QUANTIZERS["dorefa_sign"]
+    if sized:
+        return QUANTIZERS[f"{op.name}_sized"]
     return QUANTIZERS["dorefa_detached" if op is DOREFA and flag else op.name]
 
 

@@ -15,6 +15,8 @@ from .chunks import FIRST_CHUNK, field, tensor_pointer
 from .range_losses_kernels import LOG2E
 from .rounding import clip, divide, divide_by_levels, lsq_code, nearest_integer, positive_or_nan, sign_or_one
 
+FLOOR = tl.constexpr(1e-8)  # contract.FLOOR
+
 
 class QuantizerFormula(NamedTuple):
     """A quantizer as the skeletons take it. LOW, HIGH and FLAG are told in quantizers.py."""
@@ -24,6 +26,22 @@ class QuantizerFormula(NamedTuple):
     bwd: Callable  # (x, g, constants, LOW, HIGH, FLAG) -> (gradient of x, what is added to each of its sums)
     sums: int = 0  # of the backward
     finish: Callable | None = None  # (sums, p_parameters, column, m, rows, HIGH) -> gradients of the parameters
+
+
+@triton.jit
+def size_of(p):
+    return tl.abs(p) + tl.full([], FLOOR, p.dtype)
+
+
+@triton.jit
+def sign_of(p):
+    """Of |p|, the derivative."""
+    return tl.where(p > 0, 1.0, tl.where(p < 0, -1.0, p))
+
+
+@triton.jit
+def sized_setup(p_parameters, column):
+    return (size_of(tl.load(p_parameters[0] + column)),)
 
 
 @triton.jit
@@ -47,6 +65,11 @@ def lsq_bwd(x, g, constants, LOW: tl.constexpr, HIGH: tl.constexpr, SIGN: tl.con
 @triton.jit
 def lsq_finish(sums, p_parameters, column, m, rows, HIGH: tl.constexpr):
     return (sums[0] / tl.sqrt(rows * HIGH),)
+
+
+@triton.jit
+def lsq_sized_finish(sums, p_parameters, column, m, rows, HIGH: tl.constexpr):
+    return (sums[0] / tl.sqrt(rows * HIGH) * sign_of(tl.load(p_parameters[0] + column, mask=m)),)
 
 
 @triton.jit
@@ -82,6 +105,26 @@ def ewgs_finish(sums, p_parameters, column, m, rows, HIGH: tl.constexpr):
 
 
 @triton.jit
+def sized_span(lower, upper):
+    return positive_or_nan(lower + size_of(upper - lower) - lower)
+
+
+@triton.jit
+def ewgs_sized_setup(p_parameters, column):
+    lower, upper = tl.load(p_parameters[0] + column), tl.load(p_parameters[1] + column)
+    span = sized_span(lower, upper)
+    return lower, span, 1 / span, tl.load(p_parameters[2] + column)
+
+
+@triton.jit
+def ewgs_sized_finish(sums, p_parameters, column, m, rows, HIGH: tl.constexpr):
+    lower, upper = tl.load(p_parameters[0] + column, mask=m), tl.load(p_parameters[1] + column, mask=m)
+    span, sign = sized_span(lower, upper).to(tl.float64), sign_of(upper - lower)
+    of_upper = -sums[1] / span
+    return sums[0] / span + (1 - sign) * of_upper, sign * of_upper
+
+
+@triton.jit
 def pact_setup(p_parameters, column):
     return (positive_or_nan(tl.load(p_parameters[0] + column)),)
 
@@ -107,6 +150,21 @@ def pact_bwd(x, g, constants, LOW: tl.constexpr, HIGH: tl.constexpr, PLUS: tl.co
 @triton.jit
 def pact_finish(sums, p_parameters, column, m, rows, HIGH: tl.constexpr):
     return (sums[0],)
+
+
+@triton.jit
+def sized_finish(sums, p_parameters, column, m, rows, HIGH: tl.constexpr):
+    return (sums[0] * sign_of(tl.load(p_parameters[0] + column, mask=m)),)
+
+
+@triton.jit
+def rescale_fwd(x, g, constants, LOW: tl.constexpr, HIGH: tl.constexpr, FLAG: tl.constexpr):
+    return constants[0] * x, ()
+
+
+@triton.jit
+def rescale_bwd(x, g, constants, LOW: tl.constexpr, HIGH: tl.constexpr, FLAG: tl.constexpr):
+    return constants[0] * g, (g * x,)
 
 
 @triton.jit
@@ -217,6 +275,12 @@ QUANTIZERS = {
     "lsq": QuantizerFormula(lsq_setup, lsq_fwd, lsq_bwd, sums=1, finish=lsq_finish),
     "ewgs": QuantizerFormula(ewgs_setup, ewgs_fwd, ewgs_bwd, sums=2, finish=ewgs_finish),
     "pact": QuantizerFormula(pact_setup, pact_fwd, pact_bwd, sums=1, finish=pact_finish),
+    "rescale": QuantizerFormula(pact_setup, rescale_fwd, rescale_bwd, sums=1, finish=pact_finish),
+    # of which sizes p are used as |p| + FLOOR
+    "lsq_sized": QuantizerFormula(sized_setup, lsq_fwd, lsq_bwd, sums=1, finish=lsq_sized_finish),
+    "ewgs_sized": QuantizerFormula(ewgs_sized_setup, ewgs_fwd, ewgs_bwd, sums=2, finish=ewgs_sized_finish),
+    "pact_sized": QuantizerFormula(sized_setup, pact_fwd, pact_bwd, sums=1, finish=sized_finish),
+    "rescale_sized": QuantizerFormula(sized_setup, rescale_fwd, rescale_bwd, sums=1, finish=sized_finish),
     "dorefa": QuantizerFormula(dorefa_setup, dorefa_fwd, dorefa_bwd, sums=2),  # for `correct_maxima`
     "dorefa_detached": QuantizerFormula(dorefa_setup, dorefa_fwd, dorefa_detached_bwd),
     "dorefa_sign": QuantizerFormula(dorefa_sign_setup, dorefa_sign_fwd, dorefa_sign_bwd),

@@ -59,7 +59,7 @@ def _reduction(op, alpha_grad, dtype, d, aligned, alone, interpreted):
     constants = {**about(dtype, aligned), **tile(dtype, interpreted, d), "LANES": skeletons.LAST_LANES}
     constants["maxnreg"] = chunks.most_registers(dtype.itemsize, d)
     return Launch(
-        skeletons.reduce_list, True, REDUCE=reduce, MERGE=formula.merge, LOSSES=formula.losses, D=d, **constants
+        skeletons.reduce_list, aligned, REDUCE=reduce, MERGE=formula.merge, LOSSES=formula.losses, D=d, **constants
     )
 
 
@@ -67,7 +67,9 @@ def _reduction(op, alpha_grad, dtype, d, aligned, alone, interpreted):
 def _map(op, dtype, d, aligned, add, nothing, alone, interpreted):
     formula = FORMULAS[op]
     constants = {**about(dtype, aligned), **tile(dtype, interpreted, d)}
-    return Launch(skeletons.map_chunks, True, SETUP=formula.setup, GRADIENT=formula.gradient, ADD=add, D=d, **constants)
+    return Launch(
+        skeletons.map_chunks, aligned, SETUP=formula.setup, GRADIENT=formula.gradient, ADD=add, D=d, **constants
+    )
 
 
 def _two(parameters):

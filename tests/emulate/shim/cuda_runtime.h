@@ -205,8 +205,8 @@ inline float flushed(float x) { return fabsf(x) < 0x1p-126f ? copysignf(0, x) : 
 // what is not to be merged with an addition that follows
 template <class A>
 A alone(A x) {
-  asm("" : "+x"(x));
-  return x;
+  volatile A kept = x;
+  return kept;
 }
 // PTX, by the name of the instruction
 inline void max_NaN_f32(float& d, float a, float b) { d = a != a || b != b ? NAN : fmaxf(a, b); }

@@ -104,7 +104,7 @@ def row(backend, op, dtype, kernel, loop, arrays, warps=64, turns=0):
         "instructions": len(loop) / weights,
         "mufu": kernel.count("MUFU", "", loop) / weights,
         "shared": wavefronts(kernel, loop) / weights / 32,
-        "in flight": warps * 32 * read / 1024,
+        "in flight": warps * 32 * kernel.in_flight(loop) / 1024,
         "warps": warps,
         "latency": (lap + waiting(kernel, loop, times) + 2 * turns * weights * TURN) / (warps * 32 * weights),
     }
@@ -239,7 +239,9 @@ def triton_here():
         for dtype in ("fp32", "bf16"):
             for make, ops in ((aot_check.reduce_list, aot_check.REDUCE), (aot_check.map_chunks, aot_check.MAP)):
                 for op in ops:
-                    kernel = aot_check.disassemble(aot_check.compile_kernel(*make(op, dtype), dtype, 90))
+                    kernel = aot_check.disassemble(
+                        aot_check.compile_kernel(*make(op, dtype), dtype, 90, **aot_check.registers(make, dtype))
+                    )
                     yield row(
                         "triton",
                         f"{op} {'forward' if make is aot_check.reduce_list else 'backward'}",
@@ -302,8 +304,8 @@ def markdown(data):
         "",
         f"- {BANDWIDTH / 1e12} TB/s, {SMS} multiprocessors, {CLOCK / 1e9} GHz, {MUFU} MUFU results for each clock and "
         f"multiprocessor; {data['versions']}",
-        "- *in flight*: KB of 128-bit loads that the resident warps of a multiprocessor can have under way, by "
-        "registers; 4.8 TB/s needs about 25",
+        "- *in flight*: KB of loads that the resident warps of a multiprocessor, by registers, have under way at once, "
+        "in the order of the instructions; 4.8 TB/s needs about 25",
         "- rows are what one pass costs each weight; bin_reg and partial_l2 count by bins and digits before (`digits`: "
         "of four passes in float32);",
         "  what lies behind a branch is not counted, so BinReg forward lacks its bins: about 6 instructions and 0.12 "

@@ -66,3 +66,40 @@ def test_backward(kernels, formula, dtype, add):
     assert kernel.count("LDG", "128", loop) == kernel.count("LDG", path=loop) == IN_FLIGHT * arrays
     assert kernel.count("STG", "128", loop) == kernel.count("STG", path=loop) == IN_FLIGHT
     assert kernel.per_weight(size, arrays) <= WRITE[formula][size == 2] + 3 * add
+
+
+def loops_in_flight(kernel, size):
+    """(128-bit loads, other loads, instructions per number read) of the loops with four loads or more."""
+    for path in kernel.loops():
+        wide = kernel.count("LDG", "128", path)
+        single = kernel.count("LDG", path=path) - wide
+        if wide + single >= IN_FLIGHT:
+            yield wide, single, len(path) / (wide * 16 / size + single)
+
+
+MOST_OF_COLUMNS = 20  # instructions per weight, however the rows of a column lie; and ADDING more
+ADDING = 3
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("reader", [r for r in READ if r != "MomentsReader"])
+def test_forward_of_columns(kernels, reader, dtype):
+    """Columns that lie side by side and rows of short runs are read one by one, runs of packs in 128 bits."""
+    kernel, size = find(kernels, "partial_kernel", reader, dtype), TYPES[dtype][1]
+    loops = list(loops_in_flight(kernel, size))
+    assert len({cost for wide, single, cost in loops if single and not wide}) >= 2
+    assert len({cost for wide, single, cost in loops if wide and not single}) >= 2
+    assert max(cost for *_, cost in loops) <= MOST_OF_COLUMNS
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("formula", [f for f in WRITE if f != "Kure"])
+def test_backward_of_columns_and_of_gradients_out_of_step(kernels, formula, dtype, add):
+    """And where weights and gradients are not aligned alike, four loads or more are in flight."""
+    kernel, size = find(kernels, "map_kernel", formula, dtype, add), TYPES[dtype][1]
+    loops = list(loops_in_flight(kernel, size))
+    assert len({cost for wide, single, cost in loops if single and not wide}) >= 3
+    assert len({cost for wide, single, cost in loops if wide and not single}) >= 2
+    assert max(cost for *_, cost in loops) <= (MOST_OF_COLUMNS + ADDING) / (1 + add)
+    assert all(single >= IN_FLIGHT * (1 + add) for _, single, _ in loops if single)

@@ -20,6 +20,7 @@ MOST = {  # instructions per fp32 weight, per 16-bit weight, on sm_90
     ("map_chunks", "margin"): (5.5, 7),
     ("map_chunks", "kure"): (6.5, 8),
 }
+COLUMNS = {"reduce_list": (20.5, 21.5), "map_chunks": (19, 21)}  # of soft_min_max
 ADDED = (1.5, 3)  # more, where the old gradient is read and added to
 
 
@@ -60,3 +61,15 @@ def test_instructions_per_weight(rows):
         return MOST[row["kernel"], row["op"]][not wide] + ("ADD" in row["variant"]) * ADDED[not wide]
 
     assert not offenders(single, lambda row: not row["per_weight"] <= most(row))
+
+
+def test_instructions_per_weight_of_columns(rows):
+    columns = [row for row in rows if "d=" in row["variant"] and row["arch"] == 90]
+    assert len(columns) == 4
+    assert not offenders(columns, lambda row: not row["per_weight"] <= COLUMNS[row["kernel"]][row["dtype"] != "fp32"])
+
+
+def test_loads_are_under_way_at_once(rows):
+    """An H200 needs 25 KB of them in each multiprocessor for its bandwidth."""
+    of_h200 = [row for row in rows if row["arch"] == 90 and row["dtype"] != "fp64"]
+    assert not offenders(of_h200, lambda row: row["in_flight"] < (25 if "d=" not in row["variant"] else 20))

@@ -154,10 +154,13 @@ def hot_loop(kernel):
     return max((loop for loop in innermost if predicates(loop) and not any(predicates(loop))), key=len, default=())
 
 
+def registers(make, dtype, d=1, **_):
+    """The option of a launch that has to do with them."""
+    return {"maxnreg": chunks.most_registers(DTYPES[dtype][1], d)} if make is reduce_list else {}
+
+
 def check(make, op, dtype, change, architecture):
-    options = {}
-    if make is reduce_list:
-        options["maxnreg"] = chunks.most_registers(DTYPES[dtype][1], change.get("d", 1))
+    options = registers(make, dtype, **change)
     kernel = disassemble(compile_kernel(*make(op, dtype, **change), dtype, architecture, **options))
     loop = hot_loop(kernel)
     loads, wide_loads, stores, wide_stores = [

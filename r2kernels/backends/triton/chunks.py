@@ -43,7 +43,7 @@ def as_argument(number):
 def most_registers(itemsize, d=1):
     """Of a thread of a reduction, None for as many as ptxas likes: it would end at 64 of them, for want of which soft
     extremes of 16 bits have but one load in flight."""
-    return 80 if d == 1 and itemsize < 8 else None
+    return None if d > 1 else 80 if itemsize < 8 else 160
 
 
 @triton.jit

@@ -5,9 +5,11 @@ TRITON36 := .venv-triton36
 # The GPU that is present, or sm_90 alone where there is nvcc but no GPU.
 ARCH := $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u | paste -sd';'),90)
 export R2KERNELS_CUDA_ARCH ?= $(ARCH)
+EMULATED := tests/emulate tests/test_losses.py $(addprefix tests/regularizers/test_,terms.py weight_stats.py sampled_std.py) \
+	$(wildcard tests/*/test_backends.py)
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test sanitize bench paper gpu-check lint format clean
+.PHONY: demo test sanitize emulate bench paper gpu-check lint format clean
 
 demo: $(VENV)/.built
 	$(VENV)/bin/r2kernels demo --force
@@ -22,6 +24,11 @@ sanitize: $(VENV)/.built
 	$(VENV)/bin/pip install --disable-pip-version-check -q -c constraints.txt setuptools pybind11 ninja
 	$(VENV)/bin/python tests/sanitize/run.py
 
+# The CUDA kernels on the host, their threads as fibers, in both orders of blocks and threads: the tests of backends of
+# all families. Needs g++.
+emulate: $(VENV)/.built
+	$(VENV)/bin/python -m pytest --backend emulated $(EMULATED)
+
 bench: $(VENV)/.built
 	$(VENV)/bin/python -m pytest benchmarks/bench_range_losses.py -q --benchmark-quiet -rs
 	$(VENV)/bin/python -m pytest benchmarks/bench_dkm.py -q --benchmark-quiet -rs
@@ -35,13 +42,13 @@ paper: $(VENV)/.built
 lint: $(VENV)/.built
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	find csrc -type f | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	find csrc tests/emulate -type f ! -name '*.py*' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 
 # Rewrites what the linters would: imports and layout of Python, layout of C++ and CUDA.
 format: $(VENV)/.built
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	find csrc -type f | xargs $(VENV)/bin/clang-format -i
+	find csrc tests/emulate -type f ! -name '*.py*' | xargs $(VENV)/bin/clang-format -i
 
 # On a machine with a GPU, with the interpreter it is given (torch, triton, setuptools, pybind11, ninja, pytest);
 # fetches nothing.

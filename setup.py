@@ -2,11 +2,12 @@
 built and the package runs on eager PyTorch.
 
 R2KERNELS_CUDA = auto (default), 0, 1 (fail without nvcc); R2KERNELS_CUDA_ARCH = all-major (default), or numbers such as
-"90" or "80;90".
+"90", "80;90" or "90a".
 """
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -70,12 +71,13 @@ def architecture_flags():
     if choice == "all-major":
         return "-arch=all-major"
     numbers = choice.replace(",", ";").split(";")
-    if not all(number.rstrip("af").isdigit() for number in numbers):
-        raise SystemExit(f"R2KERNELS_CUDA_ARCH={choice!r} is neither all-major nor numbers such as 90 or 80;90")
-    flags = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers] + [
-        f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}"
-    ]
-    return " ".join(flags)
+    if not all(re.fullmatch(r"[1-9]\d+[af]?", number) for number in numbers):
+        raise SystemExit(f"R2KERNELS_CUDA_ARCH={choice!r} is neither all-major nor numbers such as 90, 80;90 or 90a")
+    flags = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
+    # PTX for GPUs to come; of a number with a suffix it would serve no other
+    plain = sorted((n for n in numbers if n.isdigit()), key=int)
+    flags += [f"-gencode=arch=compute_{n},code=compute_{n}" for n in plain[-1:]]
+    return " ".join([*flags, rf"-DR2_ARCHITECTURES=\"{'/'.join(numbers)}\""])
 
 
 def escape(path):

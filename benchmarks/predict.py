@@ -237,12 +237,12 @@ def triton_here():
         import aot_quantizers
 
         for dtype in ("fp32", "bf16"):
-            for make, ops in ((aot_check.reduce_chunks, aot_check.REDUCE), (aot_check.map_chunks, aot_check.MAP)):
+            for make, ops in ((aot_check.reduce_list, aot_check.REDUCE), (aot_check.map_chunks, aot_check.MAP)):
                 for op in ops:
                     kernel = aot_check.disassemble(aot_check.compile_kernel(*make(op, dtype), dtype, 90))
                     yield row(
                         "triton",
-                        f"{op} {'forward' if make is aot_check.reduce_chunks else 'backward'}",
+                        f"{op} {'forward' if make is aot_check.reduce_list else 'backward'}",
                         dtype,
                         kernel,
                         aot_check.hot_loop(kernel),

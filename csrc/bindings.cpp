@@ -59,7 +59,7 @@ constexpr auto fields_of = std::make_tuple();
 template <>
 constexpr auto fields_of<List> =
     std::make_tuple(R2_FIELD(List, tensors), R2_FIELD(List, owner), R2_FIELD(List, count), R2_FIELD(List, chunks),
-                    R2_FIELD(List, chunk), R2_FIELD(List, d), R2_FIELD(List, dtype));
+                    R2_FIELD(List, chunk), R2_FIELD(List, d), R2_FIELD(List, dtype), R2_FIELD(List, alone));
 template <>
 constexpr auto fields_of<Forward> = std::make_tuple(
     R2_FIELD(Forward, first), R2_FIELD(Forward, second), R2_FIELD(Forward, flag), R2_FIELD(Forward, partial),
@@ -115,6 +115,9 @@ void def_structs(py::module_& m) {
       .value("bf16", Dtype::bf16)
       .value("f16", Dtype::f16);
   py::enum_<Metric>(m, "Metric").value("euclidean", Metric::euclidean).value("sqeuclidean", Metric::sqeuclidean);
+  py::class_<Tensor>(m, "Tensor")
+      .def(py::init([](int64_t rows, int64_t numel, int64_t run, int64_t first_chunk, int64_t columns,
+                       int64_t first_column) { return Tensor{rows, numel, run, first_chunk, columns, first_column}; }));
   def_struct<List>(m, "List");
   def_struct<Forward>(m, "Forward");
   def_struct<Backward>(m, "Backward");
@@ -130,7 +133,7 @@ py::dict contract() {
   py::dict terms("l_inf"_a = int(Term::l_inf), "margin"_a = int(Term::margin),
                  "soft_min_max"_a = int(Term::soft_min_max), "kure"_a = int(Term::kure),
                  "bin_reg"_a = int(Term::bin_reg), "msqe"_a = int(Term::msqe), "partial_l2"_a = int(Term::partial_l2));
-  return py::dict("saved"_a = numbers, "terms"_a = terms, "statistics"_a = kStatistics, "segment"_a = kSegment,
+  return py::dict("saved"_a = numbers, "terms"_a = terms, "statistics"_a = kStatistics,
                   "fields"_a = int(sizeof(Tensor) / sizeof(int64_t)), "state"_a = kState,
                   "quantizer_sums"_a = kQuantizerSums, "half_values"_a = kHalfValues);
 }
@@ -300,6 +303,12 @@ void def_cpu(py::module_ m) {
 #if defined(R2_WITH_CUDA)
 void def_cuda(py::module_ m) {
   m.def("problem", &cuda::problem);
+  m.def(
+      "write_words",
+      [](Address words, int64_t count, Address out, int device, Address queue) {
+        cuda::write_words(to{words}, count, to{out}, device, queue);
+      },
+      unnamed, unnamed, unnamed, unnamed, unnamed, Release());
 #define R2_DEF(bind, Arguments, family, op) bind<Arguments>(m, #op, &cuda::op)
   R2_OPS(R2_DEF);
 #undef R2_DEF

@@ -8,10 +8,9 @@ namespace r2 {
 
 enum class Dtype : int { f64, f32, bf16, f16 };
 
-constexpr int kState = 8;          // numbers in a chunk's partial state
-constexpr int kStatistics = 6;     // of weight_stats: min, max, mean, unbiased std, kurtosis, max|w|
-constexpr int kQuantizerSums = 2;  // numbers in a quantizer's partial state, on a GPU
-constexpr int kSegment = 64;       // elements: the gradients of a list start at multiples of it in a GPU's flat tensor
+constexpr int kState = 8;             // numbers in a chunk's partial state
+constexpr int kStatistics = 6;        // of weight_stats: min, max, mean, unbiased std, kurtosis, max|w|
+constexpr int kQuantizerSums = 2;     // numbers in a quantizer's partial state, on a GPU
 constexpr int kHalfValues = 1 << 16;  // that 16 bits can have
 
 // Numbers that a loss saves for each column; bin_reg saves 2^bits.
@@ -23,12 +22,12 @@ constexpr int l_inf = 2, margin = 1, soft_min_max = 8, soft_extrema = 8, kure = 
 // (k / run) * d * run + c * run + k % run.
 struct Tensor {
   int64_t rows, numel, run, first_chunk;
-  int64_t offset;                 // of its gradient in the flat tensor
   int64_t columns, first_column;  // how many columns the tensors before it have
 };
 
 // Chunk i belongs to tensor t = owner[i]; with j = i - first_chunk of t it is the rows [j / d * chunk, ...) of column
-// j % d.
+// j % d. A list of one tensor has no tables: it is `alone`, and on a GPU an op that would take a table of addresses
+// takes the address itself (csrc/lists.h).
 struct List {
   const int64_t* pointers;
   const Tensor* tensors;
@@ -36,6 +35,7 @@ struct List {
   int64_t count, chunks, chunk;
   int d;
   Dtype dtype;
+  Tensor alone;
 
   List with(const int64_t* addresses) const {
     List list = *this;
@@ -53,14 +53,13 @@ struct Forward {
   int bits;  // of the codes of bin_reg and msqe, else 0
 };
 
-// grad is (count) with a stride, or (2, count, d). target: the address of the flat gradient, or of a table of
-// addresses of the gradients.
+// grad is (count) with a stride, or (2, count, d). target: addresses of the gradients; 0 for one that nobody needs.
 struct Backward {
   const void* grad;
   int64_t grad_stride;
   const void *first, *second, *saved;
   void* target;
-  bool add;  // to what the table's addresses hold
+  bool add;  // to what the gradients hold
   void* parameter_gradient;
   int bits;
 };
@@ -105,9 +104,7 @@ struct Pass {
   void* scratch;         // as many bytes as dkm_scratch says
   void* kept;            // what `upstream` leaves for `recur`: (count, most + 1, 4) float64
   void *out, *out_moments;
-  // of `output` and `gradient` the address of a flat tensor on a GPU, of a table of addresses on the CPU; of `assign`
-  // of a table
-  void* target;
+  void* target;           // addresses of W_hat, of dL/dW or of codes
   const int64_t* counts;  // addresses of float32: how many weights have each value of the list; null: one
 };
 
@@ -132,7 +129,7 @@ struct Quantizer {
   bool flag;             // signed (lsq, ewgs), plus (pact), detach_max (dorefa)
   const int64_t* grads;  // addresses of dL/dy, lying as the tensors do
   double* partial;       // on a GPU room for (chunks, kQuantizerSums)
-  void* target;          // of what has the tensors' form, as in Pass
+  void* target;          // addresses of what has the tensors' form
   void *first_gradient, *second_gradient;
 };
 

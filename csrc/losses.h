@@ -3,7 +3,7 @@
 // accumulator A (float, double), or on the CPU a vector of them (cpu/simd.h, to be included first); vectors and scalars
 // share the operators, `c ? a : b`, and the functions splat, exp2_ and abs_.
 #pragma once
-#include "arithmetic.h"
+#include "lists.h"
 
 namespace r2 {
 inline namespace R2_ISA {
@@ -21,9 +21,9 @@ struct Chunk {
 };
 
 R2_HD Chunk chunk_at(const List& list, int64_t i) {
-  const int64_t t = list.owner[i];
-  const uint32_t j = uint32_t(i - list.tensors[t].first_chunk), d = uint32_t(list.d);
-  const int64_t row = j / d * list.chunk, left = list.tensors[t].rows - row;
+  const int64_t t = owner_of(list, i);
+  const uint32_t j = uint32_t(i - tensor_of(list, t).first_chunk), d = uint32_t(list.d);
+  const int64_t row = j / d * list.chunk, left = tensor_of(list, t).rows - row;
   return {t, row, left < list.chunk ? left : list.chunk, int(j % d)};
 }
 
@@ -38,7 +38,7 @@ R2_HD Column column_at(const List& list, const void* first, const void* second, 
                        int bits = 0) {
   int64_t at = tensor * list.d + column;
   return {first ? double(static_cast<const A*>(first)[at]) : 0, second ? double(static_cast<const A*>(second)[at]) : 0,
-          double(list.tensors[tensor].rows), bits};
+          double(tensor_of(list, tensor).rows), bits};
 }
 
 // The op of a formula whose results are its own and whose gradient has one upstream number for each tensor.

@@ -3,7 +3,7 @@
 #pragma once
 #include <cstring>
 
-#include "arithmetic.h"
+#include "lists.h"
 
 namespace r2 {
 inline namespace R2_ISA {
@@ -15,9 +15,9 @@ struct ChannelChunk {
 };
 
 R2_HD ChannelChunk channel_chunk_at(const List& list, int64_t i) {
-  const int64_t t = list.owner[i];
-  const uint32_t j = uint32_t(i - list.tensors[t].first_chunk), columns = uint32_t(list.tensors[t].columns);
-  const int64_t row = j / columns * list.chunk, left = list.tensors[t].rows - row;
+  const int64_t t = owner_of(list, i);
+  const uint32_t j = uint32_t(i - tensor_of(list, t).first_chunk), columns = uint32_t(tensor_of(list, t).columns);
+  const int64_t row = j / columns * list.chunk, left = tensor_of(list, t).rows - row;
   return {t, row, left < list.chunk ? left : list.chunk, int(j % columns)};
 }
 

@@ -5,7 +5,7 @@ import re
 
 import torch
 
-_EACH = ("weights", "xs", "gs", "clusters", "out")  # arguments with something for each tensor of a list
+_EACH = ("weights", "xs", "gs", "clusters", "out", "needed")  # arguments with something for each tensor of a list
 _SECOND = ("history", "moments")  # those in which tensors are counted in the second dimension,
 _SECOND_RESULTS = {("soft_extrema", 0), ("dkm", 1), ("dkm", 2)}  # and results of a forward, by their place
 
@@ -42,8 +42,6 @@ def apart(kernel, plain, op, schema, at):
                 joined.append(options["out"])
             elif op.name == "terms" and place >= by_term:
                 joined.append([_joined(tensors, parts, sizes, order, 0) for tensors in zip(*pair, strict=True)])
-            elif isinstance(pair[0], list) and op.name != "assign" and weights[0].device.type == "cuda":
-                joined.append(pair[0])  # the flat tensor, in which empty ones take no room
             else:
                 joined.append(_joined(pair, parts, sizes, order, int(not at and (op.name, place) in _SECOND_RESULTS)))
         return tuple(joined) if many else joined[0]

@@ -1,4 +1,4 @@
-"""How a list of tensors becomes one launch: memory order, addresses, the plan of chunks, and where gradients lie.
+"""How a list of tensors becomes one launch: memory order, the plan of chunks, and where gradients lie.
 
 A kernel reads a tensor through its dense memory. Column c of d is the rows k = 0..N-1 at element (k // run) * d * run
 + c * run + k % run; for d = 1 that is element k, so any dense stride order is read in place. Numbers past d * N are
@@ -6,7 +6,7 @@ leftovers.
 """
 
 import functools
-from array import array
+import threading
 from typing import NamedTuple
 
 import torch
@@ -21,10 +21,9 @@ FEWEST_PROGRAMS = 1056  # but first enough programs to fill a GPU (8 for each of
 ROWS = 16384  # rows per chunk of whole rows on the CPU: sums over K clusters stay few beside them
 FEWEST_ROWS = 1024  # per program of a GPU, a multiple of it
 WAVE = 528  # blocks at once, 4 for each multiprocessor
-SEGMENT = 64  # elements: gradients of a list on a GPU start at multiples of it, so that 128-bit stores are aligned
-# of a tensor in Plan.tensors: rows N, elements, run, first chunk, gradient offset, columns d, the first of them among
-# all columns
-FIELDS = 7
+# of a tensor in Plan.tensors: rows N, elements, run, first chunk, columns d, the first of them among all columns
+FIELDS = 6
+COUNTERS = 64  # the fewest that are kept
 _kept: list = []  # tables that a captured CUDA graph reads at every replay
 
 
@@ -33,13 +32,18 @@ class Plan(NamedTuple):
     column j % d. In a plan of whole rows it is rows [j * chunk, ...) of all columns, in one of whole columns columns
     [j * chunk, ...)."""
 
-    tensors: Tensor  # (L, FIELDS) int64
-    owner: Tensor  # (chunks,) int32
+    tensors: Tensor | None  # (L, FIELDS) int64
+    owner: Tensor | None  # (chunks,) int32
     count: int  # L
     chunks: int
     chunk: int  # rows in a full chunk
     d: int  # columns of every tensor; 0 where they differ
-    elements: int  # of the flat gradient
+    alone: tuple  # the FIELDS of the tensor of a list of one, which has no tables
+
+
+def on_gpu(device):
+    """Whether a GPU's kernels read the tensors there, which decides how lists are cut."""
+    return device.type == "cuda"
 
 
 def is_dense(w):
@@ -105,122 +109,140 @@ def _positive(tensors):
 
 
 def plan(tensors, runs, d, device):
-    """The plan for tensors of these sizes; made once for every list of sizes."""
-    value = _plan(tuple([t.numel() for t in tensors]), runs, d, device, False)
-    _keep_if_captured(value, device)
-    return value
+    """The plan for tensors of these sizes."""
+    return _kept_if_captured(_plan(_numels(tensors), runs, d, device, False), device)
 
 
 def short_plan(tensors, runs, d, device):
     """The plan in chunks that stay in a GPU's first cache while they are read several times."""
-    value = _plan(tuple([t.numel() for t in tensors]), runs, d, device, False, 1)
-    _keep_if_captured(value, device)
-    return value
+    return _kept_if_captured(_plan(_numels(tensors), runs, d, device, False, 1), device)
 
 
 def row_plan(tensors, runs, d, device):
     """The plan of whole rows for tensors of these sizes."""
-    value = _plan(tuple([t.numel() for t in tensors]), runs, d, device, True)
-    _keep_if_captured(value, device)
-    return value
+    return _kept_if_captured(_plan(_numels(tensors), runs, d, device, True), device)
 
 
 def channel_plan(tensors, axis, device):
     """The plan for tensors of which every channel is a column; without an axis each tensor is one."""
     columns = tuple([1 if axis is None else t.shape[axis] for t in tensors])
     runs = tuple([1 if c == 1 else t.stride(axis) for t, c in zip(tensors, columns, strict=True)])
-    value = _plan(tuple([t.numel() for t in tensors]), runs, columns, device, False)
-    _keep_if_captured(value, device)
-    return value
+    return _kept_if_captured(_plan(_numels(tensors), runs, columns, device, False), device)
 
 
 def column_plan(tensors, axis, columns, device):
     """The plan in chunks of so many whole columns, which are the channels."""
-    value = _column_plan(tuple([(t.numel(), t.shape[axis]) for t in tensors]), columns, device)
-    _keep_if_captured(value, device)
-    return value
+    sizes = tuple([(t.numel(), t.shape[axis]) for t in tensors])
+    return _kept_if_captured(_column_plan(sizes, columns, device), device)
+
+
+def _numels(tensors):
+    return tuple([t.numel() for t in tensors])
 
 
 @functools.lru_cache(maxsize=256)
 def _column_plan(sizes, chunk, device):
-    numel, columns = torch.tensor(sizes, dtype=torch.int64, device="cpu").unbind(1)
-    return _tabled(numel, numel // columns, columns, (columns + chunk - 1) // chunk, chunk, 0, device)
+    tensors = [(n // columns, n, n // columns, columns) for n, columns in sizes]
+    return _tabled(tensors, [-(-columns // chunk) for _, columns in sizes], chunk, 0, device)
 
 
 @functools.lru_cache(maxsize=256)
 def _plan(numels, runs, d, device, whole, most_steps=MOST_STEPS):
-    numel = torch.tensor(numels, dtype=torch.int64, device="cpu")
-    columns = torch.tensor(d, dtype=torch.int64, device="cpu").expand(len(numels)).contiguous()
-    rows = numel // columns
-    if whole:
-        chunk = ROWS if device.type == "cpu" else _whole_waves(rows)
+    columns = (d,) * len(numels) if isinstance(d, int) else d
+    rows = [n // c for n, c in zip(numels, columns, strict=True)]
+    if whole and not on_gpu(device):
+        chunk = ROWS
+    elif whole:
+        chunk = _whole_waves(rows)
+    elif on_gpu(device):
+        steps = sum([n * c for n, c in zip(rows, columns, strict=True)]) // (BLOCK * FEWEST_PROGRAMS)
+        chunk = BLOCK * min(max(steps, 1), most_steps)
     else:
         chunk = CHUNK
-        if device.type == "cuda":
-            steps = int((rows * columns).sum()) // (BLOCK * FEWEST_PROGRAMS)
-            chunk = BLOCK * min(max(steps, 1), most_steps)
-    chunks = (1 if whole else columns) * ((rows + chunk - 1) // chunk)
-    run = torch.tensor(runs, dtype=torch.int64, device="cpu") if runs else torch.ones_like(numel)
-    return _tabled(numel, run, columns, chunks, chunk, d if isinstance(d, int) else 0, device)
+    chunks = [(1 if whole else c) * -(-n // chunk) for n, c in zip(rows, columns, strict=True)]
+    tensors = list(zip(rows, numels, runs or (1,) * len(numels), columns, strict=True))
+    return _tabled(tensors, chunks, chunk, d if isinstance(d, int) else 0, device)
 
 
 def _whole_waves(rows):
     """Rows per chunk of whole rows: of those that make about FEWEST_PROGRAMS chunks, or half as many, the fewest for
     which a GPU takes at most 5% longer than for the best, where a wave of WAVE blocks takes as long if it is not full.
     (Where 2 blocks or 1 fit on a multiprocessor, waves are halves or quarters.)"""
-    least = max(-(-int(rows.sum()) // (FEWEST_ROWS * FEWEST_PROGRAMS)), 1)
+    least = max(-(-sum(rows) // (FEWEST_ROWS * FEWEST_PROGRAMS)), 1)
     times = {
-        steps: steps * -(-int((-(-rows // (FEWEST_ROWS * steps))).sum()) // WAVE)
+        steps: steps * -(-sum([-(-n // (FEWEST_ROWS * steps)) for n in rows]) // WAVE)
         for steps in range(least, 2 * least + 2)
     }
     return FEWEST_ROWS * next(steps for steps, time in times.items() if time <= 1.05 * min(times.values()))
 
 
-def _tabled(numel, run, columns, chunks, chunk, d, device):
-    padded = (numel + SEGMENT - 1) // SEGMENT * SEGMENT
-    first, offset = chunks.cumsum(0) - chunks, padded.cumsum(0) - padded
-    owner = torch.repeat_interleave(torch.arange(len(numel), dtype=torch.int32, device="cpu"), chunks)
-    table = torch.stack([numel // columns, numel, run, first, offset, columns, columns.cumsum(0) - columns], 1)
-    return Plan(table.to(device), owner.to(device), len(numel), len(owner), chunk, d, int(padded.sum()))
+def _tabled(tensors, chunks, chunk, d, device):
+    """tensors: (rows, elements, run, columns) of each, chunks: how many each has."""
+    if len(tensors) == 1:
+        rows, numel, run, columns = tensors[0]
+        return Plan(None, None, 1, chunks[0], chunk, d, (rows, numel, run, 0, columns, 0))
+    fields, first_chunk, first_column = [], 0, 0
+    for (rows, numel, run, columns), n in zip(tensors, chunks, strict=True):
+        fields.append((rows, numel, run, first_chunk, columns, first_column))
+        first_chunk, first_column = first_chunk + n, first_column + columns
+    table = torch.tensor(fields, dtype=torch.int64, device="cpu")
+    indices = torch.arange(len(tensors), dtype=torch.int32, device="cpu")
+    owner = torch.repeat_interleave(indices, torch.tensor(chunks, dtype=torch.int64, device="cpu"))
+    return Plan(_on(table, device), _on(owner, device), len(tensors), first_chunk, chunk, d, (0,) * FIELDS)
 
 
-def host_table(tensors):
-    """Addresses on the host, for kernels on the CPU."""
-    return array("q", [t.data_ptr() for t in tensors])
-
-
-def device_table(tensors, device):
-    """Addresses as an int64 tensor on the device. Its content is a function of its key, so it cannot go stale."""
-    value = _device_table(tuple([t.data_ptr() for t in tensors]), device)
-    _keep_if_captured(value, device)
-    return value
+def resident(values, dtype, device):
+    """Numbers that every call needs, a tuple, as a tensor on the device that nothing ever writes."""
+    return _kept_if_captured(_resident(values, dtype, device), device)
 
 
 @functools.lru_cache(maxsize=1024)
-def _device_table(pointers, device):
+def _resident(values, dtype, device):
+    return _on(torch.tensor(values, dtype=dtype, device="cpu"), device)
+
+
+def counters(count, device, stream):
+    """(>= count,) int32 zeros for kernels of this stream, which run one after the other and each leave zeros."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "r2kernels met these weights for the first time during CUDA-graph capture; "
-            "run one step with them before the capture"
-        )
-    return torch.tensor(pointers, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
-
-
-def sizes(counts, device):
-    """Numbers of clusters as an int32 tensor on the device."""
-    value = _sizes(counts, device)
-    _keep_if_captured(value, device)
-    return value
+        return torch.zeros(count, dtype=torch.int32, device=device)  # written again at every replay
+    return _counters(max(1 << (count - 1).bit_length(), COUNTERS), device, stream)
 
 
 @functools.lru_cache(maxsize=256)
-def _sizes(counts, device):
-    return torch.tensor(counts, dtype=torch.int32, device="cpu").to(device, non_blocking=True)
+def _counters(count, device, stream):
+    return _on(torch.zeros(count, dtype=torch.int32, device="cpu"), device)
 
 
-def _keep_if_captured(value, device):
+def _on(table, device):
+    """The table on the device, there for every stream: copied by another thread, which waits for it. That one allocates
+    outside the memory pool of a CUDA graph that this one may be warming up, and under none of its modes."""
+    if device.type == "cpu":
+        return table
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "r2kernels met a list of these sizes for the first time during CUDA-graph capture; "
+            "run one step with it before the capture"
+        )
+    made = []
+    thread = threading.Thread(target=lambda: made.append(_copied(table, device)))
+    thread.start()
+    thread.join()
+    if isinstance(made[0], BaseException):
+        raise made[0]
+    return made[0]
+
+
+def _copied(table, device):
+    try:
+        return table.to(device)
+    except Exception as error:  # goes on in the thread that waits
+        return error
+
+
+def _kept_if_captured(value, device):
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         _kept.append(value)
+    return value
 
 
 def is_aligned(tensors):
@@ -231,47 +253,24 @@ def is_aligned(tensors):
     return pointers % 16 == 0
 
 
-def gradient_offsets(weights):
-    """Element offsets of the gradients of `weights` in one flat tensor, its size at the end."""
-    offsets = [0]
-    for w in weights:
-        offsets.append(offsets[-1] + (w.numel() + SEGMENT - 1) // SEGMENT * SEGMENT)
-    return offsets
-
-
-def empty_gradients(weights, d=1, layout="output"):
-    """Memory for the gradients: on a GPU one flat tensor (static offsets, no table of addresses), elsewhere a tensor
-    for each weight (a flat block above 32 MB is mapped anew every step: 33 ms against 20 ms for the forward and
-    backward of 11.7M weights)."""
-    w = weights[0]
-    if w.device.type == "cuda":
-        return [torch.empty(gradient_offsets(weights)[-1], dtype=w.dtype, device=w.device)]
-    return [torch.empty_like(w) if d == 1 and w.is_contiguous() else _empty_gradient(w, d, layout) for w in weights]
+def empty_gradients(weights, d=1, layout="output", needed=None):
+    """Memory for the gradient of each weight, None for those that are not needed. (One flat tensor for all costs a page
+    fault every 4 KB on the CPU, where it is mapped anew every step: 33 ms against 20 ms for the forward and backward of
+    11.7M weights; and on a GPU as much memory again as all gradients.)"""
+    if needed is None:
+        return [_empty_gradient(w, d, layout) for w in weights]
+    return [_empty_gradient(w, d, layout) if need else None for w, need in zip(weights, needed, strict=True)]
 
 
 def _empty_gradient(w, d, layout):
+    if d == 1 and w.is_contiguous():
+        return torch.empty_like(w)
     return torch.empty_strided(w.shape, memory_order(w, d, layout)[0], dtype=w.dtype, device=w.device)
 
 
-def pack_gradients(gradients, weights, d=1, layout="output"):
-    """Gradients shaped like the weights, laid out as `empty_gradients` has them."""
-    if weights[0].device.type == "cuda":
-        flat = torch.zeros(gradient_offsets(weights)[-1], dtype=weights[0].dtype, device=weights[0].device)
-        for g, part in zip(gradients, carve_gradients([flat], weights, d, layout), strict=True):
-            part.copy_(g)
-        return [flat]
+def laid_out(gradients, weights, d=1, layout="output"):
+    """Gradients shaped like the weights, in memory as `empty_gradients` has them."""
     return [_empty_gradient(w, d, layout).copy_(g) for g, w in zip(gradients, weights, strict=True)]
-
-
-def carve_gradients(buffers, weights, d=1, layout="output"):
-    """What the ops returned, as one gradient for each weight; views of the flat tensor on a GPU."""
-    if weights[0].device.type != "cuda":
-        return buffers
-    flat, offsets = buffers[0], gradient_offsets(weights)
-    return [
-        flat.as_strided(w.shape, memory_order(w, d, layout)[0], offset)
-        for w, offset in zip(weights, offsets[:-1], strict=True)
-    ]
 
 
 def like_weights(others, tensors):

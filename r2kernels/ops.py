@@ -16,10 +16,12 @@ from . import contract, empty, reference
 from .algorithms import fixed_point, iterations
 from .backends import chosen, select, use_backend
 from .contract import Op
-from .lists import pack_gradients
+from .lists import laid_out
 
 _library = torch.library.Library("r2kernels", "DEF")
-call = {}  # name -> the kernel itself, without the dispatcher; takes `out=`: the gradients are added to these tensors
+# name -> the kernel itself, without the dispatcher; takes `out=`: the gradients are added to these tensors, and
+# `needed=`: of each weight whether its gradient has to be made
+call = {}
 op = {}  # name -> the op of torch's dispatcher
 
 
@@ -35,10 +37,10 @@ class PackedReference(reference.DKM):
     """The reference's passes, W_hat and gradients laid out as the other backends have them."""
 
     def output(self, c, new):
-        return pack_gradients(super().output(c, new), self.weights, *self.geometry)
+        return laid_out(super().output(c, new), self.weights, *self.geometry)
 
     def gradient(self, steps, grads):
-        return pack_gradients(super().gradient(steps, grads), self.weights, *self.geometry)
+        return laid_out(super().gradient(steps, grads), self.weights, *self.geometry)
 
 
 def is_recorded():
@@ -72,14 +74,14 @@ def _packed(function, at, columns):
     """A function of the reference whose first result is like the weights, its argument `at`: laid out as the other
     backends have it, or added to `out`. `columns`: its last arguments are d and layout."""
 
-    def packed(*args, out=None):
+    def packed(*args, out=None, needed=None):
         result = function(*args)
         made, *others = result if isinstance(result, tuple) else (result,)
         if out is not None:
             made = [o.add_(g) for o, g in zip(out, made, strict=True)]
         else:
             d, layout = args[-2:] if columns else (1, "output")
-            made = pack_gradients(made, args[at], d, layout)
+            made = laid_out(made, args[at], d, layout)
         return (made, *others) if others else made
 
     return packed
@@ -122,11 +124,12 @@ def _function(name, schema, at, row):
     dispatched = getattr(torch.ops.r2kernels, name).default
     call[name], op[name] = kernel, dispatched
 
-    def run(*args):
+    def run(*args, **options):
         if is_recorded():
             return recorded(*args)
-        traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-        return (dispatched if traced else kernel)(*args)
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            return dispatched(*args)  # a schema has no room for options that only spare work
+        return kernel(*args, **options)
 
     return run
 
@@ -166,9 +169,9 @@ def backend_of_forward():
     return None if torch.compiler.is_compiling() else chosen()
 
 
-def backward(backend, bwd, *args):
-    """bwd(*args) on the backend of the forward."""
+def backward(backend, bwd, *args, **options):
+    """bwd(*args, **options) on the backend of the forward."""
     if backend is None:
-        return bwd(*args)
+        return bwd(*args, **options)
     with use_backend(backend):
-        return bwd(*args)
+        return bwd(*args, **options)

@@ -38,7 +38,7 @@ import torch
 import r2kernels
 from r2kernels import ops, reference
 from r2kernels.functional.loss import add_gradients_
-from r2kernels.lists import carve_gradients, memory_order
+from r2kernels.lists import memory_order
 from r2kernels.reference.columns import accumulator
 from r2kernels.reference.parameters import rank
 from r2kernels.reference.quantizers import code
@@ -202,9 +202,8 @@ def by_ops(draw, forward=contextlib.nullcontext, backward=contextlib.nullcontext
         loss, saved = ops.op[draw.op.function + "_fwd"](*taken)
     with backward():
         result = ops.op[draw.op.function + "_bwd"](*of_saved(saved))
-    buffers, g = result if isinstance(result, tuple) else (result, None)
-    assert all(b.isfinite().all() for b in buffers), "a number of the gradients' memory was not written"
-    gradients = carve_gradients(buffers, draw.weights, *draw.geometry)
+    gradients, g = result if isinstance(result, tuple) else (result, None)
+    assert all(made.isfinite().all() for made in gradients), "a number of the gradients' memory was not written"
     return Result(loss.reshape(draw.grad.shape), gradients, None if g is None else g.reshape(draw.parameter.shape))
 
 

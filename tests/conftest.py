@@ -6,6 +6,7 @@ This folder is on the path (pyproject.toml): `cases` and `budget` can be importe
                                         interpreter
     pytest --device cuda                the same tests on CUDA tensors: Triton, the extension, the reference
     pytest --backend NAME               these backends alone (may be repeated); an error where one is not usable
+    pytest --backend emulated           the CUDA kernels on the host, in both orders of blocks and threads
 
 The interpreter must be on before triton is imported, for the whole process: `test_triton_interpreter.py` starts a
 pytest with TRITON_INTERPRET=1 and `--backend triton`.
@@ -18,6 +19,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from emulate import emulated
 
 from r2kernels import backends, use_backend
 
@@ -29,7 +31,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--backend",
         action="append",
-        choices=("triton", "cuda", "cpu", "reference"),
+        choices=("triton", "cuda", "cpu", "reference", "emulated"),
         help="test these instead of all that are usable",
     )
 
@@ -63,16 +65,22 @@ def _isa(name):
         cpu.set_isa(before)
 
 
+def _of_backend(name):
+    if name == "emulated":
+        return emulated.ORDERS
+    isas = importlib.import_module("r2kernels._C").cpu.isas() if name == "cpu" else [None]
+    return [Variant(name, isa) for isa in isas]
+
+
 def _variants(config):
     """All that are to be tested; found when the first test asks for them."""
     if not hasattr(config, "variants"):
-        reasons, asked = backends(), config.getoption("--backend")
+        reasons, asked = {**backends(), "emulated": emulated.why_not()}, config.getoption("--backend")
         for name in asked or ():
             if reasons[name] is not None:
                 raise pytest.UsageError(f"--backend {name}: {reasons[name]}")
         names = asked or [name for name in _SERVES[config.getoption("--device")] if reasons[name] is None]
-        isas = importlib.import_module("r2kernels._C").cpu.isas() if "cpu" in names else []
-        config.variants = [Variant(name, isa) for name in names for isa in (isas if name == "cpu" else [None])]
+        config.variants = [variant for name in names for variant in _of_backend(name)]
     return config.variants
 
 

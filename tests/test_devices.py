@@ -282,7 +282,7 @@ def test_results_do_not_depend_on_defaults(part, device, tmp_path, capsys):
     """To the bit. What is remembered between calls is forgotten first: it would be made before."""
     given, expected = Given(device, tmp_path), None
     for name, changed in {"none": contextlib.nullcontext, **DEFAULTS}.items():
-        for remembered in (lists._plan, lists._column_plan, lists._sizes):
+        for remembered in (lists._plan, lists._column_plan, lists._resident):
             remembered.cache_clear()
         parameters._constants.clear()
         torch.manual_seed(2)

@@ -21,7 +21,7 @@ def test_the_contract_is_that_of_the_ops(extension):
     assert told["saved"] == losses
     assert told["terms"] == {name: i for i, name in enumerate(contract.TERMS)}
     assert told["statistics"] == contract.STATISTICS
-    assert (told["segment"], told["fields"]) == (lists.SEGMENT, lists.FIELDS)
+    assert told["fields"] == lists.FIELDS
 
 
 def test_every_op_has_its_functions(extension):
@@ -38,7 +38,7 @@ def test_every_op_has_its_functions(extension):
 
 
 def test_fields_are_given_by_name_alone(extension):
-    some = dict(tensors=0, owner=0, count=0, chunks=0, chunk=1, d=1)
+    some = dict(tensors=0, owner=0, count=0, chunks=0, chunk=1, d=1, alone=extension.Tensor(0, 0, 0, 0, 0, 0))
     listed = extension.List(**some, dtype=extension.Dtype.f32)
     rank = extension.cpu.rank
     rank(listed, 0, 0, 1, rank=0, theta=0, scratch=0)
@@ -58,7 +58,16 @@ def test_fields_are_given_by_name_alone(extension):
 
 def test_no_more_terms_than_there_are(extension):
     forward = extension.Forward(first=0, second=0, flag=False, partial=0, out=0, saved=0, bits=0)
-    listed = extension.List(tensors=0, owner=0, count=0, chunks=0, chunk=1, d=1, dtype=extension.Dtype.f32)
+    listed = extension.List(
+        tensors=0,
+        owner=0,
+        count=0,
+        chunks=0,
+        chunk=1,
+        d=1,
+        dtype=extension.Dtype.f32,
+        alone=extension.Tensor(0, 0, 0, 0, 0, 0),
+    )
     most = len(contract.TERMS)
     extension.cpu.terms_fwd(listed, 0, 0, 1, term=[0] * most, of=[forward] * most)
     for terms, arguments in ((most + 1, most + 1), (2, 1)):

@@ -5,6 +5,8 @@
 #include "kernels.h"
 #include "simd.h"
 
+#include "../lists.h"
+
 namespace r2 {
 inline namespace R2_ISA {
 
@@ -114,8 +116,8 @@ R2_HD void narrowed(const A* from, int n, T* to) {
 struct RowChunk {
   int64_t tensor, row, n;
   RowChunk(const List& list, int64_t i)
-      : tensor(list.owner[i]), row((i - list.tensors[tensor].first_chunk) * list.chunk),
-        n(list.tensors[tensor].rows - row) {
+      : tensor(owner_of(list, i)), row((i - tensor_of(list, tensor).first_chunk) * list.chunk),
+        n(tensor_of(list, tensor).rows - row) {
     if (n > list.chunk) n = list.chunk;
   }
 };

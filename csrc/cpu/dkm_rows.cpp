@@ -169,7 +169,7 @@ void sum_rows(const List& list, const Clusters& clusters, const Pass& pass, int 
 #pragma omp for schedule(dynamic)
     for (int64_t chunk = 0; chunk < list.chunks; ++chunk) {
       const RowChunk c(list, chunk);
-      const Tensor& tensor = list.tensors[c.tensor];
+      const Tensor& tensor = tensor_of(list, c.tensor);
       const Centroids<A>& centroids = all.of(c.tensor);
       const int64_t size = centroids.size;
       const T *w = address<const T>(list.pointers, c.tensor),
@@ -201,8 +201,8 @@ void sum_rows(const List& list, const Clusters& clusters, const Pass& pass, int 
     }
 #pragma omp for schedule(dynamic)
     for (int64_t t = 0; t < list.count; ++t) {
-      const int64_t first = list.tensors[t].first_chunk, parts = (list.tensors[t].rows + list.chunk - 1) / list.chunk,
-                    at = t * clusters.most;
+      const int64_t first = tensor_of(list, t).first_chunk,
+                    parts = (tensor_of(list, t).rows + list.chunk - 1) / list.chunk, at = t * clusters.most;
       double* total = partial + first * each;
       for (int64_t part = 1; part < parts; ++part)
         for (int64_t j = 0; j < each; ++j) total[j] += partial[(first + part) * each + j];
@@ -230,7 +230,7 @@ void map_rows(const List& list, const Clusters& clusters, const Pass& pass, int 
   const AllCentroids<A> all(list, clusters, pass);
   const int64_t* targets = static_cast<const int64_t*>(pass.target);
   for (int64_t t = 0; t < list.count; ++t)
-    ask_for_huge_pages(reinterpret_cast<void*>(targets[t]), list.tensors[t].numel * sizeof(T));
+    ask_for_huge_pages(reinterpret_cast<void*>(targets[t]), tensor_of(list, t).numel * sizeof(T));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Room<A> room(d, clusters.most, 0);
@@ -238,7 +238,7 @@ void map_rows(const List& list, const Clusters& clusters, const Pass& pass, int 
 #pragma omp for schedule(dynamic)
     for (int64_t chunk = 0; chunk < list.chunks; ++chunk) {
       const RowChunk c(list, chunk);
-      const Tensor& tensor = list.tensors[c.tensor];
+      const Tensor& tensor = tensor_of(list, c.tensor);
       const A unit = all.of(c.tensor).unit;
       const T *w = address<const T>(list.pointers, c.tensor), *g = address<const T>(pass.grads, c.tensor);
       T* out = address<T>(targets, c.tensor);
@@ -295,7 +295,7 @@ void assign_rows(const List& list, const Clusters& clusters, const Pass& pass, i
       void* codes = address<void>(static_cast<const int64_t*>(pass.target), c.tensor);
       for (int64_t row = c.row; row < c.row + c.n; row += kRows) {
         const int n = c.row + c.n - row < kRows ? int(c.row + c.n - row) : kRows;
-        with_width<A>(d, [&](auto kD) { take_rows<kD>(list.tensors[c.tensor], w, d, row, n, x); });
+        with_width<A>(d, [&](auto kD) { take_rows<kD>(tensor_of(list, c.tensor), w, d, row, n, x); });
         in_units(x, kRows * d, unit, x);
         for (int i = 0; i < n; i += lanes<V>) {
           V best = splat<V>(A(INFINITY));

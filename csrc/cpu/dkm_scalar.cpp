@@ -148,8 +148,8 @@ void sum_by_interval(const List& list, const Clusters& clusters, const Pass& pas
 #pragma omp for schedule(dynamic)
     for (int64_t t = 0; t < list.count; ++t) {
       const Iteration<A>& it = tables.iteration(t);
-      const int64_t first = list.tensors[t].first_chunk, parts = (list.tensors[t].rows + list.chunk - 1) / list.chunk,
-                    numbers = (it.size + 1) * 2 * R;
+      const int64_t first = tensor_of(list, t).first_chunk,
+                    parts = (tensor_of(list, t).rows + list.chunk - 1) / list.chunk, numbers = (it.size + 1) * 2 * R;
       double* total = partial + first * each;
       for (int64_t part = 1; part < parts; ++part)
         for (int64_t j = 0; j < numbers; ++j) total[j] += partial[(first + part) * each + j];
@@ -209,7 +209,7 @@ void map_blocks(const List& list, const Pass& pass, const Tables<Acc<T>>& tables
   using A = Acc<T>;
   const int64_t* targets = static_cast<const int64_t*>(pass.target);
   for (int64_t t = 0; t < list.count; ++t)
-    ask_for_huge_pages(reinterpret_cast<void*>(targets[t]), list.tensors[t].numel * sizeof(T));
+    ask_for_huge_pages(reinterpret_cast<void*>(targets[t]), tensor_of(list, t).numel * sizeof(T));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const AlignedMemory memory(sizeof(Room<A>));

@@ -44,14 +44,14 @@ void collect(const List& list, const Values& v, int threads) {
       const AlignedMemory own(kHalfValues * int64_t(sizeof(uint32_t)));
 #pragma omp for schedule(dynamic)
       for (int64_t t = 0; t < list.count; ++t) {
-        count_codes(weights(t), list.tensors[t].rows, own.as<uint32_t>());
+        count_codes(weights(t), tensor_of(list, t).rows, own.as<uint32_t>());
         list_values<T>(own.as<uint32_t>(), 1, v, t);
       }
     }
     return;
   }
   for (int64_t t = 0; t < list.count; ++t) {
-    const int64_t n = list.tensors[t].rows;
+    const int64_t n = tensor_of(list, t).rows;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int part = 0; part < threads; ++part) {
       const int64_t begin = n * part / threads, end = n * (part + 1) / threads;
@@ -70,7 +70,7 @@ void sum_gradients(const List& list, const Values& v, int threads) {
   const AlignedMemory slices(list.count * kMostSlices * int64_t(sizeof(Slice)));
   int64_t count = 0, room = 0;
   for (int64_t t = 0; t < list.count; ++t) {
-    const int64_t n = list.tensors[t].rows, wanted = (n + kSlice - 1) / kSlice,
+    const int64_t n = tensor_of(list, t).rows, wanted = (n + kSlice - 1) / kSlice,
                   parts = wanted < kMostSlices ? wanted : kMostSlices;
     for (int64_t p = 0; p < parts; ++p, room += v.sizes[t])
       slices.as<Slice>()[count++] = {t, n * p / parts, n * (p + 1) / parts, room};
@@ -106,7 +106,7 @@ void sum_gradients(const List& list, const Values& v, int threads) {
 template <class T>
 void look_up(const List& list, const Values& v, int threads) {
   for (int64_t t = 0; t < list.count; ++t)
-    ask_for_huge_pages(reinterpret_cast<void*>(v.targets[t]), list.tensors[t].numel * sizeof(T));
+    ask_for_huge_pages(reinterpret_cast<void*>(v.targets[t]), tensor_of(list, t).numel * sizeof(T));
   constexpr int block = 1024;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < list.chunks; ++i) {

@@ -45,7 +45,7 @@ struct Units {
       size += kSums * columns;
     };
     for (int64_t t = 0; t < list.count; ++t) {
-      const Tensor& tensor = list.tensors[t];
+      const Tensor& tensor = tensor_of(list, t);
       first.push_back(all.size());
       const Way way = way_of(list, tensor);
       if (way == Way::columns) {
@@ -58,7 +58,7 @@ struct Units {
         for (int64_t o = 0; o < outer; o += step)
           add({t, way, -1, o, o + step < outer ? o + step : outer, nullptr}, tensor.columns);
       } else {
-        const int64_t end = t + 1 < list.count ? list.tensors[t + 1].first_chunk : list.chunks;
+        const int64_t end = t + 1 < list.count ? tensor_of(list, t + 1).first_chunk : list.chunks;
         for (int64_t i = tensor.first_chunk; i < end; ++i) add({t, way, i, 0, 0, nullptr}, 1);
       }
     }
@@ -221,7 +221,7 @@ template <class T>
 void ask_for_huge_targets(const List& list, const Quantizer& q) {
   for (int64_t t = 0; t < list.count; ++t)
     ask_for_huge_pages(reinterpret_cast<void*>(static_cast<const int64_t*>(q.target)[t]),
-                       list.tensors[t].numel * sizeof(T));
+                       tensor_of(list, t).numel * sizeof(T));
 }
 
 template <class Op, class T>
@@ -233,7 +233,7 @@ void quantize_list(const List& list, const Quantizer& q, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t u = 0; u < count; ++u) {
     const Unit& unit = units.all[u];
-    const Tensor& tensor = list.tensors[unit.tensor];
+    const Tensor& tensor = tensor_of(list, unit.tensor);
     const Arrays<T> at(list, q, unit.tensor);
     if constexpr (kHasChannels<Op>) {
       if (unit.way == Way::abreast) {
@@ -280,7 +280,7 @@ void gradient_list(const List& list, const Quantizer& q, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t u = 0; u < count; ++u) {
     const Unit& unit = units.all[u];
-    const Tensor& tensor = list.tensors[unit.tensor];
+    const Tensor& tensor = tensor_of(list, unit.tensor);
     const Arrays<T> at(list, q, unit.tensor);
     if constexpr (kHasChannels<Op>) {
       if (unit.way == Way::abreast) {
@@ -304,7 +304,7 @@ void gradient_list(const List& list, const Quantizer& q, int threads) {
     column.total(unit.sums);
   }
   for (int64_t t = 0; t < list.count; ++t) {
-    const Tensor& tensor = list.tensors[t];
+    const Tensor& tensor = tensor_of(list, t);
     if (units.all[units.first[t]].way == Way::columns) continue;  // each was finished by its unit
     for (int64_t c = 0; c < tensor.columns; ++c) {
       double sums[kSums];

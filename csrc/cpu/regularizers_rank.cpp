@@ -195,7 +195,7 @@ void rank_tensors(const List& list, const Rank& r, int threads) {
   using A = Acc<T>;
   auto weights = [&](int64_t t) { return reinterpret_cast<const T*>(list.pointers[t]); };
   auto put = [&](int64_t t, Key<T> key) { static_cast<A*>(r.theta)[t] = widen(value_of<T>(key)); };
-  auto is_small = [&](int64_t t) { return list.tensors[t].rows <= kSelect; };
+  auto is_small = [&](int64_t t) { return tensor_of(list, t).rows <= kSelect; };
   threads = threads_for(list, threads);
   bool large = false;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1) reduction(|| : large)
@@ -203,7 +203,7 @@ void rank_tensors(const List& list, const Rank& r, int threads) {
     if (r.rank[t] < 1) {
       static_cast<A*>(r.theta)[t] = A(NAN);
     } else if (is_small(t)) {
-      put(t, select(weights(t), list.tensors[t].rows, r.rank[t] - 1));
+      put(t, select(weights(t), tensor_of(list, t).rows, r.rank[t] - 1));
     } else {
       large = true;
     }
@@ -212,7 +212,7 @@ void rank_tensors(const List& list, const Rank& r, int threads) {
   std::vector<uint32_t> counts;
   for (int64_t t = 0; t < list.count; ++t)
     if (r.rank[t] >= 1 && !is_small(t))
-      put(t, select_large(weights(t), list.tensors[t].rows, r.rank[t] - 1, threads, counts));
+      put(t, select_large(weights(t), tensor_of(list, t).rows, r.rank[t] - 1, threads, counts));
 }
 
 void rank(const List& list, const Rank& r, int threads) {

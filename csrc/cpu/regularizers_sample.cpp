@@ -38,7 +38,7 @@ void sampled_std(const List& list, const Forward& f, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t t = 0; t < list.count; ++t)
       static_cast<Acc<T>*>(f.out)[t] =
-          Acc<T>(deviation(reinterpret_cast<const T*>(list.pointers[t]), list.tensors[t].numel));
+          Acc<T>(deviation(reinterpret_cast<const T*>(list.pointers[t]), tensor_of(list, t).numel));
   });
 }
 

@@ -30,7 +30,7 @@ void read_chunk(Term term, const Forward& f, const T* w, int64_t n, Column c, Ac
 template <class A>
 void merge_bins(const List& list, const Forward& f, int64_t t) {
   const int bins = 1 << f.bits;
-  const int64_t first = list.tensors[t].first_chunk, parts = (list.tensors[t].rows + list.chunk - 1) / list.chunk,
+  const int64_t first = tensor_of(list, t).first_chunk, parts = (tensor_of(list, t).rows + list.chunk - 1) / list.chunk,
                 stride = BinReg::state_size(f.bits);
   double count[256] = {}, error[256] = {}, total = 0;
   for (int64_t part = 0; part < parts; ++part) {
@@ -155,13 +155,18 @@ void map_terms(const List& list, const Terms<Backward>& terms, int threads) {
   threads = threads_for(list, threads);
   if (!add)
     for (int64_t t = 0; t < list.count; ++t)
-      ask_for_huge_pages(reinterpret_cast<void*>(targets[t]), list.tensors[t].numel * sizeof(T));
+      if (targets[t]) ask_for_huge_pages(reinterpret_cast<void*>(targets[t]), tensor_of(list, t).numel * sizeof(T));
   auto map = terms.count == 1 ? (add ? map_one<T, true> : map_one<T, false>)
              : add            ? map_all<T, true>
                               : map_all<T, false>;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < list.chunks; ++i) {
     Chunk c = chunk_at(list, i);
+    if (!targets[c.tensor]) {
+      for (int k = 0; c.row == 0 && k < terms.count; ++k)
+        with_gradient<Acc<T>>(terms.term[k], list, terms.of[k], c.tensor, true, [](const auto&, const auto&) {});
+      continue;
+    }
     map(list, terms, c, reinterpret_cast<const T*>(list.pointers[c.tensor]) + c.row,
         reinterpret_cast<T*>(targets[c.tensor]) + c.row);
   }

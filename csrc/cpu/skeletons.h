@@ -90,7 +90,7 @@ inline int threads_for(const List& list, int threads) {
 template <class Op, class A>
 void merge_tensor(const List& list, const Forward& f, int64_t t) {
   const A* partial = static_cast<const A*>(f.partial);
-  int64_t first = list.tensors[t].first_chunk, rows = list.tensors[t].rows,
+  int64_t first = tensor_of(list, t).first_chunk, rows = tensor_of(list, t).rows,
           parts = (rows + list.chunk - 1) / list.chunk;
   double total = 0;
   for (int c = 0; c < list.d; ++c) {
@@ -112,7 +112,7 @@ void reduce(const List& list, const Forward& f, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < list.chunks; ++i) {
     Chunk c = chunk_at(list, i);
-    const Tensor& tensor = list.tensors[c.tensor];
+    const Tensor& tensor = tensor_of(list, c.tensor);
     const T* w = reinterpret_cast<const T*>(list.pointers[c.tensor]);
     Column column = column_at<A>(list, f.first, f.second, c.tensor, c.column);
     if (list.d == 1) {
@@ -159,16 +159,19 @@ void map(const List& list, const Backward& b, int threads) {
   threads = threads_for(list, threads);
   if (!kAdd)
     for (int64_t t = 0; t < list.count; ++t)
-      ask_for_huge_pages(reinterpret_cast<void*>(targets[t]), list.tensors[t].numel * sizeof(T));
+      if (targets[t]) ask_for_huge_pages(reinterpret_cast<void*>(targets[t]), tensor_of(list, t).numel * sizeof(T));
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < list.chunks; ++i) {
     Chunk c = chunk_at(list, i);
-    const Tensor& tensor = list.tensors[c.tensor];
+    const Tensor& tensor = tensor_of(list, c.tensor);
     const T* w = reinterpret_cast<const T*>(list.pointers[c.tensor]);
     T* out = reinterpret_cast<T*>(targets[c.tensor]);
     Column column = column_at<A>(list, b.first, b.second, c.tensor, c.column);
     int64_t at = c.tensor * list.d + c.column;
     const A* saved = static_cast<const A*>(b.saved) + at * Op::kSaved;
+    if (c.row == 0 && b.parameter_gradient)
+      static_cast<A*>(b.parameter_gradient)[at] = A(Op::parameter_gradient(list, b, c.tensor, at, column, saved));
+    if (!out) continue;
     auto wide = Op::template gradient<Vec<A>>(list, b, c.tensor, at, column, saved);
     auto tail = Op::template gradient<A>(list, b, c.tensor, at, column, saved);
     if (list.d == 1) {
@@ -179,8 +182,6 @@ void map(const List& list, const Backward& b, int threads) {
     }
     if (c.row == 0 && c.column == 0 && !kAdd)
       for (int64_t j = tensor.rows * list.d; j < tensor.numel; ++j) out[j] = narrow<T>(A(0));
-    if (c.row == 0 && b.parameter_gradient)
-      static_cast<A*>(b.parameter_gradient)[at] = A(Op::parameter_gradient(list, b, c.tensor, at, column, saved));
   }
 }
 

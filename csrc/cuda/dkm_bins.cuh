@@ -368,8 +368,8 @@ __global__ void __launch_bounds__(32 * kMostWarps<kOwn>, 512 / (32 * kMostWarps<
   Lane sums = {room.tables, constants->finder, constants->slope, K,          {room.bins, count}, room.bins,
                out,         room.equal,        shape.flush,      shape.flush};
 
-  const T* w = reinterpret_cast<const T*>(list.pointers[part.tensor]) + part.row;
-  const T* g = Op::kGrads ? reinterpret_cast<const T*>(pass.grads[part.tensor]) + part.row : nullptr;
+  const T* w = place<const T>(list, list.pointers, part.tensor) + part.row;
+  const T* g = Op::kGrads ? place<const T>(list, pass.grads, part.tensor) + part.row : nullptr;
   for (; sums.bins.from <= K; sums.bins.from += count) {
     each(records, [&](int i) { room.bins[i] = typename Lane::Record(); });
     __syncthreads();

@@ -14,8 +14,9 @@ struct RowChunk {
   int rows, clusters;
 
   __device__ RowChunk(const List& list, const Clusters& c)
-      : tensor(list.owner[blockIdx.x]), first(list.tensors[tensor].first_chunk), row((blockIdx.x - first) * list.chunk),
-        rows(int(min(list.chunk, list.tensors[tensor].rows - row))), clusters(c.size[tensor]) {}
+      : tensor(owner_of(list, blockIdx.x)), first(tensor_of(list, tensor).first_chunk),
+        row((blockIdx.x - first) * list.chunk), rows(int(min(list.chunk, tensor_of(list, tensor).rows - row))),
+        clusters(c.size[tensor]) {}
 };
 
 // Pass.scratch: for each chunk `numbers` float64, of which those of a tensor's first chunk become the totals, and a
@@ -53,8 +54,8 @@ __device__ inline bool add_up(const List& list, const Scratch& scratch, int64_t 
                               const double** totals) {
   __shared__ AddingUp shared;
   const int lane = threadIdx.x % 32, group = threadIdx.x / 32;
-  const int64_t first = list.tensors[tensor].first_chunk,
-                chunks = (tensor + 1 < list.count ? list.tensors[tensor + 1].first_chunk : list.chunks) - first;
+  const int64_t first = tensor_of(list, tensor).first_chunk,
+                chunks = (tensor + 1 < list.count ? tensor_of(list, tensor + 1).first_chunk : list.chunks) - first;
   const int64_t number = int64_t(slice) * 32 + lane;
   double* base = scratch.partial + first * scratch.numbers;
   double sum = 0;
@@ -85,14 +86,6 @@ __device__ __forceinline__ double total(const double* totals, int64_t i) { retur
 template <class Run>
 __device__ __forceinline__ void each(int n, Run run) {
   for (int i = threadIdx.x; i < n; i += blockDim.x) run(i);
-}
-
-// In the flat tensor of a map: past the rows the numbers of `leftovers`, zeros in the gap before the next tensor. By
-// the block of the first chunk.
-template <class T>
-__device__ void finish_flat(const Tensor& tensor, int d, const T* leftovers, T* out) {
-  const int64_t from = tensor.rows * d, end = (tensor.numel + kSegment - 1) / kSegment * kSegment;
-  for (int64_t i = from + threadIdx.x; i < end; i += blockDim.x) out[i] = i < tensor.numel ? leftovers[i] : T(0.0f);
 }
 
 inline int attribute(const Queue& queue, cudaDeviceAttr which) {

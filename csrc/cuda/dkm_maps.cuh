@@ -64,9 +64,8 @@ __global__ void __launch_bounds__(kThreads, 8) dkm_output_kernel(List list, Clus
   const Finder<A> finder = tables.constants->finder;
   const A slope = tables.constants->slope;
 
-  const Tensor& tensor = list.tensors[part.tensor];
-  const T* w = reinterpret_cast<const T*>(list.pointers[part.tensor]);
-  T* out = static_cast<T*>(pass.target) + tensor.offset;
+  const T* w = place<const T>(list, list.pointers, part.tensor);
+  T* out = place<T>(list, pass.target, part.tensor);
   map_chunk<false, T>(w + part.row, nullptr, out + part.row, part.rows, [&](const auto& x, const auto&, auto& y) {
     constexpr int n = sizeof(x) / sizeof(x[0]);
     int at[n];
@@ -77,7 +76,6 @@ __global__ void __launch_bounds__(kThreads, 8) dkm_output_kernel(List list, Clus
       y[i] = fma(right_share(fma(x[i] - row[kReference], slope, -row[kBend])), row[kBend + 2], row[kBend + 1]);
     }
   });
-  if (part.row == 0) finish_flat(tensor, 1, w, out);
 }
 
 // dL/dW of a step: mean of v, and 2 / tau left right (what P is more in the right group). Where w equals the reference,
@@ -159,10 +157,8 @@ __global__ void __launch_bounds__(kThreads, kTogether ? 4 : 2)
     for (int step = 0; step < pass.steps; ++step) fetch(step);
   }
 
-  const Tensor& tensor = list.tensors[part.tensor];
-  const T *w = reinterpret_cast<const T*>(list.pointers[part.tensor]),
-          *g = reinterpret_cast<const T*>(pass.grads[part.tensor]);
-  T* out = static_cast<T*>(pass.target) + tensor.offset;
+  const T *w = place<const T>(list, list.pointers, part.tensor), *g = place<const T>(list, pass.grads, part.tensor);
+  T* out = place<T>(list, pass.target, part.tensor);
   map_chunk<true, T>(w + part.row, g + part.row, out + part.row, part.rows,
                      [&](const auto& x, const auto& y, auto& total) {
                        constexpr int n = sizeof(x) / sizeof(x[0]);
@@ -175,7 +171,6 @@ __global__ void __launch_bounds__(kThreads, kTogether ? 4 : 2)
                                    : add_step<false>(tables_of(step), K, x, y, total);
                        }
                      });
-  if (part.row == 0) finish_flat(tensor, 1, g, out);
 }
 
 }  // namespace r2::cuda

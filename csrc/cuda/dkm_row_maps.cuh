@@ -7,12 +7,7 @@ namespace r2::cuda {
 // The leftovers of a row's tensor: they lie at its end.
 template <class A>
 __device__ void put_leftovers(const Tensor& tensor, int d, const Memory<A>& from, const Memory<A>& out) {
-  const int64_t begin = tensor.rows * d, end = (tensor.numel + kSegment - 1) / kSegment * kSegment;
-  for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) out.put(i, i < tensor.numel ? from.get(i) : A(0));
-}
-
-__device__ __forceinline__ int64_t size_of(Dtype dtype) {
-  return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
+  for (int64_t i = tensor.rows * d + threadIdx.x; i < tensor.numel; i += blockDim.x) out.put(i, from.get(i));
 }
 
 template <int D, class A>
@@ -22,9 +17,9 @@ __global__ void __launch_bounds__(kThreads, kResident<D, A>)
   __shared__ Tile<D, A, 2> tile;
   const RowChunk part(list, clusters);
   const Iterated<A> it(list, clusters, pass, part.tensor);
-  const Tensor& tensor = list.tensors[part.tensor];
-  const Memory<A> w(list.pointers[part.tensor], list.dtype),
-      out(reinterpret_cast<int64_t>(pass.target) + tensor.offset * size_of(list.dtype), list.dtype);
+  const Tensor& tensor = tensor_of(list, part.tensor);
+  const Memory<A> w(place(list, list.pointers, part.tensor), list.dtype),
+      out(place(list, pass.target, part.tensor), list.dtype);
   const RowPlaces places(tensor, part.row, it.d);
   const A back = 1 / it.unit;
   Centroids<D, A, 2> centroids = {it, tile};
@@ -99,9 +94,10 @@ __global__ void __launch_bounds__(kThreads, kResident<D, A>)
   constexpr int wide = kWide<D>;
   __shared__ Tile<D, A, 3> tile;
   const RowChunk part(list, clusters);
-  const Tensor& tensor = list.tensors[part.tensor];
-  const Memory<A> w(list.pointers[part.tensor], list.dtype), gs(pass.grads[part.tensor], list.dtype);
-  const Memory<A> out(reinterpret_cast<int64_t>(pass.target) + tensor.offset * size_of(list.dtype), list.dtype);
+  const Tensor& tensor = tensor_of(list, part.tensor);
+  const Memory<A> w(place(list, list.pointers, part.tensor), list.dtype),
+      gs(place(list, pass.grads, part.tensor), list.dtype);
+  const Memory<A> out(place(list, pass.target, part.tensor), list.dtype);
   const int d = list.d;
   const RowPlaces places(tensor, part.row, d);
   for (int first = 0; first < part.rows; first += kThreads) {
@@ -137,9 +133,9 @@ __global__ void __launch_bounds__(kThreads, kResident<D, A>)
   __shared__ Tile<D, A, 1> tile;
   const RowChunk part(list, clusters);
   const Iterated<A> it(list, clusters, pass, part.tensor);
-  const int64_t target = static_cast<const int64_t*>(pass.target)[part.tensor];
-  const Memory<A> w(list.pointers[part.tensor], list.dtype);
-  const RowPlaces places(list.tensors[part.tensor], part.row, it.d);
+  const int64_t target = place(list, pass.target, part.tensor);
+  const Memory<A> w(place(list, list.pointers, part.tensor), list.dtype);
+  const RowPlaces places(tensor_of(list, part.tensor), part.row, it.d);
   Centroids<D, A, 1> centroids = {it, tile};
   for (int first = 0; first < part.rows; first += kThreads * kRows) {
     Point<D, A> x[kRows];

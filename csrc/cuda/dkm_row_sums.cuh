@@ -31,8 +31,9 @@ __global__ void __launch_bounds__(kThreads, kResident<D, A>)
   const int K = it.K, d = it.d, me = threadIdx.x;
   const bool is_signed = kUpdate && it.stride == 3;
   const int per_centroid = kUpdate ? (is_signed ? 4 : d + 1) : d;
-  const Memory<A> w(list.pointers[part.tensor], list.dtype), g(kGrads ? pass.grads[part.tensor] : 0, list.dtype);
-  const RowPlaces places(list.tensors[part.tensor], part.row, d);
+  const Memory<A> w(place(list, list.pointers, part.tensor), list.dtype),
+      g(kGrads ? place(list, pass.grads, part.tensor) : 0, list.dtype);
+  const RowPlaces places(tensor_of(list, part.tensor), part.row, d);
   double* out = Scratch(list, pass, numbers).of(part);
   Centroids<D, A, kArrays> centroids = {it, tile};
   int each_group = 1;  // threads of a group

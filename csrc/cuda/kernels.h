@@ -9,6 +9,10 @@ namespace r2::cuda {
 
 std::string problem();        // why no kernel can run on this machine; empty if one can
 std::string architectures();  // that the kernels were compiled for
+bool has_context(int device);
+
+// Host words to `out` on the device, as arguments of kernels: a copy would not be part of a CUDA graph.
+void write_words(const int64_t* words, int64_t count, int64_t* out, int device, uintptr_t stream);
 
 template <class Arguments>
 using Function = void(const List&, const Arguments&, int device, uintptr_t stream);

@@ -12,7 +12,8 @@ inline void check(const char* what, cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": CUDA error: " + cudaGetErrorString(error));
 }
 
-// Makes a device the current one, and the one before it again at the end.
+// Makes a device the current one, and the one before it again at the end; not where the process has no context on that,
+// for cudaSetDevice would make one (as torch's guards do).
 class OnDevice {
  public:
   OnDevice(const char* op, int device) : device_(device) {
@@ -20,7 +21,7 @@ class OnDevice {
     if (before_ != device_) check(op, cudaSetDevice(device_));
   }
   ~OnDevice() {
-    if (before_ != device_) cudaSetDevice(before_);
+    if (before_ != device_ && has_context(before_)) cudaSetDevice(before_);
   }
   OnDevice(const OnDevice&) = delete;
 

@@ -35,12 +35,18 @@ constexpr int kPackBytes = 16;
 template <class T>
 constexpr int kPack = kPackBytes / sizeof(T);
 
-template <class T>
+// As many numbers as one access moves: 128 bits, or one number.
+template <class T, int n = kPack<T>>
 union Pack {
-  uint4 bits;
-  T number[kPack<T>];
+  using Bits = std::conditional_t<n == 1, T, uint4>;
+  Bits bits;
+  T number[n];
   __device__ Pack() {}
-  __device__ explicit Pack(uint4 from) : bits(from) {}
+  __device__ explicit Pack(Bits from) : bits(from) {}
+
+  static __device__ __forceinline__ Pack read(const T* p) { return Pack(__ldg(reinterpret_cast<const Bits*>(p))); }
+  static __device__ __forceinline__ Pack reread(const T* p) { return Pack(__ldcg(reinterpret_cast<const Bits*>(p))); }
+  __device__ __forceinline__ void write(T* p) const { __stwb(reinterpret_cast<Bits*>(p), bits); }
 };
 
 // How many numbers lie before the first 16-byte boundary.

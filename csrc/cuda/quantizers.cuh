@@ -172,13 +172,6 @@ struct FastFor<double> {
   using type = Divisor<double>;
 };
 
-template <class T>
-__device__ void zero_gap(const Tensor& tensor, const ChannelChunk& part, T* out) {
-  if (part.row != 0 || part.column != 0) return;
-  const int64_t end = (tensor.numel + kSegment - 1) / kSegment * kSegment;
-  for (int64_t j = tensor.numel + threadIdx.x; j < end; j += kThreads) narrow(Acc<T>(0), out[j]);
-}
-
 // Where numbers that follow each other belong to different columns, one block takes as many columns as share 32 bytes,
 // the unit in which memory is moved, and those of the others have nothing to do. A thread has one column.
 template <class T>
@@ -239,11 +232,10 @@ template <class Op, class T>
 __global__ void __launch_bounds__(kThreads, kQuantizeBlocks<T>) quantize_kernel(List list, Quantizer q) {
   using A = Acc<T>;
   const ChannelChunk part = channel_chunk_at(list, blockIdx.x);
-  const Tensor& tensor = list.tensors[part.tensor];
-  const T* x = reinterpret_cast<const T*>(list.pointers[part.tensor]);
-  T* y = static_cast<T*>(q.target) + tensor.offset;
+  const Tensor& tensor = tensor_of(list, part.tensor);
+  const T* x = place<const T>(list, list.pointers, part.tensor);
+  T* y = place<T>(list, q.target, part.tensor);
   const int64_t column = tensor.first_column + part.column;
-  zero_gap(tensor, part, y);
   if constexpr (kHasChannels<Op>)
     if (Abreast<T>::serves(tensor)) return forward_abreast<Op>(tensor, part, q, x, y);
   const Stretch stretch(tensor, part);
@@ -265,12 +257,10 @@ template <class Op, class T>
 __global__ void __launch_bounds__(kThreads, kGradientBlocks) gradient_kernel(List list, Quantizer q) {
   using A = Acc<T>;
   const ChannelChunk part = channel_chunk_at(list, blockIdx.x);
-  const Tensor& tensor = list.tensors[part.tensor];
-  const T *x = reinterpret_cast<const T*>(list.pointers[part.tensor]),
-          *g = reinterpret_cast<const T*>(q.grads[part.tensor]);
-  T* dx = static_cast<T*>(q.target) + tensor.offset;
+  const Tensor& tensor = tensor_of(list, part.tensor);
+  const T *x = place<const T>(list, list.pointers, part.tensor), *g = place<const T>(list, q.grads, part.tensor);
+  T* dx = place<T>(list, q.target, part.tensor);
   const int64_t column = tensor.first_column + part.column;
-  zero_gap(tensor, part, dx);
   if constexpr (kHasChannels<Op>)
     if (Abreast<T>::serves(tensor)) return backward_abreast<Op>(tensor, part, q, x, g, dx);
   const Stretch stretch(tensor, part);
@@ -298,7 +288,7 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks) gradient_kernel(Lis
 // A warp takes a column of a tensor; its lanes every 32nd of the column's chunks, and then by pairs.
 template <class Op, class A>
 __global__ void __launch_bounds__(kSummers) sums_kernel(List list, Quantizer q) {
-  const Tensor& tensor = list.tensors[blockIdx.x / kBeside];
+  const Tensor& tensor = tensor_of(list, blockIdx.x / kBeside);
   const int64_t parts = (tensor.rows + list.chunk - 1) / list.chunk;
   const int lane = threadIdx.x % 32;
   for (int64_t c = blockIdx.x % kBeside * (kSummers / 32) + threadIdx.x / 32; c < tensor.columns;
@@ -321,9 +311,8 @@ __global__ void __launch_bounds__(kThreads) maxima_kernel(List list, Quantizer q
   using A = Acc<T>;
   if (q.partial[int64_t(blockIdx.x) * kQuantizerSums + 1] == 0) return;
   const ChannelChunk part = channel_chunk_at(list, blockIdx.x);
-  const T *x = reinterpret_cast<const T*>(list.pointers[part.tensor]),
-          *g = reinterpret_cast<const T*>(q.grads[part.tensor]);
-  T* dx = static_cast<T*>(q.target) + list.tensors[part.tensor].offset;
+  const T *x = place<const T>(list, list.pointers, part.tensor), *g = place<const T>(list, q.grads, part.tensor);
+  T* dx = place<T>(list, q.target, part.tensor);
   Dorefa::At<A, Divisor<A>> formula(q, part.tensor);
   formula.share_out(q, part.tensor);
   for (int64_t j = part.row + threadIdx.x; j < part.row + part.n; j += kThreads)

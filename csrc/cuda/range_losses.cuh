@@ -24,15 +24,15 @@ struct LInfLane {
 };
 
 struct LInfReader {
-  template <class T, class A = Acc<T>>
-  static __device__ void chunk(const Rows<T>& rows, Column, A* partial) {
+  template <class T, bool kColumns, class A = Acc<T>>
+  static __device__ void chunk(const Rows<T, kColumns>& rows, Column, A* partial) {
     LInfLane<A> lane;
     sweep(rows, lane);
     A top[1] = {lane.top};
-    block_reduce<Max>(top);
+    block_reduce<Max>(top, rows.columns);
     A ties[1] = {lane.top == top[0] ? lane.ties : 0};
-    block_reduce<Sum>(ties);
-    if (threadIdx.x == 0) partial[0] = top[0], partial[1] = ties[0];
+    block_reduce<Sum>(ties, rows.columns);
+    if (int(threadIdx.x) < rows.columns) partial[0] = top[0], partial[1] = ties[0];
   }
 };
 
@@ -49,13 +49,13 @@ struct MarginLane {
 };
 
 struct MarginReader {
-  template <class T, class A = Acc<T>>
-  static __device__ void chunk(const Rows<T>& rows, Column c, A* partial) {
+  template <class T, bool kColumns, class A = Acc<T>>
+  static __device__ void chunk(const Rows<T, kColumns>& rows, Column c, A* partial) {
     MarginLane<A> lane = {{}, A(fabs(c.first))};
     sweep(rows, lane);
     A sums[2] = {lane.sums.excess, lane.sums.outside};
-    block_reduce<Sum>(sums);
-    if (threadIdx.x == 0) partial[0] = sums[0], partial[1] = sums[1];
+    block_reduce<Sum>(sums, rows.columns);
+    if (int(threadIdx.x) < rows.columns) partial[0] = sums[0], partial[1] = sums[1];
   }
 };
 
@@ -136,40 +136,53 @@ struct SoftLane {
     return higher || lower;
   }
 
-  // All threads of the block to the shifts that lie farthest out, if any has left those that all began with.
-  __device__ void meet(A top, A bottom) {
+  // All threads of a column to the shifts that lie farthest out, if any has left those that all began with.
+  __device__ void meet(A top, A bottom, int columns) {
     if (!__syncthreads_or(high.shift != top || low.shift != bottom)) return;
     A ends[2] = {high.shift, -low.shift};
-    block_reduce<Max>(ends);
+    block_reduce<Max>(ends, columns);
     high.move_to(ends[0]), low.move_to(-ends[1]);
   }
 };
 
 template <bool kVariance>
 struct SoftReader {
-  template <class T, class A = Acc<T>>
-  static __device__ void chunk(const Rows<T>& rows, Column c, A* partial) {
+  template <class T, bool kColumns, class A = Acc<T>>
+  static __device__ void chunk(const Rows<T, kColumns>& rows, Column c, A* partial) {
     // a range so small that it may not tell that of the chunk, as exponents do not rise in it, is looked for in all
     // rows
     A ends[2], alpha = A(fabs(c.first));
-    for (int n = kSample;; n = rows.n) {
+    for (int n = kSample / rows.columns;; n = rows.n) {
       ExtremesLane<A> extremes;
       sweep(rows.first(n), extremes);
       ends[0] = extremes.high, ends[1] = -extremes.low;
-      block_reduce<Max>(ends);
-      if (n >= rows.n || !(alpha * (ends[0] + ends[1]) < Soft::kLeastSpan<A>)) break;
+      block_reduce<Max>(ends, rows.columns);
+      if (n >= rows.n || !__syncthreads_or(alpha * (ends[0] + ends[1]) < Soft::kLeastSpan<A>)) break;
     }
 
     SoftLane<A, kVariance> lane(A(Soft::size(c.first, ends[0] + ends[1]) * kLog2e), ends[0], -ends[1]);
     sweep(rows, lane);
-    lane.meet(ends[0], -ends[1]);
+    lane.meet(ends[0], -ends[1], rows.columns);
     const auto &up = lane.high.total, &down = lane.low.total;
     double sums[6] = {up.s0, up.s1, up.s2, down.s0, down.s1, down.s2};
-    block_reduce<Sum>(sums);
-    if (threadIdx.x != 0) return;
+    block_reduce<Sum>(sums, rows.columns);
+    if (int(threadIdx.x) >= rows.columns) return;
     Soft::settle(lane.high.shift, sums, lane.high.k, partial);
     Soft::settle(lane.low.shift, sums + 3, lane.low.k, partial + 4);
   }
 };
+
+template <>
+constexpr bool kHasColumns<LInfReader> = true;
+template <>
+constexpr bool kHasColumns<MarginReader> = true;
+template <bool kVariance>
+constexpr bool kHasColumns<SoftReader<kVariance>> = true;
+template <>
+constexpr bool kHasColumns<LInfOp> = true;
+template <>
+constexpr bool kHasColumns<MarginOp> = true;
+template <bool kExtrema>
+constexpr bool kHasColumns<SoftOp<kExtrema>> = true;
 
 }  // namespace r2::cuda

@@ -215,7 +215,7 @@ __device__ void merge_bins(const List& list, const Forward& f, int64_t t, Mergin
   static_assert(sizeof(Merging) >= 2 * kMergers * sizeof(double));
   double (*count)[kMergers] = reinterpret_cast<double (*)[kMergers]>(&memory), (*error)[kMergers] = count + 1;
   const int bins = 1 << f.bits, groups = kMergers / bins, me = threadIdx.x;
-  const int64_t first = list.tensors[t].first_chunk, parts = (list.tensors[t].rows + list.chunk - 1) / list.chunk;
+  const int64_t first = tensor_of(list, t).first_chunk, parts = (tensor_of(list, t).rows + list.chunk - 1) / list.chunk;
   double counted = 0, summed = 0;
   for (int64_t part = me / bins; part < parts; part += groups) {
     const A* partial = static_cast<const A*>(f.partial) + (first + part) * BinReg::state_size(f.bits);

@@ -15,6 +15,7 @@ __device__ __forceinline__ double value_of(uint64_t key) { return __longlong_as_
 
 template <class A>
 using Key = decltype(key_of(A()));
+using Count = unsigned long long;  // of a tensor; those of a chunk have 32 bits
 
 // Where the search stands: the digits found, and which of the weights that begin with them is meant.
 struct Found {
@@ -28,9 +29,9 @@ struct Digit {
   int shift, width;
   bool first, last;
 
-  __device__ uint32_t* counts(int64_t t) const { return static_cast<uint32_t*>(rank.scratch) + t * kDigits; }
+  __device__ Count* counts(int64_t t) const { return static_cast<Count*>(rank.scratch) + t * kDigits; }
   __device__ Found& found(int64_t count, int64_t t) const {
-    return *(reinterpret_cast<Found*>(static_cast<uint32_t*>(rank.scratch) + count * kDigits) + t);
+    return *(reinterpret_cast<Found*>(static_cast<Count*>(rank.scratch) + count * kDigits) + t);
   }
 };
 
@@ -63,9 +64,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) digits_kernel(List list,
   sweep(Rows<T>(list, c), lane);
   __syncthreads();
   const uint32_t within = (1u << digit.width) - 1;
-  uint32_t* all = digit.counts(c.tensor);
+  Count* all = digit.counts(c.tensor);
   for (int i = threadIdx.x; i < kDigits; i += kThreads)
-    if (counts[i]) atomicAdd(all + (i & within), counts[i]);
+    if (counts[i]) atomicAdd(all + (i & within), Count(counts[i]));
 }
 
 // A block for each tensor; leaves the counts cleared.
@@ -75,13 +76,17 @@ __global__ void __launch_bounds__(kMergers, 1) choose_kernel(List list, Digit di
   __shared__ int64_t before[kMergers + 1];
   const int64_t t = blockIdx.x;
   const int64_t rank = digit.rank.rank[t];
+  if (rank < 1) {  // no weight is meant, so no digit is found
+    if (digit.last && threadIdx.x == 0) static_cast<A*>(digit.rank.theta)[t] = A(NAN);
+    return;
+  }
   Found& found = digit.found(list.count, t);
   const Found old = digit.first ? Found{0, rank - 1} : found;
-  uint32_t own[each], *counts = digit.counts(t);
-  int64_t sum = 0;
+  Count* counts = digit.counts(t);
+  int64_t own[each], sum = 0;
   for (int i = 0; i < each; ++i) {
-    uint32_t& count = counts[threadIdx.x * each + i];
-    own[i] = count, sum += count, count = 0;
+    Count& count = counts[threadIdx.x * each + i];
+    own[i] = int64_t(count), sum += own[i], count = 0;
   }
   before[threadIdx.x + 1] = sum;
   __syncthreads();
@@ -98,10 +103,9 @@ __global__ void __launch_bounds__(kMergers, 1) choose_kernel(List list, Digit di
     found = {prefix, place};
     if (digit.last) static_cast<A*>(digit.rank.theta)[t] = value_of(Key<A>(prefix << digit.shift));
   }
-  if (digit.last && threadIdx.x == 0 && rank < 1) static_cast<A*>(digit.rank.theta)[t] = A(NAN);
 }
 
-int64_t rank_scratch(int64_t count) { return count * (kDigits * sizeof(uint32_t) + sizeof(Found)); }
+int64_t rank_scratch(int64_t count) { return count * (kDigits * sizeof(Count) + sizeof(Found)); }
 
 // As many digits as the dtype has bits that are not zero in the accumulator's.
 void rank(const List& list, const Rank& r, int device, uintptr_t stream) {

@@ -6,8 +6,8 @@ namespace r2::cuda {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) sample_kernel(List list, Forward f) {
-  const T* w = reinterpret_cast<const T*>(list.pointers[blockIdx.x]);
-  const Sample sample(list.tensors[blockIdx.x].numel);
+  const T* w = place<const T>(list, list.pointers, blockIdx.x);
+  const Sample sample(tensor_of(list, blockIdx.x).numel);
   const double pivot = double(widen(w[0]));
   double sums[2] = {0, 0};
 #pragma unroll 4

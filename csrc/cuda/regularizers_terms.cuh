@@ -23,15 +23,15 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 3 : kBlocks<T>)
                  int64_t(blockIdx.x) * (terms.term[k] == Term::bin_reg ? BinReg::state_size(f.bits) : kState);
     __syncthreads();
     switch (terms.term[k]) {
-      case Term::l_inf: LInfReader::chunk<T>(rows, column, partial); break;
-      case Term::margin: MarginReader::chunk<T>(rows, column, partial); break;
+      case Term::l_inf: LInfReader::chunk(rows, column, partial); break;
+      case Term::margin: MarginReader::chunk(rows, column, partial); break;
       case Term::soft_min_max:
-        f.flag ? SoftReader<true>::chunk<T>(rows, column, partial) : SoftReader<false>::chunk<T>(rows, column, partial);
+        f.flag ? SoftReader<true>::chunk(rows, column, partial) : SoftReader<false>::chunk<T>(rows, column, partial);
         break;
-      case Term::kure: MomentsReader::chunk<T>(rows, column, partial); break;
-      case Term::bin_reg: BinRegReader<kBinRoomOfTerms>::chunk<T>(rows, column, partial); break;
-      case Term::msqe: MsqeReader::chunk<T>(rows, column, partial); break;
-      case Term::partial_l2: PartialL2Reader::chunk<T>(rows, column, partial); break;
+      case Term::kure: MomentsReader::chunk(rows, column, partial); break;
+      case Term::bin_reg: BinRegReader<kBinRoomOfTerms>::chunk(rows, column, partial); break;
+      case Term::msqe: MsqeReader::chunk(rows, column, partial); break;
+      case Term::partial_l2: PartialL2Reader::chunk(rows, column, partial); break;
     }
   }
 }
@@ -40,8 +40,8 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) bins_kernel(List list, Forward f) {
   using A = Acc<T>;
   const Chunk c = chunk_at(list, blockIdx.x);
-  BinRegReader<kBinRoom>::chunk<T>(Rows<T>(list, c), column_at<A>(list, f.first, f.second, c.tensor, 0, f.bits),
-                                   static_cast<A*>(f.partial) + int64_t(blockIdx.x) * BinReg::state_size(f.bits));
+  BinRegReader<kBinRoom>::chunk(Rows<T>(list, c), column_at<A>(list, f.first, f.second, c.tensor, 0, f.bits),
+                                static_cast<A*>(f.partial) + int64_t(blockIdx.x) * BinReg::state_size(f.bits));
 }
 
 // A block for each term of each tensor.
@@ -63,29 +63,16 @@ __global__ void __launch_bounds__(kMergers, 1) merge_terms_kernel(List list, Ter
 }
 
 template <class T, bool kAdd>
-__device__ T* target_of(const List& list, const Backward& b, int64_t t) {
-  return kAdd ? reinterpret_cast<T*>(static_cast<const int64_t*>(b.target)[t])
-              : static_cast<T*>(b.target) + list.tensors[t].offset;
-}
-
-// What lies between the gradient of a tensor and the next.
-template <class T>
-__device__ void clear_gap(const Tensor& tensor, T* out) {
-  const int64_t end = (tensor.numel + kSegment - 1) / kSegment * kSegment;
-  for (int64_t j = tensor.numel + threadIdx.x; j < end; j += kThreads) narrow(Acc<T>(0), out[j]);
-}
-
-template <class T, bool kAdd>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) bins_map_kernel(List list, Backward b) {
   using A = Acc<T>;
   __shared__ A slopes[256];
   const Chunk c = chunk_at(list, blockIdx.x);
-  T* out = target_of<T, kAdd>(list, b, c.tensor);
+  T* out = place<T>(list, b.target, c.tensor);
+  if (!out) return;
   BinRegGradient<A>::fill(b, c.tensor, slopes);
   __syncthreads();
   const Column column = column_at<A>(list, b.first, b.second, c.tensor, 0, b.bits);
   map_rows<kAdd>(Rows<T>(list, c), out, BinRegGradient<A>{Binner<A>(column.first, column.bits), slopes});
-  if (!kAdd && c.row == 0) clear_gap(list.tensors[c.tensor], out);
 }
 
 // The gradients of all terms at a block's chunk; those of term k were made by thread k.
@@ -134,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) terms_map_kernel(List li
   alignas(16) __shared__ unsigned char functors[kTerms][kFunctor];
   __shared__ A slopes[256];
   const Chunk c = chunk_at(list, blockIdx.x);
-  T* out = target_of<T, kAdd>(list, terms.of[0], c.tensor);
+  T* out = place<T>(list, terms.of[0].target, c.tensor);
   for (int k = 0; k < terms.count; ++k)
     if (terms.term[k] == Term::bin_reg) BinRegGradient<A>::fill(terms.of[k], c.tensor, slopes);
   if (int(threadIdx.x) < terms.count) {
@@ -154,9 +141,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) terms_map_kernel(List li
     }
   }
   __syncthreads();
+  if (!out) return;
 
   const Gradients<A> gradients = {terms, functors};
-  const T* w = reinterpret_cast<const T*>(list.pointers[c.tensor]) + c.row;
+  const T* w = place<const T>(list, list.pointers, c.tensor) + c.row;
   T* to = out + c.row;
   const int rows = int(c.n), head = before_boundary(w) == before_boundary(to) ? min(before_boundary(w), rows) : rows;
   const int full = (rows - head) / n, edges = rows - full * n;
@@ -194,7 +182,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) terms_map_kernel(List li
     gradients.add(x, g);
     narrow(g[0], to[j]);
   }
-  if (!kAdd && c.row == 0) clear_gap(list.tensors[c.tensor], out);
 }
 
 }  // namespace r2::cuda

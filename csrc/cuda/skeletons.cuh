@@ -1,117 +1,138 @@
 // Reduce a list to one state per chunk, merge the states of each tensor, map a list elementwise. One block per chunk;
 // every order is fixed, so results are the same bits on every run.
 #pragma once
-#include "numbers.cuh"
+#include "places.cuh"
 
 #include "../losses.h"
 
 namespace r2::cuda {
 
-constexpr int kThreads = 128, kWarps = kThreads / 32;
 constexpr int kMergers = 256;
 // to a multiprocessor, at least: 128 (80) registers for each thread
 template <class T>
 constexpr int kBlocks = sizeof(Acc<T>) == 8 ? 4 : 6;
-constexpr int kInFlight = 4;  // 128-bit loads of a thread
 
 // The first rows of a chunk, read ahead to find what its sums are taken relative to: all rows of a small chunk, a
 // sixteenth of a large one.
 constexpr int kSample = 4096;
 
-// The rows of one chunk of one column.
+// The address of tensor t, by a table as the contract has it.
+__device__ __forceinline__ int64_t place(const List& list, const void* table, int64_t t) {
+  return list.count == 1 ? reinterpret_cast<int64_t>(table) : static_cast<const int64_t*>(table)[t];
+}
 template <class T>
+__device__ __forceinline__ T* place(const List& list, const void* table, int64_t t) {
+  return reinterpret_cast<T*>(place(list, table, t));
+}
+
+// Whether the tensors of a reader or an op may have several columns.
+template <class Op>
+constexpr bool kHasColumns = false;
+
+// The rows of one chunk of one column. Where numbers that follow each other belong to different columns, a block takes
+// as many `columns` as share 32 bytes, the unit in which memory is moved, and a thread has one of them; the blocks of
+// the others have none.
+template <class T, bool kColumns = false>
 struct Rows {
+  static constexpr int kMost = kColumns ? 32 / sizeof(T) : 1;  // columns of a block
   const T* memory;
   int64_t row, run;
-  int n, d, column;
+  int n, d, column, columns;
 
   __device__ Rows(const List& list, const Chunk& c)
-      : memory(reinterpret_cast<const T*>(list.pointers[c.tensor])), row(c.row), run(list.tensors[c.tensor].run),
-        n(int(c.n)), d(list.d), column(c.column) {}
-
-  __device__ int64_t at(int64_t i) const { return (row + i) / run * d * run + column * run + (row + i) % run; }
+      : memory(place<const T>(list, list.pointers, c.tensor)), row(c.row), run(tensor_of(list, c.tensor).run),
+        n(int(c.n)), d(list.d), column(c.column), columns(1) {
+    if (!kColumns || !is_abreast()) return;
+    const int groups = (d + kMost - 1) / kMost, each = (d + groups - 1) / groups;
+    columns = c.column % each ? 0 : min(each, d - c.column);
+    if (columns) column += threadIdx.x % columns;
+  }
 
   __device__ Rows first(int most) const {
     Rows some = *this;
     some.n = n < most ? n : most;
     return some;
   }
-};
 
-// Where the rows threadIdx.x, threadIdx.x + kThreads, ... of a chunk lie, without a division for each.
-struct Stride {
-  int64_t at, within, run, step, step_within, wrap;
+  // of row i
+  __device__ int64_t at(int64_t i) const {
+    return kColumns && d > 1 ? (row + i) / run * d * run + column * run + (row + i) % run : row + i;
+  }
 
-  template <class T>
-  __device__ explicit Stride(const Rows<T>& rows)
-      : at(rows.at(threadIdx.x)), within((rows.row + threadIdx.x) % rows.run), run(rows.run),
-        step(kThreads / run * rows.d * run + kThreads % run), step_within(kThreads % run), wrap((rows.d - 1) * run) {}
+  __device__ bool is_abreast() const { return d > 1 && run == 1; }
+  __device__ Interleaved abreast() const { return {columns, d, sizeof(T)}; }
 
-  __device__ int64_t next() {
-    int64_t now = at;
-    at += step, within += step_within;
-    if (within >= run) within -= run, at += wrap;
-    return now;
+  __device__ bool in_runs() const { return Runs<1>::kept(n, (d - 1) * run, sizeof(T)); }
+  // whether a run is 128-bit units, in the memory where the first row is at p
+  __device__ bool in_packs(const T* p) const { return (row | run | n) % kPack<T> == 0 && before_boundary(p) == 0; }
+  template <int unit>
+  __device__ Runs<unit> runs() const {
+    return {row % run, run, (d - 1) * run, sizeof(T)};
   }
 };
 
-// Gives every row to one thread: lane.take(numbers[n]) with as many at once as there are. Full tiles come first.
-template <class T, class Lane>
-__device__ void sweep_strided(const Rows<T>& rows, Lane& lane) {
-  constexpr int batch = kPack<T>;
-  Stride stride(rows);
-  int i = threadIdx.x;
-  for (; i + (batch - 1) * kThreads < rows.n; i += batch * kThreads) {
-    Acc<T> w[batch];
-#pragma unroll
-    for (int j = 0; j < batch; ++j) w[j] = widen(rows.memory[stride.next()]);
-    lane.take(w);
-  }
-  for (; i < rows.n; i += kThreads) {
-    Acc<T> w[1] = {widen(rows.memory[stride.next()])};
-    lane.take(w);
-  }
-}
-
-template <int packs, class T>
-__device__ __forceinline__ void widen_packs(const uint4 (&bits)[packs], Acc<T> (&w)[packs * kPack<T>]) {
+template <int packs, class T, int n = kPack<T>>
+__device__ __forceinline__ void widen_packs(const typename Pack<T, n>::Bits (&bits)[packs], Acc<T> (&w)[packs * n]) {
 #pragma unroll
   for (int u = 0; u < packs; ++u) {
-    Pack<T> pack(bits[u]);
+    Pack<T, n> pack(bits[u]);
 #pragma unroll
-    for (int j = 0; j < kPack<T>; ++j) w[u * kPack<T> + j] = widen(pack.number[j]);
+    for (int j = 0; j < n; ++j) w[u * n + j] = widen(pack.number[j]);
   }
 }
 
-template <class T, class Lane>
-__device__ void sweep(const Rows<T>& rows, Lane& lane) {
-  constexpr int pack = kPack<T>;
-  if (rows.d != 1) return sweep_strided(rows, lane);
-  const T* w = rows.memory + rows.row;
-  const int head = min(before_boundary(w), rows.n), packs = (rows.n - head) / pack, edges = rows.n - packs * pack;
-  const uint4* p = reinterpret_cast<const uint4*>(w + head);
-  int i = threadIdx.x;
-#pragma unroll 1
-  for (; i + (kInFlight - 1) * kThreads < packs; i += kInFlight * kThreads) {
-    uint4 bits[kInFlight];
+template <int units, int unit, class T, class Places, class Lane>
+__device__ __forceinline__ void take_units(const T* memory, const Places& places, int i, Lane& lane) {
+  typename Pack<T, unit>::Bits bits[units];
 #pragma unroll
-    for (int u = 0; u < kInFlight; ++u) bits[u] = __ldg(p + i + u * kThreads);
-    Acc<T> x[kInFlight * pack];
-    widen_packs<kInFlight, T>(bits, x);
-    lane.take(x);
-  }
+  for (int u = 0; u < units; ++u) bits[u] = Pack<T, unit>::read(places.at(memory, i, u)).bits;
+  Acc<T> w[units * unit];
+  widen_packs<units, T, unit>(bits, w);
+  lane.take(w);
+}
+
+// Gives every number to one thread: lane.take(numbers[n]) with as many at once as there are. Full tiles come first.
+template <int unit, class T, class Places, class Lane>
+__device__ __forceinline__ void sweep_units(const T* memory, int units, const Places& places, Lane& lane) {
+  constexpr int loads = kLoads<T, unit>;
+  int i = places.first();
 #pragma unroll 1
-  for (; i < packs; i += kThreads) {
-    uint4 bits[1] = {__ldg(p + i)};
-    Acc<T> x[pack];
-    widen_packs<1, T>(bits, x);
-    lane.take(x);
-  }
+  for (; i + (loads - 1) * places.step() < units; i += loads * places.step())
+    take_units<loads, unit>(memory, places, i, lane);
+#pragma unroll 1
+  for (; i < units; i += places.step()) take_units<1, unit>(memory, places, i, lane);
+}
+
+template <class T, class Lane>
+__device__ __forceinline__ void sweep_stretch(const T* w, int n, Lane& lane) {
+  constexpr int pack = kPack<T>;
+  const int head = min(before_boundary(w), n), packs = (n - head) / pack, edges = n - packs * pack;
+  sweep_units<pack>(w + head, packs, Dense<pack>(), lane);
   if (int(threadIdx.x) < edges) {
-    int j = threadIdx.x;
+    const int j = threadIdx.x;
     Acc<T> x[1] = {widen(w[j < head ? j : j + packs * pack])};
     lane.take(x);
   }
+}
+
+template <class T, bool kColumns, class Lane>
+__device__ void sweep(const Rows<T, kColumns>& rows, Lane& lane) {
+  constexpr int pack = kPack<T>;
+  const T* w = rows.memory + rows.at(0);
+  if constexpr (kColumns) {
+    if (rows.is_abreast()) return sweep_units<1>(w, rows.n, rows.abreast(), lane);
+    if (rows.d > 1 && !rows.in_runs()) {
+      for (int i = threadIdx.x; i < rows.n; i += kThreads) {
+        Acc<T> x[1] = {widen(rows.memory[rows.at(i)])};
+        lane.take(x);
+      }
+      return;
+    }
+    if (rows.d > 1)
+      return rows.in_packs(w) ? sweep_units<pack>(w, rows.n / pack, rows.template runs<pack>(), lane)
+                              : sweep_units<1>(w, rows.n, rows.template runs<1>(), lane);
+  }
+  sweep_stretch(w, rows.n, lane);
 }
 
 struct Sum {
@@ -127,32 +148,47 @@ struct Max {
   }
 };
 
-// Reduces each number over the block; every thread gets the results. A warp takes a number of all threads.
+// Reduces each number over the block, or over the threads of each of `columns` columns; every thread gets the results
+// of its own. For one column a warp takes a number of all threads.
 template <class Combine, int n, class A>
-__device__ void block_reduce(A (&x)[n]) {
-  __shared__ A all[n][kThreads], result[n];
+__device__ void block_reduce(A (&x)[n], int columns = 1) {
+  __shared__ A all[n][kThreads];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
   for (int v = 0; v < n; ++v) all[v][threadIdx.x] = x[v];
   __syncthreads();
+  if (columns == 1) {
 #pragma unroll
-  for (int v = warp; v < n; v += kWarps) {
-    A a = all[v][lane];
-    for (int w = 1; w < kWarps; ++w) a = Combine::of(a, all[v][lane + w * 32]);
-    for (int distance = 16; distance > 0; distance /= 2) a = Combine::of(a, __shfl_xor_sync(~0u, a, distance));
-    if (lane == 0) result[v] = a;
+    for (int v = warp; v < n; v += kWarps) {
+      A a = all[v][lane];
+      for (int w = 1; w < kWarps; ++w) a = Combine::of(a, all[v][lane + w * 32]);
+      for (int distance = 16; distance > 0; distance /= 2) a = Combine::of(a, __shfl_xor_sync(~0u, a, distance));
+      if (lane == 0) all[v][0] = a;
+    }
+  } else {
+    const int row = threadIdx.x / columns, rows = kThreads / columns;
+    for (int half = kThreads / 2; half > 0; half /= 2) {
+      if (row < half && row + half < rows)
+        for (int v = 0; v < n; ++v)
+          all[v][threadIdx.x] = Combine::of(all[v][threadIdx.x], all[v][threadIdx.x + half * columns]);
+      __syncthreads();
+    }
   }
   __syncthreads();
 #pragma unroll
-  for (int v = 0; v < n; ++v) x[v] = result[v];
+  for (int v = 0; v < n; ++v) x[v] = all[v][threadIdx.x % columns];
+  __syncthreads();
 }
 
 template <class Reader, class T>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) partial_kernel(List list, Forward f) {
   using A = Acc<T>;
-  Chunk c = chunk_at(list, blockIdx.x);
-  Column column = column_at<A>(list, f.first, f.second, c.tensor, c.column, f.bits);
-  Reader::template chunk<T>(Rows<T>(list, c), column, static_cast<A*>(f.partial) + int64_t(blockIdx.x) * kState);
+  const Chunk c = chunk_at(list, blockIdx.x);
+  const Rows<T, kHasColumns<Reader>> rows(list, c);
+  if (!rows.columns) return;
+  const Column column = column_at<A>(list, f.first, f.second, c.tensor, rows.column, f.bits);
+  const int64_t at = int64_t(blockIdx.x) + rows.column - c.column;
+  Reader::chunk(rows, column, static_cast<A*>(f.partial) + at * kState);
 }
 
 using Merging = double[kMergers][kState];
@@ -179,7 +215,7 @@ __device__ void merge_column(const List& list, const A* partial, int64_t parts, 
 
 template <class Op, class A>
 __device__ void merge_tensor(const List& list, const Forward& f, int64_t t, Merging& other) {
-  const int64_t first = list.tensors[t].first_chunk, parts = (list.tensors[t].rows + list.chunk - 1) / list.chunk;
+  const int64_t first = tensor_of(list, t).first_chunk, parts = (tensor_of(list, t).rows + list.chunk - 1) / list.chunk;
   double total = 0;
   for (int c = 0; c < list.d; ++c) {
     Column column = column_at<A>(list, f.first, f.second, t, c, f.bits);
@@ -203,49 +239,64 @@ __device__ __forceinline__ void map_one(const T& w, T& out, const G& gradient) {
   narrow(kAdd ? widen(out) + g : g, out);
 }
 
-template <bool kAdd, int packs, class T, class G>
-__device__ __forceinline__ void map_packs(const uint4* w, uint4* out, const G& gradient) {
-  uint4 bits[packs], old[packs];
+template <bool kAdd, int units, int unit, class T, class Places, class G>
+__device__ __forceinline__ void map_some(const T* w, T* out, const Places& places, int i, const G& gradient) {
+  using Packed = Pack<T, unit>;
+  Packed from[units], to[units];
 #pragma unroll
-  for (int u = 0; u < packs; ++u) {
-    bits[u] = __ldg(w + u * kThreads);
-    if (kAdd) old[u] = __ldcg(out + u * kThreads);
+  for (int u = 0; u < units; ++u) {
+    from[u] = Packed::read(places.at(w, i, u));
+    if (kAdd) to[u] = Packed::reread(places.at(out, i, u));
   }
 #pragma unroll
-  for (int u = 0; u < packs; ++u) {
-    Pack<T> from(bits[u]), to(old[u]);
+  for (int u = 0; u < units; ++u) {
 #pragma unroll
-    for (int j = 0; j < kPack<T>; ++j) map_one<kAdd>(from.number[j], to.number[j], gradient);
-    __stwb(out + u * kThreads, to.bits);
+    for (int j = 0; j < unit; ++j) map_one<kAdd>(from[u].number[j], to[u].number[j], gradient);
+    to[u].write(places.at(out, i, u));
   }
 }
 
+template <bool kAdd, int unit, int loads, class T, class Places, class G>
+__device__ __forceinline__ void map_units(const T* w, T* out, int units, const Places& places, const G& gradient) {
+  int i = places.first();
+#pragma unroll 1
+  for (; i + (loads - 1) * places.step() < units; i += loads * places.step())
+    map_some<kAdd, loads, unit>(w, out, places, i, gradient);
+#pragma unroll 1
+  for (; i < units; i += places.step()) map_some<kAdd, 1, unit>(w, out, places, i, gradient);
+}
+
 template <bool kAdd, class T, class G>
-__device__ void map_rows(const Rows<T>& rows, T* memory, const G& gradient) {
+__device__ __forceinline__ void map_stretch(const T* w, T* out, int n, const G& gradient) {
   constexpr int pack = kPack<T>;
-  const T* w = rows.memory + rows.row;
-  T* out = memory + rows.row;
-  if (rows.d != 1 || before_boundary(w) != before_boundary(out)) {
-    Stride stride(rows);
-    for (int i = threadIdx.x; i < rows.n; i += kThreads) {
-      int64_t at = stride.next();
-      map_one<kAdd>(rows.memory[at], memory[at], gradient);
-    }
-    return;
-  }
-  const int head = min(before_boundary(w), rows.n), packs = (rows.n - head) / pack, edges = rows.n - packs * pack;
-  const uint4* from = reinterpret_cast<const uint4*>(w + head);
-  uint4* to = reinterpret_cast<uint4*>(out + head);
-  int i = threadIdx.x;
-#pragma unroll 1
-  for (; i + (kInFlight - 1) * kThreads < packs; i += kInFlight * kThreads)
-    map_packs<kAdd, kInFlight, T>(from + i, to + i, gradient);
-#pragma unroll 1
-  for (; i < packs; i += kThreads) map_packs<kAdd, 1, T>(from + i, to + i, gradient);
+  if (before_boundary(w) != before_boundary(out))
+    return map_units<kAdd, 1, kLoads<T, 1> / 2>(w, out, n, Dense<1>(), gradient);
+  const int head = min(before_boundary(w), n), packs = (n - head) / pack, edges = n - packs * pack;
+  map_units<kAdd, pack, kInFlight>(w + head, out + head, packs, Dense<pack>(), gradient);
   if (int(threadIdx.x) < edges) {
-    int j = threadIdx.x < head ? threadIdx.x : threadIdx.x + packs * pack;
+    const int j = int(threadIdx.x) < head ? threadIdx.x : threadIdx.x + packs * pack;
     map_one<kAdd>(w[j], out[j], gradient);
   }
+}
+
+template <bool kAdd, class T, bool kColumns, class G>
+__device__ void map_rows(const Rows<T, kColumns>& rows, T* memory, const G& gradient) {
+  constexpr int pack = kPack<T>, singles = kLoads<T, 1> / 2;
+  const T* w = rows.memory + rows.at(0);
+  T* out = memory + rows.at(0);
+  if constexpr (kColumns) {
+    if (rows.is_abreast()) return map_units<kAdd, 1, singles>(w, out, rows.n, rows.abreast(), gradient);
+    if (rows.d > 1 && !rows.in_runs()) {
+      for (int i = threadIdx.x; i < rows.n; i += kThreads)
+        map_one<kAdd>(rows.memory[rows.at(i)], memory[rows.at(i)], gradient);
+      return;
+    }
+    if (rows.d > 1)
+      return rows.in_packs(w) && rows.in_packs(out)
+                 ? map_units<kAdd, pack, kInFlight>(w, out, rows.n / pack, rows.template runs<pack>(), gradient)
+                 : map_units<kAdd, 1, singles>(w, out, rows.n, rows.template runs<1>(), gradient);
+  }
+  map_stretch<kAdd>(w, out, rows.n, gradient);
 }
 
 template <class Op, class T, bool kAdd>
@@ -253,27 +304,28 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) map_kernel(List list, Ba
   using A = Acc<T>;
   using G = decltype(Op::template gradient<A>(list, b, 0, 0, Column{}, static_cast<const A*>(nullptr)));
   Chunk c = chunk_at(list, blockIdx.x);
-  const Tensor& tensor = list.tensors[c.tensor];
-  T* out = kAdd ? reinterpret_cast<T*>(static_cast<const int64_t*>(b.target)[c.tensor])
-                : static_cast<T*>(b.target) + tensor.offset;
+  const Tensor& tensor = tensor_of(list, c.tensor);
+  T* out = place<T>(list, b.target, c.tensor);
+  const Rows<T, kHasColumns<Op>> rows(list, c);
+  if (!rows.columns) return;
 
-  // One thread does what needs float64, slow on most GPUs.
-  alignas(G) __shared__ unsigned char shared[sizeof(G)];
-  if (threadIdx.x == 0) {
-    const int64_t at = c.tensor * list.d + c.column;
-    const Column column = column_at<A>(list, b.first, b.second, c.tensor, c.column, b.bits);
+  // One thread for each column does what needs float64, slow on most GPUs.
+  alignas(G) __shared__ unsigned char shared[rows.kMost][sizeof(G)];
+  if (int(threadIdx.x) < rows.columns) {
+    const int64_t at = c.tensor * list.d + rows.column;
+    const Column column = column_at<A>(list, b.first, b.second, c.tensor, rows.column, b.bits);
     const A* saved = static_cast<const A*>(b.saved) + at * Op::kSaved;
-    new (shared) G(Op::template gradient<A>(list, b, c.tensor, at, column, saved));
+    new (shared[threadIdx.x]) G(Op::template gradient<A>(list, b, c.tensor, at, column, saved));
     if (c.row == 0 && b.parameter_gradient)
       static_cast<A*>(b.parameter_gradient)[at] = A(Op::parameter_gradient(list, b, c.tensor, at, column, saved));
   }
+  if (!out) return;
   __syncthreads();
-  const G gradient = *reinterpret_cast<const G*>(shared);
-  map_rows<kAdd>(Rows<T>(list, c), out, gradient);
+  const G gradient = *reinterpret_cast<const G*>(shared[rows.column - c.column]);
+  map_rows<kAdd>(rows, out, gradient);
 
   if (kAdd || c.row != 0 || c.column != 0) return;
-  const int64_t end = (tensor.numel + kSegment - 1) / kSegment * kSegment;
-  for (int64_t j = tensor.rows * list.d + threadIdx.x; j < end; j += kThreads) narrow(A(0), out[j]);
+  for (int64_t j = tensor.rows * list.d + threadIdx.x; j < tensor.numel; j += kThreads) narrow(A(0), out[j]);
 }
 
 }  // namespace r2::cuda

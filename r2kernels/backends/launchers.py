@@ -30,26 +30,27 @@ from ..contract import (
 
 class RangeLosses:
     """`_reduce(op, weights, parameters, d, layout, loss, saved, alpha_grad)` fills loss and saved; `_map(op, grad,
-    weights, parameters, saved, d, layout, out, learned)` fills `learned`, the gradient of the first parameter or
-    None, and returns those of the weights, which it adds to `out` if that is not None."""
+    weights, parameters, saved, d, layout, out, needed, learned)` fills `learned`, the gradient of the first parameter
+    or None, and returns those of the weights, which it adds to `out` if that is not None. `needed`: for each weight
+    whether its gradient is to be made; None: all are."""
 
     def l_inf_fwd(self, weights, d, layout):
         return self._loss(L_INF, weights, (), d, layout)
 
-    def l_inf_bwd(self, grad, weights, saved, d, layout, out=None):
-        return self._map(L_INF, grad, weights, (), saved, d, layout, out, None)
+    def l_inf_bwd(self, grad, weights, saved, d, layout, out=None, needed=None):
+        return self._map(L_INF, grad, weights, (), saved, d, layout, out, needed, None)
 
     def margin_fwd(self, weights, M, k, d, layout):
         return self._loss(MARGIN, weights, (M, k), d, layout)
 
-    def margin_bwd(self, grad, weights, M, k, saved, d, layout, out=None):
-        return self._learned(MARGIN, grad, weights, (M, k), saved, d, layout, out)
+    def margin_bwd(self, grad, weights, M, k, saved, d, layout, out=None, needed=None):
+        return self._learned(MARGIN, grad, weights, (M, k), saved, d, layout, out, needed)
 
     def soft_min_max_fwd(self, weights, alpha, alpha_grad, d, layout):
         return self._loss(SOFT_MIN_MAX, weights, (alpha,), d, layout, alpha_grad)
 
-    def soft_min_max_bwd(self, grad, weights, alpha, saved, d, layout, out=None):
-        return self._learned(SOFT_MIN_MAX, grad, weights, (alpha,), saved, d, layout, out)
+    def soft_min_max_bwd(self, grad, weights, alpha, saved, d, layout, out=None, needed=None):
+        return self._learned(SOFT_MIN_MAX, grad, weights, (alpha,), saved, d, layout, out, needed)
 
     def soft_extrema_fwd(self, weights, alpha, alpha_grad, d, layout):
         extrema = torch.empty(2, len(weights), d, dtype=alpha.dtype, device=alpha.device)
@@ -57,17 +58,17 @@ class RangeLosses:
         self._reduce(SOFT_EXTREMA, weights, (alpha,), d, layout, extrema, saved, alpha_grad)
         return extrema, saved
 
-    def soft_extrema_bwd(self, grad, weights, alpha, saved, d, layout, out=None):
-        return self._learned(SOFT_EXTREMA, grad.contiguous(), weights, (alpha,), saved, d, layout, out)
+    def soft_extrema_bwd(self, grad, weights, alpha, saved, d, layout, out=None, needed=None):
+        return self._learned(SOFT_EXTREMA, grad.contiguous(), weights, (alpha,), saved, d, layout, out, needed)
 
     def _loss(self, op, weights, parameters, d, layout, alpha_grad=False):
         loss, saved = lists.empty_state(weights, d, op.saved)
         self._reduce(op, weights, parameters, d, layout, loss, saved, alpha_grad)
         return loss, saved
 
-    def _learned(self, op, grad, weights, parameters, saved, d, layout, out):
+    def _learned(self, op, grad, weights, parameters, saved, d, layout, out, needed):
         learned = torch.empty_like(parameters[0])
-        return self._map(op, grad, weights, parameters, saved, d, layout, out, learned), learned
+        return self._map(op, grad, weights, parameters, saved, d, layout, out, needed, learned), learned
 
 
 class Regularizers:
@@ -77,8 +78,8 @@ class Regularizers:
     def kure_fwd(self, weights, target):
         return self._loss(KURE, weights, (target,), 1, "output")
 
-    def kure_bwd(self, grad, weights, target, saved, out=None):
-        return self._map(KURE, grad, weights, (target,), saved, 1, "output", out, None)
+    def kure_bwd(self, grad, weights, target, saved, out=None, needed=None):
+        return self._map(KURE, grad, weights, (target,), saved, 1, "output", out, needed, None)
 
     def weight_stats_fwd(self, weights):
         w = weights[0]
@@ -95,28 +96,28 @@ class Regularizers:
     def bin_reg_fwd(self, weights, step, bits):
         return self._term(BIN_REG, weights, step, bits)
 
-    def bin_reg_bwd(self, grad, weights, step, saved, bits, out=None):
-        return self._term_bwd(BIN_REG, grad, weights, step, saved, bits, out)[0]
+    def bin_reg_bwd(self, grad, weights, step, saved, bits, out=None, needed=None):
+        return self._term_bwd(BIN_REG, grad, weights, step, saved, bits, out, needed)[0]
 
     def msqe_fwd(self, weights, step, bits):
         return self._term(MSQE, weights, step, bits)
 
-    def msqe_bwd(self, grad, weights, step, saved, bits, out=None):
-        gradients, (g_step,) = self._term_bwd(MSQE, grad, weights, step, saved, bits, out)
+    def msqe_bwd(self, grad, weights, step, saved, bits, out=None, needed=None):
+        gradients, (g_step,) = self._term_bwd(MSQE, grad, weights, step, saved, bits, out, needed)
         return gradients, g_step
 
     def partial_l2_fwd(self, weights, rank):
         return self._term(PARTIAL_L2, weights, rank, 0)
 
-    def partial_l2_bwd(self, grad, weights, rank, saved, out=None):
-        return self._term_bwd(PARTIAL_L2, grad, weights, rank, saved, 0, out)[0]
+    def partial_l2_bwd(self, grad, weights, rank, saved, out=None, needed=None):
+        return self._term_bwd(PARTIAL_L2, grad, weights, rank, saved, 0, out, needed)[0]
 
     def _term(self, op, weights, parameter, bits):
         (loss,), (saved,) = self.terms_fwd(weights, [op.name], [parameter], [bits], [False])
         return loss, saved
 
-    def _term_bwd(self, op, grad, weights, parameter, saved, bits, out):
-        return self.terms_bwd([grad], weights, [op.name], [parameter], [bits], [False], [saved], out)
+    def _term_bwd(self, op, grad, weights, parameter, saved, bits, out, needed):
+        return self.terms_bwd([grad], weights, [op.name], [parameter], [bits], [False], [saved], out, needed)
 
 
 class Quantizers:

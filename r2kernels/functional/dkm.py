@@ -10,7 +10,6 @@ each, not all of the same K.
 import torch
 
 from .. import ops
-from ..lists import carve_gradients
 from ..reference import checks, parameters
 from ..reference.zeros import zeros_of
 from . import differentiable
@@ -35,14 +34,14 @@ class _DifferentiableKMeans(torch.autograd.Function):
             iterations = max(int(passes), 1) if gradient == "unrolled" else 1
             if gradient == "unrolled":
                 start = centroids
-        buffers, history, moments = ops.dkm.fwd(weights, start, iterations, pinned, *problem)
+        hats, history, moments = ops.dkm.fwd(weights, start, iterations, pinned, *problem)
         ctx.save_for_backward(tau, history, moments, order, *weights)
         ctx.call = clusters, metric, gradient, pinned, d, layout
         ctx.shapes = [c.shape for c in given]
         ctx.backend = ops.backend_of_forward()
         ctx.set_materialize_grads(False)
         ctx.function = "dkm"
-        return *carve_gradients(buffers, weights, d, layout), *_restored(history[-1], order, ctx.shapes)
+        return *hats, *_restored(history[-1], order, ctx.shapes)
 
     @staticmethod
     @differentiable.once
@@ -57,9 +56,9 @@ class _DifferentiableKMeans(torch.autograd.Function):
             upstream = upstream.gather(1, order)
         needed, problem = ctx.needs_input_grad[10:], (tau, clusters, metric, d, layout)
         args = upstream, weights, gs, history, moments, gradient, any(needed[:count]), pinned, *problem
-        buffers, first = ops.backward(ctx.backend, ops.dkm.bwd, *args)
+        of_weights, first = ops.backward(ctx.backend, ops.dkm.bwd, *args)
         centroid_gradients = _restored(first, order, ctx.shapes) if gradient == "unrolled" else [None] * count
-        gradients = [*centroid_gradients, *carve_gradients(buffers, weights, d, layout)]
+        gradients = [*centroid_gradients, *of_weights]
         return *[None] * 10, *[g if need else None for g, need in zip(gradients, needed, strict=True)]
 
 

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from .. import ops
 from ..contract import BY_NAME
-from ..lists import carve_gradients
 from ..reference import checks, parameters
 from .differentiable import once
 
@@ -53,12 +52,12 @@ class Loss(torch.autograd.Function):
         saved, learned, *tensors = tensors
         given, weights = tensors[:count], tensors[count:]
         grad = grad.resolve_neg().reshape((2, len(weights), -1) if call.planes else -1)
-        result = ops.backward(backend, op.bwd, grad, weights, *given, saved, *call.backward)
-        buffers, g_learned = result if op.row.learned else (result, None)
-        needed = ctx.needs_input_grad
-        g_learned = parameters.parameter_gradient(g_learned, learned, call.single) if needed[3] else None
-        gradients, needed = carve_gradients(buffers, weights, call.d, call.layout), needed[-len(weights) :]
-        if not all(needed):
+        needed = ctx.needs_input_grad[-len(weights) :]
+        which = {} if all(needed) else {"needed": needed}
+        result = ops.backward(backend, op.bwd, grad, weights, *given, saved, *call.backward, **which)
+        gradients, g_learned = result if op.row.learned else (result, None)
+        g_learned = parameters.parameter_gradient(g_learned, learned, call.single) if ctx.needs_input_grad[3] else None
+        if which:
             gradients = [g if need else None for g, need in zip(gradients, needed, strict=True)]
         fixed = count - (learned is not None)
         return None, None, None, g_learned, *[None] * fixed, *gradients

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..lists import carve_gradients
 from ..reference import checks, parameters
 from .differentiable import once, weights
 
@@ -29,7 +28,7 @@ class _Quantize(torch.autograd.Function):
     def forward(ctx, *inputs):
         op, count, options, *tensors = inputs
         given, xs = tensors[:count], tensors[count:]
-        ys = carve_gradients(op.fwd(xs, *given, *options), xs)
+        ys = op.fwd(xs, *given, *options)
         ctx.save_for_backward(*tensors)
         ctx.of_forward = op, count, options, ops.backend_of_forward()
         ctx.function = op.row.name
@@ -41,8 +40,8 @@ class _Quantize(torch.autograd.Function):
         op, count, options, backend = ctx.of_forward
         given, xs = tensors[:count], tensors[count:]
         result = ops.backward(backend, op.bwd, list(gs), xs, *given, *options)
-        buffers, *of_parameters = result if op.row.learned else (result,)
-        gradients = [*of_parameters, *[None] * (count - op.row.learned), *carve_gradients(buffers, xs)]
+        of_xs, *of_parameters = result if op.row.learned else (result,)
+        gradients = [*of_parameters, *[None] * (count - op.row.learned), *of_xs]
         needed = ctx.needs_input_grad[3:]
         return *[None] * 3, *[g if need else None for g, need in zip(gradients, needed, strict=True)]
 

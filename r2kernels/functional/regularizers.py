@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .. import ops
 from ..contract import BY_NAME, tensors_of_term
-from ..lists import carve_gradients
 from ..reference import checks, parameters
 from ..reference.regularizers import WeightStats
 from .differentiable import once, weights
@@ -115,12 +114,14 @@ class _WeightTerms(torch.autograd.Function):
         names, bits, flags, count, terms, backend = ctx.of_forward
         given, ws, saved = tensors[:count], tensors[count:-terms], tensors[-terms:]
         grads = [g.resolve_neg() for g in grads]
-        buffers, of_parameters = ops.backward(backend, ops.terms.bwd, grads, ws, names, given, bits, flags, saved)
+        needed = {"needed": ctx.needs_input_grad[-len(ws) :]}
+        args = grads, ws, names, given, bits, flags, saved
+        of_weights, of_parameters = ops.backward(backend, ops.terms.bwd, *args, **needed)
         learned, gradients = iter(of_parameters), []
         for name in names:
             n = BY_NAME[name].learned
             gradients += [next(learned) for _ in range(n)] + [None] * (tensors_of_term(name) - n)
-        gradients += carve_gradients(buffers, ws)
+        gradients += of_weights
         return None, None, *[g if need else None for g, need in zip(gradients, ctx.needs_input_grad[2:], strict=True)]
 
 

@@ -10,7 +10,6 @@ import torch
 from torch.testing import assert_close
 
 import r2kernels as r2
-from r2kernels import lists as weights
 from r2kernels import reference
 from r2kernels.backends import select
 from r2kernels.reference.columns import accumulator
@@ -232,7 +231,7 @@ def test_assign(k, d, triton):
 
 def test_chunks_groups_and_bits(triton, monkeypatch):
     """Several chunks of each plan; few partial sums at a time; a padding longer than the largest number of clusters;
-    the same bits again."""
+    the same bits again; rows in windows."""
     from r2kernels.backends.triton import dkm as clustering
 
     ws, tau = [draw(20000).float(), draw(17).float()], torch.tensor([0.2, 0.1])
@@ -240,38 +239,19 @@ def test_chunks_groups_and_bits(triton, monkeypatch):
         c = torch.zeros(2, 24, 1)
         c[0, :20, 0], c[1, :3, 0] = start(20).float().sort().values, start(3).float().sort().values
         found = []
-        for most in (2**24, 1):
+        for most, states in ((2**24, 2**25), (1, 2**25), (2**24, 1)):
             monkeypatch.setattr(clustering, "PARTIAL", most)
+            monkeypatch.setattr(clustering, "STATES", states)
             job = triton.DKM(ws, tau, (20, 3), metric, 1, "output")
             new, moments = job.update(c)
             u = job.recur(c, new, job.upstream(c, ws), moments, ws)
             found.append([new, moments, u, *job.output(c, new), *job.gradient([(c, new, u, moments, True)], ws)])
+        windows = found.pop()
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        for one, whole in zip(windows, found[0], strict=True):
+            assert (one - whole)[~whole.isnan()].norm() <= 1e-5 * whole.nan_to_num().norm()
         assert all((x[0, 20:] == 0).all() and (x[1, 3:] == 0).all() for x in found[0][:3])
         exact = reference.DKM([w.double() for w in ws], tau.double(), (20, 3), metric, 1, "output").update(c.double())[
             0
         ]
         assert_close(new.double(), exact, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("d", [1, 3])
-def test_flat_target(d, triton, monkeypatch):
-    """As on a GPU: in one tensor, leftovers passed on and the gaps zeroed."""
-    from r2kernels.backends.triton import chunks
-
-    ws = [draw(50, 2).float(), draw(64).float(), draw(7).float()]
-    flat = torch.full((weights.gradient_offsets(ws)[-1],), math.nan)
-    monkeypatch.setattr(triton, "_targets", lambda *_: ([flat], flat, chunks.FLAT))
-    c = torch.stack([start(3, d, seed=s).reshape(3, d).sort(0).values for s in range(3)]).float()
-    problem = ws, torch.tensor([0.3] * 3), (3,) * 3, "euclidean", d, "contiguous"
-    exact = reference.DKM(*problem)
-    ours = triton.DKM(*problem)
-    moments, u = draw(3, 3, 3 if d == 1 else 1).abs().float(), draw(3, 3, d).float()
-    for run in (
-        lambda job: job.output(c, c + 1),
-        lambda job: job.gradient([(c, c + 1, u, moments, True)], [w * 2 for w in ws]),
-    ):
-        run(ours)
-        for w, e, offset in zip(ws, run(exact), weights.gradient_offsets(ws), strict=False):
-            assert_close(flat[offset : offset + w.numel()], e.flatten(), rtol=1e-4, atol=1e-4)
-            assert (flat[offset + w.numel() : offset + -(-w.numel() // 64) * 64] == 0).all()

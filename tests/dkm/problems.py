@@ -13,7 +13,7 @@ from budget import rms
 from r2kernels import ops, reference, use_backend
 from r2kernels.algorithms import iterations
 from r2kernels.backends import select
-from r2kernels.lists import carve_gradients, like_weights
+from r2kernels.lists import like_weights
 from r2kernels.reference.columns import accumulator
 
 UNITS = {op.options["metric"]: cases.UNITS[op.parameters[0].unit] for op in cases.of("dkm") if op.parameters}  # of tau
@@ -90,7 +90,7 @@ def made(name, dtype, device, d=1, seed=0):
 
 def solve(problem, T=3, gradient="unrolled", writer=None):
     """quantity -> tensors; `writer`: the backend that runs forward."""
-    ws, c, d, layout = problem.ws, problem.c, problem.d, problem.layout
+    ws, c, d = problem.ws, problem.c, problem.d
     if writer is None:
         out, history, moments = iterations.forward(problem.job(), c, T)
     else:
@@ -98,11 +98,7 @@ def solve(problem, T=3, gradient="unrolled", writer=None):
             out, history, moments = iterations.forward(problem.job(), c, T)
     gs = like_weights(problem.gs, ws) if d == 1 else problem.gs
     dw, first = iterations.backward(problem.job(), problem.gc, gs, history, moments, gradient, True)
-    found = {
-        "W_hat": list(carve_gradients(out, ws, d, layout)),
-        "centroids": list(history[-1]),
-        "dW": list(carve_gradients(dw, ws, d, layout)),
-    }
+    found = {"W_hat": list(out), "centroids": list(history[-1]), "dW": list(dw)}
     return found if gradient != "unrolled" else {**found, "dC_0": list(first)}
 
 

@@ -13,7 +13,6 @@ import torch
 
 import r2kernels as r2
 from r2kernels import ops
-from r2kernels.lists import carve_gradients
 from r2kernels.reference import quantizers as formulas
 from r2kernels.reference.columns import accumulator
 from r2kernels.reference.parameters import levels
@@ -48,17 +47,13 @@ class Call(NamedTuple):
         )
 
     def forward(self):
-        return carve_gradients(ops.call[self.op + "_fwd"](self.xs, *self.arguments), self.xs)
+        return ops.call[self.op + "_fwd"](self.xs, *self.arguments)
 
     def backward(self):
         """(gradients of xs, gradients of parameters)"""
-        buffers, of_parameters = self.buffers()
-        return carve_gradients(buffers, self.xs), of_parameters
-
-    def buffers(self):
         result = ops.call[self.op + "_bwd"](self.gs, self.xs, *self.arguments)
-        buffers, *of_parameters = result if isinstance(result, tuple) else (result,)
-        return buffers, of_parameters
+        gradients, *of_parameters = result if isinstance(result, tuple) else (result,)
+        return gradients, of_parameters
 
 
 def call(op, xs, bits, flag, axis=None, seed=0, spread=1.0, kind="lsq"):

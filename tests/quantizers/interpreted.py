@@ -81,7 +81,7 @@ def both(triton, op, xs, *rest, bits_of_gradients=True, seed=40):
 
 def test_the_kernels_have_the_ops_of_the_contract():
     """Their files import Triton alone, so what they share with the contract and lists.py stands there once more."""
-    assert (chunks.FIELDS.value, chunks.SEGMENT.value) == (weights.FIELDS, weights.SEGMENT)
+    assert chunks.FIELDS.value == weights.FIELDS
     assert {*regularizers_terms_kernels.BLOCKS} - {"frozen"} == {*contract.TERMS}
     alone = ("l_inf", "margin", "soft_min_max", "soft_extrema", "kure", "weight_stats")
     assert [name for name in contract.BY_NAME if name in range_losses.FORMULAS] == [*alone]
@@ -307,27 +307,14 @@ def test_a_chunk_that_is_read_again(triton):
         assert torch.equal(losses[0], alone[0]) and torch.equal(losses[1], alone[1])
 
 
-def test_flat_target_and_added_gradients(triton, monkeypatch):
-    """In one tensor as on a GPU, the gaps zeroed; and added to what is there."""
+def test_added_gradients(triton):
     ws = [draw(50, 2).float(), draw(64).float(), draw(7).float()]
-    flat = torch.full((weights.gradient_offsets(ws)[-1],), math.nan)
     step, grad = torch.full((3, 1), 0.3), draw(3).float()
     _, saved = triton.msqe_fwd(ws, step, 3)
     exact, _ = triton.msqe_bwd(grad, ws, step, saved, 3)
     sums = [torch.ones_like(w) for w in ws]
     triton.msqe_bwd(grad, ws, step, saved, 3, out=sums)
     close(sums, [e + 1 for e in exact])
-    exact_y = triton.lsq_fwd(ws, step[:, 0], 3, True, None, "lsq")
-    monkeypatch.setattr(triton, "_targets", lambda *_, **__: ([flat], flat, chunks.FLAT))
-    for run, wanted in (
-        (lambda: triton.lsq_fwd(ws, step[:, 0], 3, True, None, "lsq"), exact_y),
-        (lambda: triton.msqe_bwd(grad, ws, step, saved, 3), exact),
-    ):
-        flat.fill_(math.nan)
-        run()
-        for w, e, offset in zip(ws, wanted, weights.gradient_offsets(ws), strict=False):
-            assert torch.equal(flat[offset : offset + w.numel()], e.flatten())
-            assert (flat[offset + w.numel() : offset + -(-w.numel() // 64) * 64] == 0).all()
 
 
 def test_public_functions_and_the_same_bits_again(triton):

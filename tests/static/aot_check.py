@@ -28,8 +28,7 @@ from triton.compiler import ASTSource
 SOURCES = pathlib.Path(__file__).parents[2] / "r2kernels" / "backends" / "triton"
 CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 DTYPES = {"fp32": (tl.float32, 4), "bf16": (tl.bfloat16, 2), "fp16": (tl.float16, 2), "fp64": (tl.float64, 8)}
-REDUCE = ("soft_min_max", "frozen_soft_min_max", "l_inf", "margin", "kure")
-MERGE = ("soft_min_max", "soft_extrema", "l_inf", "margin", "kure", "weight_stats")
+REDUCE = ("soft_min_max", "frozen_soft_min_max", "soft_extrema", "l_inf", "margin", "kure", "weight_stats")
 MAP = ("soft_min_max", "soft_extrema", "l_inf", "margin", "kure")
 PARAMETERS = {"l_inf": 0, "weight_stats": 0, "margin": 2}  # else one
 
@@ -67,36 +66,30 @@ def geometry(dtype, d, aligned):
     }
 
 
-def reduce_chunks(op, dtype, d=1, aligned=True):
+def reduce_list(op, dtype, d=1, aligned=True):
     """`op` with "frozen_" before it: where its parameter learns nothing."""
-    pointers = {"p_weights": "*i64", "p_tensors": "*i64", "p_owner": "*i32"}
+    pointers = {"p_weights": "*i64", "p_tensors": "*i64", "p_owner": "*i32", "p_counters": "*i32"}
     frozen, formula = op.startswith("frozen_"), FORMULAS[op.removeprefix("frozen_")]
-    constants = {"REDUCE": formula.reduce_frozen if frozen else formula.reduce, **absent(op)}
-    return skeletons.reduce_chunks, pointers, {**constants, **geometry(dtype, d, aligned)}
-
-
-def merge_chunks(op, dtype, d=1):
     constants = {
-        "MERGE": FORMULAS[op].merge,
-        "LOSSES": FORMULAS[op].losses,
-        "ACC": DTYPES[accumulator(dtype)][0],
-        "D": d,
-        "LANES": skeletons.MERGE_LANES,
+        "REDUCE": formula.reduce_frozen if frozen else formula.reduce,
+        "MERGE": formula.merge,
+        "LOSSES": formula.losses,
+        "LANES": skeletons.LAST_LANES,
+        **absent(op),
     }
-    return skeletons.merge_chunks, {"p_tensors": "*i64"}, {**constants, **absent(op)}
+    return skeletons.reduce_list, pointers, {**constants, **geometry(dtype, d, aligned)}
 
 
-def map_chunks(op, dtype, target="FLAT", d=1, aligned=True):
-    pointers = {
-        "p_weights": "*i64",
-        "p_tensors": "*i64",
-        "p_owner": "*i32",
-        "p_targets": "*" + dtype if target == "FLAT" else "*i64",
-    }
+def map_chunks(op, dtype, add=False, alone=False, d=1, aligned=True):
+    """`alone`: for a list of one, which has no tables."""
+    pointers = {"p_weights": "*i64", "p_targets": "*i64", "p_tensors": "*i64", "p_owner": "*i32"}
+    if alone:
+        pointers = {"p_weights": "*" + dtype, "p_targets": "*" + dtype, "p_tensors": ("i64",) * chunks.FIELDS.value}
     constants = {
         "SETUP": FORMULAS[op].setup,
         "GRADIENT": FORMULAS[op].gradient,
-        "TARGET": getattr(chunks, target),
+        "ADD": add,
+        **({"p_owner": None} if alone else {}),
         **absent(op),
     }
     if op in ("l_inf", "kure"):
@@ -108,21 +101,17 @@ def variants(everything):
     """(kernel, op, dtype, variant, arguments of the function above)"""
     for dtype in DTYPES if everything else ("fp32", "bf16"):
         for op in REDUCE:
-            yield reduce_chunks, op, dtype, {}
+            yield reduce_list, op, dtype, {}
         for op in MAP:
             yield map_chunks, op, dtype, {}
             if everything:
-                yield map_chunks, op, dtype, {"target": "ADD"}
-        if dtype == accumulator(dtype):
-            for op in MERGE:
-                yield merge_chunks, op, dtype, {}
+                yield map_chunks, op, dtype, {"add": True}
     if everything:
         for dtype in ("fp32", "bf16"):
             for change in ({"d": 3}, {"aligned": False}):
-                yield reduce_chunks, "soft_min_max", dtype, change
+                yield reduce_list, "soft_min_max", dtype, change
                 yield map_chunks, "soft_min_max", dtype, change
-            yield map_chunks, "soft_min_max", dtype, {"target": "TABLE"}
-        yield merge_chunks, "soft_min_max", "fp32", {"d": 3}
+            yield map_chunks, "soft_min_max", dtype, {"alone": True}
 
 
 def compile_kernel(kernel, pointers, constants, dtype, architecture, **options):
@@ -136,7 +125,8 @@ def compile_kernel(kernel, pointers, constants, dtype, architecture, **options):
     divisible = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or name == "n_chunk"
+        if i not in kernel.do_not_specialize_on_alignment
+        and (name == "n_chunk" or isinstance(kind, str) and kind.startswith("*"))
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
     options = {"num_warps": chunks.WARPS, "enable_fp_fusion": True, **options}
@@ -169,7 +159,7 @@ def check(make, op, dtype, change, architecture):
     loads, wide_loads, stores, wide_stores = [
         kernel.count(prefix, contains, loop) for prefix in ("LDG", "STG") for contains in ("", ".128")
     ]
-    weights = wide_loads * 16 // DTYPES[dtype][1] // (2 if change.get("target") == "ADD" else 1)
+    weights = wide_loads * 16 // DTYPES[dtype][1] // (2 if change.get("add") else 1)
     return {
         "kernel": make.__name__,
         "op": op,

@@ -47,16 +47,10 @@ def tables(dtype, K=16, gradient=True):
     return scalar.interval_tables, {**TABLES, "p_cells": cells_of(K)}, {**constants, **types(dtype)}
 
 
-def map_scalars(dtype, K=16, gradient=False, aligned=True, target="FLAT"):
+def map_scalars(dtype, K=16, gradient=False, aligned=True):
     bucket = scalar.bucket_of(K)
-    constants = {
-        "GRADIENT": gradient,
-        "BUCKET": bucket,
-        "CELLS": scalar.cells_of(bucket),
-        "BLOCK": scalar.BLOCK,
-        "TARGET": getattr(chunks, target),
-    }
-    pointers = {**TABLES, "p_cells": cells_of(K), "p_targets": "*" + dtype if target == "FLAT" else "*i64"}
+    constants = {"GRADIENT": gradient, "BUCKET": bucket, "CELLS": scalar.cells_of(bucket), "BLOCK": scalar.BLOCK}
+    pointers = {**TABLES, "p_cells": cells_of(K), "p_targets": "*i64"}
     return (
         scalar.map_scalars,
         pointers,
@@ -112,18 +106,9 @@ def merge_sums(dtype, mode, d=1, K=16):
     )
 
 
-def map_rows(dtype, d=1, K=16, gradient=False, euclidean=True, target="FLAT"):
-    constants = {
-        "GRADIENT": gradient,
-        "EUCLIDEAN": euclidean,
-        "TARGET": getattr(chunks, target),
-        **({} if gradient else {"p_grads": None}),
-    }
-    return (
-        rows.map_rows,
-        {**TABLES, "p_targets": "*" + dtype if target == "FLAT" else "*i64"},
-        {**constants, **tile(dtype, d, K, False)},
-    )
+def map_rows(dtype, d=1, K=16, gradient=False, euclidean=True):
+    constants = {"GRADIENT": gradient, "EUCLIDEAN": euclidean, **({} if gradient else {"p_grads": None})}
+    return (rows.map_rows, {**TABLES, "p_targets": "*i64"}, {**constants, **tile(dtype, d, K, False)})
 
 
 def nearest(dtype, d=1, K=16):
@@ -150,7 +135,6 @@ def variants(everything):
         yield map_scalars, "fp32", {"K": K}
     yield map_scalars, "fp32", {"K": 256, "gradient": True}
     yield map_scalars, "fp32", {"aligned": False}
-    yield map_scalars, "fp32", {"target": "TABLE"}
     yield tables, "fp32", {"K": 4096, "gradient": False}
     for mode in (*modes[1:], "JACOBIAN"):
         yield cluster_sums, "fp32", {"mode": mode}
@@ -166,7 +150,7 @@ def variants(everything):
     yield merge_sums, "fp32", {"mode": "UPDATE", "d": 8}
     yield row_states, "fp32", {"mean": False}
     yield row_states, "fp32", {"d": 8, "last": True}
-    yield map_rows, "bf16", {"d": 3, "target": "TABLE"}
+    yield map_rows, "bf16", {"d": 3}
     yield nearest, "fp32", {}
     yield nearest, "bf16", {"d": 8, "K": 256}
 

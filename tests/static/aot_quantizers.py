@@ -72,7 +72,7 @@ def types(dtype, aligned=True):
     return constant(DT=DTYPES[dtype][0], ACC=DTYPES[accumulator(dtype)][0], ALIGNED=aligned)
 
 
-def quantize_chunks(formula, dtype, place="WHOLE", aligned=True, target="FLAT", alone=False):
+def quantize_chunks(formula, dtype, place="WHOLE", aligned=True, alone=False):
     name, backward, flag = FORMULAS[formula]
     low, high = CODES.get(formula.partition("_")[0], (0.0, 7.0))
     quantizer, wide = quantizers.QUANTIZERS[name], accumulator(dtype)
@@ -81,9 +81,9 @@ def quantize_chunks(formula, dtype, place="WHOLE", aligned=True, target="FLAT", 
     return channels.quantize_chunks, {
         "p_xs": weights,
         "p_gs": weights if backward else ("=", None),
-        "p_ys": "*" + dtype if target == "FLAT" else "*i64",
-        "p_tensors": "*i64",
-        "p_owner": "*i32",
+        "p_ys": weights,
+        "p_tensors": ("i64",) * chunks.FIELDS.value if alone else "*i64",
+        "p_owner": ("=", None) if alone else "*i32",
         "p_parameters": ("*" + wide,) * PARAMETERS.get(name, 1),
         "p_sums": "*" + wide if sums else ("=", None),
         **constant(
@@ -91,10 +91,8 @@ def quantize_chunks(formula, dtype, place="WHOLE", aligned=True, target="FLAT", 
             FORMULA=quantizer.bwd if backward else quantizer.fwd,
             SUMS=sums,
             FLAG=flag,
-            TARGET=getattr(chunks, target),
             LOW=low,
             HIGH=high,
-            ALONE=alone,
             PLACE=getattr(channels, place),
             BLOCK=block,
             UNROLL=unroll,
@@ -190,13 +188,12 @@ def merge_terms(names, dtype):
     return terms_kernels.merge_terms, {**terms(names, dtype), **constant(LANES=skeletons.MERGE_LANES)}
 
 
-def map_terms(names, dtype, target="FLAT", bits=4):
-    targets = "*" + dtype if target == "FLAT" else "*i64"
+def map_terms(names, dtype, bits=4):
     return terms_kernels.map_terms, {
         **terms(names, dtype, bits),
-        "p_targets": targets,
+        "p_targets": "*i64",
         **tiles(dtype),
-        **constant(TARGET=getattr(chunks, target)),
+        **constant(ADD=False),
     }
 
 
@@ -254,7 +251,7 @@ def variants(everything):
         for dtype in ("fp32", "bf16"):
             for formula in ("lsq_fwd", "lsq_bwd"):
                 for change in (
-                    {"alone": True, "target": "TABLE"},
+                    {"alone": True},
                     {"place": "RUNS"},
                     {"place": "RUNS", "aligned": False},
                     {"place": "SPREAD"},

@@ -1,11 +1,9 @@
 """DKM: the passes that algorithms/ iterates, over the weights, or for 16 bits on the CPU over the values they have."""
 
-from array import array
-
 import torch
 
 from ... import lists
-from .extension import Half, address
+from .extension import NO_TABLE, Half, pointer
 
 # weights of a 16-bit tensor from which on DKM works on its values
 TABLED = {"euclidean": 2**16, "sqeuclidean": 2**13}
@@ -37,15 +35,16 @@ class NativeClusterings(Half):
 
 
 class NativeDKM:
-    """The passes of `reference.DKM` over a list. `counts`: addresses of how many weights there are of each value."""
+    """The passes of `reference.DKM` over a list. `counts`: Table of how many weights there are of each value."""
 
-    def __init__(self, native, weights, tau, clusters, metric, d, layout, counts=None):
+    def __init__(self, native, weights, tau, clusters, metric, d, layout, counts=NO_TABLE):
         self.native, self.weights, self.clusters, self.geometry = native, weights, clusters, (d, layout)
         self.signed, self.device = metric == "euclidean" and d == 1, weights[0].device
-        self.listed, self.table, self.plan, self.tensors = native.listed(weights, d, layout, lists.row_plan)
+        self.listed, self.plan, self.tensors = native.listed(weights, d, layout, lists.row_plan)
+        (self.table,) = native.tables(self.tensors)
         self.metric = getattr(native.structs.Metric, metric)
         self.tau = None if tau is None else tau.contiguous()
-        self.sizes = lists.sizes(tuple(clusters), self.device)
+        self.sizes = lists.resident(tuple(clusters), torch.int32, self.device)
         self.counts, self.kept = counts, None  # kept: what `upstream` leaves for `recur`
 
     def _run(
@@ -56,10 +55,10 @@ class NativeDKM:
         upstream=None,
         moments=None,
         steps=1,
-        grads=None,
+        grads=NO_TABLE,
         out=None,
         out_moments=None,
-        target=0,
+        target=NO_TABLE,
         scratch=False,
     ):
         native, most, room = self.native, old.shape[-2], None
@@ -74,39 +73,39 @@ class NativeDKM:
             room = torch.empty(size, dtype=torch.uint8, device=self.device)
         old, fresh, upstream, moments = [None if t is None else t.contiguous() for t in (old, fresh, upstream, moments)]
         clusters = native.structs.Clusters(
-            size=self.sizes.data_ptr(), tau=address(self.tau), most=most, metric=self.metric
+            size=self.sizes.data_ptr(), tau=pointer(self.tau), most=most, metric=self.metric
         )
         device, queue = native.queue(self.device)
         native.passes[name](
             self.listed,
-            address(self.table),
+            self.table.address,
             device,
             queue,
             clusters=clusters,
-            old=address(old),
-            fresh=address(fresh),
-            upstream=address(upstream),
-            moments=address(moments),
+            old=pointer(old),
+            fresh=pointer(fresh),
+            upstream=pointer(upstream),
+            moments=pointer(moments),
             steps=steps,
-            grads=address(grads),
-            scratch=address(room),
-            kept=address(self.kept),
-            out=address(out),
-            out_moments=address(out_moments),
-            target=target,
-            counts=address(self.counts),
+            grads=grads.address,
+            scratch=pointer(room),
+            kept=pointer(self.kept),
+            out=pointer(out),
+            out_moments=pointer(out_moments),
+            target=target.address,
+            counts=self.counts.address,
         )
 
     def _incoming(self, grads):
-        """(table of addresses, what must be kept until the call is over) of gradients laid out as the weights"""
+        """(their Table, what must be kept until the call is over) of gradients, laid out as the weights"""
         if grads is None:
-            return None, None
+            return NO_TABLE, None
         grads = lists.like_weights(grads, self.tensors)
-        return self.native.table(grads), grads
+        return self.native.tables(grads)[0], grads
 
     def _map(self, name, *args, **options):
         made = lists.empty_gradients(self.weights, *self.geometry)
-        target, _targets = self.native.target(made, False)
+        (target,) = self.native.tables(made)
         self._run(name, *args, **options, target=target, scratch=self.native.on_gpu)
         return made
 
@@ -148,8 +147,8 @@ class NativeDKM:
             torch.empty(w.numel() // d, dtype=torch.uint8 if k <= 256 else torch.int32, device=self.device)
             for w, k in zip(self.weights, self.clusters, strict=True)
         ]
-        table = self.native.table(codes)
-        self._run("assign", centroids, target=address(table))
+        (target,) = self.native.tables(codes)
+        self._run("assign", centroids, target=target)
         return [lists.in_layout_order(code, w, d, layout) for code, w in zip(codes, self.weights, strict=True)]
 
 
@@ -163,16 +162,18 @@ class ValueDKM:
         least = TABLED[metric]
         self.tabled = [i for i, w in enumerate(weights) if w.numel() >= least]
         of = [self.tensors[i] for i in self.tabled]
-        self.listed, self.table, self.plan, _ = native.listed(of, 1, "output", lists.row_plan)
+        self.listed, self.plan, of = native.listed(of, 1, "output", lists.row_plan)
+        (self.table,) = native.tables(of)
         self.most = native.contract["half_values"]
         self.slots = torch.empty(len(of), self.most, dtype=torch.uint16, device="cpu")
         values, self.counts = torch.empty(2, len(of), self.most, dtype=torch.float32, device="cpu")
         self.sizes = torch.empty(len(of), dtype=torch.int64, device="cpu")
         self._call(native.library.dkm_collect, values=values, counts=self.counts)
         self.values = [w if w.numel() >= least else w.float() for w in self.tensors]
-        counts = array("q", [0] * len(weights))
+        counts = [None] * len(weights)
         for row, (i, size) in enumerate(zip(self.tabled, self.sizes.tolist(), strict=True)):
-            self.values[i], counts[i] = values[row, :size], self.counts[row].data_ptr()
+            self.values[i], counts[i] = values[row, :size], self.counts[row]
+        (counts,) = native.tables(counts)
         self.inner = NativeDKM(native, self.values, tau, clusters, metric, 1, "output", counts)
         self.signed, self.clusters = self.inner.signed, clusters
         self.update, self.jacobian = self.inner.update, self.inner.jacobian
@@ -180,24 +181,24 @@ class ValueDKM:
     def _call(self, function, values=None, counts=None, grads=None, sums=None, shift=None, factor=None, targets=None):
         """`grads`, `shift`, `factor` and `targets` are lists of a tensor for each weight."""
         grads, shift, factor, targets = [
-            None if ts is None else self.native.table([ts[i] for i in self.tabled])
+            NO_TABLE if ts is None else self.native.tables([ts[i] for i in self.tabled])[0]
             for ts in (grads, shift, factor, targets)
         ]
         device, queue = self.native.queue(self.weights[0].device)
         function(
             self.listed,
-            address(self.table),
+            self.table.address,
             device,
             queue,
             slots=self.slots.data_ptr(),
-            values=address(values),
-            counts=address(counts),
+            values=pointer(values),
+            counts=pointer(counts),
             sizes=self.sizes.data_ptr(),
-            grads=address(grads),
-            sums=address(sums),
-            shift=address(shift),
-            factor=address(factor),
-            targets=address(targets),
+            grads=grads.address,
+            sums=pointer(sums),
+            shift=shift.address,
+            factor=factor.address,
+            targets=targets.address,
         )
 
     def _spread(self, shift, factor=None, grads=None):

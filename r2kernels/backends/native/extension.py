@@ -1,11 +1,13 @@
 """The only caller of `_C`: its two halves, what describes a list of tensors to them, addresses, and where a call runs.
 
-Every op of a half is called as (list, address of the table of its tensors' addresses, device, queue), and by name what
-csrc/contract.h has it take: 0 for the address of what is not there.
+Every op of a half is called as (list, table of its tensors' addresses, device, queue), and by name what csrc/contract.h
+has it take: 0 for the address of what is not there.
 """
 
 import importlib
+import itertools
 from array import array
+from typing import NamedTuple
 
 import torch
 
@@ -56,11 +58,6 @@ def pointer(tensor):
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def address(table):
-    """Of a table of addresses, as `Half.table` makes it; 0 for None."""
-    return table.buffer_info()[0] if type(table) is array else pointer(table)
-
-
 def described(structs, plan, dtype):
     """The `List` of a plan, made once: it says of the tensors all but where they lie."""
     found = _lists.get((id(plan), dtype))
@@ -74,16 +71,27 @@ def described(structs, plan, dtype):
             torch.float16: structs.Dtype.f16,
         }
         made = structs.List(
-            tensors=plan.tensors.data_ptr(),
-            owner=plan.owner.data_ptr(),
+            tensors=pointer(plan.tensors),
+            owner=pointer(plan.owner),
             count=plan.count,
             chunks=plan.chunks,
             chunk=plan.chunk,
             d=plan.d,
             dtype=dtypes[dtype],
+            alone=structs.Tensor(*plan.alone),
         )
         found = _lists[id(plan), dtype] = plan, made
     return found[1]
+
+
+class Table(NamedTuple):
+    """What an op is given for addresses of tensors: where their table lies, or on a GPU the address of the only one."""
+
+    address: int
+    kept: object  # until the call is over
+
+
+NO_TABLE = Table(0, None)
 
 
 class Half:
@@ -100,20 +108,22 @@ class Half:
             return index, torch._C._cuda_getCurrentRawStream(index)
         return 0, torch.get_num_threads()
 
-    def table(self, tensors):
-        """The addresses of tensors, where a kernel can read them; to be kept until the call is over."""
-        return lists.device_table(tensors, tensors[0].device) if self.on_gpu else lists.host_table(tensors)
+    def tables(self, *groups):
+        """For each group of tensors, of which some may be None, a `Table`."""
+        rows = [array("q", map(pointer, tensors)) for tensors in groups]
+        if not self.on_gpu:
+            return [Table(row.buffer_info()[0], row) for row in rows]
+        if max(map(len, rows)) == 1:
+            return [Table(row[0], None) for row in rows]
+        device = next(t.device for tensors in groups for t in tensors if t is not None)
+        room = torch.empty(sum(map(len, rows)), dtype=torch.int64, device=device)
+        every = array("q", itertools.chain(*rows))
+        self.library.write_words(every.buffer_info()[0], len(every), room.data_ptr(), *self.queue(device))
+        begins = itertools.accumulate(map(len, rows[:-1]), initial=0)
+        return [Table(room.data_ptr() + 8 * begin, room) for begin in begins]
 
     def listed(self, weights, d, layout, plan_of=lists.plan):
-        """(the List, the table of its addresses, the plan, the tensors that lie there)"""
+        """(the List, the plan, the tensors whose addresses it is to be called with)"""
         tensors, runs = lists.dense(weights, d, layout)
         plan = plan_of(tensors, runs, d, tensors[0].device)
-        return described(self.structs, plan, tensors[0].dtype), self.table(tensors), plan, tensors
-
-    def target(self, gradients, add):
-        """(the address that a kernel is given for them, what must be kept until the call is over): of the flat tensor
-        on a GPU, or of a table on the CPU and where they are added to what is there."""
-        if self.on_gpu and not add:
-            return gradients[0].data_ptr(), None
-        table = self.table(gradients)
-        return address(table), table
+        return described(self.structs, plan, tensors[0].dtype), plan, tensors

@@ -5,7 +5,7 @@ import torch
 from ... import lists
 from ...contract import DOREFA, EWGS, LSQ, PACT
 from .. import launchers
-from .extension import Half, address, described
+from .extension import NO_TABLE, Half, described, pointer
 
 
 def functions(library):
@@ -41,8 +41,7 @@ class NativeQuantizers(launchers.Quantizers, Half):
             if self.on_gpu:
                 sums = self.contract["quantizer_sums"]
                 partial = torch.empty(plan.chunks, sums, dtype=torch.float64, device=device)
-        table, grads = self.table(tensors), None if gs is None else self.table(gs)
-        target, _targets = self.target(made, False)
+        table, targets, grads = (*self.tables(tensors, made, *(() if gs is None else (gs,))), NO_TABLE)[:3]
         parameters = [p.contiguous() for p in parameters]
         first, second, third = (*parameters, None, None)[:3]
         low, high = codes or (0, 2**bits - 1)
@@ -50,20 +49,20 @@ class NativeQuantizers(launchers.Quantizers, Half):
         device, queue = self.queue(device)
         function(
             described(self.structs, plan, xs[0].dtype),
-            address(table),
+            table.address,
             device,
             queue,
-            first=address(first),
-            second=address(second),
-            third=address(third),
+            first=pointer(first),
+            second=pointer(second),
+            third=pointer(third),
             bits=bits,
             low=low,
             high=high,
             flag=flag,
-            grads=address(grads),
-            partial=address(partial),
-            target=target,
-            first_gradient=address(first_gradient),
-            second_gradient=address(second_gradient),
+            grads=grads.address,
+            partial=pointer(partial),
+            target=targets.address,
+            first_gradient=pointer(first_gradient),
+            second_gradient=pointer(second_gradient),
         )
         return made

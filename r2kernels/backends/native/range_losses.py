@@ -5,7 +5,7 @@ import torch
 from ... import lists
 from ...contract import L_INF, MARGIN, SOFT_EXTREMA, SOFT_MIN_MAX
 from .. import launchers
-from .extension import Half, address, pointer
+from .extension import Half, pointer
 
 
 def functions(library):
@@ -20,14 +20,15 @@ def functions(library):
 
 class NativeRangeLosses(launchers.RangeLosses, Half):
     def _reduce(self, op, weights, parameters, d, layout, loss, saved, alpha_grad):
-        listed, table, plan, _tensors = self.listed(weights, d, layout)
+        listed, plan, tensors = self.listed(weights, d, layout)
+        (table,) = self.tables(tensors)
         first, second = (*parameters, None, None)[:2]
         partial = torch.empty(plan.chunks, self.state, dtype=loss.dtype, device=loss.device)
         device, queue = self.queue(loss.device)
         forward, _ = self.losses[op.name]
         forward(
             listed,
-            address(table),
+            table.address,
             device,
             queue,
             first=pointer(first),
@@ -39,16 +40,16 @@ class NativeRangeLosses(launchers.RangeLosses, Half):
             bits=0,
         )
 
-    def _map(self, op, grad, weights, parameters, saved, d, layout, out, learned):
-        listed, table, _, _tensors = self.listed(weights, d, layout)
+    def _map(self, op, grad, weights, parameters, saved, d, layout, out, needed, learned):
+        listed, _, tensors = self.listed(weights, d, layout)
         first, second = (*parameters, None, None)[:2]
-        gradients = lists.empty_gradients(weights, d, layout) if out is None else out
-        target, _targets = self.target(gradients, out is not None)
+        gradients = lists.empty_gradients(weights, d, layout, needed) if out is None else out
+        table, targets = self.tables(tensors, gradients)
         device, queue = self.queue(grad.device)
         _, backward = self.losses[op.name]
         backward(
             listed,
-            address(table),
+            table.address,
             device,
             queue,
             grad=grad.data_ptr(),
@@ -56,7 +57,7 @@ class NativeRangeLosses(launchers.RangeLosses, Half):
             first=pointer(first),
             second=pointer(second),
             saved=saved.data_ptr(),
-            target=target,
+            target=targets.address,
             add=out is not None,
             parameter_gradient=pointer(learned),
             bits=0,

@@ -6,7 +6,7 @@ import torch
 from ... import lists
 from ...contract import BY_NAME, KURE, PARTIAL_L2, TERMS, WEIGHT_STATS, accumulator, tensors_of_term
 from .. import launchers
-from .extension import Half, address, pointer
+from .extension import Half, pointer
 
 _CODE = {name: i for i, name in enumerate(TERMS)}
 
@@ -19,7 +19,8 @@ def functions(library):
 class NativeRegularizers(launchers.Regularizers, Half):
     def terms_fwd(self, weights, names, parameters, bits, flags):
         plan_of = lists.plan if len(names) == 1 else lists.short_plan
-        listed, table, plan, _tensors = self.listed(weights, 1, "output", plan_of)
+        listed, plan, tensors = self.listed(weights, 1, "output", plan_of)
+        (table,) = self.tables(tensors)
         device, wide = weights[0].device, accumulator(weights[0].dtype)
         arguments, losses, states, partials = [], [], [], []
         for name, (first, second), width, flag in zip(names, _given(names, parameters), bits, flags, strict=True):
@@ -45,13 +46,14 @@ class NativeRegularizers(launchers.Regularizers, Half):
             losses.append(loss)
             states.append(saved)
         codes = [_CODE[name] for name in names]
-        self.library.terms_fwd(listed, address(table), *self.queue(device), term=codes, of=arguments)
+        self.library.terms_fwd(listed, table.address, *self.queue(device), term=codes, of=arguments)
         return losses, states
 
     def _sampled_std(self, weights, out):
-        listed, table, _, _tensors = self.listed(weights, 1, "output")
+        listed, _, tensors = self.listed(weights, 1, "output")
+        (table,) = self.tables(tensors)
         nothing = dict(first=0, second=0, flag=False, partial=0, saved=0, bits=0)
-        self.library.sampled_std_fwd(listed, address(table), *self.queue(out.device), out=out.data_ptr(), **nothing)
+        self.library.sampled_std_fwd(listed, table.address, *self.queue(out.device), out=out.data_ptr(), **nothing)
 
     def _rank(self, listed, table, plan, rank, theta):
         """The rank[t]-th smallest |w| of each tensor into `theta`."""
@@ -61,17 +63,17 @@ class NativeRegularizers(launchers.Regularizers, Half):
         rank = rank.contiguous()
         self.library.rank(
             listed,
-            address(table),
+            table.address,
             *self.queue(theta.device),
             rank=rank.data_ptr(),
             theta=theta.data_ptr(),
             scratch=pointer(scratch),
         )
 
-    def terms_bwd(self, grads, weights, names, parameters, bits, flags, saved, out=None):
-        listed, table, _, _tensors = self.listed(weights, 1, "output")
-        gradients = lists.empty_gradients(weights) if out is None else out
-        target, _targets = self.target(gradients, out is not None)
+    def terms_bwd(self, grads, weights, names, parameters, bits, flags, saved, out=None, needed=None):
+        listed, _, tensors = self.listed(weights, 1, "output")
+        gradients = lists.empty_gradients(weights, needed=needed) if out is None else out
+        table, targets = self.tables(tensors, gradients)
         arguments, of_parameters = [], []
         for grad, name, (first, second), width, kept in zip(
             grads, names, _given(names, parameters), bits, saved, strict=True
@@ -87,14 +89,14 @@ class NativeRegularizers(launchers.Regularizers, Half):
                     first=pointer(kept if name == PARTIAL_L2.name else first),
                     second=pointer(second),
                     saved=kept.data_ptr(),
-                    target=target,
+                    target=targets.address,
                     add=out is not None,
                     parameter_gradient=pointer(learned),
                     bits=width,
                 )
             )
         codes = [_CODE[name] for name in names]
-        self.library.terms_bwd(listed, address(table), *self.queue(weights[0].device), term=codes, of=arguments)
+        self.library.terms_bwd(listed, table.address, *self.queue(weights[0].device), term=codes, of=arguments)
         return gradients, of_parameters
 
 

@@ -5,19 +5,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .chunks import (
-    ALIGN,
-    FIELDS,
-    FIRST_CHUNK,
-    FIRST_COLUMN,
-    N_COLUMNS,
-    N_ELEMENTS,
-    N_ROWS,
-    RUN,
-    target_of_tensor,
-    tensor_pointer,
-    zero_gap,
-)
+from .chunks import ALIGN, FIRST_CHUNK, FIRST_COLUMN, N_COLUMNS, N_ROWS, RUN, field, owner, tensor_pointer
 
 # How the rows of a channel lie: it is the whole tensor; dense; in runs apart; so, and there may be more than 2^31 rows.
 WHOLE, RUNS, SPREAD, HUGE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -54,16 +42,16 @@ def advance_pointer(p, by, ALIGNED: tl.constexpr):
 
 @triton.jit
 def channel_chunk_of_program(i, p_tensors, p_owner, n_chunk, PLACE: tl.constexpr):
-    """Of chunk i: (tensor, its fields, channel, channels, first row, rows, run, elements before the first row of the
-    chunk, or of the channel where that is spread)"""
-    t = tl.load(p_owner + i)
-    p = p_tensors + t * FIELDS
-    j, rows, run, columns = i - tl.load(p + FIRST_CHUNK), tl.load(p + N_ROWS), tl.load(p + RUN), tl.load(p + N_COLUMNS)
+    """Of chunk i: (tensor, channel, channels, first row, rows, run, elements before the first row of the chunk, or of
+    the channel where that is spread)"""
+    t = owner(p_owner, i)
+    j, rows = i - field(p_tensors, t, FIRST_CHUNK), field(p_tensors, t, N_ROWS)
+    run, columns = field(p_tensors, t, RUN), field(p_tensors, t, N_COLUMNS)
     if PLACE == WHOLE:
-        return t, p, j * 0, columns, j * n_chunk, rows, run, j * n_chunk
+        return t, j * 0, columns, j * n_chunk, rows, run, j * n_chunk
     else:
         c, start = j % columns, j // columns * n_chunk
-        return t, p, c, columns, start, rows, run, c * run + (start if PLACE == RUNS else 0)
+        return t, c, columns, start, rows, run, c * run + (start if PLACE == RUNS else 0)
 
 
 @triton.jit
@@ -157,8 +145,6 @@ def quantize_chunks(
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     FLAG: tl.constexpr,
-    TARGET: tl.constexpr,
-    ALONE: tl.constexpr,
     PLACE: tl.constexpr,
     DT: tl.constexpr,
     ACC: tl.constexpr,
@@ -168,11 +154,10 @@ def quantize_chunks(
 ):
     """One program per chunk: FORMULA of every element, to where the targets lie, and the chunk's sums."""
     i = tl.program_id(0)
-    t, p_tensor, c, columns, start, n, run, before = channel_chunk_of_program(i, p_tensors, p_owner, n_chunk, PLACE)
+    t, c, columns, start, n, run, before = channel_chunk_of_program(i, p_tensors, p_owner, n_chunk, PLACE)
     WITH_G: tl.constexpr = p_gs is not None
-    p = tensor_pointer(p_xs, t, DT, ALIGNED, ALONE)
-    p_y, end = target_of_tensor(p_ys, p_tensor, t, tl.load(p_tensor + N_ELEMENTS), TARGET, DT, ALIGNED)
-    p_g = tensor_pointer(p_gs, t, DT, ALIGNED, ALONE) if WITH_G else p
+    p, p_y = tensor_pointer(p_xs, t, DT, ALIGNED), tensor_pointer(p_ys, t, DT, ALIGNED)
+    p_g = tensor_pointer(p_gs, t, DT, ALIGNED) if WITH_G else p
     sums = ()
     for _ in tl.static_range(SUMS):
         sums += (tl.zeros([BLOCK], ACC),)
@@ -182,7 +167,7 @@ def quantize_chunks(
         Span(advance_pointer(p_g, before, ALIGNED), start, run, stride, PLACE),
         Span(advance_pointer(p_y, before, ALIGNED), start, run, stride, PLACE),
         tl.minimum(n - start, n_chunk).to(tl.int32),
-        SETUP(p_parameters, tl.load(p_tensor + FIRST_COLUMN) + c),
+        SETUP(p_parameters, field(p_tensors, t, FIRST_COLUMN) + c),
         sums,
         FORMULA,
         LOW,
@@ -195,8 +180,6 @@ def quantize_chunks(
     )
     for s in tl.static_range(SUMS):
         tl.store(p_sums + i.to(tl.int64) * SUMS + s, tl.sum(sums[s], 0))
-    if (c == columns - 1) & (start + n_chunk >= n):
-        zero_gap(p_y, n * columns, end)
 
 
 @triton.jit
@@ -215,8 +198,6 @@ def quantize_columns(
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     FLAG: tl.constexpr,
-    TARGET: tl.constexpr,
-    ALONE: tl.constexpr,
     DT: tl.constexpr,
     ACC: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -227,27 +208,23 @@ def quantize_columns(
     """One program for COLUMNS short channels of EACH numbers (WIDTH: the power of two above), one behind the other:
     FORMULA of every element, and the gradients of the channels' parameters."""
     i = tl.program_id(0)
-    t = tl.load(p_owner + i)
-    p_tensor = p_tensors + t * FIELDS
-    columns, first = tl.load(p_tensor + N_COLUMNS), (i - tl.load(p_tensor + FIRST_CHUNK)) * COLUMNS
+    t = owner(p_owner, i)
+    columns, first = field(p_tensors, t, N_COLUMNS), (i - field(p_tensors, t, FIRST_CHUNK)) * COLUMNS
     c, o = first + tl.arange(0, COLUMNS), tl.arange(0, WIDTH)
     m = (c < columns)[:, None] if EACH == WIDTH else (c < columns)[:, None] & (o < EACH)[None, :]
     at = (first * EACH) + (tl.arange(0, COLUMNS) * EACH)[:, None] + o[None, :]
-    x = tl.load(tensor_pointer(p_xs, t, DT, ALIGNED, ALONE) + at, mask=m)
-    g = x if p_gs is None else tl.load(tensor_pointer(p_gs, t, DT, ALIGNED, ALONE) + at, mask=m)
-    column = tl.load(p_tensor + FIRST_COLUMN) + tl.minimum(c, columns - 1)
+    x = tl.load(tensor_pointer(p_xs, t, DT, ALIGNED) + at, mask=m)
+    g = x if p_gs is None else tl.load(tensor_pointer(p_gs, t, DT, ALIGNED) + at, mask=m)
+    column = field(p_tensors, t, FIRST_COLUMN) + tl.minimum(c, columns - 1)
     y, terms = FORMULA(x.to(ACC), g.to(ACC), SETUP(p_parameters, column[:, None]), LOW, HIGH, FLAG)
-    p_y, end = target_of_tensor(p_ys, p_tensor, t, tl.load(p_tensor + N_ELEMENTS), TARGET, DT, ALIGNED)
-    tl.store(p_y + at, y.to(DT), mask=m)
+    tl.store(tensor_pointer(p_ys, t, DT, ALIGNED) + at, y.to(DT), mask=m)
     if SUMS > 0:
         totals = ()
         for s in tl.static_range(SUMS):
             totals += (tl.sum(tl.where(m, terms[s], 0), 1).to(tl.float64),)
-        gradients = FINISH(totals, p_parameters, column, c < columns, tl.load(p_tensor + N_ROWS).to(tl.float64), HIGH)
+        gradients = FINISH(totals, p_parameters, column, c < columns, field(p_tensors, t, N_ROWS).to(tl.float64), HIGH)
         for s in tl.static_range(len(p_gradients)):
             tl.store(p_gradients[s] + column, gradients[s], mask=c < columns)
-    if first + COLUMNS >= columns:
-        zero_gap(p_y, columns * EACH, end)
 
 
 @triton.jit
@@ -265,9 +242,9 @@ def merge_columns(
 ):
     """Program (t, j): from the sums of their chunks, in float64 and in a fixed order, the gradients of the parameters
     of a few channels of tensor t."""
-    p_tensor = p_tensors + tl.program_id(0).to(tl.int64) * FIELDS
-    rows, first = tl.load(p_tensor + N_ROWS), tl.load(p_tensor + FIRST_CHUNK)
-    columns, first_column = tl.load(p_tensor + N_COLUMNS), tl.load(p_tensor + FIRST_COLUMN)
+    t = tl.program_id(0).to(tl.int64)
+    rows, first = field(p_tensors, t, N_ROWS), field(p_tensors, t, FIRST_CHUNK)
+    columns, first_column = field(p_tensors, t, N_COLUMNS), field(p_tensors, t, FIRST_COLUMN)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     m_c = c < columns
     sums = ()

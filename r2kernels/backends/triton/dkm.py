@@ -7,9 +7,11 @@ from . import dkm_rows_kernels as dkm_rows
 from . import dkm_scalar_kernels as dkm_scalar
 from . import dkm_sums_kernels as dkm_sums
 from .dkm_sums_kernels import JACOBIAN, RECUR, UPDATE, UPSTREAM
-from .launch import OPTIONS, current, types
+from .launch import OPTIONS, current, fields, launch, types
 
 PARTIAL = 2**24  # partial sums at once; where there are more, one group of centroids follows the other
+STATES = 2**25  # numbers of rows at once, where they are needed for several tiles of centroids; of more in windows
+WINDOW = 1024  # rows: a window has a multiple of it
 MERGED = 8  # centroids that a program merges
 
 
@@ -31,8 +33,8 @@ class TritonDKM:
         self.euclidean, self.signed = metric == "euclidean", metric == "euclidean" and d == 1
         self.device, self.types = weights[0].device, types(weights[0].dtype)
         self.tensors, self.runs = lists.dense(weights, d, layout)
-        self.table = lists.device_table(self.tensors, self.device)
-        self.count, self.sizes = len(clusters), lists.sizes(tuple(clusters), self.device)
+        (self.table,) = launcher._tables(self.tensors)
+        self.count, self.sizes = len(clusters), lists.resident(tuple(clusters), torch.int32, self.device)
         self.scaled = not self.signed and tau.dtype == torch.float32
         self.unit = unit_of(tau, not self.euclidean) if self.scaled else torch.ones_like(tau)
         self.tau = (tau * self.unit * (1 if self.euclidean else self.unit)).contiguous()
@@ -73,21 +75,13 @@ class TritonDKM:
             torch.empty(w.numel() // d, dtype=torch.uint8 if k <= 256 else torch.int32, device=self.device)
             for w, k in zip(self.weights, self.clusters, strict=True)
         ]
-        table, plan = lists.device_table(codes, self.device), self._rows()
+        (targets,), plan, most = self.launcher._tables(codes), self._rows(), centroids.shape[1]
+        c = self._lengths(centroids, self.unit).contiguous()
+        constants = {"ALIGNED": lists.is_aligned(self.tensors), **self._tile(most, False)}
         with current(self.device):
-            dkm_rows.nearest_centroids[(plan.chunks,)](
-                self.table,
-                table,
-                plan.tensors,
-                plan.owner,
-                self.unit,
-                self.sizes,
-                self._lengths(centroids, self.unit).contiguous(),
-                plan.chunk,
-                centroids.shape[1],
-                ALIGNED=lists.is_aligned(self.tensors),
-                **self._tile(centroids.shape[1], False),
-            )
+            nearest = launch(dkm_rows.nearest_centroids, **constants)
+            given = self.unit, self.sizes, c, plan.chunk, most
+            nearest((plan.chunks,), self.table, targets, fields(plan), plan.owner, *given)
         return codes
 
     def _lengths(self, c, unit):
@@ -111,109 +105,70 @@ class TritonDKM:
         if grads is None:
             return None, ()
         grads = lists.like_weights(grads, self.tensors)
-        return lists.device_table(grads, self.device), grads
+        return self.launcher._tables(grads)[0], grads
 
     def _sum(self, mode, c, new=None, u=None, moments=None, grads=None, out=None, out_moments=None):
         most, n_moments = c.shape[-2], 1 if moments is None else moments.shape[-1]
         c, new, u, moments = self._given(c, new, u, moments)
         table, grads = self._incoming(grads)
         plan, sums, maps = self._rows(), self._tile(most, True), self._tile(most, False)
-        fields, J = dkm_sums.sums_of_mode(mode.value, self.geometry[0], self.signed), sums["J"]
-        tiles, beside = -(-most // J), -(-most // fields) if mode is JACOBIAN else 1
-        group = min(max(PARTIAL // (plan.chunks * beside * fields * J), 1), tiles)
-        partial = torch.empty(plan.chunks * beside * fields * group * J, dtype=c.dtype, device=self.device)
+        each, J = dkm_sums.sums_of_mode(mode.value, self.geometry[0], self.signed), sums["J"]
+        tiles, beside = -(-most // J), -(-most // each) if mode is JACOBIAN else 1
+        group = min(max(PARTIAL // (plan.chunks * beside * each * J), 1), tiles)
+        partial = torch.empty(plan.chunks * beside * each * group * J, dtype=c.dtype, device=self.device)
         about = {
             "WITH_G": table is not None,
             "EUCLIDEAN": self.euclidean,
             "ALIGNED": lists.is_aligned([*self.tensors, *grads]),
         }
-        problem = self.table, table, plan.tensors, plan.owner, self.tau, self.unit, self.sizes, c, new, u, moments
-        planes, states = 0, None
+        problem = self.table, table, fields(plan), plan.owner, self.tau, self.unit, self.sizes, c, new, u, moments
+        planes, states, window = 0, None, plan.chunk
+        if tiles > 1:
+            planes = 2 if mode is not RECUR else 3 if table is None else 3 + self.geometry[0]
+            window = min(max(STATES // (plan.chunks * planes * WINDOW), 1) * WINDOW, plan.chunk)
+            states = torch.empty(plan.chunks * planes * window, dtype=c.dtype, device=self.device)
         with current(self.device):
-            if tiles > 1:
-                planes = 2 if mode is not RECUR else 3 if table is None else 3 + self.geometry[0]
-                states = torch.empty(plan.chunks * planes * plan.chunk, dtype=c.dtype, device=self.device)
-                dkm_sums.row_states[(plan.chunks,)](
-                    *problem, states, plan.chunk, most, n_moments, PLANES=planes, MEAN=mode is RECUR, **about, **maps
-                )
+            read = launch(dkm_sums.row_states, PLANES=planes, MEAN=mode is RECUR, **about, **maps)
+            add = launch(dkm_sums.cluster_sums, MODE=mode, PLANES=planes, SUMS=each, **about, **sums)
+            merge = launch(
+                dkm_sums.merge_sums,
+                MODE=mode,
+                SIGNED=self.signed,
+                SUMS=each,
+                ACC=self.types["ACC"],
+                D=self.geometry[0],
+                J=J,
+                COLUMNS=MERGED,
+                LANES=128 if each <= 5 else 32,
+                **OPTIONS,
+            )
             for first in range(0, tiles, group):
                 width = min(group, tiles - first) * J
-                dkm_sums.cluster_sums[(plan.chunks, width // J, beside)](
-                    *problem,
-                    states,
-                    partial,
-                    plan.chunk,
-                    most,
-                    n_moments,
-                    first,
-                    width,
-                    MODE=mode,
-                    PLANES=planes,
-                    SUMS=fields,
-                    **about,
-                    **sums,
-                )
-                dkm_sums.merge_sums[(self.count, -(-width // MERGED), beside)](
-                    partial,
-                    plan.tensors,
-                    self.tau,
-                    self.sizes,
-                    c,
-                    out,
-                    out_moments,
-                    plan.chunk,
-                    most,
-                    first,
-                    width,
-                    MODE=mode,
-                    SIGNED=self.signed,
-                    SUMS=fields,
-                    ACC=self.types["ACC"],
-                    D=self.geometry[0],
-                    J=J,
-                    COLUMNS=MERGED,
-                    LANES=128 if fields <= 5 else 32,
-                    **OPTIONS,
-                )
+                for row in range(0, plan.chunk, window):
+                    if tiles > 1 and (first == 0 or window < plan.chunk):
+                        read((plan.chunks,), *problem, states, plan.chunk, most, n_moments, row, window)
+                    place = plan.chunk, most, n_moments, first, width, row, window
+                    add((plan.chunks, width // J, beside), *problem, states, partial, *place)
+                given = self.tau, self.sizes, c, out, out_moments, plan.chunk, most, first, width
+                merge((self.count, -(-width // MERGED), beside), partial, fields(plan), *given)
 
     def _map(self, steps, c, new, u=None, moments=None, grads=None):
         """What is written like the weights: W_hat, or with `grads` dL/dW summed over the iterations."""
         most, n_moments = c.shape[-2], 1 if moments is None else moments.shape[-1]
         c, new, u, moments = self._given(c, new, u, moments)
         table, grads = self._incoming(grads)
-        made, targets, target = self.launcher._targets(self.weights, *self.geometry)
-        about = {
-            "GRADIENT": table is not None,
-            "TARGET": target,
-            "ALIGNED": lists.is_aligned([*self.tensors, *grads, *made]),
-        }
+        made = lists.empty_gradients(self.weights, *self.geometry)
+        (targets,) = self.launcher._tables(made)
+        about = {"GRADIENT": table is not None, "ALIGNED": lists.is_aligned([*self.tensors, *grads, *made])}
         with current(self.device):
             if self.signed:
                 self._map_scalars(table, targets, steps, (c, new, u, moments), n_moments, about)
             else:
                 plan = self._rows()
-                dkm_rows.map_rows[(plan.chunks,)](
-                    self.table,
-                    table,
-                    targets,
-                    plan.tensors,
-                    plan.owner,
-                    self.tau,
-                    self.unit,
-                    self.sizes,
-                    c,
-                    new,
-                    u,
-                    moments,
-                    plan.chunk,
-                    most,
-                    n_moments,
-                    steps,
-                    self.count,
-                    EUCLIDEAN=self.euclidean,
-                    **about,
-                    **self._tile(most, False),
-                )
+                rows = launch(dkm_rows.map_rows, EUCLIDEAN=self.euclidean, **about, **self._tile(most, False))
+                problem = self.table, table, targets, fields(plan), plan.owner, self.tau, self.unit, self.sizes
+                numbers = plan.chunk, most, n_moments, steps, self.count
+                rows((plan.chunks,), *problem, c, new, u, moments, *numbers)
         return made
 
     def _map_scalars(self, table, targets, steps, arrays, n_moments, about):
@@ -230,40 +185,17 @@ class TritonDKM:
             "ACC": self.types["ACC"],
             **OPTIONS,
         }
-        dkm_scalar.interval_tables[(jobs, bucket // dkm_scalar.INTERVALS)](
-            *arrays,
-            self.tau,
-            self.sizes,
-            records,
-            before,
-            headers,
-            self.count,
-            most,
-            n_moments,
-            INTERVALS=dkm_scalar.INTERVALS,
-            LANES=dkm_scalar.LANES,
-            **constants,
-        )
+        shape = {"INTERVALS": dkm_scalar.INTERVALS, "LANES": dkm_scalar.LANES}
+        tables = records, before, headers
+        given = self.tau, self.sizes, *tables, self.count, most, n_moments
+        fill = launch(dkm_scalar.interval_tables, **shape, **constants)
+        fill((jobs, bucket // dkm_scalar.INTERVALS), *arrays, *given)
         plan = lists.plan(self.tensors, None, 1, self.device)
-        dkm_scalar.map_scalars[(plan.chunks,)](
-            self.table,
-            table,
-            targets,
-            plan.tensors,
-            plan.owner,
-            records,
-            before,
-            headers,
-            plan.chunk,
-            steps,
-            self.count,
-            BLOCK=dkm_scalar.BLOCK,
-            DT=self.types["DT"],
-            TARGET=about["TARGET"],
-            ALIGNED=about["ALIGNED"],
-            maxnreg=dkm_scalar.most_registers(about["GRADIENT"], c.dtype == torch.float64),
-            **constants,
-        )
+        shape = {"BLOCK": dkm_scalar.BLOCK, "DT": self.types["DT"], "ALIGNED": about["ALIGNED"]}
+        registers = dkm_scalar.most_registers(about["GRADIENT"], c.dtype == torch.float64)
+        scalars = launch(dkm_scalar.map_scalars, maxnreg=registers, **shape, **constants)
+        problem = self.table, table, targets, fields(plan), plan.owner
+        scalars((plan.chunks,), *problem, *tables, plan.chunk, steps, self.count)
 
 
 def assign_fwd(launcher, weights, centroids, clusters, d, layout):

@@ -15,17 +15,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .chunks import (
-    FIELDS,
-    N_ELEMENTS,
-    PROPAGATE,
-    SEGMENT,
-    WARPS,
-    chunk_of_program,
-    target_of_tensor,
-    tensor_pointer,
-    zero_gap,
-)
+from .chunks import EDGE, N_ELEMENTS, PROPAGATE, WARPS, chunk_of_program, field, tensor_pointer
 from .dkm_scalar_kernels import reciprocal
 from .range_losses_kernels import LOG2E
 
@@ -237,9 +227,9 @@ def add_row_gradient(b_w, b_g, total, centroids, scale_of_Q, WITH_G: tl.constexp
 def copy_leftovers(p_from, p_to, start, end, D: tl.constexpr, DT: tl.constexpr):
     """The numbers that are left over: fewer than D, behind the rows."""
     while start < end:
-        o = start + tl.arange(0, SEGMENT)
+        o = start + tl.arange(0, EDGE)
         tl.store(p_to + o, tl.load(p_from + o, mask=o < end), mask=o < end)
-        start += SEGMENT
+        start += EDGE
 
 
 @triton.jit(do_not_specialize=["n_most", "n_moments", "n_steps", "n_tensors"])
@@ -263,7 +253,6 @@ def map_rows(
     n_tensors,
     GRADIENT: tl.constexpr,
     EUCLIDEAN: tl.constexpr,
-    TARGET: tl.constexpr,
     DT: tl.constexpr,
     ACC: tl.constexpr,
     D: tl.constexpr,
@@ -276,8 +265,7 @@ def map_rows(
     t, _, start, n, run = chunk_of_program(tl.program_id(0), p_tensors, p_owner, n_chunk, 1)
     p = tensor_pointer(p_weights, t, DT, ALIGNED)
     p_g = tensor_pointer(p_grads, t, DT, ALIGNED) if GRADIENT else p
-    elements = tl.load(p_tensors + t * FIELDS + N_ELEMENTS)
-    p_target, end = target_of_tensor(p_targets, p_tensors + t * FIELDS, t, elements, TARGET, DT, ALIGNED)
+    p_target = tensor_pointer(p_targets, t, DT, ALIGNED)
     scale, K = inverse_temperature(p_tau + t, ACC), tl.load(p_clusters + t)
     over_tau, unit = scale * 0.6931471805599453, tl.load(p_unit + t)
     back = 1 / unit
@@ -340,8 +328,7 @@ def map_rows(
             tl.store(p_target + o + c * run, (result[c] if GRADIENT else result[c] * back).to(DT), mask=m)
         r += R
     if start + n_chunk >= n:
-        copy_leftovers(p_g if GRADIENT else p, p_target, n * D, elements, D, DT)
-        zero_gap(p_target, elements, end)
+        copy_leftovers(p_g if GRADIENT else p, p_target, n * D, field(p_tensors, t, N_ELEMENTS), D, DT)
 
 
 @triton.jit(do_not_specialize=["n_most"])
@@ -367,7 +354,6 @@ def nearest_centroids(
     t, _, start, n, run = chunk_of_program(tl.program_id(0), p_tensors, p_owner, n_chunk, 1)
     p, K, unit = tensor_pointer(p_weights, t, DT, ALIGNED), tl.load(p_clusters + t), tl.load(p_unit + t)
     p_c += t.to(tl.int64) * n_most * D
-    code_address = tl.load(p_codes + t)
     count = tl.minimum(n - start, n_chunk).to(tl.int32)
     r = 0
     while r < count:
@@ -386,7 +372,13 @@ def nearest_centroids(
             low = tl.minimum(low, best)
             j0 += J
         if K <= 256:
-            tl.store(code_address.to(tl.pointer_type(tl.uint8)) + start + k, code.to(tl.uint8), mask=m)
+            tl.store(
+                tensor_pointer(p_codes, t, tl.uint8, False).to(tl.pointer_type(tl.uint8)) + start + k,
+                code.to(tl.uint8),
+                mask=m,
+            )
         else:
-            tl.store(code_address.to(tl.pointer_type(tl.int32)) + start + k, code, mask=m)
+            tl.store(
+                tensor_pointer(p_codes, t, tl.int32, False).to(tl.pointer_type(tl.int32)) + start + k, code, mask=m
+            )
         r += R

@@ -17,7 +17,7 @@ before. A weight that equals a centroid has no slope to it: an interval of its o
 import triton
 import triton.language as tl
 
-from .chunks import FIELDS, PROPAGATE, chunk_of_program, target_of_tensor, tensor_pointer, zero_gap
+from .chunks import PROPAGATE, chunk_of_program, tensor_pointer
 from .range_losses_kernels import LOG2E
 
 BLOCK = 1024  # weights at once
@@ -319,7 +319,6 @@ def map_scalars(
     n_steps,
     n_tensors,
     GRADIENT: tl.constexpr,
-    TARGET: tl.constexpr,
     DT: tl.constexpr,
     ACC: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -329,13 +328,12 @@ def map_scalars(
 ):
     """One program per chunk: W_hat, or dL/dW summed over the iterations, the last one first."""
     t, _, start, n, _ = chunk_of_program(tl.program_id(0), p_tensors, p_owner, n_chunk, 1)
-    p_target, end = target_of_tensor(p_targets, p_tensors + t * FIELDS, t, n, TARGET, DT, ALIGNED)
     job = t.to(tl.int64)
     p_record = p_records + job * ((GRADIENT_RECORD if GRADIENT else OUTPUT_RECORD) * BUCKET)
     p_cell, p_header = p_cells + job * CELLS, p_headers + job * HEADER
     p = tensor_pointer(p_weights, t, DT, ALIGNED) + start
     p_g = tensor_pointer(p_grads, t, DT, ALIGNED) + start if GRADIENT else p
-    p_out = p_target + start
+    p_out = tensor_pointer(p_targets, t, DT, ALIGNED) + start
     count = tl.minimum(n - start, n_chunk).to(tl.int32)
     o = tl.arange(0, BLOCK)
     i = 0
@@ -357,5 +355,3 @@ def map_scalars(
             mask=m,
         )
         i += BLOCK
-    if start + n_chunk >= n:
-        zero_gap(p_target, n, end)

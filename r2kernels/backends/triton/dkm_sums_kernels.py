@@ -8,7 +8,7 @@ of their own. A program has a tile of centroids; where K exceeds that, `row_stat
 import triton
 import triton.language as tl
 
-from .chunks import FIELDS, FIRST_CHUNK, N_ROWS, chunk_of_program, tensor_pointer
+from .chunks import FIRST_CHUNK, N_ROWS, chunk_of_program, field, tensor_pointer
 from .dkm_rows_kernels import (
     Centroids,
     distances,
@@ -34,7 +34,7 @@ def sums_of_mode(mode, d, is_signed):
     return {UPDATE.value: 1 + d + (2 if is_signed else 0), JACOBIAN.value: BESIDE.value}.get(mode, d)
 
 
-@triton.jit(do_not_specialize=["n_most", "n_moments"])
+@triton.jit(do_not_specialize=["n_most", "n_moments", "first_row", "n_window"])
 def row_states(
     p_weights,
     p_grads,
@@ -51,6 +51,8 @@ def row_states(
     n_chunk,
     n_most,
     n_moments,
+    first_row,
+    n_window,
     PLANES: tl.constexpr,
     MEAN: tl.constexpr,
     WITH_G: tl.constexpr,
@@ -62,18 +64,18 @@ def row_states(
     J: tl.constexpr,
     R: tl.constexpr,
 ):
-    """One program per chunk: low, 1 / Z, if MEAN the mean of P, and then if WITH_G `near` of its rows, each in a
-    plane."""
+    """One program per chunk: low, 1 / Z, if MEAN the mean of P, and then if WITH_G `near`, each in a plane, of its
+    rows in the window [first_row, first_row + n_window)."""
     i = tl.program_id(0).to(tl.int64)
     t, _, start, n, run = chunk_of_program(i, p_tensors, p_owner, n_chunk, 1)
     p, p_g = tensor_pointer(p_weights, t, DT, ALIGNED), tensor_pointer(p_grads, t, DT, ALIGNED) if WITH_G else p_weights
     scale, K, unit = inverse_temperature(p_tau + t, ACC), tl.load(p_clusters + t), tl.load(p_unit + t)
     first = t.to(tl.int64) * n_most
-    count = tl.minimum(n - start, n_chunk).to(tl.int32)
-    r = 0
-    while r < count:
+    end = tl.minimum(tl.minimum(n - start, n_chunk), first_row + n_window).to(tl.int32)
+    r = first_row
+    while r < end:
         k = r + tl.arange(0, R)
-        m, o = k < count, row_offsets(start + k, run, D)
+        m, o = k < end, row_offsets(start + k, run, D)
         b_w = load_rows(p, o, m, run, ACC, D, unit)
         b_g = load_rows(p_g, o, m, run, ACC, D) if WITH_G else b_w
         low, rest, mean, b_near = softmax_of_rows(
@@ -94,14 +96,14 @@ def row_states(
             MEAN,
             WITH_G,
         )
-        p_state = p_states + i * PLANES * n_chunk + k
+        p_state = p_states + i * PLANES * n_window + (k - first_row)
         tl.store(p_state, low, mask=m)
-        tl.store(p_state + n_chunk, rest, mask=m)
+        tl.store(p_state + n_window, rest, mask=m)
         if MEAN:
-            tl.store(p_state + 2 * n_chunk, mean, mask=m)
+            tl.store(p_state + 2 * n_window, mean, mask=m)
         if MEAN and WITH_G:
             for c in tl.static_range(D):
-                tl.store(p_state + (3 + c) * n_chunk, b_near[c], mask=m)
+                tl.store(p_state + (3 + c) * n_window, b_near[c], mask=m)
         r += R
 
 
@@ -114,7 +116,7 @@ def add_terms(sums, terms):
     return result
 
 
-@triton.jit(do_not_specialize=["n_most", "n_moments", "first_tile"])
+@triton.jit(do_not_specialize=["n_most", "n_moments", "first_tile", "first_row", "n_window"])
 def cluster_sums(
     p_weights,
     p_grads,
@@ -134,6 +136,8 @@ def cluster_sums(
     n_moments,
     first_tile,
     n_width,
+    first_row,
+    n_window,
     MODE: tl.constexpr,
     PLANES: tl.constexpr,
     WITH_G: tl.constexpr,
@@ -146,8 +150,8 @@ def cluster_sums(
     J: tl.constexpr,
     R: tl.constexpr,
 ):
-    """Program (i, j, l): the sums of chunk i for the j-th tile of centroids; of the Jacobian, for its l-th few columns.
-    PLANES 0: the only tile.
+    """Program (i, j, l): the sums of chunk i for the j-th tile of centroids, over the rows of a window, added to those
+    of the windows before; of the Jacobian, for its l-th few columns. PLANES 0: the only tile.
 
     UPDATE: a, a x, and for scalars in the Euclidean metric sign(x) a, a |x|. UPSTREAM: a g. RECUR: Q slope. JACOBIAN:
     a_j (w - c'_j) a_l sign(w - c_l).
@@ -170,12 +174,12 @@ def cluster_sums(
         )
     sums = repeat_columns(tl.zeros([J, R], ACC), SUMS)
     ALONE: tl.constexpr = PLANES == 0
-    count = tl.minimum(n - start, n_chunk).to(tl.int32)
-    r = 0
-    while r < count:
+    end = tl.minimum(tl.minimum(n - start, n_chunk), first_row + n_window).to(tl.int32)
+    r = first_row
+    while r < end:
         k = r + tl.arange(0, R)
-        m, o = k < count, row_offsets(start + k, run, D)
-        o_state = i * PLANES * n_chunk + k
+        m, o = k < end, row_offsets(start + k, run, D)
+        o_state = i * PLANES * n_window + (k - first_row)
         b_w = load_rows(p, o, m, run, ACC, D, unit)
         b_g = load_rows(p_g, o, m, run, ACC, D) if WITH_G else b_w
         far = distances(b_w, b_c, EUCLIDEAN)
@@ -185,7 +189,7 @@ def cluster_sums(
             rest = tl.where(m, 1 / tl.sum(e, 0), 0)
         else:
             low = tl.load(p_states + o_state, mask=m, other=0)
-            rest = tl.load(p_states + o_state + n_chunk, mask=m, other=0)
+            rest = tl.load(p_states + o_state + n_window, mask=m, other=0)
             e = tl.exp2((low[None, :] - far) * scale)
         a = e * rest[None, :]
         if MODE == UPDATE:
@@ -205,9 +209,9 @@ def cluster_sums(
                 if ALONE:
                     b_near = new_of_nearest(far, low, b_new, b_w)
                 else:
-                    b_near = load_rows(p_states + 3 * n_chunk, o_state, m, n_chunk, ACC, D)
+                    b_near = load_rows(p_states + 3 * n_window, o_state, m, n_window, ACC, D)
             P = pull_P(b_w, b_g, b_near, b_new, b_v, WITH_G)
-            mean = tl.sum(a * P, 0) if ALONE else tl.load(p_states + o_state + 2 * n_chunk, mask=m, other=0)
+            mean = tl.sum(a * P, 0) if ALONE else tl.load(p_states + o_state + 2 * n_window, mask=m, other=0)
             terms = times_slope(b_w, b_c, a * (P - mean[None, :]), far, EUCLIDEAN)
         else:
             pull = a * (b_w[0][None, :] - b_new[0][:, None])
@@ -218,8 +222,9 @@ def cluster_sums(
         sums = add_terms(sums, terms)
         r += R
     p_sum = p_partial + ((i * tl.num_programs(2) + tl.program_id(2)) * SUMS) * n_width + tile * J + tl.arange(0, J)
+    before = tl.zeros([J], tl.int32) < first_row
     for s in tl.static_range(SUMS):
-        tl.store(p_sum + s * n_width, tl.sum(sums[s], 1))
+        tl.store(p_sum + s * n_width, tl.load(p_sum + s * n_width, mask=before, other=0) + tl.sum(sums[s], 1))
 
 
 @triton.jit(do_not_specialize=["n_most", "first_tile"])
@@ -247,8 +252,7 @@ def merge_sums(
     """Program (t, j, l): the sums over the chunks of tensor t, in float64 and in a fixed order, for a few centroids;
     and what the pass makes of them."""
     t = tl.program_id(0).to(tl.int64)
-    p_tensor = p_tensors + t * FIELDS
-    n, first, K = tl.load(p_tensor + N_ROWS), tl.load(p_tensor + FIRST_CHUNK), tl.load(p_clusters + t)
+    n, first, K = field(p_tensors, t, N_ROWS), field(p_tensors, t, FIRST_CHUNK), tl.load(p_clusters + t)
     o = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     j = first_tile * J + o
     m_j = (o < n_width) & (j < K)

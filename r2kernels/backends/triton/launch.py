@@ -1,9 +1,14 @@
-"""What every launch needs: the list as a table of addresses, where the results go, constants, and the device."""
+"""What every launch needs: the list as a table of addresses, where the results go, constants, the device; and a way
+around Triton's binder."""
 
 import contextlib
+import functools
+import inspect
 
 import torch
+import triton
 import triton.language as tl
+from triton.runtime.driver import driver
 
 from ... import lists
 from ...contract import accumulator
@@ -11,6 +16,55 @@ from . import chunks
 
 DTYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 OPTIONS = {"num_warps": chunks.WARPS, "enable_fp_fusion": True}
+
+
+class Launch:
+    """A kernel with its constants: `launch(grid, *arguments)` is `kernel[grid](*arguments, **constants)`.
+
+    What Triton compiles for arguments of a kind is called directly from then on: its binder takes 10 us a launch.
+    `uniform`: that the constants tell the kind of all arguments, as those of a kernel under `chunks.jit` can.
+    """
+
+    def __init__(self, kernel, uniform=False, **constants):
+        self.kernel, self.constants, self.uniform, self.compiled = kernel, constants, uniform, {}
+        self.runtime, self.interpreted = triton.knobs.runtime, triton.knobs.runtime.interpret
+        parameters = inspect.signature(kernel.fn).parameters.values()
+        self.last = tuple([constants[p.name] for p in parameters if p.annotation is tl.constexpr])
+
+    def __call__(self, grid, *arguments):
+        if self.interpreted:
+            self.kernel[grid](*arguments, **self.constants)
+            return
+        active = driver.active
+        device = active.get_current_device()
+        key = device if self.uniform else (device, *[_kind(a) for a in arguments])
+        compiled = self.compiled.get(key)
+        if compiled is None or self.runtime.launch_enter_hook.calls or self.runtime.launch_exit_hook.calls:
+            self.compiled[key] = self.kernel[grid](*arguments, **self.constants)
+            return
+        stream = active.get_current_stream(device)
+        hooks = compiled.packed_metadata, None, None, None  # no metadata for hooks that are not there
+        compiled.run(*grid, *(1, 1)[len(grid) - 1 :], stream, compiled.function, *hooks, *arguments, *self.last)
+
+
+def _kind(argument):
+    """All that Triton makes another kernel for. Numbers in tuples are those of `chunks.as_argument`, of one kind."""
+    if argument is None or type(argument) is int:
+        return argument
+    if type(argument) is tuple:
+        return tuple([None if type(a) is int else _kind(a) for a in argument])
+    return argument.dtype, argument.data_ptr() % 16 == 0
+
+
+@functools.cache
+def launch(kernel, **constants):
+    """The `Launch` of a kernel with these constants."""
+    return Launch(kernel, **constants)
+
+
+@functools.cache
+def _writer():
+    return Launch(chunks.write_words, True, num_warps=1)
 
 
 class Launcher:
@@ -21,31 +75,67 @@ class Launcher:
         self.devices = ("cpu",) if interpreted else ("cuda",)
 
     def _list(self, weights, d, layout):
-        """(tensors as they lie in memory, table of their addresses, plan)"""
-        device = weights[0].device
+        """(tensors as they lie in memory, plan)"""
         tensors, runs = lists.dense(weights, d, layout)
-        return tensors, lists.device_table(tensors, device), lists.plan(tensors, runs, d, device)
+        return tensors, lists.plan(tensors, runs, d, weights[0].device)
 
-    def _targets(self, weights, d=1, layout="output", out=None):
-        """(the results, which lie as gradients of the weights do; what a kernel is given for them; TARGET)"""
+    def _tables(self, *groups):
+        """For each group of tensors what a kernel is given: the only tensor itself, or a table of their addresses."""
+        if len(groups[0]) == 1:
+            return [group[0] for group in groups]
+        count, device = len(groups[0]), groups[0][0].device
+        words = [t.data_ptr() for group in groups for t in group]
+        if self.interpreted:
+            table = torch.tensor(words, dtype=torch.int64, device=device)
+        else:
+            at_once = chunks.WORDS
+            words += [0] * (-len(words) % at_once)
+            table = torch.empty(len(words), dtype=torch.int64, device=device)
+            numbers = tuple(map(chunks.as_argument, words))
+            with current(device):
+                for i in range(0, len(words), at_once):
+                    _writer()((1,), table, numbers[i : i + at_once], i)
+        return [table[i * count : (i + 1) * count] for i in range(len(groups))]
+
+    def _counters(self, count, device):
+        """(>= count,) zeros, which kernels leave as zeros: those of a stream, or of a CUDA graph its own."""
+        if self.interpreted:
+            return torch.zeros(count, dtype=torch.int32, device=device)
+        return lists.counters(count, device, driver.active.get_current_stream(driver.active.get_current_device()))
+
+    def _gradients(self, weights, d, layout, out, needed):
+        """(the gradients, or None where none is needed; whether they are added to)"""
         if out is not None:
-            return out, lists.device_table(out, weights[0].device), chunks.ADD
-        made = lists.empty_gradients(weights, d, layout)
-        if weights[0].is_cuda:
-            return made, made[0], chunks.FLAT
-        return made, lists.device_table(made, weights[0].device), chunks.TABLE
+            return out, True
+        if needed is not None and not any(needed):
+            return None, False
+        return lists.empty_gradients(weights, d, layout), False
 
-    def _constants(self, dtype, tensors):
-        """`tensors`: all that are read or written by rows."""
-        return {**types(dtype), "ALIGNED": lists.is_aligned(tensors), **OPTIONS}
 
-    def _tile(self, dtype, d=1, reads=1):
-        block, unroll = chunks.tile_of_rows(dtype.itemsize, d, reads, self.interpreted)
-        return {"BLOCK": block, "UNROLL": unroll}
+@functools.cache
+def about(dtype, aligned):
+    """The constants that all kernels over the rows of tensors take."""
+    return {**types(dtype), "ALIGNED": aligned, **OPTIONS}
+
+
+@functools.cache
+def tile(dtype, interpreted, d=1, reads=1):
+    block, unroll = chunks.tile_of_rows(dtype.itemsize, d, reads, interpreted)
+    return {"BLOCK": block, "UNROLL": unroll}
 
 
 def types(dtype):
     return {"DT": DTYPES[dtype], "ACC": DTYPES[accumulator(dtype)]}
+
+
+def fields(plan):
+    """Of the tensors of a plan, as a kernel is given them."""
+    return plan.tensors if plan.tensors is not None else _as_arguments(plan.alone)
+
+
+@functools.lru_cache(maxsize=256)
+def _as_arguments(numbers):
+    return tuple(map(chunks.as_argument, numbers))
 
 
 def current(device):

@@ -10,7 +10,7 @@ from ... import lists
 from ...contract import DOREFA, EWGS, LSQ, accumulator
 from .. import launchers
 from . import channel_skeletons
-from .launch import OPTIONS, Launcher, current, types
+from .launch import OPTIONS, Launcher, about, current, fields, launch, tile
 from .quantizers_kernels import QUANTIZERS, correct_maxima
 from .skeletons import MERGE_LANES
 
@@ -37,12 +37,13 @@ class TritonQuantizers(Launcher, launchers.Quantizers):
         quantizer, device, dtype = _quantizer(op, bits, flag), xs[0].device, xs[0].dtype
         tensors, _ = lists.dense(xs)
         grads = () if gs is None else lists.like_weights(gs, tensors)
-        made, targets, target = self._targets(xs)
+        made = lists.empty_gradients(xs)
         parameters = tuple([p.contiguous() for p in parameters])
-        given = (_table(tensors, device), _table(grads, device) if grads else None, targets)
+        table, target, *of_grads = self._tables(tensors, made, *((grads,) if grads else ()))
+        given = table, (*of_grads, None)[0], target
         sums = 0 if gs is None else quantizer.sums
         learned = tuple([torch.empty_like(p) for p in parameters[: op.learned]]) if sums else ()
-        tile = self._tile(dtype, reads=1 if gs is None else 2)
+        tiles = tile(dtype, self.interpreted, reads=1 if gs is None else 2)
         formula = {
             "SETUP": quantizer.setup,
             "FORMULA": quantizer.fwd if gs is None else quantizer.bwd,
@@ -52,79 +53,46 @@ class TritonQuantizers(Launcher, launchers.Quantizers):
             "FLAG": bool(FLAG),
         }
         everything, each = [*tensors, *grads, *made], _short_channels(tensors, axis)
-        constants = {
-            **types(dtype),
-            "TARGET": target,
-            "ALONE": len(xs) == 1,
-            "ALIGNED": lists.is_aligned(everything) if each else _is_aligned(everything, tensors, axis),
-            **OPTIONS,
-            "enable_fp_fusion": False,
-        }
-        launch = functools.partial(_by_columns, each) if each else _by_chunks
+        aligned = lists.is_aligned(everything) if each else _is_aligned(everything, tensors, axis)
+        constants = {**about(dtype, aligned), "enable_fp_fusion": False}
+        run = functools.partial(_by_columns, each) if each else _by_chunks
         with current(device):
-            launch(quantizer.finish, given, tensors, axis, parameters, learned, formula, constants, tile)
+            run(quantizer.finish, given, tensors, axis, parameters, learned, formula, constants, tiles)
         return made, learned
 
 
-def _by_columns(each, finish, given, tensors, axis, parameters, learned, formula, constants, tile):
+def _by_columns(each, finish, given, tensors, axis, parameters, learned, formula, constants, tiles):
     """Several channels of `each` numbers to a program, which makes the gradients of their parameters too."""
     width = triton.next_power_of_2(each)
-    columns = max(math.prod(tile.values()) // width, 1)
+    columns = max(math.prod(tiles.values()) // width, 1)
     plan = lists.column_plan(tensors, axis, columns, tensors[0].device)
-    channel_skeletons.quantize_columns[(plan.chunks,)](
-        *given,
-        plan.tensors,
-        plan.owner,
-        parameters,
-        learned,
-        FINISH=finish,
-        COLUMNS=columns,
-        EACH=each,
-        WIDTH=width,
-        **formula,
-        **constants,
-    )
+    shape = {"COLUMNS": columns, "EACH": each, "WIDTH": width}
+    quantize = launch(channel_skeletons.quantize_columns, FINISH=finish, **shape, **formula, **constants)
+    quantize((plan.chunks,), *given, fields(plan), plan.owner, parameters, learned)
 
 
-def _by_chunks(finish, given, tensors, axis, parameters, learned, formula, constants, tile):
+def _by_chunks(finish, given, tensors, axis, parameters, learned, formula, constants, tiles):
     """A chunk of a channel to a program; what these leave is merged."""
     device, sums = tensors[0].device, formula["SUMS"]
     plan = lists.channel_plan(tensors, axis, device)
     partial = torch.empty(plan.chunks * sums, dtype=accumulator(tensors[0].dtype), device=device) if sums else None
-    problem = (*given, plan.tensors, plan.owner, parameters, partial, plan.chunk)
-    channel_skeletons.quantize_chunks[(plan.chunks,)](
-        *problem, PLACE=_place(tensors, axis), **formula, **constants, **tile
-    )
+    problem = (*given, fields(plan), plan.owner, parameters, partial, plan.chunk)
+    place = _place(tensors, axis)
+    launch(channel_skeletons.quantize_chunks, PLACE=place, **formula, **constants, **tiles)((plan.chunks,), *problem)
     if sums and finish:
         columns, lanes = (1, MERGE_LANES) if axis is None else (COLUMNS, LANES)
         most = 1 if axis is None else max([t.shape[axis] for t in tensors])
-        channel_skeletons.merge_columns[(plan.count, -(-most // columns))](
-            partial,
-            plan.tensors,
-            parameters,
-            learned,
-            plan.chunk,
-            FINISH=finish,
-            SUMS=sums,
-            HIGH=formula["HIGH"],
-            COLUMNS=columns,
-            LANES=lanes,
-            **OPTIONS,
-        )
+        shape = {"COLUMNS": columns, "LANES": lanes, "SUMS": sums, "HIGH": formula["HIGH"]}
+        merge = launch(channel_skeletons.merge_columns, FINISH=finish, **shape, **OPTIONS)
+        merge((plan.count, -(-most // columns)), partial, fields(plan), parameters, learned, plan.chunk)
     elif sums:
-        correct_maxima[(plan.chunks,)](*problem, LANES=MERGE_LANES, BLOCK=tile["BLOCK"], **constants)
+        launch(correct_maxima, LANES=MERGE_LANES, BLOCK=tiles["BLOCK"], **constants)((plan.chunks,), *problem)
 
 
 def _quantizer(op, bits, flag):
     if op is DOREFA and bits == 1:
         return QUANTIZERS["dorefa_sign"]
     return QUANTIZERS["dorefa_detached" if op is DOREFA and flag else op.name]
-
-
-def _table(tensors, device):
-    """A list of one is its own address: no table is copied to the device for activations, which lie elsewhere at every
-    call."""
-    return tensors[0] if len(tensors) == 1 else lists.device_table(tensors, device)
 
 
 def _place(tensors, axis):

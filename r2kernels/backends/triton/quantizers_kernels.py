@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .channel_skeletons import WHOLE, channel_chunk_of_program
-from .chunks import FIRST_CHUNK, N_ELEMENTS, target_of_tensor, tensor_pointer
+from .chunks import FIRST_CHUNK, field, tensor_pointer
 from .range_losses_kernels import LOG2E
 from .rounding import clip, divide, divide_by_levels, lsq_code, nearest_integer, positive_or_nan, sign_or_one
 
@@ -181,8 +181,6 @@ def correct_maxima(
     p_parameters,
     p_sums,
     n_chunk,
-    TARGET: tl.constexpr,
-    ALONE: tl.constexpr,
     DT: tl.constexpr,
     ACC: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -193,16 +191,16 @@ def correct_maxima(
     none, and nothing to do."""
     i = tl.program_id(0)
     if tl.load(p_sums + i.to(tl.int64) * 2 + 1) > 0:
-        t, p_tensor, _, _, start, n, _, _ = channel_chunk_of_program(i, p_tensors, p_owner, n_chunk, WHOLE)
+        t, _, _, start, n, _, _ = channel_chunk_of_program(i, p_tensors, p_owner, n_chunk, WHOLE)
         total, j = tl.zeros([LANES], tl.float64), tl.arange(0, LANES).to(tl.int64)
         while tl.min(j, 0) * n_chunk < n:
-            p_chunk = p_sums + (tl.load(p_tensor + FIRST_CHUNK) + j) * 2
+            p_chunk = p_sums + (field(p_tensors, t, FIRST_CHUNK) + j) * 2
             total += tl.load(p_chunk, mask=j * n_chunk < n, other=0).to(tl.float64)
             j += LANES
         top, _, inverse = dorefa_setup(p_parameters, t)
         through = (tl.sum(total, 0) * inverse * inverse / tl.load(p_parameters[0] + 2 * t + 1)).to(ACC)
-        p, p_g = tensor_pointer(p_xs, t, DT, ALIGNED, ALONE), tensor_pointer(p_gs, t, DT, ALIGNED, ALONE)
-        p_y, _ = target_of_tensor(p_ys, p_tensor, t, tl.load(p_tensor + N_ELEMENTS), TARGET, DT, ALIGNED)
+        p, p_g = tensor_pointer(p_xs, t, DT, ALIGNED), tensor_pointer(p_gs, t, DT, ALIGNED)
+        p_y = tensor_pointer(p_ys, t, DT, ALIGNED)
         end, k = tl.minimum(start + n_chunk, n), start + tl.arange(0, BLOCK)
         while tl.min(k, 0) < end:
             x = tl.load(p + k, mask=k < end, other=0).to(ACC)

@@ -13,14 +13,15 @@ from . import regularizers_counts_kernels as counts_kernels
 from . import regularizers_sample_kernels as sample_kernels
 from . import regularizers_terms_kernels as terms_kernels
 from . import skeletons
-from .launch import OPTIONS, Launcher, current, types
+from .launch import OPTIONS, Launcher, about, current, fields, launch, tile, types
 
 COUNTED = 1024  # weights of a histogram at once
 
 
 class TritonRegularizers(Launcher, launchers.Regularizers):
     def terms_fwd(self, weights, names, parameters, bits, flags):
-        tensors, table, plan = self._list(weights, 1, "output")
+        tensors, plan = self._list(weights, 1, "output")
+        (table,) = self._tables(tensors)
         device, dtype = weights[0].device, weights[0].dtype
         codes, first, second = _terms(names, parameters, bits, flags)
         fixed = [BY_NAME[name].saved for name in names]
@@ -33,46 +34,32 @@ class TritonRegularizers(Launcher, launchers.Regularizers):
                     kept.view(plan.count, -1).copy_(self._count(tensors, table, plan, given, BITS=width)[0])
                 elif name == PARTIAL_L2.name:
                     self._threshold(tensors, table, plan, given, kept)
-            terms_kernels.reduce_terms[(plan.chunks,)](
-                table,
-                plan.tensors,
-                plan.owner,
-                first,
-                saved,
-                states,
-                plan.chunk,
-                TERMS=codes,
-                **self._constants(dtype, tensors),
-                **self._tile(dtype),
-            )
-            terms_kernels.merge_terms[(plan.count, len(names))](
-                states,
-                plan.tensors,
-                first,
-                second,
-                losses,
-                saved,
-                plan.chunk,
-                plan.chunks,
-                TERMS=codes,
-                ACC=types(dtype)["ACC"],
-                LANES=skeletons.MERGE_LANES,
-                **OPTIONS,
-            )
+            constants = {**about(dtype, lists.is_aligned(tensors)), **tile(dtype, self.interpreted)}
+            reduce = launch(terms_kernels.reduce_terms, TERMS=codes, **constants)
+            reduce((plan.chunks,), table, fields(plan), plan.owner, first, saved, states, plan.chunk)
+            constants = {"ACC": types(dtype)["ACC"], "LANES": skeletons.MERGE_LANES, **OPTIONS}
+            merge = launch(terms_kernels.merge_terms, TERMS=codes, **constants)
+            given = first, second, losses, saved, plan.chunk, plan.chunks
+            merge((plan.count, len(names)), states, fields(plan), *given)
         return list(losses), list(saved)
 
-    def terms_bwd(self, grads, weights, names, parameters, bits, flags, saved, out=None):
-        tensors, table, plan = self._list(weights, 1, "output")
+    def terms_bwd(self, grads, weights, names, parameters, bits, flags, saved, out=None, needed=None):
+        tensors, plan = self._list(weights, 1, "output")
         codes, first, second = _terms(names, parameters, bits, flags)
-        gradients, targets, target = self._targets(weights, out=out)
+        gradients, add = self._gradients(weights, 1, "output", out, needed)
+        table, *targets = self._tables(tensors, *(() if gradients is None else (gradients,)))
+        aligned = lists.is_aligned([*tensors, *(gradients or ())])
         learned = tuple(
             [torch.empty_like(p) if BY_NAME[name].learned else None for name, p in zip(names, first, strict=True)]
         )
+        dtype = weights[0].dtype
+        constants = {**about(dtype, aligned), **tile(dtype, self.interpreted)}
         with current(weights[0].device):
-            terms_kernels.map_terms[(plan.chunks,)](
+            launch(terms_kernels.map_terms, TERMS=codes, ADD=add, **constants)(
+                (plan.chunks,),
                 table,
-                targets,
-                plan.tensors,
+                (*targets, None)[0],
+                fields(plan),
                 plan.owner,
                 tuple([g.contiguous() for g in grads]),
                 first,
@@ -80,48 +67,35 @@ class TritonRegularizers(Launcher, launchers.Regularizers):
                 tuple(saved),
                 learned,
                 plan.chunk,
-                TERMS=codes,
-                TARGET=target,
-                **self._constants(weights[0].dtype, [*tensors, *gradients]),
-                **self._tile(weights[0].dtype),
             )
-        return gradients, [g for g in learned if g is not None]
+        return [None] * plan.count if gradients is None else gradients, [g for g in learned if g is not None]
 
     def _sampled_std(self, weights, out):
-        tensors, table, plan = self._list(weights, 1, "output")
+        tensors, plan = self._list(weights, 1, "output")
+        (table,) = self._tables(tensors)
+        constants = about(weights[0].dtype, lists.is_aligned(tensors))
         with current(out.device):
-            sample_kernels.std_of_sample[(plan.count,)](
-                table, plan.tensors, out, BLOCK=COUNTED, **self._constants(weights[0].dtype, tensors)
-            )
+            sample = launch(sample_kernels.std_of_sample, BLOCK=COUNTED, **constants)
+            sample((plan.count,), table, fields(plan), out)
 
     def _threshold(self, tensors, table, plan, rank, theta):
         """The |w| of this rank of every tensor, digit by digit, into `theta`."""
         dtype = tensors[0].dtype
         counts = self._count(tensors, table, plan, rank, PASSES=dtype.itemsize)
-        counts_kernels.store_threshold[(plan.count,)](
-            rank, counts, theta, plan.count, PASSES=dtype.itemsize, DT=types(dtype)["DT"], **OPTIONS
-        )
+        constants = {"PASSES": dtype.itemsize, "DT": types(dtype)["DT"], **OPTIONS}
+        store = launch(counts_kernels.store_threshold, **constants)
+        store((plan.count,), rank, counts, theta, plan.count)
 
     def _count(self, tensors, table, plan, given, BITS=0, PASSES=None):
         """(passes, L, bins): how many weights are in each of 2^BITS bins of a step; with PASSES, have each digit."""
         bins = 2**BITS if PASSES is None else counts_kernels.DIGIT.value
         dtype = torch.int32 if max([t.numel() for t in tensors]) < 2**31 else torch.int64
         counts = torch.zeros(PASSES or 1, plan.count, bins, dtype=dtype, device=tensors[0].device)
+        constants = about(tensors[0].dtype, lists.is_aligned(tensors))
+        block = 2048 if self.interpreted else COUNTED
         for k in (None,) if PASSES is None else range(PASSES):
-            counts_kernels.count_chunks[(plan.chunks,)](
-                table,
-                plan.tensors,
-                plan.owner,
-                given,
-                counts,
-                plan.chunk,
-                plan.count,
-                BITS=BITS,
-                PASS=k,
-                BINS=bins,
-                BLOCK=2048 if self.interpreted else COUNTED,
-                **self._constants(tensors[0].dtype, tensors),
-            )
+            count = launch(counts_kernels.count_chunks, BITS=BITS, PASS=k, BINS=bins, BLOCK=block, **constants)
+            count((plan.chunks,), table, fields(plan), plan.owner, given, counts, plan.chunk, plan.count)
         return counts
 
 

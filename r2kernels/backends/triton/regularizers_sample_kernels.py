@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .chunks import FIELDS, N_ROWS, tensor_pointer
+from .chunks import N_ROWS, field, tensor_pointer
 
 NUMBERS, RUN = tl.constexpr(16384), tl.constexpr(16)
 
@@ -14,7 +14,7 @@ def std_of_sample(
 ):
     """One program per tensor; sums in float64, which no square of a float32 leaves."""
     t = tl.program_id(0)
-    p, rows = tensor_pointer(p_weights, t, DT, ALIGNED), tl.load(p_tensors + t * FIELDS + N_ROWS)
+    p, rows = tensor_pointer(p_weights, t, DT, ALIGNED), field(p_tensors, t, N_ROWS)
     whole = rows < 2 * NUMBERS
     size, part = tl.where(whole, rows, NUMBERS), tl.where(whole, 1, rows // NUMBERS)
     pivot = tl.load(p).to(tl.float64)

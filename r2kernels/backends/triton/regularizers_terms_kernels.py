@@ -10,7 +10,7 @@ import triton.language as tl
 from . import range_losses_kernels as range_losses
 from . import regularizers_kernels as regularizers
 from . import regularizers_moments_kernels as moments
-from .chunks import ADD, FIELDS, FIRST_CHUNK, N_ROWS, chunk_of_program, target_of_tensor, tensor_pointer, zero_gap
+from .chunks import FIRST_CHUNK, N_ROWS, chunk_of_program, field, tensor_pointer
 from .skeletons import (
     STATE,
     Column,
@@ -261,7 +261,7 @@ def merge_terms(
 ):
     """Program (t, k): the loss of tensor t and what is saved of it, for the k-th term."""
     t = tl.program_id(0)
-    n, first = tl.load(p_tensors + t * FIELDS + N_ROWS), tl.load(p_tensors + t * FIELDS + FIRST_CHUNK)
+    n, first = field(p_tensors, t, N_ROWS), field(p_tensors, t, FIRST_CHUNK)
     for k in tl.static_range(len(TERMS)):
         if tl.program_id(1) == k:
             losses, saved = merge_term(
@@ -338,7 +338,7 @@ def map_terms(
     p_parameter_gradients,
     n_chunk,
     TERMS: tl.constexpr,
-    TARGET: tl.constexpr,
+    ADD: tl.constexpr,
     DT: tl.constexpr,
     ACC: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -356,18 +356,15 @@ def map_terms(
         constants += (its_constants,)
         if p_parameter_gradients[k] is not None:
             tl.store(p_parameter_gradients[k] + t, parameter_gradient, mask=start == 0)
-    p_target, end = target_of_tensor(p_targets, p_tensors + t * FIELDS, t, n, TARGET, DT, ALIGNED)
-    p, count = (
-        column_pointer(tensor_pointer(p_weights, t, DT, ALIGNED), c, start, run, 1),
-        tl.minimum(n - start, n_chunk).to(tl.int32),
-    )
-    map_rows_of_chunk(
-        Rows(p, start, count, run, ACC, 1, False, BLOCK, UNROLL),
-        Rows(column_pointer(p_target, c, start, run, 1), start, count, run, ACC, 1, False, BLOCK, UNROLL),
-        constants,
-        terms_gradient,
-        TARGET,
-        TERMS,
-    )
-    if TARGET != ADD and start + n_chunk >= n:
-        zero_gap(p_target, n, end)
+    if p_targets is not None:
+        p = column_pointer(tensor_pointer(p_weights, t, DT, ALIGNED), c, start, run, 1)
+        p_target = column_pointer(tensor_pointer(p_targets, t, DT, ALIGNED), c, start, run, 1)
+        count = tl.minimum(n - start, n_chunk).to(tl.int32)
+        map_rows_of_chunk(
+            Rows(p, start, count, run, ACC, 1, False, BLOCK, UNROLL),
+            Rows(p_target, start, count, run, ACC, 1, False, BLOCK, UNROLL),
+            constants,
+            terms_gradient,
+            ADD,
+            TERMS,
+        )

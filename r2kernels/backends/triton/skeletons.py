@@ -10,20 +10,10 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .chunks import (
-    ADD,
-    ALIGN,
-    FIELDS,
-    FIRST_CHUNK,
-    N_ELEMENTS,
-    N_ROWS,
-    chunk_of_program,
-    target_of_tensor,
-    tensor_pointer,
-    zero_gap,
-)
+from .chunks import ALIGN, FIRST_CHUNK, N_ELEMENTS, chunk_of_program, field, jit, tensor_pointer, zero_leftovers
 
-MERGE_LANES = 512  # states per step of a merge
+MERGE_LANES = 512  # states per step of a merge,
+LAST_LANES = 128  # and of one by the last program, whose registers are those of all
 STATE = tl.constexpr(8)  # numbers in the state of a chunk
 
 
@@ -185,38 +175,6 @@ def fold_rows(rows, constants, state, STEP: tl.constexpr, WITH: tl.constexpr = N
 
 
 @triton.jit
-def reduce_chunks(
-    p_weights,
-    p_tensors,
-    p_owner,
-    p_first,
-    p_states,
-    n_chunk,
-    REDUCE: tl.constexpr,
-    DT: tl.constexpr,
-    ACC: tl.constexpr,
-    D: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
-    """One program per chunk: REDUCE(rows, parameters, column) gives its state."""
-    i = tl.program_id(0)
-    t, c, start, n, run = chunk_of_program(i, p_tensors, p_owner, n_chunk, D)
-    p = column_pointer(tensor_pointer(p_weights, t, DT, ALIGNED), c, start, run, D)
-    count = tl.minimum(n - start, n_chunk).to(tl.int32)
-    HALF: tl.constexpr = DT.primitive_bitwidth == 16
-    state = REDUCE(
-        Rows(p, start, count, run, ACC, D, HALF and ALIGNED and D == 1, BLOCK // 2 if HALF else BLOCK, UNROLL),
-        p_first,
-        t * D + c,
-    )
-    p_state = p_states + i.to(tl.int64) * STATE
-    for s in tl.static_range(len(state)):
-        tl.store(p_state + s, state[s])
-
-
-@triton.jit
 def fold_states(states, constants, sums, STEP: tl.constexpr):
     """sums = STEP(state, rows of the chunk, constants, sums) over the chunks of a column, in a fixed order."""
     j = tl.arange(0, states.LANES).to(tl.int64)
@@ -224,7 +182,7 @@ def fold_states(states, constants, sums, STEP: tl.constexpr):
         m = j * states.chunk < states.rows
         state = ()
         for s in tl.static_range(STATE):
-            state += (tl.load(states.p + j * (states.D * STATE) + s, mask=m, other=0),)
+            state += (tl.load(states.p + j * (states.D * STATE) + s, mask=m, other=0, cache_modifier=".cg"),)
         n = tl.minimum(states.rows - j * states.chunk, states.chunk).to(tl.float64)
         sums = keep_where(m, STEP(state, n, constants, sums), sums)
         j += states.LANES
@@ -244,13 +202,26 @@ def sums_of_column(states):
 
 
 @triton.jit
-def merge_chunks(
+def is_last(p_counters, t, parts):
+    """Whether the programs of all other parts of tensor t have stored what they found. The counter is ready for the
+    next launch then."""
+    last = tl.atomic_add(p_counters + t, 1, sem="acq_rel") == parts - 1
+    if last:
+        tl.store(p_counters + t, 0)
+    return last
+
+
+@triton.jit
+def merge_tensor(
     p_states,
-    p_tensors,
     p_first,
     p_second,
     p_loss,
     p_saved,
+    t,
+    count,
+    n,
+    first_chunk,
     n_chunk,
     MERGE: tl.constexpr,
     LOSSES: tl.constexpr,
@@ -258,23 +229,21 @@ def merge_chunks(
     D: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """One program per tensor: MERGE(states, parameters, column) gives the losses of a column and what is saved of it.
+    """MERGE(states, parameters, column) gives the losses of a column of tensor t and what is saved of it.
 
     One loss is summed over the columns, two are stored for every column, in a plane each.
     """
-    t = tl.program_id(0)
-    n, first = tl.load(p_tensors + t * FIELDS + N_ROWS), tl.load(p_tensors + t * FIELDS + FIRST_CHUNK)
     total = tl.full([], 0, tl.float64)
     c = 0
     while c < D:
         column = t * D + c
-        p = p_states + (first + c) * STATE
+        p = p_states + (first_chunk + c) * STATE
         losses, saved = MERGE(States(p, n, n_chunk, ACC, D, LANES), p_first, p_second, column)
         if LOSSES == 1:
             total += losses[0]
         else:
             for s in tl.static_range(LOSSES):
-                tl.store(p_loss + s * tl.num_programs(0) * D + column, losses[s])
+                tl.store(p_loss + s * count * D + column, losses[s])
         for s in tl.static_range(len(saved)):
             tl.store(p_saved + column * len(saved) + s, saved[s])
         c += 1
@@ -282,28 +251,69 @@ def merge_chunks(
         tl.store(p_loss + t, total)
 
 
+@jit
+def reduce_list(
+    p_weights,
+    p_tensors,
+    p_owner,
+    p_first,
+    p_second,
+    p_states,
+    p_loss,
+    p_saved,
+    p_counters,
+    n_chunk,
+    n_tensors,
+    REDUCE: tl.constexpr,
+    MERGE: tl.constexpr,
+    LOSSES: tl.constexpr,
+    DT: tl.constexpr,
+    ACC: tl.constexpr,
+    D: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """One program per chunk: REDUCE(rows, parameters, column) gives its state. The last one of a tensor merges them."""
+    i = tl.program_id(0)
+    t, c, start, n, run = chunk_of_program(i, p_tensors, p_owner, n_chunk, D)
+    p = column_pointer(tensor_pointer(p_weights, t, DT, ALIGNED), c, start, run, D)
+    count = tl.minimum(n - start, n_chunk).to(tl.int32)
+    HALF: tl.constexpr = DT.primitive_bitwidth == 16
+    state = REDUCE(
+        Rows(p, start, count, run, ACC, D, HALF and ALIGNED and D == 1, BLOCK // 2 if HALF else BLOCK, UNROLL),
+        p_first,
+        t * D + c,
+    )
+    p_state = p_states + i.to(tl.int64) * STATE
+    for s in tl.static_range(len(state)):
+        tl.store(p_state + s, state[s])
+    if is_last(p_counters, t, tl.cdiv(n, n_chunk) * D):
+        first = field(p_tensors, t, FIRST_CHUNK)
+        merge_tensor(
+            p_states, p_first, p_second, p_loss, p_saved, t, n_tensors, n, first, n_chunk, MERGE, LOSSES, ACC, D, LANES
+        )
+
+
 @triton.jit
-def load_with_old(rows, targets, i, o, m, TARGET: tl.constexpr):
+def load_with_old(rows, targets, i, o, m, ADD: tl.constexpr):
     """The weights of rows i + o, and the gradients there if they are added to."""
     w = tl.load(row_addresses(rows, i, o), mask=m)
-    return w, tl.load(row_addresses(targets, i, o), mask=m) if TARGET == ADD else w
+    return w, tl.load(row_addresses(targets, i, o), mask=m) if ADD else w
 
 
 @triton.jit
-def store_gradient(
-    targets, i, o, m, w, old, constants, GRADIENT: tl.constexpr, TARGET: tl.constexpr, WITH: tl.constexpr
-):
-    """The gradients of weights w, added to the old ones where TARGET says so."""
+def store_gradient(targets, i, o, m, w, old, constants, GRADIENT: tl.constexpr, ADD: tl.constexpr, WITH: tl.constexpr):
+    """The gradients of weights w, added to the old ones where ADD says so."""
     g = GRADIENT(w.to(targets.ACC), constants) if WITH is None else GRADIENT(w.to(targets.ACC), constants, WITH)
-    if TARGET == ADD:
+    if ADD:
         g += old.to(targets.ACC)
     tl.store(row_addresses(targets, i, o), g.to(w.dtype), mask=m)
 
 
 @triton.jit
-def map_rows_of_chunk(
-    rows, targets, constants, GRADIENT: tl.constexpr, TARGET: tl.constexpr, WITH: tl.constexpr = None
-):
+def map_rows_of_chunk(rows, targets, constants, GRADIENT: tl.constexpr, ADD: tl.constexpr, WITH: tl.constexpr = None):
     """GRADIENT(weights, constants) of all rows of a chunk, to the same rows of `targets`. WITH, if any, goes last."""
     TILE: tl.constexpr = rows.BLOCK * rows.UNROLL
     o = tl.arange(0, rows.BLOCK)
@@ -311,21 +321,21 @@ def map_rows_of_chunk(
     while i + TILE <= rows.count:
         b_w, b_old = (), ()
         for u in tl.static_range(rows.UNROLL):
-            w, old = load_with_old(rows, targets, i, u * rows.BLOCK + o, None, TARGET)
+            w, old = load_with_old(rows, targets, i, u * rows.BLOCK + o, None, ADD)
             b_w, b_old = b_w + (w,), b_old + (old,)
         for u in tl.static_range(rows.UNROLL):
-            store_gradient(targets, i, u * rows.BLOCK + o, None, b_w[u], b_old[u], constants, GRADIENT, TARGET, WITH)
+            store_gradient(targets, i, u * rows.BLOCK + o, None, b_w[u], b_old[u], constants, GRADIENT, ADD, WITH)
         i += TILE
     while i < n_wide:
         m = i + o < n_wide
-        w, old = load_with_old(rows, targets, i, o, m, TARGET)
-        store_gradient(targets, i, o, m, w, old, constants, GRADIENT, TARGET, WITH)
+        w, old = load_with_old(rows, targets, i, o, m, ADD)
+        store_gradient(targets, i, o, m, w, old, constants, GRADIENT, ADD, WITH)
         i += rows.BLOCK
     if n_wide < rows.count:
         o_rest = tl.arange(0, ALIGN)
         m_rest = n_wide + o_rest < rows.count
-        w_rest, old_rest = load_with_old(rows, targets, n_wide, o_rest, m_rest, TARGET)
-        store_gradient(targets, n_wide, o_rest, m_rest, w_rest, old_rest, constants, GRADIENT, TARGET, WITH)
+        w_rest, old_rest = load_with_old(rows, targets, n_wide, o_rest, m_rest, ADD)
+        store_gradient(targets, n_wide, o_rest, m_rest, w_rest, old_rest, constants, GRADIENT, ADD, WITH)
 
 
 @triton.jit
@@ -334,7 +344,7 @@ def gradient_of_loss(column):
     return tl.load(column.p_grad + column.tensor * column.grad_stride)
 
 
-@triton.jit
+@jit
 def map_chunks(
     p_weights,
     p_targets,
@@ -349,7 +359,7 @@ def map_chunks(
     n_chunk,
     SETUP: tl.constexpr,
     GRADIENT: tl.constexpr,
-    TARGET: tl.constexpr,
+    ADD: tl.constexpr,
     DT: tl.constexpr,
     ACC: tl.constexpr,
     D: tl.constexpr,
@@ -359,23 +369,23 @@ def map_chunks(
 ):
     """One program per chunk: SETUP(column) gives the gradient of its parameter and the constants of GRADIENT.
 
-    The gradient of what belongs to no column, and of the gap behind a tensor in a flat one, is 0.
+    The gradient of what belongs to no column is 0. Without targets the gradient of the parameter is all.
     """
     t, c, start, n, run = chunk_of_program(tl.program_id(0), p_tensors, p_owner, n_chunk, D)
     column = t * D + c
     parameter_gradient, constants = SETUP(Column(p_grad, grad_stride, p_first, p_second, p_saved, t, column, n.to(ACC)))
     if p_parameter_gradient is not None:
         tl.store(p_parameter_gradient + column, parameter_gradient, mask=start == 0)
-    p_tensor = p_tensors + t * FIELDS
-    p_target, end = target_of_tensor(p_targets, p_tensor, t, tl.load(p_tensor + N_ELEMENTS), TARGET, DT, ALIGNED)
-    p = column_pointer(tensor_pointer(p_weights, t, DT, ALIGNED), c, start, run, D)
-    count = tl.minimum(n - start, n_chunk).to(tl.int32)
-    map_rows_of_chunk(
-        Rows(p, start, count, run, ACC, D, False, BLOCK, UNROLL),
-        Rows(column_pointer(p_target, c, start, run, D), start, count, run, ACC, D, False, BLOCK, UNROLL),
-        constants,
-        GRADIENT,
-        TARGET,
-    )
-    if TARGET != ADD and (c == D - 1) & (start + n_chunk >= n):
-        zero_gap(p_target, n * D, end)
+    if p_targets is not None:
+        p = column_pointer(tensor_pointer(p_weights, t, DT, ALIGNED), c, start, run, D)
+        p_target = tensor_pointer(p_targets, t, DT, ALIGNED)
+        count = tl.minimum(n - start, n_chunk).to(tl.int32)
+        map_rows_of_chunk(
+            Rows(p, start, count, run, ACC, D, False, BLOCK, UNROLL),
+            Rows(column_pointer(p_target, c, start, run, D), start, count, run, ACC, D, False, BLOCK, UNROLL),
+            constants,
+            GRADIENT,
+            ADD,
+        )
+        if D > 1 and not ADD and (c == D - 1) & (start + n_chunk >= n):
+            zero_leftovers(p_target, n * D, field(p_tensors, t, N_ELEMENTS))

@@ -103,6 +103,13 @@ inline unsigned __ballot_sync(unsigned mask, int vote, emulate::Place at = emula
     if (mask >> i & 1) all |= unsigned(votes[i]) << i;
   return all;
 }
+inline unsigned __reduce_or_sync(unsigned mask, unsigned x, emulate::Place at = emulate::Place::here()) {
+  const uint64_t* given = emulate::meet_warp(at, mask, x);
+  unsigned all = 0;
+  for (int i = 0; i < 32; ++i)
+    if (mask >> i & 1) all |= unsigned(given[i]);
+  return all;
+}
 inline int __any_sync(unsigned mask, int vote, emulate::Place at = emulate::Place::here()) {
   return __ballot_sync(mask, vote, at) != 0;
 }

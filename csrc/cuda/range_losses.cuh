@@ -108,6 +108,7 @@ struct SoftSide {
 template <class A, bool kVariance>
 struct SoftLane {
   SoftSide<A, kVariance> high, low;
+  bool is_centred = false;  // the shifts are the soft extremes, which stay
 
   __device__ SoftLane(A k, A top, A bottom) : high(k, top), low(-k, bottom) {}
 
@@ -127,6 +128,7 @@ struct SoftLane {
   // Whether a weight of the batch lies beyond a shift; so `take` goes round at most twice, NaN or not.
   template <int n>
   __device__ bool widen_range(const A (&w)[n]) {
+    if (is_centred) return false;
     A top = high.shift, bottom = low.shift;
 #pragma unroll
     for (int j = 0; j < n; ++j) top = w[j] > top ? w[j] : top, bottom = w[j] < bottom ? w[j] : bottom;
@@ -147,6 +149,12 @@ struct SoftLane {
 
 template <bool kVariance>
 struct SoftReader {
+  // Whether the variance of a side is lost to cancellation: its mean is more than two deviations from the shift.
+  static __device__ bool is_lost(const double* s) {
+    const double mean = s[1] / s[0];
+    return mean * mean > 4 * (s[2] / s[0] - mean * mean);
+  }
+
   template <class T, bool kColumns, class A = Acc<T>>
   static __device__ void chunk(const Rows<T, kColumns>& rows, Column c, A* partial) {
     // a range so small that it may not tell that of the chunk, as exponents do not rise in it, is looked for in all
@@ -161,11 +169,19 @@ struct SoftReader {
     }
 
     SoftLane<A, kVariance> lane(A(Soft::size(c.first, ends[0] + ends[1]) * kLog2e), ends[0], -ends[1]);
-    sweep(rows, lane);
-    lane.meet(ends[0], -ends[1], rows.columns);
-    const auto &up = lane.high.total, &down = lane.low.total;
-    double sums[6] = {up.s0, up.s1, up.s2, down.s0, down.s1, down.s2};
-    block_reduce<Sum>(sums, rows.columns);
+    double sums[6];
+#pragma unroll 1
+    for (;;) {
+      sweep(rows, lane);
+      if (!lane.is_centred) lane.meet(ends[0], -ends[1], rows.columns);
+      const auto &up = lane.high.total, &down = lane.low.total;
+      sums[0] = up.s0, sums[1] = up.s1, sums[2] = up.s2, sums[3] = down.s0, sums[4] = down.s1, sums[5] = down.s2;
+      block_reduce<Sum>(sums, rows.columns);
+      if (!kVariance || lane.is_centred || !__syncthreads_or(is_lost(sums) || is_lost(sums + 3))) break;
+      lane = SoftLane<A, kVariance>(lane.high.k, A(lane.high.shift + sums[1] / sums[0] / lane.high.k),
+                                    A(lane.low.shift + sums[4] / sums[3] / lane.low.k));
+      lane.is_centred = true;
+    }
     if (int(threadIdx.x) >= rows.columns) return;
     Soft::settle(lane.high.shift, sums, lane.high.k, partial);
     Soft::settle(lane.low.shift, sums + 3, lane.low.k, partial + 4);

@@ -135,10 +135,6 @@ T __shfl_down_sync(unsigned mask, T x, unsigned by, int width = 32, emulate::Pla
   const int me = emulate::lane(), within = me & (width - 1);
   return emulate::exchanged(at, mask, x, within + int(by) < width ? me + int(by) : me);
 }
-inline unsigned __reduce_or_sync(unsigned mask, unsigned x, emulate::Place at = emulate::Place::here()) {
-  for (int by = 16; by > 0; by /= 2) x |= __shfl_xor_sync(mask, x, by, 32, at);
-  return x;
-}
 
 // Memory.
 inline void __threadfence() {}

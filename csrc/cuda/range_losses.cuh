@@ -105,10 +105,10 @@ struct SoftSide {
   }
 };
 
-template <class A, bool kVariance>
+// kCentred: the shifts are the soft extremes, which stay.
+template <class A, bool kVariance, bool kCentred = false>
 struct SoftLane {
   SoftSide<A, kVariance> high, low;
-  bool is_centred = false;  // the shifts are the soft extremes, which stay
 
   __device__ SoftLane(A k, A top, A bottom) : high(k, top), low(-k, bottom) {}
 
@@ -121,14 +121,13 @@ struct SoftLane {
       up = high.of(w), down = low.of(w);
       pin(up.s1), pin(down.s1);
       if (kVariance) pin(up.s2), pin(down.s2);
-    } while (__builtin_expect(fmax(up.s0, down.s0) > A(2 * n), false) && widen_range(w));
+    } while (!kCentred && __builtin_expect(fmax(up.s0, down.s0) > A(2 * n), false) && widen_range(w));
     high.total += up, low.total += down;
   }
 
   // Whether a weight of the batch lies beyond a shift; so `take` goes round at most twice, NaN or not.
   template <int n>
   __device__ bool widen_range(const A (&w)[n]) {
-    if (is_centred) return false;
     A top = high.shift, bottom = low.shift;
 #pragma unroll
     for (int j = 0; j < n; ++j) top = w[j] > top ? w[j] : top, bottom = w[j] < bottom ? w[j] : bottom;
@@ -155,6 +154,13 @@ struct SoftReader {
     return mean * mean > 4 * (s[2] / s[0] - mean * mean);
   }
 
+  template <class Lane>
+  static __device__ void add_up(const Lane& lane, int columns, double (&sums)[6]) {
+    const auto &up = lane.high.total, &down = lane.low.total;
+    sums[0] = up.s0, sums[1] = up.s1, sums[2] = up.s2, sums[3] = down.s0, sums[4] = down.s1, sums[5] = down.s2;
+    block_reduce<Sum>(sums, columns);
+  }
+
   template <class T, bool kColumns, class A = Acc<T>>
   static __device__ void chunk(const Rows<T, kColumns>& rows, Column c, A* partial) {
     // a range so small that it may not tell that of the chunk, as exponents do not rise in it, is looked for in all
@@ -169,22 +175,21 @@ struct SoftReader {
     }
 
     SoftLane<A, kVariance> lane(A(Soft::size(c.first, ends[0] + ends[1]) * kLog2e), ends[0], -ends[1]);
+    sweep(rows, lane);
+    lane.meet(ends[0], -ends[1], rows.columns);
     double sums[6];
-#pragma unroll 1
-    for (;;) {
-      sweep(rows, lane);
-      if (!lane.is_centred) lane.meet(ends[0], -ends[1], rows.columns);
-      const auto &up = lane.high.total, &down = lane.low.total;
-      sums[0] = up.s0, sums[1] = up.s1, sums[2] = up.s2, sums[3] = down.s0, sums[4] = down.s1, sums[5] = down.s2;
-      block_reduce<Sum>(sums, rows.columns);
-      if (!kVariance || lane.is_centred || !__syncthreads_or(is_lost(sums) || is_lost(sums + 3))) break;
-      lane = SoftLane<A, kVariance>(lane.high.k, A(lane.high.shift + sums[1] / sums[0] / lane.high.k),
-                                    A(lane.low.shift + sums[4] / sums[3] / lane.low.k));
-      lane.is_centred = true;
+    add_up(lane, rows.columns, sums);
+    const A k = lane.high.k;
+    A high = lane.high.shift, low = lane.low.shift;
+    if (kVariance && __syncthreads_or(is_lost(sums) || is_lost(sums + 3))) {
+      high += A(sums[1] / sums[0] / k), low -= A(sums[4] / sums[3] / k);
+      SoftLane<A, kVariance, true> centred(k, high, low);
+      sweep(rows, centred);
+      add_up(centred, rows.columns, sums);
     }
     if (int(threadIdx.x) >= rows.columns) return;
-    Soft::settle(lane.high.shift, sums, lane.high.k, partial);
-    Soft::settle(lane.low.shift, sums + 3, lane.low.k, partial + 4);
+    Soft::settle(high, sums, k, partial);
+    Soft::settle(low, sums + 3, -k, partial + 4);
   }
 };
 

@@ -8,9 +8,9 @@
 namespace r2::cuda {
 
 constexpr int kMergers = 256;
-// to a multiprocessor, at least: 128 (80) registers for each thread
+// to a multiprocessor, at least: 168 (80) registers for each thread
 template <class T>
-constexpr int kBlocks = sizeof(Acc<T>) == 8 ? 4 : 6;
+constexpr int kBlocks = sizeof(Acc<T>) == 8 ? 3 : 6;
 
 // The first rows of a chunk, read ahead to find what its sums are taken relative to: all rows of a small chunk, a
 // sixteenth of a large one.
@@ -324,8 +324,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) map_kernel(List list, Ba
   const G gradient = *reinterpret_cast<const G*>(shared[rows.column - c.column]);
   map_rows<kAdd>(rows, out, gradient);
 
-  if (kAdd || c.row != 0 || c.column != 0) return;
-  for (int64_t j = tensor.rows * list.d + threadIdx.x; j < tensor.numel; j += kThreads) narrow(A(0), out[j]);
+  if constexpr (!kAdd) {
+    if (c.row != 0 || c.column != 0) return;
+    for (int64_t j = tensor.rows * list.d + threadIdx.x; j < tensor.numel; j += kThreads) narrow(A(0), out[j]);
+  }
 }
 
 }  // namespace r2::cuda

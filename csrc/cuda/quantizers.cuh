@@ -66,8 +66,26 @@ __device__ __forceinline__ void forward_packs(const uint4* x, uint4* y, const F&
   }
 }
 
+// Memory that lies out of step: a number at a time, several of them under way.
+template <class T, class F>
+__device__ __forceinline__ void forward_singles(const T* x, T* y, int n, const F& formula) {
+  constexpr int loads = kLoads<T, 1> / 2;
+  int i = threadIdx.x;
+#pragma unroll 1
+  for (; i + (loads - 1) * kThreads < n; i += loads * kThreads) {
+    Acc<T> some[loads];
+#pragma unroll
+    for (int u = 0; u < loads; ++u) some[u] = widen(x[i + u * kThreads]);
+#pragma unroll
+    for (int u = 0; u < loads; ++u) narrow(formula.forward(some[u]), y[i + u * kThreads]);
+  }
+#pragma unroll 1
+  for (; i < n; i += kThreads) narrow(formula.forward(widen(x[i])), y[i]);
+}
+
 template <class T, class F>
 __device__ __forceinline__ void forward_wide(const T* x, T* y, int n, const F& formula) {
+  if (before_boundary(x) != before_boundary(y)) return forward_singles(x, y, n, formula);
   const Edges edges(x, n);
   const uint4* from = reinterpret_cast<const uint4*>(x + edges.head);
   uint4* to = reinterpret_cast<uint4*>(y + edges.head);
@@ -134,7 +152,27 @@ __device__ void backward_strided(const T* x, const T* g, T* dx, int left, Next n
 }
 
 template <class T, class F>
+__device__ __forceinline__ void backward_singles(const T* x, const T* g, T* dx, int n, Acc<T>* sums, const F& formula) {
+  constexpr int loads = kLoads<T, 1> / 2;
+  int i = threadIdx.x;
+#pragma unroll 1
+  for (; i + (loads - 1) * kThreads < n; i += loads * kThreads) {
+    Acc<T> a[loads], b[loads], c[loads];
+#pragma unroll
+    for (int u = 0; u < loads; ++u) a[u] = widen(x[i + u * kThreads]), b[u] = widen(g[i + u * kThreads]);
+    backward_batch(a, b, c, sums, formula);
+#pragma unroll
+    for (int u = 0; u < loads; ++u) narrow(c[u], dx[i + u * kThreads]);
+  }
+#pragma unroll 1
+  for (; i < n; i += kThreads) backward_one(x[i], g[i], dx[i], sums, formula);
+}
+
+template <class T, class F>
 __device__ __forceinline__ void backward_wide(const T* x, const T* g, T* dx, int n, Acc<T>* sums, const F& formula) {
+  const int boundary = before_boundary(x);
+  if (boundary != before_boundary(g) || boundary != before_boundary(dx))
+    return backward_singles(x, g, dx, n, sums, formula);
   const Edges edges(x, n);
   const uint4 *from = reinterpret_cast<const uint4*>(x + edges.head),
               *other = reinterpret_cast<const uint4*>(g + edges.head);
@@ -239,8 +277,7 @@ __global__ void __launch_bounds__(kThreads, kQuantizeBlocks<T>) quantize_kernel(
   if constexpr (kHasChannels<Op>)
     if (Abreast<T>::serves(tensor)) return forward_abreast<Op>(tensor, part, q, x, y);
   const Stretch stretch(tensor, part);
-  if (stretch.is_one && before_boundary(x + stretch.begin) == before_boundary(y + stretch.begin) &&
-      (sizeof(A) == 8 || !is_plain<Op, A>(q, column))) {
+  if (stretch.is_one && (sizeof(A) == 8 || !is_plain<Op, A>(q, column))) {
     forward_wide(x + stretch.begin, y + stretch.begin, int(part.n),
                  typename Op::template At<A, typename FastFor<A>::type>(q, column));
   } else {
@@ -264,10 +301,8 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks) gradient_kernel(Lis
   if constexpr (kHasChannels<Op>)
     if (Abreast<T>::serves(tensor)) return backward_abreast<Op>(tensor, part, q, x, g, dx);
   const Stretch stretch(tensor, part);
-  const int boundary = before_boundary(x + stretch.begin);
   A sums[kQuantizerSums] = {};
-  if (stretch.is_one && boundary == before_boundary(g + stretch.begin) &&
-      boundary == before_boundary(dx + stretch.begin) && (sizeof(A) == 8 || !is_plain<Op, A>(q, column))) {
+  if (stretch.is_one && (sizeof(A) == 8 || !is_plain<Op, A>(q, column))) {
     const typename Op::template At<A, typename FastFor<A>::type> formula(q, column);
     backward_wide(x + stretch.begin, g + stretch.begin, dx + stretch.begin, int(part.n), sums, formula);
   } else {

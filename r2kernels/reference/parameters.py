@@ -71,10 +71,11 @@ def _constant(key, count, d, dtype, device):
     full = (key, count, d, dtype, device)
     value = _constants.get(full)
     if value is None:
-        if len(_constants) >= _MOST_CONSTANTS:
-            return _fill(key, count, d, dtype, device)
+        in_graph = device.type == "cuda" and torch.cuda.is_current_stream_capturing() and not isinstance(key, tuple)
+        if len(_constants) >= _MOST_CONSTANTS or in_graph:
+            return _fill(key, count, d, dtype, device)  # of one value by a kernel, which becomes part of the graph
         with torch.inference_mode(False):  # a tensor of inference mode could not be saved for backward later
-            value = lasting(lambda: _fill(key, count, d, dtype, device), device, f"the parameter {key}")
+            value = lasting(lambda: _fill(key, count, d, dtype, device), device, "numbers of a list")
         _constants[full] = value
     return value
 

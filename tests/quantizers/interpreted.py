@@ -321,6 +321,19 @@ def test_a_chunk_that_is_read_again(triton):
         assert torch.equal(losses[0], alone[0]) and torch.equal(losses[1], alone[1])
 
 
+def test_gradients_that_nobody_needs(triton):
+    for ws in ([draw(50, 2).float(), draw(70).float()], [draw(33).float()]):
+        nobody, count = (False,) * len(ws), len(ws)
+        alpha, grad = torch.full((count, 1), 0.3), draw(count).float()
+        _, saved = triton.soft_min_max_fwd(ws, alpha, True, 1, "output")
+        _, learned = triton.soft_min_max_bwd(grad, ws, alpha, saved, 1, "output")
+        made, alone = triton.soft_min_max_bwd(grad, ws, alpha, saved, 1, "output", needed=nobody)
+        assert made == [None] * count and torch.equal(alone, learned)
+        problem = ["soft_min_max"], [alpha], [0], [True]
+        made, (of_terms,) = triton.terms_bwd([grad], ws, *problem, [saved], needed=nobody)
+        assert made == [None] * count and torch.equal(of_terms, learned)
+
+
 def test_added_gradients(triton):
     ws = [draw(50, 2).float(), draw(64).float(), draw(7).float()]
     step, grad = torch.full((3, 1), 0.3), draw(3).float()

@@ -352,7 +352,7 @@ def map_terms(
         count = tl.minimum(n - start, n_chunk).to(tl.int32)
         map_rows_of_chunk(
             Rows(p, run, run, run, count, ACC, 1, False, BLOCK, UNROLL),
-            Rows(p_target, start, count, run, ACC, 1, False, BLOCK, UNROLL),
+            Rows(p_target, run, run, run, count, ACC, 1, False, BLOCK, UNROLL),
             constants,
             terms_gradient,
             ADD,

@@ -106,7 +106,9 @@ class Launcher:
         """(>= count,) zeros, which kernels leave as zeros: those of a stream, or of a CUDA graph its own."""
         if self.interpreted:
             return torch.zeros(count, dtype=torch.int32, device=device)
-        return lists.counters(count, device, driver.active.get_current_stream(driver.active.get_current_device()))
+        active = driver.active
+        stream = active.get_current_stream(active.get_current_device() if device.index is None else device.index)
+        return lists.counters(count, device, stream)
 
     def _gradients(self, weights, d, layout, out, needed):
         """(the gradients, or None where none is needed; whether they are added to)"""

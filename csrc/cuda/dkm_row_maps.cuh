@@ -17,10 +17,9 @@ __global__ void __launch_bounds__(kThreads, kResident<D, A>)
   __shared__ Tile<D, A, 2> tile;
   const RowChunk part(list, clusters);
   const Iterated<A> it(list, clusters, pass, part.tensor);
-  const Tensor& tensor = tensor_of(list, part.tensor);
   const Memory<A> w(place(list, list.pointers, part.tensor), list.dtype),
       out(place(list, pass.target, part.tensor), list.dtype);
-  const RowPlaces places(tensor, part.row, it.d);
+  const RowPlaces places(tensor_of(list, part.tensor), part.row, it.d);
   const A back = 1 / it.unit;
   Centroids<D, A, 2> centroids = {it, tile};
   for (int first = 0; first < part.rows; first += kThreads) {
@@ -46,7 +45,7 @@ __global__ void __launch_bounds__(kThreads, kResident<D, A>)
         if (int(threadIdx.x) < n && block + i < it.d) out.put(where.at + (block + i) * where.run, sum[i] / Z * back);
     }
   }
-  if (part.row == 0) put_leftovers(tensor, it.d, w, out);
+  if (part.row == 0) put_leftovers(tensor_of(list, part.tensor), it.d, w, out);
 }
 
 // A step's part of dL/dw: sum_j a_j v_j - sum_j a_j (P_j - mean P) slope_j / tau, with P and the slope relative to
@@ -94,12 +93,11 @@ __global__ void __launch_bounds__(kThreads, kResident<D, A>)
   constexpr int wide = kWide<D>;
   __shared__ Tile<D, A, 3> tile;
   const RowChunk part(list, clusters);
-  const Tensor& tensor = tensor_of(list, part.tensor);
   const Memory<A> w(place(list, list.pointers, part.tensor), list.dtype),
       gs(place(list, pass.grads, part.tensor), list.dtype);
   const Memory<A> out(place(list, pass.target, part.tensor), list.dtype);
   const int d = list.d;
-  const RowPlaces places(tensor, part.row, d);
+  const RowPlaces places(tensor_of(list, part.tensor), part.row, d);
   for (int first = 0; first < part.rows; first += kThreads) {
     const int n = min(kThreads, part.rows - first);
     const RowPlace where = places.of(first + min(int(threadIdx.x), n - 1));
@@ -117,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, kResident<D, A>)
         if (int(threadIdx.x) < n && block + i < d) out.put(where.at + (block + i) * where.run, sum[i]);
     }
   }
-  if (part.row == 0) put_leftovers(tensor, d, gs, out);
+  if (part.row == 0) put_leftovers(tensor_of(list, part.tensor), d, gs, out);
 }
 
 // The nearest centroid in the caller's order, without fused multiply-adds: ties are then those of the plain formula.

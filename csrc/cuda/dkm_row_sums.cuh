@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, kResident<D, A>)
 
 // From the totals of a tensor to numbers of its centroids.
 template <RowSum kOp, class A>
-__global__ void __launch_bounds__(kMergeThreads)
+__global__ void __launch_bounds__(kMergeThreads, 1)
     dkm_row_merge_kernel(List list, Clusters clusters, Pass pass, int64_t numbers, int slices) {
   constexpr bool kUpdate = kOp == RowSum::update;
   const int64_t tensor = blockIdx.x / slices;

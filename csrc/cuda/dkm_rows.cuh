@@ -241,6 +241,7 @@ constexpr int kWide = D > 0 ? D : kBlock;
 template <int D, class A>
 constexpr int kResident = sizeof(A) == 8 || D == 0 ? 2
                           : D == 8                 ? 4
+                          : D == 4                 ? 6
                                                    : 8;  // blocks to a multiprocessor, at least
 
 }  // namespace r2::cuda

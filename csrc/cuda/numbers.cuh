@@ -58,6 +58,11 @@ __device__ __forceinline__ int before_boundary(const T* p) {
 // Computed before what follows: a compiler that puts a sum off until after a branch keeps its terms in registers.
 __device__ __forceinline__ void pin(float& x) { asm volatile("" : "+f"(x)); }
 __device__ __forceinline__ void pin(double& x) { asm volatile("" : "+d"(x)); }
+// Or a compiler adds up anew, for every access, all that a pointer was made of.
+template <class T>
+__device__ __forceinline__ void pin(T*& p) {
+  asm volatile("" : "+l"(p));
+}
 
 // A NaN in either comes out.
 __device__ __forceinline__ float max_nan(float a, float b) {

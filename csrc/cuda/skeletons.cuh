@@ -103,11 +103,13 @@ __device__ __forceinline__ void sweep_units(const T* memory, int units, const Pl
   for (; i < units; i += places.step()) take_units<1, unit>(memory, places, i, lane);
 }
 
-template <class T, class Lane>
+template <bool kPinned, class T, class Lane>
 __device__ __forceinline__ void sweep_stretch(const T* w, int n, Lane& lane) {
   constexpr int pack = kPack<T>;
   const int head = min(before_boundary(w), n), packs = (n - head) / pack, edges = n - packs * pack;
-  sweep_units<pack>(w + head, packs, Dense<pack>(), lane);
+  const T* body = w + head;
+  if (kPinned) pin(body);
+  sweep_units<pack>(body, packs, Dense<pack>(), lane);
   if (int(threadIdx.x) < edges) {
     const int j = threadIdx.x;
     Acc<T> x[1] = {widen(w[j < head ? j : j + packs * pack])};
@@ -132,7 +134,7 @@ __device__ void sweep(const Rows<T, kColumns>& rows, Lane& lane) {
       return rows.in_packs(w) ? sweep_units<pack>(w, rows.n / pack, rows.template runs<pack>(), lane)
                               : sweep_units<1>(w, rows.n, rows.template runs<1>(), lane);
   }
-  sweep_stretch(w, rows.n, lane);
+  sweep_stretch<kColumns>(w, rows.n, lane);  // a kernel of several terms has no registers for that
 }
 
 struct Sum {
@@ -242,17 +244,21 @@ __device__ __forceinline__ void map_one(const T& w, T& out, const G& gradient) {
 template <bool kAdd, int units, int unit, class T, class Places, class G>
 __device__ __forceinline__ void map_some(const T* w, T* out, const Places& places, int i, const G& gradient) {
   using Packed = Pack<T, unit>;
-  Packed from[units], to[units];
+  Packed from[units], old[units];
 #pragma unroll
   for (int u = 0; u < units; ++u) {
     from[u] = Packed::read(places.at(w, i, u));
-    if (kAdd) to[u] = Packed::reread(places.at(out, i, u));
+    if (kAdd) old[u] = Packed::reread(places.at(out, i, u));
   }
 #pragma unroll
   for (int u = 0; u < units; ++u) {
+    Packed to;
 #pragma unroll
-    for (int j = 0; j < unit; ++j) map_one<kAdd>(from[u].number[j], to[u].number[j], gradient);
-    to[u].write(places.at(out, i, u));
+    for (int j = 0; j < unit; ++j) {
+      const Acc<T> g = gradient(widen(from[u].number[j]));
+      narrow(kAdd ? widen(old[u].number[j]) + g : g, to.number[j]);
+    }
+    to.write(places.at(out, i, u));
   }
 }
 
@@ -272,7 +278,10 @@ __device__ __forceinline__ void map_stretch(const T* w, T* out, int n, const G& 
   if (before_boundary(w) != before_boundary(out))
     return map_units<kAdd, 1, kLoads<T, 1> / 2>(w, out, n, Dense<1>(), gradient);
   const int head = min(before_boundary(w), n), packs = (n - head) / pack, edges = n - packs * pack;
-  map_units<kAdd, pack, kInFlight>(w + head, out + head, packs, Dense<pack>(), gradient);
+  const T* from = w + head;
+  T* to = out + head;
+  pin(from), pin(to);
+  map_units<kAdd, pack, kInFlight>(from, to, packs, Dense<pack>(), gradient);
   if (int(threadIdx.x) < edges) {
     const int j = int(threadIdx.x) < head ? threadIdx.x : threadIdx.x + packs * pack;
     map_one<kAdd>(w[j], out[j], gradient);

@@ -104,10 +104,13 @@ class Kernel:
         return [path for path in (self._way(head, head) for head in heads) if path]
 
     def main_loop(self):
-        """Indices on the shortest way once round the loop that has the most 128-bit loads on it: what full tiles cost,
-        rare branches aside."""
-        loops = self.loops()
-        return max(loops, key=lambda path: (self.count("LDG", "128", path), len(path)), default=[])
+        """Indices on the shortest way once round the loop that has the most 128-bit loads on it, of memory without gaps,
+        whose addresses need no division: what full tiles cost, rare branches aside."""
+
+        def work(path):
+            return self.count("LDG", "128", path), -self.count("IMAD.HI", path=path), len(path)
+
+        return max(self.loops(), key=work, default=[])
 
     def in_flight(self, path):
         """Bytes of the loads of a thread that are under way at once on this way round a loop: sent, and not used."""

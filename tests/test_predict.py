@@ -34,8 +34,9 @@ LOOP = [
 
 def test_a_loop(predict):
     """Eight float32 weights: two loads and stores of 128 bits, 12 instructions, one of them special; for a warp
-    4 + 1 + 2 wavefronts."""
-    kernel = sass.Kernel("k", 64, 0, 0, [("", opcode, "") for opcode in LOOP], {len(LOOP) - 1: 0})
+    4 + 1 + 2 wavefronts. Of a thread 16 + 16 + 1 bytes are under way."""
+    operands = ["R4, [R2.64]", "R8, [R2.64]", "R12, [R2.64]"] + [""] * (len(LOOP) - 3)
+    kernel = sass.Kernel("k", 64, 0, 0, [("", *of) for of in zip(LOOP, operands, strict=True)], {len(LOOP) - 1: 0})
     found = predict.row("cuda", "op", "float", kernel, kernel.main_loop(), 1)
     assert found == {
         "backend": "cuda",
@@ -47,7 +48,7 @@ def test_a_loop(predict):
         "instructions": 12 / 8,
         "mufu": 1 / 8,
         "shared": 7 / 8 / 32,
-        "in flight": 32 * 32 * 32 / 1024,
+        "in flight": 32 * 32 * 33 / 1024,
         "warps": 32,
         "latency": 12 / (32 * 32 * 8),
     }

@@ -28,7 +28,7 @@ __device__ void map_chunk(const T* w, const T* g, T* out, int n, Make make) {
       Pack<T> made;
 #pragma unroll
       for (int j = 0; j < pack; ++j) narrow(z[u * pack + j], made.number[j]);
-      to[u * threads] = made.bits;
+      __stwb(to + u * threads, made.bits);
     }
     from_w += packs * threads, from_g += packs * threads, to += packs * threads;
   }
@@ -39,7 +39,9 @@ __device__ void map_chunk(const T* w, const T* g, T* out, int n, Make make) {
     const bool valid = i < rest;
     Acc<T> x[1] = {valid ? widen(w[at]) : Acc<T>(0)}, y[1] = {kGrads && valid ? widen(g[at]) : Acc<T>(0)}, z[1];
     make(x, y, z);
-    if (valid) narrow(z[0], out[at]);
+    Pack<T, 1> made;
+    narrow(z[0], made.number[0]);
+    if (valid) made.write(out + at);
   }
 }
 

@@ -66,6 +66,13 @@ __device__ __forceinline__ void forward_packs(const uint4* x, uint4* y, const F&
   }
 }
 
+template <class T>
+__device__ __forceinline__ void write_one(Acc<T> x, T* p) {
+  Pack<T, 1> made;
+  narrow(x, made.number[0]);
+  made.write(p);
+}
+
 // Memory that lies out of step: a number at a time, several of them under way.
 template <class T, class F>
 __device__ __forceinline__ void forward_singles(const T* x, T* y, int n, const F& formula) {
@@ -75,9 +82,9 @@ __device__ __forceinline__ void forward_singles(const T* x, T* y, int n, const F
   for (; i + (loads - 1) * kThreads < n; i += loads * kThreads) {
     Acc<T> some[loads];
 #pragma unroll
-    for (int u = 0; u < loads; ++u) some[u] = widen(x[i + u * kThreads]);
+    for (int u = 0; u < loads; ++u) some[u] = widen(Pack<T, 1>::read(x + i + u * kThreads).number[0]);
 #pragma unroll
-    for (int u = 0; u < loads; ++u) narrow(formula.forward(some[u]), y[i + u * kThreads]);
+    for (int u = 0; u < loads; ++u) write_one(formula.forward(some[u]), y + i + u * kThreads);
   }
 #pragma unroll 1
   for (; i < n; i += kThreads) narrow(formula.forward(widen(x[i])), y[i]);
@@ -159,10 +166,13 @@ __device__ __forceinline__ void backward_singles(const T* x, const T* g, T* dx, 
   for (; i + (loads - 1) * kThreads < n; i += loads * kThreads) {
     Acc<T> a[loads], b[loads], c[loads];
 #pragma unroll
-    for (int u = 0; u < loads; ++u) a[u] = widen(x[i + u * kThreads]), b[u] = widen(g[i + u * kThreads]);
+    for (int u = 0; u < loads; ++u) {
+      a[u] = widen(Pack<T, 1>::read(x + i + u * kThreads).number[0]);
+      b[u] = widen(Pack<T, 1>::read(g + i + u * kThreads).number[0]);
+    }
     backward_batch(a, b, c, sums, formula);
 #pragma unroll
-    for (int u = 0; u < loads; ++u) narrow(c[u], dx[i + u * kThreads]);
+    for (int u = 0; u < loads; ++u) write_one(c[u], dx + i + u * kThreads);
   }
 #pragma unroll 1
   for (; i < n; i += kThreads) backward_one(x[i], g[i], dx[i], sums, formula);

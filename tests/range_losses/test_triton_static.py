@@ -11,9 +11,11 @@ from processes import compiled, offenders
 MOST = {  # instructions per fp32 weight, per 16-bit weight, on sm_90
     ("reduce_list", "soft_min_max"): (15, 16.5),
     ("reduce_list", "frozen_soft_min_max"): (11, 12.5),
+    ("reduce_list", "soft_extrema"): (15, 16.5),
     ("reduce_list", "l_inf"): (4.5, 5),
     ("reduce_list", "margin"): (7, 7.5),
     ("reduce_list", "kure"): (9, 10),
+    ("reduce_list", "weight_stats"): (9, 10),
     ("map_chunks", "soft_min_max"): (11.5, 13),
     ("map_chunks", "soft_extrema"): (11.5, 13),
     ("map_chunks", "l_inf"): (5.5, 7),

@@ -104,8 +104,8 @@ class Kernel:
         return [path for path in (self._way(head, head) for head in heads) if path]
 
     def main_loop(self):
-        """Indices on the shortest way once round the loop that has the most 128-bit loads on it, of memory without gaps,
-        whose addresses need no division: what full tiles cost, rare branches aside."""
+        """Indices on the shortest way once round the loop that has the most 128-bit loads on it, over memory without
+        gaps, whose addresses need no division: what full tiles cost, rare branches aside."""
 
         def work(path):
             return self.count("LDG", "128", path), -self.count("IMAD.HI", path=path), len(path)

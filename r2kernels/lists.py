@@ -110,30 +110,30 @@ def _positive(tensors):
 
 def plan(tensors, runs, d, device):
     """The plan for tensors of these sizes."""
-    return _kept_if_captured(_plan(_numels(tensors), runs, d, device, False), device)
+    return _in_use(_plan(_numels(tensors), runs, d, device, False), device)
 
 
 def short_plan(tensors, runs, d, device):
     """The plan in chunks that stay in a GPU's first cache while they are read several times."""
-    return _kept_if_captured(_plan(_numels(tensors), runs, d, device, False, 1), device)
+    return _in_use(_plan(_numels(tensors), runs, d, device, False, 1), device)
 
 
 def row_plan(tensors, runs, d, device):
     """The plan of whole rows for tensors of these sizes."""
-    return _kept_if_captured(_plan(_numels(tensors), runs, d, device, True), device)
+    return _in_use(_plan(_numels(tensors), runs, d, device, True), device)
 
 
 def channel_plan(tensors, axis, device):
     """The plan for tensors of which every channel is a column; without an axis each tensor is one."""
     columns = tuple([1 if axis is None else t.shape[axis] for t in tensors])
     runs = tuple([1 if c == 1 else t.stride(axis) for t, c in zip(tensors, columns, strict=True)])
-    return _kept_if_captured(_plan(_numels(tensors), runs, columns, device, False), device)
+    return _in_use(_plan(_numels(tensors), runs, columns, device, False), device)
 
 
 def column_plan(tensors, axis, columns, device):
     """The plan in chunks of so many whole columns, which are the channels."""
     sizes = tuple([(t.numel(), t.shape[axis]) for t in tensors])
-    return _kept_if_captured(_column_plan(sizes, columns, device), device)
+    return _in_use(_column_plan(sizes, columns, device), device)
 
 
 def _numels(tensors):
@@ -193,7 +193,7 @@ def _tabled(tensors, chunks, chunk, d, device):
 
 def resident(values, dtype, device):
     """Numbers that every call needs, a tuple, as a tensor on the device that nothing ever writes."""
-    return _kept_if_captured(_resident(values, dtype, device), device)
+    return _in_use(_resident(values, dtype, device), device)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -208,7 +208,7 @@ def counters(count, device, stream):
     return _counters(max(1 << (count - 1).bit_length(), COUNTERS), device, stream)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache
 def _counters(count, device, stream):
     return _on(torch.zeros(count, dtype=torch.int32, device="cpu"), device)
 
@@ -217,9 +217,17 @@ def _on(table, device):
     return lasting(lambda: table.to(device), device, "a list of these sizes")
 
 
-def _kept_if_captured(value, device):
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+def _in_use(value, device):
+    """The value, a plan or a tensor. What a CUDA graph reads is kept for good; else its memory is no other's, should
+    the cache drop it, before this stream has done what it was given."""
+    if device.type != "cuda":
+        return value
+    if torch.cuda.is_current_stream_capturing():
         _kept.append(value)
+        return value
+    for t in (value,) if isinstance(value, Tensor) else (value.tensors, value.owner):
+        if t is not None:
+            t.record_stream(torch.cuda.current_stream(device))
     return value
 
 

@@ -1,6 +1,8 @@
 """What a CUDA graph asks for: a step whose tensors lie elsewhere, as those of a graph do, needs no table that the step
 before it has not left. On the CUDA kernels emulated on the CPU, of which nothing is captured."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from emulate import emulated
@@ -63,6 +65,22 @@ def step(run, ws):
     made = run(ws)
     sum([m.sum() for m in (made if isinstance(made, (list, tuple)) else [made])]).backward()
     return [w.grad for w in (ws if isinstance(ws, list) else [ws])]
+
+
+def test_what_is_in_use(monkeypatch):
+    """A table that the cache drops stays where streams have yet to read it, and for good where a graph does."""
+    device, streams, table = SimpleNamespace(type="cuda"), [], torch.zeros(2)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: streams.append(stream))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    alone = lists.plan([torch.zeros(3)], None, 1, torch.device("cpu"))
+    plan = lists.plan([torch.zeros(3), torch.zeros(4)], None, 1, torch.device("cpu"))
+    for value in (alone, plan, table):
+        assert lists._in_use(value, device) is value
+    assert streams == ["stream"] * 3
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    lists._in_use(table, device)
+    assert lists._kept.pop() is table and len(streams) == 3
 
 
 @pytest.mark.parametrize("name", [*LOSSES, *MAPS])

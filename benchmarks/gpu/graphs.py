@@ -7,7 +7,7 @@ On the CPU the same code runs without capture.
 import functools
 
 from .child import Case
-from .processes import child
+from .processes import child, rehearsed
 
 WORKERS = 4
 WARM = 4  # steps before the capture: one more, and Palettizer.step() reads no values in the three that follow
@@ -39,11 +39,7 @@ REHEARSED = {
 
 def batches(plan, done):
     if plan.device == "cpu":
-        yield [
-            child("graphs", item, plan, 60, "--only", part, backend=backend)
-            for item, part in REHEARSED.items()
-            for backend in plan.backends
-        ]
+        yield rehearsed("graphs", REHEARSED, plan, 60)
         return
     yield [
         child("graphs", item, plan, seconds, backend=backend)
@@ -136,6 +132,17 @@ def differing(a, b):
     return [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if not bool(((x == y) | ((x != x) & (y != y))).all())]
 
 
+def hold_replays(what, replay, captured, plain):
+    """Replays with new values where the old ones lay, against calls without a graph. Of training 0 is the loss."""
+    for seed in range(1, REPLAYS + 1):
+        for one in {captured, plain}:
+            one.fill(seed)
+        found = copies(replay())
+        plain.clear()
+        wrong = differing(found, copies(plain.run()))
+        assert not wrong, f"{what} {seed} differs from the call in {wrong}"
+
+
 def captured_op(name, form, dtype, device):
     """Replays with new values where the old ones lay, against calls without a graph."""
     import torch
@@ -144,12 +151,7 @@ def captured_op(name, form, dtype, device):
 
     step = Step(name, form, device, getattr(torch, dtype))
     replay = replay_of(step, device)
-    for seed in range(1, REPLAYS + 1):
-        step.fill(seed)
-        found = copies(replay())
-        step.clear()
-        wrong = differing(found, copies(step.run()))
-        assert not wrong, f"replay {seed} differs from the call in {wrong}"
+    hold_replays("replay", replay, step, step)
 
 
 def captured_training(name, device):
@@ -164,13 +166,7 @@ def captured_training(name, device):
     for _ in range(WARM):
         twin.clear()
         twin.run()
-    for seed in range(1, REPLAYS + 1):
-        captured.fill(seed)
-        twin.fill(seed)
-        found = copies(replay())
-        twin.clear()
-        wrong = differing(found, copies(twin.run()))
-        assert not wrong, f"step {seed} differs from the one without a graph in {wrong} (0: the loss)"
+    hold_replays("step", replay, captured, twin)
 
 
 def side_by_side(pair, device):

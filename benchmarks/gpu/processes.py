@@ -46,6 +46,15 @@ def child(stage, item, plan, seconds, *options, backend=None, wrapper=()):
     return Task(f"{name}, {backend}" if backend else name, [*command, *options], seconds, cases=True)
 
 
+def rehearsed(stage, parts, plan, seconds):
+    """The tasks that rehearse a stage: of each item a part, on each backend."""
+    return [
+        child(stage, item, plan, seconds, "--only", part, backend=backend)
+        for item, part in parts.items()
+        for backend in plan.backends
+    ]
+
+
 class Tail(threading.Thread):
     """The last bytes of a stream."""
 

@@ -6,7 +6,7 @@ What they may err is tests/budget.py's; two runs must give the same bits. Then c
 import functools
 
 from .child import Case
-from .processes import child
+from .processes import child, rehearsed
 
 WORKERS = 6
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -24,11 +24,7 @@ REHEARSED = {
 
 def batches(plan, done):
     if plan.device == "cpu":
-        yield [
-            child("smoke", item, plan, 100, "--only", part, backend=backend)
-            for item, part in REHEARSED.items()
-            for backend in plan.backends
-        ]
+        yield rehearsed("smoke", REHEARSED, plan, 100)
         return
     items = [f"{family}-{dtype}" for dtype in DTYPES for family in FAMILIES]
     yield [child("smoke", item, plan, 240, backend=backend) for item in items for backend in plan.backends]

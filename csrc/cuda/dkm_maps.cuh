@@ -7,7 +7,7 @@ namespace r2::cuda {
 // A pass that writes a number for each weight: make(w[n], g[n], out[n]) for all n rows, in every thread equally often.
 template <bool kGrads, class T, class Make>
 __device__ void map_chunk(const T* w, const T* g, T* out, int n, Make make) {
-  constexpr int packs = kPacks<T>, pack = kPack<T>;
+  constexpr int packs = kPacks<T>;
   const int threads = blockDim.x, size = threads * kBatch<T>, boundary = before_boundary(w);
   const bool aligned = before_boundary(out) == boundary && (!kGrads || before_boundary(g) == boundary);
   const int head = aligned ? min(boundary, n) : 0, tiles = aligned ? (n - head) / size : 0;
@@ -23,13 +23,7 @@ __device__ void map_chunk(const T* w, const T* g, T* out, int n, Make make) {
     batch_w.numbers(x);
     if (kGrads) batch_g.numbers(y);
     make(x, y, z);
-#pragma unroll
-    for (int u = 0; u < packs; ++u) {
-      Pack<T> made;
-#pragma unroll
-      for (int j = 0; j < pack; ++j) narrow(z[u * pack + j], made.number[j]);
-      __stwb(to + u * threads, made.bits);
-    }
+    write_packs<T>(z, to, threads);
     from_w += packs * threads, from_g += packs * threads, to += packs * threads;
   }
   const int done = tiles * size, rest = n - done;
@@ -39,9 +33,7 @@ __device__ void map_chunk(const T* w, const T* g, T* out, int n, Make make) {
     const bool valid = i < rest;
     Acc<T> x[1] = {valid ? widen(w[at]) : Acc<T>(0)}, y[1] = {kGrads && valid ? widen(g[at]) : Acc<T>(0)}, z[1];
     make(x, y, z);
-    Pack<T, 1> made;
-    narrow(z[0], made.number[0]);
-    if (valid) made.write(out + at);
+    if (valid) write_one(z[0], out + at);
   }
 }
 

@@ -49,6 +49,26 @@ union Pack {
   __device__ __forceinline__ void write(T* p) const { __stwb(reinterpret_cast<Bits*>(p), bits); }
 };
 
+template <class T>
+__device__ __forceinline__ void write_one(Acc<T> x, T* p) {
+  Pack<T, 1> made;
+  narrow(x, made.number[0]);
+  made.write(p);
+}
+
+// Packs that lie so many of them apart.
+template <class T, int n>
+__device__ __forceinline__ void write_packs(const Acc<T> (&x)[n], uint4* to, int apart) {
+  constexpr int pack = kPack<T>;
+#pragma unroll
+  for (int u = 0; u < n / pack; ++u) {
+    Pack<T> made;
+#pragma unroll
+    for (int j = 0; j < pack; ++j) narrow(x[u * pack + j], made.number[j]);
+    __stwb(to + u * apart, made.bits);
+  }
+}
+
 // How many numbers lie before the first 16-byte boundary.
 template <class T>
 __device__ __forceinline__ int before_boundary(const T* p) {

@@ -66,13 +66,6 @@ __device__ __forceinline__ void forward_packs(const uint4* x, uint4* y, const F&
   }
 }
 
-template <class T>
-__device__ __forceinline__ void write_one(Acc<T> x, T* p) {
-  Pack<T, 1> made;
-  narrow(x, made.number[0]);
-  made.write(p);
-}
-
 // Memory that lies out of step: a number at a time, several of them under way.
 template <class T, class F>
 __device__ __forceinline__ void forward_singles(const T* x, T* y, int n, const F& formula) {
@@ -131,10 +124,7 @@ __device__ __forceinline__ void backward_packs(const uint4* x, const uint4* g, u
     const uint4 one[1] = {of_x[u]}, other[1] = {of_g[u]};
     widen_packs<1, T>(one, a), widen_packs<1, T>(other, b);
     backward_batch(a, b, c, sums, formula);
-    Pack<T> to;
-#pragma unroll
-    for (int j = 0; j < kPack<T>; ++j) narrow(c[j], to.number[j]);
-    __stwb(dx + u * kThreads, to.bits);
+    write_packs<T>(c, dx + u * kThreads, 0);
   }
 }
 

@@ -167,13 +167,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) terms_map_kernel(List li
 #pragma unroll
       for (int j = 0; j < n; ++j) g[j] = 0;
     gradients.add(x, g);
-#pragma unroll
-    for (int u = 0; u < packs; ++u) {
-      Pack<T> result;
-#pragma unroll
-      for (int j = 0; j < pack; ++j) narrow(g[u * pack + j], result.number[j]);
-      __stwb(into + u * width, result.bits);
-    }
+    write_packs<T>(g, into, width);
   }
 #pragma unroll 1
   for (int i = threadIdx.x; i < edges; i += kThreads) {

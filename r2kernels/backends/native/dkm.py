@@ -46,6 +46,7 @@ class NativeDKM:
         self.tau = None if tau is None else tau.contiguous()
         self.sizes = lists.resident(tuple(clusters), torch.int32, self.device)
         self.counts, self.kept = counts, None  # kept: what `upstream` leaves for `recur`
+        self.given = None  # gradients of W_hat
 
     def _run(
         self,
@@ -97,11 +98,13 @@ class NativeDKM:
         )
 
     def _incoming(self, grads):
-        """(their Table, what must be kept until the call is over) of gradients, laid out as the weights"""
+        """The Table of gradients, laid out as the weights: once for the passes that are given the same list."""
         if grads is None:
-            return NO_TABLE, None
-        grads = lists.like_weights(grads, self.tensors)
-        return self.native.tables(grads)[0], grads
+            return NO_TABLE
+        if self.given is not grads:
+            self.given, self.lying = grads, lists.like_weights(grads, self.tensors)
+            (self.incoming,) = self.native.tables(self.lying)
+        return self.incoming
 
     def _map(self, name, *args, **options):
         made = lists.empty_gradients(self.weights, *self.geometry)
@@ -122,20 +125,17 @@ class NativeDKM:
     def upstream(self, c, grads):
         u = c.new_empty(c.shape)
         self.kept = torch.empty(c.shape[0], c.shape[1] + 1, 4, dtype=torch.float64, device=self.device)
-        table, _grads = self._incoming(grads)
-        self._run("upstream", c, grads=table, out=u, scratch=True)
+        self._run("upstream", c, grads=self._incoming(grads), out=u, scratch=True)
         return u
 
     def recur(self, c, new, u, moments, grads=None):
         out = c.new_empty(c.shape)
-        table, _grads = self._incoming(grads)
-        self._run("recur", c, new, u, moments, grads=table, out=out, scratch=True)
+        self._run("recur", c, new, u, moments, grads=self._incoming(grads), out=out, scratch=True)
         return out
 
     def gradient(self, steps, grads):
         """`grads` None: as if they were 0."""
-        table, _grads = self._incoming(grads)
-        return self._map("gradient", *lists.stacked(steps), steps=len(steps), grads=table)
+        return self._map("gradient", *lists.stacked(steps), steps=len(steps), grads=self._incoming(grads))
 
     def jacobian(self, c, new, moments):
         J = torch.empty(c.shape[0], c.shape[1], c.shape[1], dtype=torch.float64, device=self.device)

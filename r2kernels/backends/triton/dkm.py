@@ -36,6 +36,7 @@ class TritonDKM:
         self.device, self.types = weights[0].device, types(weights[0].dtype)
         self.tensors, self.runs = lists.dense(weights, d, layout)
         (self.table,) = launcher._tables(self.tensors)
+        self.given = None  # gradients of W_hat
         self.count, self.sizes = len(clusters), lists.resident(tuple(clusters), torch.int32, self.device)
         self.scaled = not self.signed and tau.dtype == torch.float32
         if self.scaled:
@@ -109,11 +110,14 @@ class TritonDKM:
         return [c if t is None else t.contiguous() for t in (c, new, *others)]
 
     def _incoming(self, grads):
-        """(table of addresses, gradients laid out as the weights); (None, ()) of None."""
+        """(table of addresses, gradients laid out as the weights), once for the passes that are given the same list;
+        (None, ()) of None."""
         if grads is None:
             return None, ()
-        grads = lists.like_weights(grads, self.tensors)
-        return self.launcher._tables(grads)[0], grads
+        if self.given is not grads:
+            self.given, lying = grads, lists.like_weights(grads, self.tensors)
+            self.incoming = self.launcher._tables(lying)[0], lying
+        return self.incoming
 
     def _sum(self, mode, c, new=None, u=None, moments=None, grads=None, out=None, out_moments=None):
         most, n_moments = c.shape[-2], 1 if moments is None else moments.shape[-1]
@@ -219,8 +223,7 @@ def settled(old, new, squared):
     old, new = old.contiguous(), new.contiguous()
     made, sound = torch.empty_like(old), torch.empty(groups, dtype=torch.bool, device=old.device)
     spacings = torch.empty(groups, dtype=torch.float64, device=old.device)
+    settle = launch(settle_groups, D=d, SQUARED=squared, BLOCK=triton.next_power_of_2(clusters))
     with current(old.device):
-        settle_groups[(groups,)](
-            old, new, made, spacings, sound, clusters, D=d, SQUARED=squared, BLOCK=triton.next_power_of_2(clusters)
-        )
+        settle((groups,), old, new, made, spacings, sound, clusters)
     return made, spacings, sound

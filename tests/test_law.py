@@ -139,6 +139,7 @@ LAW = {
         "functional.regularizers",
         "lists",
         "nn.select",
+        "nn.sharded",
         "reference.checks",
         "reference.parameters",
     },

@@ -249,8 +249,7 @@ class Attached(nn.Module):
         Under `fully_shard` layers are gathered one by one (all ranks call this), and each rank writes its shards.
         """
         layers = self._bakeable() if bake else []
-        for unit in self._units.find():
-            unit.reshard()
+        self._units.reshard()
         divided = [layer for layer in layers if is_divided(layer.weight())]
         whole = [layer for layer in layers if not is_divided(layer.weight())]
         hards = self._stored(whole)

@@ -22,6 +22,13 @@ def refuse_flattened(name, w):
         )
 
 
+def refuse_any_flattened(names, ws):
+    """The same of many tensors; costs nothing where no FSDP1 was imported."""
+    if not torch.compiler.is_compiling() and "torch.distributed.fsdp" in sys.modules:
+        for name, w in zip(names, ws, strict=True):
+            refuse_flattened(name, w)
+
+
 def is_divided(w):
     """Whether w is a DTensor."""
     return type(w) is not torch.nn.Parameter and hasattr(w, "full_tensor")
@@ -74,6 +81,11 @@ class Units:
             self._kinds, self.layers, self._below = kinds, self._found(), {}
             self.numbers = {i for some in self.layers.values() for i in some}
         return self.layers
+
+    def reshard(self):
+        """Drops what a forward without backward left whole (the root), as `parameters()` should be the shards."""
+        for unit in self.find():
+            unit.reshard()
 
     def _found(self):
         nearest, by_path, found = {}, {}, {}

@@ -128,6 +128,7 @@ class Starting(Synchronised):
             self._read()
         finally:
             self._end()
+            self._units.reshard()
 
     def _start(self, module, inside, due, run, args, kwargs):
         """Runs a module once more, as an entry, with the ranges of the layers that are due starting on the way."""

@@ -77,7 +77,9 @@ class Synchronised(Attached):
     @property
     def _may_start(self):
         """Whether ranges may start in this forward: not in one of this rank alone once ranges are shared."""
-        return self._ranks is not None or not (self._is_shared or self._given.group is not None or self._units.layers)
+        if self._ranks is not None or not is_distributed():
+            return True
+        return not (self._is_shared or self._given.group is not None or self._units.layers)
 
     def _meet(self, trains):
         """At the begin of a forward: who shares it. In the first that is shared all take the first rank's state."""

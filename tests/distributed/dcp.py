@@ -93,7 +93,10 @@ def check_resume_with_the_same_ranks(mesh):
     for attach, sharded in ((palettize, True), (quantize, True), (quantize, False), (regularize, False)):
         path = saved(attach, f"{mesh.size()}{'' if sharded else '-ddp'}-again")
         run = Run(attach, mesh, sharded).steps(0, 3).save(path).steps(3, 6)
-        again = Run(attach, mesh, sharded).load(path).steps(3, 6)
+        again = Run(attach, mesh, sharded)
+        if not sharded:
+            again.steps(0, 2)  # in which DDP orders its buckets, by which the sums of more than two ranks are rounded
+        again.load(path).steps(3, 6)
         for a, b in zip(run.values(), again.values(), strict=True):
             assert torch.equal(a, b)
         moments = [[s["exp_avg"] for s in r.optimizer.state.values()] for r in (run, again)]

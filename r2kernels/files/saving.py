@@ -25,8 +25,8 @@ def save_palettized(palettizer, path, *, entropy=None):
     of the model's state_dict are kept as they are; a tensor with several names is stored once. entropy: None packs
     codes into `bits` bits each; "huffman" codes those weights by which the file becomes smaller. A weight with a NaN or
     an infinity is stored dense, with a warning. The file is replaced as a whole or not at all, and keeps its mode; of a
-    symlink what it leads to is replaced. TypeError or ValueError names the tensor that cannot be stored, and OSError
-    says why the file cannot be written.
+    symlink what it leads to is replaced. Under `fully_shard` all ranks call this, and each writes its file. TypeError
+    or ValueError names the tensor that cannot be stored, and OSError says why the file cannot be written.
     """
     _save_attached(palettizer, palettizer.clustered(), path, entropy)
 
@@ -47,9 +47,10 @@ def save_quantized(quantizer, path, *, entropy=None):
 def _save_attached(attached, coded, path, entropy, inputs=None):
     state = attached.model_state()
     for layer in attached.layers:
-        if not layer.weight().isfinite().all():
+        w = layer.gathered().weight()
+        if not w.isfinite().all():
             warnings.warn(f"{layer.name} is stored dense: it has a NaN or an infinity", stacklevel=4)
-            state[layer.name] = layer.weight().detach()
+            state[layer.name] = w.detach()
             del coded[layer.name]
     own = {id(layer.weight()): layer.name for layer in attached.layers}
     shared = {

@@ -18,16 +18,16 @@ class Attached(nn.Module):
     """A module that gives the layers of a model other weights.
 
     A subclass says which: `_soft_weights(layers)` for layers in train(), `_hard(layers)` for those in eval(). The
-    parameters stay where and what they are. `_hats` holds the weights of the last forward, for a part of it that is
-    computed again in backward; of layers that a unit makes whole `_placers` holds which entry gave them weights, and
-    whether with a graph, and the weights are computed again.
+    parameters stay where and what they are. `_placers` holds which entry gave a layer its weight in the last forward,
+    and `_hats` that weight, for a part of the forward that is computed again in backward. Of layers that a unit makes
+    whole it is computed again too, and `_graphs` holds those that had a graph.
     """
 
     def _attach(self, model, layers, modules=(), replace=False):
         """layers: whose weights are replaced; modules: others that are entries."""
         self.layers = layers
         self._model = (model,)  # in a tuple, so that it does not become a part of this module
-        self._hats, self._placers, self._reentrant = [None] * len(layers), {}, set()
+        self._hats, self._placers, self._graphs, self._reentrant = [None] * len(layers), {}, set(), set()
         self._entry, self._entered, self._kept, self._on = (), 0, None, True  # the entry in a tuple too
         self._nested, self._placed = [], []  # (unit, how many weights were placed before) of the entries inside it
         self._handles, self._guards = [], []
@@ -81,7 +81,12 @@ class Attached(nn.Module):
 
     def _enter(self, module, inside, args, kwargs):
         if self._entry:
-            self._enter_again(module, inside)
+            if module is self._entry[0]:
+                self._entered += 1
+            if self._units.layers:
+                self._enter_unit(module)
+            if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                self._reentrant.update(inside)  # as CheckpointFunction does, which runs the part again in backward
             return
         if not torch.compiler.is_compiling():
             self._units.find()
@@ -93,15 +98,11 @@ class Attached(nn.Module):
             self._end()
             raise
 
-    def _enter_again(self, module, inside):
-        """An entry that is called inside another."""
-        if module is self._entry[0]:
-            self._entered += 1
+    def _enter_unit(self, module):
+        """A unit, if it is one, that is called inside an entry."""
         if module in self._units.layers:
             self._nested.append((module, len(self._placed)))
             self._place_more(module, [i for i in self._units.layers[module] if i not in self._placed])
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._reentrant.update(inside)  # as CheckpointFunction does, which runs the part again in backward
 
     def _begin(self, module, inside, args, kwargs):
         """Before the layers `inside` an entry get their weights."""
@@ -117,26 +118,29 @@ class Attached(nn.Module):
         some, again = self._replaced(some), in_backward()
         if not again:
             self._reentrant.difference_update(some)
-        hats = {i: self._hats[i] for i in some if again and self._hats[i] is not None and i not in self._reentrant}
-        outside = [i for i in some if again and self._is_outside(module, i)]
-        if outside:
+        before = [i for i in some if again and self._placers.get(i, module) is not module and i not in self._reentrant]
+        hats = {i: self._hats[i] for i in before if self._hats[i] is not None}
+        numbers = [i for i in before if i in self._graphs]
+        if numbers:  # the gradient goes through the graph of the forward
             with torch.no_grad():
-                values = self._made(outside)
-            hats.update({i: hat.detach().requires_grad_(self._placers[i][1]) for i, hat in values.items()})
+                hats.update({i: hat.detach().requires_grad_() for i, hat in self._made(numbers).items()})
         hats.update(self._made([i for i in some if i not in hats]))
-        for i, hat in () if tracing.is_recorded() else hats.items():
-            if i in self._units.numbers:
-                if not again:
-                    self._placers[i] = module, hat.requires_grad
-            elif hat.requires_grad or self.layers[i].module.training:
-                self._hats[i] = hat if hat.requires_grad else None
+        if not tracing.is_recorded():
+            self._remember(module, hats, again)
         self._put(hats)
 
-    def _is_outside(self, module, i):
-        """Whether a layer had its weight, with a graph, before the part that is computed again at this entry: then the
-        gradient goes through that graph, and the part asks for the numbers alone."""
-        placer, with_graph = self._placers.get(i, (module, False))
-        return with_graph and placer is not module and i not in self._reentrant
+    def _remember(self, module, hats, again):
+        """What a part asks for that is computed again in backward, whose layers had their weights before it."""
+        if not again:
+            self._placers.update(dict.fromkeys(hats, module))
+        for i, hat in hats.items():
+            if i in self._units.numbers:
+                if hat.requires_grad:
+                    self._graphs.add(i)
+                elif not again:
+                    self._graphs.discard(i)
+            elif hat.requires_grad or self.layers[i].module.training:
+                self._hats[i] = hat if hat.requires_grad else None
 
     def _made(self, some):
         """number of the layer -> its soft or hard weight."""
@@ -150,7 +154,7 @@ class Attached(nn.Module):
 
     def _put(self, hats):
         """Puts weights in place: number of the layer -> tensor."""
-        self._placed += list(hats)
+        self._placed.extend(hats)  # a module takes 2 us to set an attribute
         for i, hat in hats.items():
             for place in self.layers[i].places:
                 place.put(hat)
@@ -214,16 +218,17 @@ class Attached(nn.Module):
         for i in self._placed[start:]:
             for place in self.layers[i].places:
                 place.take()
-        self._placed = self._placed[:start]
+        del self._placed[start:]
 
     def _end(self):
         """After the forward of an entry."""
         self._take()
-        self._entry, self._entered, self._nested = (), 0, []
+        self._nested.clear()
+        self._entry, self._entered = (), 0
 
     def model_state(self):
         """The model's `state_dict` without the weights of the layers, under whatever names they have, and without what
-        is attached as a part of the model."""
+        is attached as a part of the model; whole tensors (what is divided is gathered, so all ranks call this)."""
         model = self._model[0]
         places = {}
         for layer in self._own_layers():
@@ -236,7 +241,7 @@ class Attached(nn.Module):
                 dropped.append((prefix, lambda key: True))
             dropped += [(prefix, place.is_stored_as) for place in places.get(id(module), [])]
         return {
-            name: value
+            name: value.full_tensor() if is_divided(value) else value
             for name, value in model.state_dict().items()
             if not any(name.startswith(prefix) and is_own(name[len(prefix) :]) for prefix, is_own in dropped)
         }

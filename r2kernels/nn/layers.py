@@ -6,7 +6,7 @@ from torch import nn
 
 from .places import ComputedPlace, HeldPlace, place_of
 from .select import is_conv1d, is_experts, is_weight, matches, matrices, none_left, selected, warn_of_coverage
-from .sharded import is_divided
+from .sharded import is_divided, refuse_flattened
 
 
 class Layer(NamedTuple):
@@ -45,6 +45,7 @@ class Layer(NamedTuple):
     def gathered(self):
         """This layer with its whole weight where that is a DTensor now; a collective then, which all ranks call."""
         w = self.weight()
+        refuse_flattened(self.name, w)
         return self.holding(w.detach().full_tensor()) if is_divided(w) else self
 
     def holding(self, w):

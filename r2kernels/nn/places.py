@@ -18,7 +18,7 @@ class Place:
     def value(self):
         """The weight, with its graph where it is computed from other parameters."""
         p = self.module._parameters.get(self.attribute)
-        if type(p) is nn.Parameter and (torch.compiler.is_compiling() or "_fsdp_flattened" not in p.__dict__):
+        if type(p) is nn.Parameter:
             return p
         p = self.module.__dict__.get(self.attribute) if p is None else p
         if isinstance(p, torch.Tensor):

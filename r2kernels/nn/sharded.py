@@ -7,15 +7,13 @@ weights are plain tensors. Under tensor parallelism they stay DTensors.
 import sys
 
 import torch
-
-FLAT = "_flat_param"  # the name of FullyShardedDataParallel's own parameter
+from torch import distributed
 
 
 def refuse_flattened(name, w):
     """RuntimeError where FullyShardedDataParallel (FSDP1) has made the tensor w a part of its flat parameter, of which
     it moves and frees the memory."""
-    flat = "_fsdp_flattened" in w.__dict__ or (w._base is not None and "_is_flat_param" in w._base.__dict__)
-    if flat or name.rpartition(".")[2] == FLAT:
+    if "_fsdp_flattened" in w.__dict__ or (w._base is not None and "_fsdp_flattened" in w._base.__dict__):
         raise RuntimeError(
             f"{name} is a part of a flat parameter of FullyShardedDataParallel (FSDP1), which has no weights of layers "
             "to work on; shard the model by torch.distributed.fsdp.fully_shard (FSDP2)"
@@ -23,10 +21,14 @@ def refuse_flattened(name, w):
 
 
 def refuse_any_flattened(names, ws):
-    """The same of many tensors; costs nothing where no FSDP1 was imported."""
-    if not torch.compiler.is_compiling() and "torch.distributed.fsdp" in sys.modules:
+    """The same of many tensors."""
+    if not torch.compiler.is_compiling() and _has_ranks():
         for name, w in zip(names, ws, strict=True):
             refuse_flattened(name, w)
+
+
+def _has_ranks():
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def is_divided(w):
@@ -76,6 +78,12 @@ class Units:
 
     def find(self):
         """Looks anew where `fully_shard` was called in between, which changes the classes of modules."""
+        if _has_ranks():
+            for layer in self._all:
+                for place in layer.places:
+                    p = place.module._parameters.get(place.attribute)
+                    if p is not None:
+                        refuse_flattened(layer.name, p)
         kinds = list(map(type, self._holders))
         if kinds != self._kinds:
             self._kinds, self.layers, self._below = kinds, self._found(), {}

@@ -83,7 +83,8 @@ class Synchronised(Attached):
 
     def _meet(self, trains):
         """At the begin of a forward: who shares it. In the first that is shared all take the first rank's state."""
-        self._ranks, self._by_parameters = None, False
+        if self._ranks is not None or self._by_parameters:
+            self._ranks, self._by_parameters = None, False
         if not trains or not is_distributed() or in_backward():
             return
         self._ranks = self._found_ranks()

@@ -38,6 +38,11 @@ class Op(NamedTuple):
     scatters: bool = False  # sums by cluster, or counts by code or digit
 
     @property
+    def parameters(self):
+        """How many tensors of parameters follow the weights."""
+        return self.forward.count("Tensor ")
+
+    @property
     def columns(self):
         """Whether a weight is read as the columns of rows of d."""
         return "str layout" in self.forward

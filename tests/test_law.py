@@ -52,10 +52,22 @@ LAW = {
     "algorithms.iterations": {"algorithms.fixed_point"},
     "algorithms.kmeans": set(),
     "empty": set(),
-    "ops": {"algorithms.fixed_point", "algorithms.iterations", "backends", "contract", "empty", "lists", "reference"},
+    "ops": {
+        "algorithms.fixed_point",
+        "algorithms.iterations",
+        "backends",
+        "contract",
+        "empty",
+        "lists",
+        "reference",
+        "sharding",
+    },
+    # the ops on DTensors: kernels are given, merges are made of the reference's formulas
+    "sharding": {"sharding.*"},
+    "sharding.*": {"lists", "reference.*", "sharding.shards"},
     # what a user calls
     "functional": {"functional.*"},
-    "functional.differentiable": {"reference.checks"},
+    "functional.differentiable": {"reference.checks", "sharding.shards"},
     "functional.loss": {"contract", "functional.differentiable", "ops", "reference.checks", "reference.parameters"},
     "functional.range_losses": {"functional.differentiable", "functional.loss", "ops", "reference.parameters"},
     "functional.regularizers": {
@@ -69,7 +81,7 @@ LAW = {
         "reference.regularizers",
     },
     "functional.quantizers": {"functional.differentiable", "lists", "ops", "reference.checks", "reference.parameters"},
-    "functional.dkm": SPECIFIED | {"functional.differentiable", "lists", "ops"},
+    "functional.dkm": SPECIFIED | {"functional.differentiable", "ops", "sharding.shards"},
     "functional.kmeans": SPECIFIED
     | {"algorithms.kmeans", "backends", "backends.native", "functional.differentiable", "ops"},
     # files

@@ -10,9 +10,9 @@ each, not all of the same K.
 import torch
 
 from .. import ops
-from ..lists import with_zeros
 from ..reference import checks, parameters
 from ..reference.zeros import zeros_of
+from ..sharding.shards import with_zeros
 from . import differentiable
 
 

@@ -82,7 +82,11 @@ def kure_fwd(weights, target):
         _, _, mean, std, skew, kurtosis = _moments(x)
         saved.append(torch.stack([mean, torch.where(std == 0, 0, 1 / std), skew, kurtosis])[None])
     saved = torch.stack(saved)
-    return torch.where(saved[:, 0, 1] == 0, 0, (saved[:, 0, 3] - target[:, 0]).square()), saved
+    return kure_loss(saved, target), saved
+
+
+def kure_loss(saved, target):
+    return torch.where(saved[:, 0, 1] == 0, 0, (saved[:, 0, 3] - target[:, 0]).square())
 
 
 def kure_bwd(grad, weights, target, saved):
@@ -167,7 +171,12 @@ def msqe_bwd(grad, weights, step, saved, bits):
         s, c = _quantized(x, step[i, 0], bits)
         return 2 / max(x.numel(), 1) * grad[i] * (x - s * c)
 
-    return _gradients(weights, formula), (-2 * grad)[:, None] * saved[..., 0]
+    return _gradients(weights, formula), msqe_learned(grad, saved)
+
+
+def msqe_learned(grad, saved):
+    """The gradient of the step."""
+    return (-2 * grad)[:, None] * saved[..., 0]
 
 
 def _partial_l2(x, theta):

@@ -51,6 +51,7 @@ LAW = {
     "algorithms.fixed_point": set(),
     "algorithms.iterations": {"algorithms.fixed_point"},
     "algorithms.kmeans": set(),
+    "algorithms.rank": set(),
     "empty": set(),
     "ops": {
         "algorithms.fixed_point",

@@ -124,7 +124,7 @@ def _kernels(name, at, row, schema):
         return (plain if backend is None else getattr(backend, name))(*args, **options)
 
     kernel = empty.apart(kernel, plain, row, schema, at)
-    return plain, kernel, sharding.over(name, kernel, row)
+    return plain, kernel, sharding.over(name, kernel, row, call)
 
 
 def _function(name, schema, at, row):

@@ -65,6 +65,7 @@ LAW = {
     # the ops on DTensors: kernels are given, merges are made of the reference's formulas
     "sharding": {"sharding.*"},
     "sharding.*": {"lists", "reference.*", "sharding.shards"},
+    "sharding.sample": {"reference.lasting", "reference.sample", "sharding.losses", "sharding.shards"},
     # what a user calls
     "functional": {"functional.*"},
     "functional.differentiable": {"reference.checks", "sharding.shards"},
@@ -81,9 +82,10 @@ LAW = {
         "reference.regularizers",
     },
     "functional.quantizers": {"functional.differentiable", "lists", "ops", "reference.checks", "reference.parameters"},
-    "functional.dkm": SPECIFIED | {"functional.differentiable", "ops", "sharding.shards"},
+    "functional.dkm": SPECIFIED | {"functional.differentiable", "ops", "sharding.dkm", "sharding.shards"},
     "functional.kmeans": SPECIFIED
-    | {"algorithms.kmeans", "backends", "backends.native", "functional.differentiable", "ops"},
+    | {"algorithms.kmeans", "backends", "backends.native", "functional.differentiable", "ops"}
+    | {"sharding", "sharding.whole"},
     # files
     "files": set(),
     "files.packing": {"backends", "backends.native"},

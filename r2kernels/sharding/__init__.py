@@ -6,7 +6,7 @@ they know of a weight (partial states, never weights) is merged.
 the same bits on all of them.
 """
 
-from . import dkm, losses, quantizers
+from . import dkm, losses, quantizers, sample
 from .shards import is_sharded
 
 __all__ = ["dkm", "is_sharded", "over"]
@@ -19,13 +19,13 @@ _FAMILIES = {
 }
 
 
-def over(name, kernel, row):
-    """The kernel `name` of an op for lists that hold DTensors; `kernel` is that for lists without. None where there is
-    no such kernel."""
+def over(name, kernel, row, call):
+    """The kernel `name` of an op for lists that hold DTensors; `kernel` is that for lists without, `call` has those of
+    other ops by name."""
+    if name == "sampled_std_fwd":
+        return sample.sampled_std(call)
     if name in _FAMILIES:
         return _FAMILIES[name](kernel, row)
     if row.gives_tensors:
         return (quantizers.backward if name.endswith("_bwd") else quantizers.forward)(kernel, row)
-    if row.name in losses.RULES:
-        return (losses.backward if name.endswith("_bwd") else losses.forward)(kernel, row)
-    return None
+    return (losses.backward if name.endswith("_bwd") else losses.forward)(kernel, row)

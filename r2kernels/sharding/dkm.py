@@ -6,6 +6,7 @@ the K-sized numbers; W_hat and dL/dW take none.
 
 import torch
 
+from ..reference import parameters
 from .shards import Shards, is_sharded, local
 
 
@@ -110,6 +111,17 @@ class ShardedDKM:
         own = self.here and self.here.jacobian(*[self._own(t) for t in (c, new, moments)])
         like = torch.empty(*c.shape[:2], c.shape[1], dtype=torch.float64, device="meta")
         return self.shards.summed(self._placed(own, like.to(c.device) if own is None else own))[0]
+
+
+def tolerance(tol, weights):
+    """`parameters.tolerance` for weights of which some may be DTensors."""
+    if tol is not None or not is_sharded(weights):
+        return parameters.tolerance(tol, weights)
+    shards = Shards(weights)
+    empty = shards.local[0].new_tensor([torch.inf, -torch.inf])
+    ends = torch.stack([torch.stack(w.aminmax()) if w.numel() else empty for w in shards.local])
+    (ranges,) = shards.merged([ends], lambda part, table: (table[..., 1].amax(0) - table[..., 0].amin(0),))
+    return 1e-6 * ranges
 
 
 def assign(kernel, row):

@@ -218,7 +218,7 @@ RULES = {
 
 def forward(kernel, row):
     """A loss's forward on lists with DTensors."""
-    rule, count = RULES[row.name], row.parameters
+    rule, count = RULES.get(row.name), row.parameters
 
     def run(weights, *args):
         shards = Shards(weights)
@@ -237,7 +237,7 @@ def forward(kernel, row):
 
 def backward(kernel, row):
     """A loss's backward on lists with DTensors."""
-    rule, count = RULES[row.name], row.parameters
+    rule, count = RULES.get(row.name), row.parameters
 
     def run(grad, weights, *args, out=None, needed=None):
         shards = Shards(weights)
@@ -313,13 +313,14 @@ def statistics(kernel, row):
     def run(weights):
         shards = Shards(weights)
         table = kernel(shards.local)
-        return _statistics(shards, table).to(table.dtype)
+        return merged_statistics(shards, shards.rows()[0], table).to(table.dtype)
 
     return run
 
 
-def _statistics(shards, table):
-    """The table of statistics of the whole weights, float64, from that of the shards."""
+def merged_statistics(shards, counts, table):
+    """The table of statistics of the whole weights, float64, from that of the shards, of so many numbers each (L,
+    1)."""
 
     def fold(part, n, table):
         low, high, mean, std, kurtosis, top, skew = table.unbind(-1)
@@ -327,4 +328,4 @@ def _statistics(shards, table):
         mean, std, skew, kurtosis = moments(n[..., 0], mean, std, skew, kurtosis, low == high)
         return (torch.stack([low, high, mean, std, kurtosis, top.amax(0), skew], -1),)
 
-    return shards.merged([shards.rows()[0], table], fold)[0]
+    return shards.merged([counts, table], fold)[0]

@@ -167,6 +167,11 @@ class Shards:
         return [aligned(o, w) for o, w in zip(others, self.weights, strict=True)]
 
 
+def mapped(function, w):
+    """function(w), of numbers without gradient and without regard to others than those of one shard."""
+    return like(function(local(w.detach())), w)
+
+
 def with_zeros(others, weights, d=1, layout="output"):
     """`lists.with_zeros` for weights of which some may be DTensors."""
     if not is_sharded(weights):

@@ -26,14 +26,25 @@ from .reference.columns import accumulator
 from .reference.parameters import levels
 from .reference.quantizers import FLOOR
 
-__all__ = ["BY_NAME", "FLOOR", "OPS", "STATISTICS", "TERMS", "Op", "accumulator", "levels", "tensors_of_term"]
+__all__ = [
+    "BY_NAME",
+    "FLOOR",
+    "OPS",
+    "STATISTICS",
+    "TERMS",
+    "Op",
+    "accumulator",
+    "levels",
+    "numbers_saved",
+    "tensors_of_term",
+]
 
 
 class Op(NamedTuple):
     name: str
     forward: str  # schema of <name>_fwd
     backward: str | None = None
-    saved: int | None = 0  # numbers that a loss saves for each column; None: 2^bits
+    saved: int | None = 0  # numbers that a loss saves for each column; None: 2 2^bits
     learned: int = 0  # of its parameters the first so many have a gradient
     scatters: bool = False  # sums by cluster, or counts by code or digit
 
@@ -86,9 +97,9 @@ KURE = Op(
     "(Tensor grad, Tensor[] weights, Tensor target, Tensor saved) -> Tensor[]",
     saved=4,
 )
-# (L, STATISTICS): min, max, mean, unbiased std, kurtosis, max|w|
+# (L, STATISTICS): min, max, mean, unbiased std, kurtosis, max|w|, skew, of which `WeightStats` has all but the last
 WEIGHT_STATS = Op("weight_stats", "(Tensor[] weights) -> Tensor")
-STATISTICS = 6
+STATISTICS = 7
 # (L,): the std of a sample of each weight, told in reference/sample.py
 SAMPLED_STD = Op("sampled_std", "(Tensor[] weights) -> Tensor")
 BIN_REG = Op(
@@ -187,3 +198,9 @@ OPS = (
     ASSIGN,
 )
 BY_NAME = {op.name: op for op in OPS}
+
+
+def numbers_saved(name, bits):
+    """How many numbers the loss of this name saves for each column."""
+    fixed = BY_NAME[name].saved
+    return 2 * 2**bits if fixed is None else fixed

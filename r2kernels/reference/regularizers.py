@@ -39,7 +39,7 @@ class WeightStats(NamedTuple):
     @classmethod
     def of(cls, table, ws, single):
         numel = tuple([w.numel() for w in ws])
-        return cls(*(table[0] if single else table).unbind(-1), numel[0] if single else numel)
+        return cls(*(table[0] if single else table)[..., :6].unbind(-1), numel[0] if single else numel)
 
 
 def _unit(x):
@@ -101,12 +101,12 @@ def kure_bwd(grad, weights, target, saved):
 
 
 def weight_stats_fwd(weights):
-    """(L, 6): min, max, mean, unbiased std, kurtosis, max|x|."""
+    """(L, 7): min, max, mean, unbiased std, kurtosis, max|x|, mean z^3."""
     rows = []
     for _, x in _each(weights):
-        low, high, mean, std, _, kurtosis = _moments(x)
+        low, high, mean, std, skew, kurtosis = _moments(x)
         top = x.abs().amax() if x.numel() else x.new_zeros(())
-        rows.append(torch.stack([low, high, mean, std, kurtosis, top]))
+        rows.append(torch.stack([low, high, mean, std, kurtosis, top, skew]))
     return torch.stack(rows)
 
 
@@ -128,21 +128,23 @@ def _counts(bins, bits, x):
 
 
 def _mean_squares(error, bins, counts):
-    """The sum over bins of the mean square of what is in them, as `_mean_square` has it."""
+    """Of what is in each bin the mean square, as `_mean_square` has it, and the sum of these."""
     unit = _unit(error)
     sums = torch.zeros_like(counts).scatter_add(0, bins, (error / unit).square())
-    return (sums / counts.clamp(min=1)).sum() * unit * unit
+    means = sums / counts.clamp(min=1)
+    return means * unit * unit, means.sum() * unit * unit
 
 
-# saved: (L, 1, 2^bits), how many weights are in each bin
+# saved: (L, 1, 2 2^bits), how many weights are in each bin, and the mean of (w - Q)^2 in each, 0 in an empty one
 def bin_reg_fwd(weights, step, bits):
     loss, saved = [], []
     for i, x in _each(weights):
         s, c = _quantized(x, step[i, 0], bits)
         bins = _bins(c, bits)
         counts = _counts(bins, bits, x)
-        saved.append(counts[None])
-        loss.append(_mean_squares(x - s * c, bins, counts))
+        means, total = _mean_squares(x - s * c, bins, counts)
+        saved.append(torch.cat([counts, means])[None])
+        loss.append(total)
     return torch.stack(loss), torch.stack(saved)
 
 
@@ -283,7 +285,7 @@ def bin_reg(W, step, bits):
         s, c = _quantized(x, step[i, 0], bits)
         bins = _bins(c, bits).detach()
         counts = _counts(bins, bits, x)
-        losses.append(_mean_squares(x - (s * c).detach(), bins, counts))
+        losses.append(_mean_squares(x - (s * c).detach(), bins, counts)[1])
     return losses[0] if single else torch.stack(losses)
 
 

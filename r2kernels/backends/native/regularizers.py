@@ -4,7 +4,17 @@ are made from one read of the weights."""
 import torch
 
 from ... import lists
-from ...contract import BY_NAME, KURE, PARTIAL_L2, TERMS, WEIGHT_STATS, accumulator, tensors_of_term
+from ...contract import (
+    BIN_REG,
+    BY_NAME,
+    KURE,
+    PARTIAL_L2,
+    TERMS,
+    WEIGHT_STATS,
+    accumulator,
+    numbers_saved,
+    tensors_of_term,
+)
 from .. import launchers
 from .extension import Half, pointer
 
@@ -24,13 +34,12 @@ class NativeRegularizers(launchers.Regularizers, Half):
         device, wide = weights[0].device, accumulator(weights[0].dtype)
         arguments, losses, states, partials = [], [], [], []
         for name, (first, second), width, flag in zip(names, _given(names, parameters), bits, flags, strict=True):
-            numbers = BY_NAME[name].saved
-            by_bin = numbers is None  # a count and a sum for each bin, and the unit of the sums
-            loss, saved = lists.empty_state(weights, 1, 2**width if by_bin else numbers)
+            loss, saved = lists.empty_state(weights, 1, numbers_saved(name, width))
             if name == PARTIAL_L2.name:
                 self._rank(listed, table, plan, first, saved)
                 first = saved
-            size = 2 * 2**width + 1 if by_bin else self.state
+            # of bin_reg a count and a sum for each bin, and the unit of the sums
+            size = 2 * 2**width + 1 if name == BIN_REG.name else self.state
             partials.append(torch.empty(plan.chunks, size, dtype=wide, device=device))
             arguments.append(
                 self.structs.Forward(

@@ -1,5 +1,4 @@
-"""How tensors are laid out over ranks, as a variant that budget.py takes; and a counter of what ranks tell each other.
-"""
+"""How tensors are laid out over ranks, as a variant that budget.py takes; and a counter of what ranks tell each other."""
 
 import contextlib
 import itertools
@@ -7,7 +6,7 @@ import itertools
 import torch
 from torch import distributed
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.utils._pytree import tree_map
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 WHOLE = "whole"
 
@@ -26,6 +25,15 @@ def dtensor(w, mesh, placements):
     """A DTensor of a tensor that all ranks have; one that lacks a dimension is not cut along it."""
     fits = [p if p.is_replicate() or -w.dim() <= p.dim < w.dim() else Replicate() for p in placements]
     return distribute_tensor(w, mesh, fits, src_data_rank=None)
+
+
+def laid_as(whole, w):
+    """A whole tensor as w is laid out."""
+    return dtensor(whole.detach(), w.device_mesh, w.placements) if isinstance(w, DTensor) else whole
+
+
+def local(t):
+    return t.detach().to_local() if isinstance(t, DTensor) else t.detach()
 
 
 class Laid:
@@ -59,9 +67,24 @@ class Laid:
         return [w if at == WHOLE else dtensor(w, *at) for w, at in zip(tensors, laid, strict=False)]
 
 
-def full(x):
-    """Nested results with whole tensors."""
-    return tree_map(lambda t: t.full_tensor() if isinstance(t, DTensor) else t, x)
+def full(tensors):
+    """The whole tensors, from one message: as `full_tensor()` of each, which takes several for each."""
+    if not any(isinstance(t, DTensor) for t in tensors):
+        return list(tensors)
+    told = [None] * distributed.get_world_size()
+    distributed.all_gather_object(told, [_piece(t) for t in tensors])
+    wholes = [torch.full(t.shape, torch.nan, dtype=t.dtype) for t in tensors]
+    for pieces in told:
+        for whole, (offset, piece) in zip(wholes, pieces, strict=True):
+            whole[tuple([slice(o, o + n) for o, n in zip(offset, piece.shape, strict=True)])] = piece
+    return wholes
+
+
+def _piece(t):
+    if not isinstance(t, DTensor):
+        return (0,) * t.dim(), t.detach()
+    _, offset = compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)
+    return offset, t.detach().to_local().contiguous()
 
 
 def same_on_all_ranks(*tensors):

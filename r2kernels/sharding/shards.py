@@ -14,6 +14,12 @@ from ..reference.checks import is_dtensor
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
+def _all_gather(out, x, group):
+    """Under the name that this torch does not call deprecated."""
+    gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+    gather(out, x, group=group)
+
+
 def is_sharded(weights):
     """Whether DTensors are among the weights."""
     return not _PLAIN.issuperset(map(type, weights)) and any(map(is_dtensor, weights))
@@ -100,7 +106,7 @@ def gathered(x, groups):
     for group in groups:
         world = distributed.get_world_size(group)
         out = x.new_empty(world * x.shape[0], *x.shape[1:])
-        distributed.all_gather_into_tensor(out, x.contiguous(), group=group)
+        _all_gather(out, x.contiguous(), group=group)
         x = out
     return x
 

@@ -47,11 +47,15 @@ class _WithModules:
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if id(p) not in own]
         self.r2.join(getattr(optimizer, "optimizer", optimizer))  # accelerate's has the real one inside
+        self._starts_anew = True
         return optimizer
 
     def training_step(self, *args, **kwargs):
+        if self._starts_anew:
+            self.r2.zero_grad()  # the trainer zeroes the gradients of the model alone, not of the optimizer
         loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients:  # after the last backward before a step
+        self._starts_anew = self.accelerator.sync_gradients
+        if self._starts_anew:  # this was the last backward before a step
             scaler = getattr(self.accelerator, "scaler", None)
             self.r2.accumulate_grad_(loss_scale(scaler, self.accelerator.device))
         return loss

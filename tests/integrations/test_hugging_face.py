@@ -1,7 +1,6 @@
 """Hugging Face's Trainer with modules that train beside its model."""
 
 import pytest
-import ranks
 import torch
 from integrations.transformer import Gradients, bert, gpt2, trainer
 from safetensors.torch import load_file
@@ -207,7 +206,7 @@ def test_skipped_steps_are_no_steps(tmp_path, scale, steps):
 def test_what_is_refused(tmp_path):
     model = gpt2()
     reg = RangeRegularizer(model)
-    with pytest.raises(TypeError, match="r2 must be .* got Linear"):
+    with pytest.raises(TypeError, match=r"r2 must be .* got Linear"):
         trainer(model, tmp_path, R2Trainer, more={"r2": torch.nn.Linear(2, 2)})
     with pytest.raises(ValueError, match="another model than the trainer's GPT2LMHeadModel"):
         trainer(gpt2(), tmp_path, R2Trainer, more={"r2": reg}).train()
@@ -231,16 +230,3 @@ def test_an_optimizer_of_ones_own(tmp_path):
     assert len(optimizer.param_groups) == 2 and palettizer.steps == 6
     made.train()
     assert len(optimizer.param_groups) == 2 and palettizer.steps == 12
-
-
-SCRIPT = __file__.replace("test_hugging_face.py", "hugging_face_ranks.py")
-
-
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    return ranks.run(2, SCRIPT, tmp_path_factory.mktemp("ranks"))
-
-
-@pytest.mark.parametrize("name", ranks.names(SCRIPT))
-def test_on_both_ranks(found, name):
-    ranks.passed(found, name)

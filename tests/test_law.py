@@ -15,7 +15,7 @@ ROOT = PACKAGE.parent
 SPECIFIED = {"reference.checks", "reference.columns", "reference.parameters", "reference.zeros"}
 # module -> the modules of the package that it may import; `x.*` are those of a folder. All else is forbidden.
 LAW = {
-    "": {"backends", "files.*", "functional", "functional.*", "nn", "nn.*", "reference", "version"},
+    "": {"backends", "files.*", "functional", "functional.*", "integrations", "nn", "nn.*", "reference", "version"},
     "__main__": {"cli"},
     "version": set(),
     # the specification: torch and itself
@@ -214,6 +214,12 @@ LAW = {
         "reference.checks",
         "reference.columns",
     },
+    # other people's trainers
+    "integrations": {"integrations.*"},
+    "integrations.modules": {"functional", "nn", "nn.attach"},
+    "integrations.hugging_face": {"integrations.modules"},
+    "integrations.accelerate": {"integrations.modules"},
+    "integrations.lightning": {"integrations.modules", "nn"},
     # the command line
     "cli": {"cli.arguments", "cli.commands", "cli.outputs", "files.checkpoint"},
     "cli.arguments": {"", "reference.checks"},

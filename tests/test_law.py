@@ -66,6 +66,7 @@ LAW = {
     # the ops on DTensors: kernels are given, merges are made of the reference's formulas
     "sharding": {"sharding.*"},
     "sharding.*": {"lists", "reference.*", "sharding.shards"},
+    "sharding.losses": {"algorithms.rank", "reference.*", "sharding.shards"},
     "sharding.sample": {"reference.lasting", "reference.sample", "sharding.losses", "sharding.shards"},
     # what a user calls
     "functional": {"functional.*"},

@@ -150,6 +150,7 @@ LAW = {
         "reference.quantizers",
     },
     "nn.regularizer": {
+        "functional.differentiable",
         "functional",
         "functional.loss",
         "functional.regularizers",
@@ -158,6 +159,7 @@ LAW = {
         "nn.sharded",
         "reference.checks",
         "reference.parameters",
+        "sharding.shards",
     },
     "nn.input_scales": {"files.integers", "functional.quantizers", "nn.scales", "reference.parameters"},
     "nn.starting": {"nn.attach", "nn.inputs", "nn.ranks", "nn.scales", "nn.synchronised", "nn.tracing"},

@@ -45,6 +45,35 @@ def like(shard, w):
     return DTensor(shard, spec, requires_grad=False)
 
 
+def whole(x):
+    """All of a DTensor, on every rank; other tensors as they are."""
+    return x.full_tensor() if is_dtensor(x) else x
+
+
+class _Arrived(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.wait()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+def arrived(x):
+    """x, waited for where a collective of tensor parallelism is still under way."""
+    return _Arrived.apply(x) if type(x).__name__ == "AsyncCollectiveTensor" else x
+
+
+def beside(t, x):
+    """A tensor that every rank has, so that x, which may be a DTensor, can be multiplied by it."""
+    if not is_dtensor(x):
+        return t
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(t, x.device_mesh, [Replicate()] * x.device_mesh.ndim, run_check=False)
+
+
 def aligned(other, w):
     """The local shard of a tensor shaped like w, brought to the placements of w."""
     if not is_dtensor(other):

@@ -74,7 +74,6 @@ def test_all_that_is_learned_is_trained(tmp_path):
     quantizer, reg = Quantizer(model, "lsq", 4, 4), RangeRegularizer(model)
     made = trainer(model, tmp_path, R2Trainer, more={"r2": [quantizer, reg]}, weight_decay=0.1, warmup_steps=2)
     named = [*quantizer.named_parameters(), *reg.named_parameters()]
-    made.create_optimizer()
     made.train()
     state = made.optimizer.state
     assert len(named) == 29
@@ -91,7 +90,7 @@ def test_a_part_of_the_model_is_without_weight_decay(tmp_path):
     model = bert()
     model.quantizer = Quantizer(model, "lsq", 4)
     made = trainer(model, tmp_path, R2Trainer, more={"r2": model.quantizer}, weight_decay=0.1)
-    made.create_optimizer()
+    made.create_optimizer_and_scheduler(6)
     own = {id(p) for p in model.quantizer.parameters()}
     found = [(id(p), g["weight_decay"]) for g in made.optimizer.param_groups for p in g["params"] if id(p) in own]
     assert sorted(found) == sorted((i, 0.0) for i in own)

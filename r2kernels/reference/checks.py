@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import sys
 import warnings
 
 import torch
@@ -14,9 +15,10 @@ LAYOUTS = ("output", "contiguous")
 _DTYPES, _STRIDED, _PLAIN = {*DTYPES}, {torch.strided}, {Tensor, torch.nn.Parameter, torch.nn.Buffer}
 
 
-def weights(W, cluster_dim=1, layout="output", name="W", empty=True):
+def weights(W, cluster_dim=1, layout="output", name="W", empty=True, sharded=None):
     """(list of tensors, whether W was a single tensor); TypeError or ValueError says what is wrong with which one.
-    `name` is what the caller calls W. empty: whether tensors of a list may be, as shards are."""
+    `name` is what the caller calls W. empty: whether tensors of a list may be, as shards are. sharded(weights, names):
+    says what is wrong with the DTensors among them; without, they are."""
     count("cluster_dim", cluster_dim)
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
@@ -30,7 +32,7 @@ def weights(W, cluster_dim=1, layout="output", name="W", empty=True):
     if not ws:
         raise ValueError(f"{name} is an empty sequence; it must hold at least one tensor")
     if torch.compiler.is_compiling() or not _uniform(ws, cluster_dim):
-        _check_each(ws, single, cluster_dim, name, empty and not single)
+        _check_each(ws, single, cluster_dim, name, empty and not single, sharded)
     return ws, single
 
 
@@ -48,11 +50,12 @@ def _uniform(ws, cluster_dim):
     )
 
 
-def _check_each(ws, single, cluster_dim, called, empty):
+def _check_each(ws, single, cluster_dim, called, empty, sharded):
     names = [called if single else f"{called}[{i}]" for i in range(len(ws))]
+    are_sharded = [sharded is not None and is_dtensor(w) for w in ws]
     dtype, device = getattr(ws[0], "dtype", None), getattr(ws[0], "device", None)
     for i, w in enumerate(ws):
-        if type(w) not in _PLAIN:
+        if type(w) not in _PLAIN and not are_sharded[i]:
             _check_kind(w, names[i])
         if (
             w.dtype != dtype
@@ -62,6 +65,14 @@ def _check_each(ws, single, cluster_dim, called, empty):
             or w.layout != torch.strided
         ):
             _reject(w, names[i], ws[0], f"{called}[0]", cluster_dim)
+    if any(are_sharded):
+        sharded(ws, names)
+
+
+def is_dtensor(w):
+    """Whether w is sharded, or replicated, over a mesh of torch.distributed."""
+    module = sys.modules.get("torch.distributed.tensor")  # there is none where nobody has imported it
+    return module is not None and isinstance(w, module.DTensor)
 
 
 def _check_kind(w, name):

@@ -7,7 +7,7 @@ import numbers
 import torch
 from torch import Tensor
 
-from .checks import DTYPES, check_parameter, is_finite, number, row_weights
+from .checks import DTYPES, check_parameter, is_dtensor, is_finite, number, row_weights
 from .columns import accumulator
 from .lasting import lasting
 
@@ -287,6 +287,8 @@ def masses(weight, ws, single, d):
 
 def _mass(name, mass, w, d):
     row_weights(name, mass, w, d)
+    if is_dtensor(mass):
+        mass = mass.full_tensor()
     mass = mass.detach().reshape(-1).double().resolve_neg()
     low, high = torch.aminmax(mass)
     if not 0 <= low.item() <= high.item() < math.inf:

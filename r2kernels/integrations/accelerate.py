@@ -22,14 +22,15 @@ def attach(accelerator, *modules, optimizer):
                 optimizer.step()
                 optimizer.zero_grad()
 
-    optimizer: before or after `prepare`. What is learned is added to it, without weight decay. The regularizer's
-    gradient is added once for each of its steps: before the accelerator clips gradients of the weights, or else before
-    the step. `Palettizer.step()` follows each step that was not skipped. `save_state` and `load_state` hold the state.
+    optimizer: before or after `prepare`; with FSDP2 after. What is learned is added to it, without weight decay. The
+    regularizer's gradient is added once for each of its steps: before the accelerator clips gradients of the weights,
+    or else before the step. `Palettizer.step()` follows each step that was not skipped. `save_state` and `load_state`
+    hold the state.
 
     Returns the `TrainedModules`, whose `report()` is for logs. TypeError for another module; ValueError under
     DeepSpeed, and where the optimizer has a scheduler already and lacks the `param_groups()`.
     """
-    check_gradients_are_plain(accelerator)
+    check_gradients_are_plain(accelerator.distributed_type.value)
     r2 = TrainedModules(modules).to(accelerator.device)
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's has the real one inside
     r2.join(optimizer)

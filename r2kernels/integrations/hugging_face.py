@@ -34,7 +34,7 @@ class _WithModules:
     def __init__(self, *args, r2, **kwargs):
         self.r2 = TrainedModules(r2)
         super().__init__(*args, **kwargs)
-        check_gradients_are_plain(self.accelerator)
+        check_gradients_are_plain(self.accelerator.distributed_type.value)
         if not self.is_model_parallel:
             self.r2.to(self.args.device)
 
@@ -46,9 +46,13 @@ class _WithModules:
             own = {id(p) for p in self.r2.parameters()}
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if id(p) not in own]
-        self.r2.join(getattr(optimizer, "optimizer", optimizer))  # accelerate's has the real one inside
-        self._starts_anew = True
         return optimizer
+
+    def create_scheduler(self, *args, **kwargs):
+        """Before it the optimizer gets the groups: accelerate's `prepare` for FSDP2 refuses what is not the model's."""
+        self.r2.join(getattr(self.optimizer, "optimizer", self.optimizer))  # accelerate's has the real one inside
+        self._starts_anew = True
+        return super().create_scheduler(*args, **kwargs)
 
     def training_step(self, *args, **kwargs):
         if self._starts_anew:

@@ -9,7 +9,7 @@ import sys
 import torch
 
 from ..nn import attached, copy_attached
-from .modules import TrainedModules
+from .modules import TrainedModules, check_gradients_are_plain
 
 
 def _lightning():
@@ -44,6 +44,7 @@ class LightningCallback(pl.Callback):
         self.r2, self._optimizer, self._trainer, self._current = TrainedModules(modules), None, None, None
 
     def setup(self, trainer, pl_module, stage):
+        check_gradients_are_plain(type(trainer.strategy).__name__)
         self._trainer = trainer
         self.r2.check_model(pl_module)
         self.r2.to(trainer.strategy.root_device)

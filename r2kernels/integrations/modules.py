@@ -99,12 +99,10 @@ def loss_scale(scaler, device):
     return 1.0 if scaler is None else scaler.scale(torch.ones((), device=device))
 
 
-def check_gradients_are_plain(accelerator):
+def check_gradients_are_plain(strategy):
     """ValueError where gradients do not lie in `.grad` after backward."""
-    if accelerator.distributed_type in ("DEEPSPEED", "MEGATRON_LM"):
-        raise ValueError(
-            f"{accelerator.distributed_type} keeps gradients to itself; r2kernels works with one process, DDP and FSDP2"
-        )
+    if strategy in ("DEEPSPEED", "MEGATRON_LM", "DeepSpeedStrategy"):
+        raise ValueError(f"{strategy} keeps gradients to itself; r2kernels works in one process and with DDP and FSDP2")
 
 
 def _mean(values):

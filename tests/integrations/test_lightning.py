@@ -7,10 +7,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from integrations.imports import without
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_avg_fn, get_ema_multi_avg_fn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -164,7 +164,7 @@ def assert_same(found, wanted):
 
 
 def averaging():
-    return EMAWeightAveraging(decay=0.8)
+    return WeightAveraging(avg_fn=get_ema_avg_fn(0.8))
 
 
 @pytest.mark.parametrize("others", ((), (averaging,)), ids=("plain", "averaged"))

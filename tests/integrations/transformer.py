@@ -58,10 +58,13 @@ def trainer(model, folder, kind=Trainer, callbacks=(), sentences=None, optimizer
 
 
 class Gradients(TrainerCallback):
-    """`steps`: for each step the gradients that the optimizer is given, by name."""
+    """`steps`: for each step the gradients that the optimizer itself is given, by name."""
 
     def __init__(self):
         self.steps = []
 
-    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
-        self.steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    def on_train_begin(self, args, state, control, model, optimizer, **kwargs):
+        named = dict(model.named_parameters())
+        optimizer.optimizer.register_step_pre_hook(
+            lambda *args: self.steps.append({n: p.grad.clone() for n, p in named.items() if p.grad is not None})
+        )

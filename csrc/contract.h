@@ -85,6 +85,14 @@ struct Rank {
   void *theta, *scratch;
 };
 
+// To counts[t], kRadix numbers for each tensor: told at DIGITS in r2kernels/contract.py.
+struct Digits {
+  const int64_t* prefix;
+  int place;
+  int64_t* counts;
+};
+constexpr int kRadix = 256;
+
 enum class Metric : int { euclidean, sqeuclidean };
 
 // The clusters of DKM. Centroid arrays are (count, most, d) of the accumulator's type, zeros behind the size[t] that

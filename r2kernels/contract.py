@@ -30,6 +30,7 @@ __all__ = [
     "BY_NAME",
     "FLOOR",
     "OPS",
+    "RADIX",
     "STATISTICS",
     "TERMS",
     "Op",
@@ -123,6 +124,12 @@ PARTIAL_L2 = Op(
     saved=1,
     scatters=True,
 )
+# (L, RADIX) int64: of each weight how many |w| have each value of the digit `place`, of those whose digits before it
+# are `prefix`, (L,) int64; no matter what that is for place 0. |w| is the unsigned integer that its bits are in the
+# dtype of the weights, and so in the order of the numbers, with NaN last; its digits are the bytes of that from the
+# highest on, of which there are dtype.itemsize. Sums of these tables over shards are those of the whole.
+DIGITS = Op("digits", "(Tensor[] weights, Tensor prefix, int place) -> Tensor", scatters=True)
+RADIX = 256
 # Several losses from one read; bits are 0 and flags False for those without; flags: alpha_grad.
 WEIGHT_TERMS = Op(
     "terms",
@@ -188,6 +195,7 @@ OPS = (
     BIN_REG,
     MSQE,
     PARTIAL_L2,
+    DIGITS,
     WEIGHT_TERMS,
     LSQ,
     EWGS,

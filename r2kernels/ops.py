@@ -18,7 +18,6 @@ from .backends import chosen, select, use_backend
 from .contract import Op
 from .lists import laid_out
 
-_NO_GRAPH = "r2kernels runs on DTensors outside of graphs: it tells other ranks what it knows of a weight"
 _library = torch.library.Library("r2kernels", "DEF")
 # name -> the kernel itself, without the dispatcher; takes `out=`: the gradients are added to these tensors, and
 # `needed=`: of each weight whether its gradient has to be made
@@ -142,16 +141,17 @@ def _function(name, schema, at, row):
         _library.impl(name, local, key)
     dispatched = getattr(torch.ops.r2kernels, name).default
     call[name], op[name] = kernel, dispatched
-    untraced = torch.compiler.disable(kernel, reason=_NO_GRAPH)
+    untraced = torch._disable_dynamo(sharded)  # imports torch._dynamo when it is called, not now
 
     def run(*args, **options):
         if is_recorded():
             return recorded(*args)
         if sharding.is_sharded(args[at]):
-            return untraced(*args, **options) if torch.compiler.is_compiling() else kernel(*args, **options)
+            # a merge over ranks is no part of a graph
+            return (untraced if torch.compiler.is_compiling() else sharded)(*args, **options)
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             return dispatched(*args)  # a schema has no room for options that only spare work
-        return kernel(*args, **options)
+        return local(*args, **options)
 
     return run
 
@@ -171,6 +171,7 @@ sampled_std = _pair(contract.SAMPLED_STD)
 bin_reg = _pair(contract.BIN_REG)
 msqe = _pair(contract.MSQE)
 partial_l2 = _pair(contract.PARTIAL_L2)
+digits = _pair(contract.DIGITS)
 terms = _pair(contract.WEIGHT_TERMS)
 lsq = _pair(contract.LSQ)
 ewgs = _pair(contract.EWGS)

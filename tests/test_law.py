@@ -15,7 +15,7 @@ ROOT = PACKAGE.parent
 SPECIFIED = {"reference.checks", "reference.columns", "reference.parameters", "reference.zeros"}
 # module -> the modules of the package that it may import; `x.*` are those of a folder. All else is forbidden.
 LAW = {
-    "": {"backends", "files.*", "functional", "functional.*", "nn", "nn.*", "reference", "version"},
+    "": {"backends", "files.*", "functional", "functional.*", "integrations", "nn", "nn.*", "reference", "version"},
     "__main__": {"cli"},
     "version": set(),
     # the specification: torch and itself
@@ -51,6 +51,7 @@ LAW = {
     "algorithms.fixed_point": set(),
     "algorithms.iterations": {"algorithms.fixed_point"},
     "algorithms.kmeans": set(),
+    "algorithms.rank": set(),
     "empty": set(),
     "ops": {
         "algorithms.fixed_point",
@@ -65,6 +66,7 @@ LAW = {
     # the ops on DTensors: kernels are given, merges are made of the reference's formulas
     "sharding": {"sharding.*"},
     "sharding.*": {"lists", "reference.*", "sharding.shards"},
+    "sharding.losses": {"algorithms.rank", "reference.*", "sharding.shards"},
     "sharding.sample": {"reference.lasting", "reference.sample", "sharding.losses", "sharding.shards"},
     # what a user calls
     "functional": {"functional.*"},
@@ -125,12 +127,14 @@ LAW = {
     "files.onnx": {"files.clustered", "files.integers", "files.uniform"},
     # modules
     "nn": {"nn.*"},
-    "nn.places": set(),
-    "nn.select": {"nn.places"},
-    "nn.layers": {"nn.places", "nn.select"},
+    "nn.sharded": set(),
+    "nn.places": {"nn.sharded"},
+    "nn.select": {"nn.places", "nn.sharded"},
+    "nn.layers": {"nn.places", "nn.select", "nn.sharded"},
     "nn.ranks": {"lists"},
     "nn.tracing": set(),
-    "nn.attach": {"nn.tracing"},
+    "nn.attach": {"nn.sharded", "nn.tracing"},
+    "nn.synchronised": {"nn.attach", "nn.ranks", "nn.sharded"},
     "nn.export": {"files.onnx", "nn.attach", "nn.inputs", "nn.quantizer", "nn.tracing"},
     "nn.hessian": {"nn.attach"},
     "nn.inputs": {"nn.select"},
@@ -151,11 +155,12 @@ LAW = {
         "functional.regularizers",
         "lists",
         "nn.select",
+        "nn.sharded",
         "reference.checks",
         "reference.parameters",
     },
     "nn.input_scales": {"files.integers", "functional.quantizers", "nn.scales", "reference.parameters"},
-    "nn.starting": {"nn.attach", "nn.inputs", "nn.ranks", "nn.scales", "nn.tracing"},
+    "nn.starting": {"nn.attach", "nn.inputs", "nn.ranks", "nn.scales", "nn.synchronised", "nn.tracing"},
     "nn.clustering": SPECIFIED | {"files.clustered", "functional.dkm", "functional.kmeans"},
     "nn.palettizer": SPECIFIED
     | {
@@ -166,6 +171,7 @@ LAW = {
         "nn.attach",
         "nn.clustering",
         "nn.layers",
+        "nn.sharded",
         "ops",
         "reference.dkm",
     },
@@ -180,6 +186,7 @@ LAW = {
         "nn.options",
         "nn.ranks",
         "nn.restoring",
+        "nn.sharded",
         "nn.starting",
         "reference.checks",
     },
@@ -208,6 +215,12 @@ LAW = {
         "reference.checks",
         "reference.columns",
     },
+    # other people's trainers
+    "integrations": {"integrations.*"},
+    "integrations.modules": {"functional", "nn", "nn.attach"},
+    "integrations.hugging_face": {"integrations.modules"},
+    "integrations.accelerate": {"integrations.modules"},
+    "integrations.lightning": {"integrations.modules", "nn"},
     # the command line
     "cli": {"cli.arguments", "cli.commands", "cli.outputs", "files.checkpoint"},
     "cli.arguments": {"", "reference.checks"},

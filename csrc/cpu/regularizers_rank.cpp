@@ -1,5 +1,5 @@
-// The exact k-th smallest |w| of each tensor: 16 bits of what is left at a time, by counting. Counts are integers, so
-// threads may add them in any order.
+// The exact k-th smallest |w| of each tensor: 16 bits of what is left at a time, by counting; and one such count, for a
+// search over shards. Counts are integers, so threads may add them in any order.
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -217,6 +217,42 @@ void rank_tensors(const List& list, const Rank& r, int threads) {
 
 void rank(const List& list, const Rank& r, int threads) {
   with_type(list.dtype, [&](auto like) { rank_tensors<decltype(like)>(list, r, threads); });
+}
+
+template <class T>
+void count_places(const List& list, const Digits& d, int threads) {
+  constexpr int kTables = 4;  // so that one addition need not wait for the one before
+  const bool first = d.place == 0;
+  const int shift = 8 * (int(sizeof(T)) - 1 - d.place), above = first ? 0 : shift + 8;
+  threads = threads_for(list, threads);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t i = 0; i < list.chunks; ++i) {
+    const Chunk c = chunk_at(list, i);
+    const T* w = reinterpret_cast<const T*>(list.pointers[c.tensor]) + c.row;
+    const Key<T> prefix = Key<T>(d.prefix[c.tensor]);
+    uint32_t counts[kTables][kRadix] = {};
+    auto count = [&](T one, uint32_t* table) {
+      const Key<T> key = Key<T>(key_of(one) >> 1);
+      table[key >> shift & (kRadix - 1)] += first | (Key<T>(key >> above) == prefix);
+    };
+    int64_t j = 0;
+    for (; j + kTables <= c.n; j += kTables)
+      for (int k = 0; k < kTables; ++k) count(w[j + k], counts[k]);
+    for (; j < c.n; ++j) count(w[j], counts[0]);
+    int64_t* all = d.counts + c.tensor * kRadix;
+    for (int b = 0; b < kRadix; ++b) {
+      int64_t found = 0;
+      for (int k = 0; k < kTables; ++k) found += counts[k][b];
+      if (found) {
+#pragma omp atomic
+        all[b] += found;
+      }
+    }
+  }
+}
+
+void digits(const List& list, const Digits& d, int threads) {
+  with_type(list.dtype, [&](auto like) { count_places<decltype(like)>(list, d, threads); });
 }
 
 }  // namespace R2_ISA

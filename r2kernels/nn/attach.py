@@ -1,7 +1,8 @@
 """How a module stands before the weights of a model.
 
 Every module of the model that holds layers is an entry: the first of them that is called puts the weights of all
-layers inside it in place, in batched launches, and takes them away when it returns.
+layers inside it in place, in batched launches, and takes them away when it returns. Under `fully_shard` a unit that is
+called inside it does so for the layers that it alone makes whole.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from . import tracing
+from .sharded import Units, is_divided
 
 
 class Attached(nn.Module):
@@ -17,18 +19,22 @@ class Attached(nn.Module):
 
     A subclass says which: `_soft_weights(layers)` for layers in train(), `_hard(layers)` for those in eval(). The
     parameters stay where and what they are. `_hats` holds the weights of the last forward, for a part of it that is
-    computed again in backward.
+    computed again in backward; of layers that a unit makes whole `_placers` holds which entry gave them weights, and
+    whether with a graph, and the weights are computed again.
     """
 
     def _attach(self, model, layers, modules=(), replace=False):
         """layers: whose weights are replaced; modules: others that are entries."""
         self.layers = layers
         self._model = (model,)  # in a tuple, so that it does not become a part of this module
-        self._hats, self._placed, self._reentrant = [None] * len(layers), (), set()
+        self._hats, self._placers, self._reentrant = [None] * len(layers), {}, set()
         self._entry, self._entered, self._kept, self._on = (), 0, None, True  # the entry in a tuple too
+        self._nested, self._placed = [], []  # (unit, how many weights were placed before) of the entries inside it
         self._handles, self._guards = [], []
         self._refuse_others(model, {id(module) for module in modules}, replace)
-        for module, inside in _entries(model, layers, modules).items():
+        entries = _entries(model, layers, modules)
+        self._units = Units(model, layers, list(entries))
+        for module, inside in entries.items():
             self._handles.append(module.register_forward_pre_hook(EntryHook(self, inside), with_kwargs=True))
             self._handles.append(module.register_forward_hook(_Leave(self), always_call=True))
             guard = _Guard.of(module)
@@ -75,44 +81,76 @@ class Attached(nn.Module):
 
     def _enter(self, module, inside, args, kwargs):
         if self._entry:
-            if module is self._entry[0]:
-                self._entered += 1
-            if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                self._reentrant.update(inside)  # as CheckpointFunction does, which runs the part again in backward
+            self._enter_again(module, inside)
             return
+        if not torch.compiler.is_compiling():
+            self._units.find()
         self._entry, self._entered = (module,), 1
         try:
             self._begin(module, inside, args, kwargs)
-            self._place(inside)
+            self._place(module, self._units.whole_at(module, inside))
         except BaseException:
             self._end()
             raise
 
+    def _enter_again(self, module, inside):
+        """An entry that is called inside another."""
+        if module is self._entry[0]:
+            self._entered += 1
+        if module in self._units.layers:
+            self._nested.append((module, len(self._placed)))
+            self._place_more(module, [i for i in self._units.layers[module] if i not in self._placed])
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._reentrant.update(inside)  # as CheckpointFunction does, which runs the part again in backward
+
     def _begin(self, module, inside, args, kwargs):
         """Before the layers `inside` an entry get their weights."""
 
-    def _place(self, inside):
-        """Gives these layers their soft or hard weights."""
+    def _place_more(self, unit, some):
+        """As `_place`, of the layers that a unit makes whole inside another entry."""
+        self._place(unit, some)
+
+    def _place(self, module, some):
+        """Gives these layers their soft or hard weights at an entry."""
         if not self._on:
             return
-        inside, again = self._replaced(inside), in_backward()
+        some, again = self._replaced(some), in_backward()
         if not again:
-            self._reentrant.difference_update(inside)
-        hats = {i: self._hats[i] for i in inside if again and self._hats[i] is not None and i not in self._reentrant}
-        soft = [i for i in inside if i not in hats and self.layers[i].module.training]
-        hard = [i for i in inside if i not in hats and not self.layers[i].module.training]
-        if soft:
-            tracing.refuse_train(self.layers[soft[0]].name)
-        hats.update(zip(soft, self._soft_weights([self.layers[i] for i in soft]) if soft else [], strict=True))
-        hats.update(zip(hard, self._straight_through(hard), strict=True))
+            self._reentrant.difference_update(some)
+        hats = {i: self._hats[i] for i in some if again and self._hats[i] is not None and i not in self._reentrant}
+        outside = [i for i in some if again and self._is_outside(module, i)]
+        if outside:
+            with torch.no_grad():
+                values = self._made(outside)
+            hats.update({i: hat.detach().requires_grad_(self._placers[i][1]) for i, hat in values.items()})
+        hats.update(self._made([i for i in some if i not in hats]))
         for i, hat in () if tracing.is_recorded() else hats.items():
-            if hat.requires_grad or self.layers[i].module.training:
+            if i in self._units.numbers:
+                if not again:
+                    self._placers[i] = module, hat.requires_grad
+            elif hat.requires_grad or self.layers[i].module.training:
                 self._hats[i] = hat if hat.requires_grad else None
         self._put(hats)
 
+    def _is_outside(self, module, i):
+        """Whether a layer had its weight, with a graph, before the part that is computed again at this entry: then the
+        gradient goes through that graph, and the part asks for the numbers alone."""
+        placer, with_graph = self._placers.get(i, (module, False))
+        return with_graph and placer is not module and i not in self._reentrant
+
+    def _made(self, some):
+        """number of the layer -> its soft or hard weight."""
+        soft = [i for i in some if self.layers[i].module.training]
+        hard = [i for i in some if not self.layers[i].module.training]
+        if soft:
+            tracing.refuse_train(self.layers[soft[0]].name)
+        hats = dict(zip(soft, self._soft_weights([self.layers[i] for i in soft]) if soft else [], strict=True))
+        hats.update(zip(hard, self._straight_through(hard), strict=True))
+        return hats
+
     def _put(self, hats):
         """Puts weights in place: number of the layer -> tensor."""
-        self._placed = list(hats)
+        self._placed += list(hats)
         for i, hat in hats.items():
             for place in self.layers[i].places:
                 place.put(hat)
@@ -135,7 +173,7 @@ class Attached(nn.Module):
 
     def _hard_once(self, layers):
         """Hard weights; inside `frozen` those of the first forward."""
-        if self._kept is None or torch.compiler.is_compiling():
+        if self._kept is None or self._units.layers or torch.compiler.is_compiling():
             return self._hard(layers)
         missing = [layer for layer in layers if layer.name not in self._kept]
         if missing:
@@ -150,31 +188,38 @@ class Attached(nn.Module):
     @contextlib.contextmanager
     def frozen(self):
         """Inside this block the hard weights are made once and kept, so that a forward in eval() costs what the plain
-        model's does. What changes weights, centroids, ranges, dtype or device in the block is not seen."""
+        model's does. What changes weights, centroids, ranges, dtype or device in the block is not seen. Under
+        `fully_shard` nothing is kept."""
         before, self._kept = self._kept, {} if self._kept is None else self._kept
         try:
             yield self
         finally:
             self._kept = before
 
-    def _left(self, module):
+    def _left(self, module, output):
+        if self._nested and self._nested[-1][0] is module:
+            self._take(self._nested.pop()[1])
         if not self._entry or module is not self._entry[0]:
             return
         self._entered -= 1
         if self._entered == 0:
+            self._returned(output)
             self._end()
 
-    def _take(self):
-        """Takes away what `_put` gave."""
-        for i in self._placed:
+    def _returned(self, output):
+        """After the forward of an entry that gave this output, None after an exception."""
+
+    def _take(self, start=0):
+        """Takes away what `_put` gave, from a number of weights on."""
+        for i in self._placed[start:]:
             for place in self.layers[i].places:
                 place.take()
-        self._placed = ()
+        self._placed = self._placed[:start]
 
     def _end(self):
         """After the forward of an entry."""
         self._take()
-        self._entry, self._entered = (), 0
+        self._entry, self._entered, self._nested = (), 0, []
 
     def model_state(self):
         """The model's `state_dict` without the weights of the layers, under whatever names they have, and without what
@@ -201,13 +246,19 @@ class Attached(nn.Module):
         """Detaches from the model; with `bake` its weights become the hard ones, else they stay dense.
 
         A parametrization, or a hook that computes a weight, is removed by `bake`: the weight is a plain parameter then.
+        Under `fully_shard` layers are gathered one by one (all ranks call this), and each rank writes its shards.
         """
         layers = self._bakeable() if bake else []
-        hards = self._stored(layers)
+        self._units.reshard()
+        divided = [layer for layer in layers if is_divided(layer.weight())]
+        whole = [layer for layer in layers if not is_divided(layer.weight())]
+        hards = self._stored(whole)
         for handle in self._handles:
             handle.remove()
-        for layer, hard in zip(layers, hards, strict=True):
+        for layer, hard in zip(whole, hards, strict=True):
             layer.places[0].bake(hard)
+        for layer in divided:
+            layer.places[0].bake(self._stored([layer.gathered()])[0])
         self._end()
         for guard in self._guards:
             guard.release(self)
@@ -233,11 +284,11 @@ class Attached(nn.Module):
 
     def _forget(self):
         """Drops what is known of the last forward."""
-        self._hats = [None] * len(self.layers)
+        self._hats, self._placers = [None] * len(self.layers), {}
 
     def __getstate__(self):
-        empty = {"_hats": [None] * len(self.layers), "_kept": None, "_entry": (), "_entered": 0, "_placed": ()}
-        return {**self.__dict__, **empty}
+        empty = {"_hats": [None] * len(self.layers), "_placers": {}, "_kept": None, "_entry": (), "_entered": 0}
+        return {**self.__dict__, **empty, "_placed": [], "_nested": []}
 
 
 class _HardWeights(torch.autograd.Function):
@@ -273,7 +324,7 @@ class _Leave:
         self.owner = owner
 
     def __call__(self, module, args, output):
-        self.owner._left(module)
+        self.owner._left(module, output)
 
 
 class _Guard:

@@ -64,6 +64,7 @@ def calibrate(
     exclude=None,
     overrides=None,
     replace=False,
+    process_group=None,
 ):
     """A `Quantizer` of the model with frozen steps and zero points, found without training.
 
@@ -97,7 +98,8 @@ def calibrate(
         bar is shown where stderr is a terminal and tqdm is installed.
 
     An input that no batch reaches, or that is given zeros alone, stays as it is, with a warning. Under
-    torch.distributed all ranks must call this; they take the ranges of all ranks' batches, and rank 0's of the weights.
+    torch.distributed all ranks of `process_group` (None: those of `fully_shard`, else all) must call this; they take
+    the ranges of all ranks' batches, and the first rank's of the weights.
     On CUDA nothing is read back before the last batch. TypeError or ValueError names the argument, or the layer whose
     weight or input is not finite.
     """
@@ -111,12 +113,12 @@ def calibrate(
     weights = {layer.key: _frozen_weight(layer) for layer in layers if layer.options.weight_bits is not None}
     inputs = {}
     if places:
-        quantizer = Quantizer._frozen(model, held, weights, {}, replace=replace)
+        quantizer = Quantizer._frozen(model, held, weights, {}, replace=replace, process_group=process_group)
         histograms = _histograms(model, loader, layers, places, quantizer, batches=batches, forward=forward)
         inputs = _frozen_inputs(layers, places, histograms)
-    quantizer = Quantizer._frozen(model, held, weights, inputs, replace=replace)
+    quantizer = Quantizer._frozen(model, held, weights, inputs, replace=replace, process_group=process_group)
     if is_distributed():
-        quantizer._broadcast()
+        quantizer._broadcast(quantizer._all_ranks())
     return quantizer
 
 
@@ -124,7 +126,7 @@ def _layers(model, usual, overrides, include, exclude):
     """The layers to quantize, each with its axis as a number >= 0, or None."""
     layers = []
     for layer in layers_of(model, usual, overrides, include, exclude, stacklevel=6):
-        w = layer.weight()
+        w = layer.gathered().weight()
         checks.weights(w, name=layer.name)
         axis = checks.channel_axis(layer.axis, [w], True, layer.name)
         checks.groups(layer.options.group_size, w, axis, layer.name)
@@ -134,7 +136,7 @@ def _layers(model, usual, overrides, include, exclude):
 
 
 def _frozen_weight(layer):
-    w, o = layer.weight(), layer.options
+    w, o = layer.gathered().weight(), layer.options
     found = weight_qparams(w, o.weight_bits, o.axis, o.method, o.symmetric, o.group_size, o.percentile)
     if found is None:
         raise ValueError(f"{layer.name} has a NaN or an infinity; it cannot be quantized")
@@ -168,7 +170,7 @@ def _histograms(model, loader, layers, places, quantizer, **options):
         quantizer.remove(bake=False)
     seen = {key: observer.histograms.get(key) or Histogram(1, device) for key, _, _ in places}
     if is_distributed():
-        _merge(seen.values(), count)
+        _merge(seen.values(), count, quantizer._all_ranks())
     if not count:
         raise ValueError(
             "loader is empty; calibrate needs at least one batch for activation_bits "
@@ -177,14 +179,14 @@ def _histograms(model, loader, layers, places, quantizer, **options):
     return seen
 
 
-def _merge(histograms, count):
+def _merge(histograms, count, groups):
     """Gives the histograms, and the count of batches, what those of all ranks hold together."""
     ends = [(h.exponent.double(), -h.low, h.high) for h in histograms]
-    reduce([t for some in ends for t in some], "max")
+    reduce([t for some in ends for t in some], "max", groups)
     for h, (exponent, low, high) in zip(histograms, ends, strict=True):
         h.widen(exponent.long())
         h.low, h.high = -low, high
-    reduce([count, *(t for h in histograms for t in (h.count, h.strange))], "sum")
+    reduce([count, *(t for h in histograms for t in (h.count, h.strange))], "sum", groups)
 
 
 def _frozen_inputs(layers, places, histograms):

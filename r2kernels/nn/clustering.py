@@ -115,7 +115,7 @@ def few_rows(shape, form):
 
 def with_zeros_kept(layer):
     """The layer with `preserve_zeros` where it is pruned, or an embedding with zeros for padding."""
-    w, options = layer.weight(), layer.options
+    w, options = layer.gathered().weight(), layer.options
     if options.preserve_zeros or not (layer.is_pruned or _has_padding(layer, w)):
         return layer
     return layer._replace(options=options._replace(preserve_zeros=True).checked(layer.name))
@@ -142,9 +142,9 @@ def lost(w, form, centroids, preserve_zeros):
 SAME = 1e-3
 
 
-def spare_and_error(problems):
+def spare_and_error(problems, device):
     """For each (weight, form, centroids, wide) and each of its groups (how many centroids no row needs, the largest
-    error); the host reads once.
+    error); the host reads once. The problems may come one after the other, as weights that are gathered do.
 
     A centroid is spare that is nearest to no row, or where another one is. wide: as for `nearest_codes`.
     """
@@ -156,6 +156,6 @@ def spare_and_error(problems):
             error = (columns(piece, d, form.layout).t() - c[codes.long()]).abs().amax()
             near = (c[:, None] - c).abs().amax(-1).le(SAME * error).tril(-1).any(1)
             used = torch.zeros_like(near).index_fill_(0, codes.long(), True)
-            found.append(torch.stack([(near | ~used).sum().double(), error.double()]).to(problems[0][0].device))
+            found.append(torch.stack([(near | ~used).sum().double(), error.double()]).to(device))
     values = iter(torch.stack(found).tolist())
     return [[next(values) for _ in range(count)] for count in counts]

@@ -27,7 +27,7 @@ class Seen:
         x = wide(x)
         n, mean, size = x.numel(), x.mean(dtype=torch.float64), x.abs().mean(dtype=torch.float64)
         low, high = (v.double() for v in x.aminmax())
-        m2 = x.double().sub_(mean).square_().sum()
+        m2 = x.to(torch.float64, copy=True).sub_(mean).square_().sum()
         if self.count:  # Chan's merge
             part, apart = n / (self.count + n), mean - self.mean
             m2 = self.m2 + m2 + apart.square() * self.count * part

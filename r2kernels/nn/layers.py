@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .places import ComputedPlace, place_of
+from .places import ComputedPlace, HeldPlace, place_of
 from .select import is_conv1d, is_experts, is_weight, matches, matrices, none_left, selected, warn_of_coverage
+from .sharded import is_divided
 
 
 class Layer(NamedTuple):
@@ -40,6 +41,15 @@ class Layer(NamedTuple):
 
     def weight(self):
         return self.places[0].value()
+
+    def gathered(self):
+        """This layer with its whole weight where that is a DTensor now; a collective then, which all ranks call."""
+        w = self.weight()
+        return self.holding(w.detach().full_tensor()) if is_divided(w) else self
+
+    def holding(self, w):
+        """This layer with another weight, outside of a forward."""
+        return self._replace(places=[HeldPlace(self.places[0], w)])
 
 
 def output_axis(module, attribute="weight"):

@@ -68,7 +68,7 @@ def quantizable(model, usual, overrides, include=None, exclude=None):
     """The layers to quantize, checked."""
     layers = []
     for layer in layers_of(model, usual, overrides, include, exclude, stacklevel=5):
-        o, w = layer.options, layer.weight()
+        o, w = layer.options, layer.gathered().weight()
         checks.weights(w, name=layer.name)
         axis = checks.channel_axis(layer.axis, [w], True, layer.name)
         checks.groups(o.group_size, w, axis, layer.name)

@@ -18,6 +18,7 @@ from ..reference.zeros import with_zero, zeros_of
 from .attach import Attached
 from .clustering import ClusteringOptions, few_rows, fitted, form_of, lost, spare_and_error, with_zeros_kept
 from .layers import layers_of
+from .sharded import is_divided, of_shards, refuse_options
 
 CHECKED = 64  # steps between two searches for spare centroids; before these at every power of two
 SPARE = 16  # centroids for each spare one from which on a group starts anew
@@ -112,7 +113,7 @@ class Palettizer(Attached):
             for layer in layers:
                 o = layer.options
                 form = form_of(layer)
-                centroids = fitted(divided(layer.weight(), form)[0], form, o.preserve_zeros)
+                centroids = fitted(divided(layer.gathered().weight(), form)[0], form, o.preserve_zeros)
                 if not centroids.isfinite().all():
                     raise ValueError(f"{layer.name} has a NaN or an infinity; only finite weights can be clustered")
                 self.centroids.register_buffer(layer.key, centroids)
@@ -139,7 +140,7 @@ class Palettizer(Attached):
                 self._wide[layer.key] = not SQUARED[0] <= min(gaps) <= max(gaps) <= SQUARED[1]
             if layer.name in self._told:
                 continue
-            w = layer.weight()
+            w = layer.gathered().weight() if o.preserve_zeros else layer.weight()
             texts = lost(w, form_of(layer), c, o.preserve_zeros)
             texts += ["it is 0 everywhere, and preserve_zeros keeps it so"] * (o.preserve_zeros and not w.any())
             for text in texts:
@@ -155,6 +156,8 @@ class Palettizer(Attached):
         batches, results = defaultdict(list), {}
         for layer in layers:
             w, o, wide = layer.weight(), layer.options, self._wide[layer.key]
+            if is_divided(w):
+                _refuse_divided(layer)
             same = o.cluster_dim, o.layout, o.iterations, o.metric, o.gradient, o.preserve_zeros
             batches[w.dtype, w.device, wide, same].append((layer, w, *divided(w, form_of(layer))))
         for some in batches.values():
@@ -213,7 +216,7 @@ class Palettizer(Attached):
     @torch.no_grad()
     def clustered(self):
         """name -> `Clustered`: codes and look-up tables of every weight, as they are stored."""
-        return {layer.name: self._clustered(layer) for layer in self.layers}
+        return {layer.name: self._clustered(layer.gathered()) for layer in self.layers}
 
     def export(self):
         """`Integers`: the codes and tables of every weight as `PaletteWeight`; no inputs."""
@@ -224,7 +227,17 @@ class Palettizer(Attached):
 
     @torch.no_grad()
     def _hard(self, layers):
-        return [self._clustered(layer).decoded() for layer in layers]
+        hards = []
+        for layer in layers:
+            w = layer.weight()
+            if is_divided(w):  # a code is of its own row alone
+                _refuse_divided(layer)
+                local = w.to_local()
+                hard = self._clustered(layer.holding(local)).decoded() if local.numel() else local
+                hards.append(of_shards(hard, w))
+            else:
+                hards.append(self._clustered(layer).decoded())
+        return hards
 
     def _soft_weights(self, layers):
         found = self._soft(layers)
@@ -247,8 +260,9 @@ class Palettizer(Attached):
         if due or self.steps.device.type == "cpu":
             self._warn_of_unsound()
         if due:
-            problems = [(l.weight(), form_of(l), self._centroids(l), self._wide[l.key]) for l in self.layers]
-            for layer, found in zip(self.layers, spare_and_error(problems), strict=True):
+            wholes = ((layer, layer.gathered().weight()) for layer in self.layers)
+            problems = ((w, form_of(l), self._centroids(l), self._wide[l.key]) for l, w in wholes)
+            for layer, found in zip(self.layers, spare_and_error(problems, self.steps.device), strict=True):
                 self._renew(layer, found)
         self._warm_up(self.layers if due else stayed)
         if due:
@@ -296,7 +310,7 @@ class Palettizer(Attached):
         """Starts groups anew that have spare centroids, and finds those that wait until their weights differ.
 
         found: what `spare_and_error` says of them."""
-        w, form, c, key = layer.weight(), form_of(layer), self.centroids._buffers[layer.key], layer.key
+        form, c, key = form_of(layer), self.centroids._buffers[layer.key], layer.key
         most = max(2**form.bits // SPARE, 1)
         anew = [
             g
@@ -305,7 +319,7 @@ class Palettizer(Attached):
         ]
         waiting = {g for g, (spare, error) in enumerate(found) if error == 0 and spare}
         if anew:
-            pieces = divided(w, form)[0]
+            pieces = divided(layer.gathered().weight(), form)[0]
             c[anew] = fitted([pieces[g] for g in anew], form, layer.options.preserve_zeros).to(c.dtype)
             waiting |= {anew[i] for i in (different(c[anew]) < c.shape[1]).nonzero()[:, 0].tolist()}
         self._waiting[key] = frozenset(waiting)
@@ -321,8 +335,10 @@ class Palettizer(Attached):
     def gap(self):
         """name -> ||W_soft - W_hard|| / ||W||: what a layer loses when it is snapped to its centroids."""
         gaps = {}
-        for layer, (hat, _), hard in zip(self.layers, self._soft(self.layers), self._hard(self.layers), strict=True):
-            error, norm = ((hat - hard).double().norm().item(), layer.weight().double().norm().item())
+        for layer in self.layers:
+            whole = layer.gathered()
+            (hat, _), hard = self._soft([whole])[0], self._hard([whole])[0]
+            error, norm = (hat - hard).double().norm().item(), whole.weight().double().norm().item()
             gaps[layer.name] = error / norm if norm else error and math.inf
         return gaps
 
@@ -344,6 +360,13 @@ class Palettizer(Attached):
 
     def extra_repr(self):
         return f"layers={len(self.layers)}, steps={self._count}"
+
+
+def _refuse_divided(layer):
+    form = form_of(layer)
+    lut_dtype = None if form.lut_dtype == "fp32" else form.lut_dtype
+    per_channel_scale = form.per_channel_scale or None
+    refuse_options(layer.name, group_size=form.group_size, per_channel_scale=per_channel_scale, lut_dtype=lut_dtype)
 
 
 def _loaded(palettizer, _):

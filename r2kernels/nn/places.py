@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .sharded import divide_like, is_divided, refuse_flattened
+
 
 class Place:
     """A parameter of a module: an attribute of the same name stands before it."""
@@ -16,7 +18,12 @@ class Place:
     def value(self):
         """The weight, with its graph where it is computed from other parameters."""
         p = self.module._parameters.get(self.attribute)
-        if p is None:
+        if type(p) is nn.Parameter and (torch.compiler.is_compiling() or "_fsdp_flattened" not in p.__dict__):
+            return p
+        p = self.module.__dict__.get(self.attribute) if p is None else p
+        if isinstance(p, torch.Tensor):
+            refuse_flattened(f"{self.attribute} of a {type(self.module).__name__}", p)
+        if self.module._parameters.get(self.attribute) is None:
             raise RuntimeError(
                 f"{self.attribute} of a {type(self.module).__name__} is no longer its parameter (pruned or "
                 "parametrized after the attachment?); remove() before such changes and attach again"
@@ -41,8 +48,20 @@ class Place:
         return key == self.attribute
 
     def bake(self, hard):
-        """The weight as a plain parameter with these numbers."""
-        self.module._parameters[self.attribute].copy_(hard)
+        """The weight as a plain parameter with these numbers; of a DTensor each rank writes its shard."""
+        p = self.module._parameters[self.attribute]
+        p.copy_(divide_like(p, hard) if is_divided(p) else hard)
+
+
+class HeldPlace(Place):
+    """A weight that was gathered from its shards, or one of these."""
+
+    def __init__(self, place, held):
+        super().__init__(place.module, place.attribute)
+        self.held = held
+
+    def value(self):
+        return self.held
 
 
 class RecurrentPlace(Place):

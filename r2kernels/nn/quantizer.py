@@ -13,9 +13,10 @@ from .attach import Attached, in_backward, switch
 from .hessian import ratios
 from .inputs import InputHook, input_name, input_places
 from .options import METHODS, QuantizationOptions, quantizable
-from .ranks import average_gradients, is_distributed
+from .ranks import is_distributed
 from .restoring import restored
 from .select import matches
+from .sharded import divide_like, is_divided, refuse_options
 from .starting import Starting, unchanged
 
 
@@ -73,6 +74,7 @@ class Quantizer(Starting):
         exclude=None,
         overrides=None,
         replace=False,
+        process_group=None,
     ):
         super().__init__()
         usual = QuantizationOptions(method, weight_bits, activation_bits, axis, group_size, levels)
@@ -86,6 +88,7 @@ class Quantizer(Starting):
                 weights[layer.key] = METHODS[layer.options.method][0](layer.weight(), layer.options)
         for key, i, _ in input_places(model, layers):
             inputs[key] = METHODS[layers[i].options.method][1](layers[i].weight(), layers[i].options)
+        self._share(process_group)
         self._hold(model, layers, weights, inputs, delay=delay, observe=observe, replace=replace)
         self._hook_gradients()
 
@@ -95,7 +98,7 @@ class Quantizer(Starting):
         for group, quantizers in ((self.weights, weights), (self.inputs, inputs)):
             for key, quantizer in quantizers.items():
                 group.add_module(key, quantizer)
-        self._probe, self._averaging, self._activations_on = None, False, True
+        self._probe, self._activations_on = None, True
         self._hold_starts(layers[0].weight().device, len(layers), started, delay, observe)
         places = [place for place in input_places(model, layers) if place[0] in inputs]
         self._input_keys = [(key, i) for key, i, _ in places]
@@ -105,10 +108,11 @@ class Quantizer(Starting):
             self._handles.append(module.register_forward_pre_hook(InputHook(self, key, i), with_kwargs=True))
 
     @classmethod
-    def _frozen(cls, model, layers, weights, inputs, replace=False):
+    def _frozen(cls, model, layers, weights, inputs, replace=False, process_group=None):
         """One whose quantizers of weights and inputs are these for good."""
         self = cls.__new__(cls)
         Attached.__init__(self)
+        self._share(process_group)
         self._hold(model, layers, weights, inputs, started=True, replace=replace)
         return self
 
@@ -147,6 +151,8 @@ class Quantizer(Starting):
         batches, results = {}, {}
         for layer in layers:
             q, w = self._weight_quantizer(layer), layer.weight()
+            if is_divided(w):
+                refuse_options(layer.name, group_size=layer.options.group_size)
             batches.setdefault((type(q), w.dtype, w.device, *q.key()), []).append((layer, w))
         for (kind, *_), some in batches.items():
             ys = kind.soft([self._weight_quantizer(layer) for layer, _ in some], [w for _, w in some])
@@ -169,13 +175,18 @@ class Quantizer(Starting):
         return [hards[layer.name] for layer in layers]
 
     def _stored(self, layers):
-        return [self._weight_quantizer(layer).coded(layer.weight()).decoded() for layer in layers]
+        return [self._stored_one(layer) for layer in layers]
+
+    def _stored_one(self, layer):
+        w = layer.weight()
+        hard = self._weight_quantizer(layer).coded(layer.gathered().weight()).decoded()
+        return divide_like(w, hard) if is_divided(w) else hard
 
     @torch.no_grad()
     def coded(self):
         """name -> `Uniform`: codes, scale and zero point of every weight, as they are stored."""
         self._refuse_late(range(len(self.layers)))
-        return {layer.name: self._weight_quantizer(layer).coded(layer.weight()) for layer in self._own_layers()}
+        return {l.name: self._weight_quantizer(l).coded(l.gathered().weight()) for l in self._own_layers()}
 
     def export(self):
         """`Integers` of all weights and quantized inputs; RuntimeError before the ranges have values."""
@@ -183,11 +194,11 @@ class Quantizer(Starting):
 
     def errors(self):
         """name -> ||W - W_hat|| / ||W|| of every weight."""
-        pairs = [
-            (layer.name, layer.weight().detach().double(), c.decoded().double())
-            for layer, c in zip(self._own_layers(), self.coded().values(), strict=True)
-        ]
-        return {name: ((w - hat).norm() / w.norm().clamp(min=1e-300)).item() for name, w, hat in pairs}
+        found = {}
+        for layer, c in zip(self._own_layers(), self.coded().values(), strict=True):
+            w = layer.gathered().weight().detach().double()
+            found[layer.name] = ((w - c.decoded().double()).norm() / w.norm().clamp(min=1e-300)).item()
+        return found
 
     def sizes(self):
         """name -> `Size`: bytes of the layer dense, packed, and with its codes at their entropy.
@@ -257,22 +268,6 @@ class Quantizer(Starting):
                 stacklevel=2,
             )
 
-    def _hook_gradients(self):
-        """Has the gradients of all ranks averaged at the end of a backward that reaches a parameter."""
-        for p in self.parameters():
-            p.register_post_accumulate_grad_hook(self._at_end_of_backward)
-
-    def _at_end_of_backward(self, p):
-        part_of_the_model = any(module is self for module in self._model[0].modules())  # then DDP has averaged it
-        if is_distributed() and not self._averaging and not part_of_the_model:
-            self._averaging = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._average)
-
-    @torch.no_grad()
-    def _average(self):
-        self._averaging = False
-        average_gradients([p for p in self.parameters() if p.requires_grad])
-
     def estimate_delta(self, loss_closure, *, probes=4, epsilon=1e-2):
         """Sets EWGS's delta where the option is "hessian" (until then 1e-3): max(0, (Tr H / N) / (3 std(g))).
 
@@ -313,7 +308,7 @@ class Quantizer(Starting):
             for key, ratio in found.items():
                 chosen[key].delta.copy_((ratio * chosen[key].span()).clamp(min=0))
         if is_distributed():
-            self._broadcast()
+            self._broadcast(self._all_ranks())
 
     def param_groups(self, *, alpha_decay=0.0, bounds_lr=None, **options):
         """The learned steps, bounds, scales and alpha as a list of parameter groups for an optimizer.
@@ -335,11 +330,7 @@ class Quantizer(Starting):
         return [{"params": some, "weight_decay": 0.0, **options, **special} for some, special in groups.values()]
 
     def __getstate__(self):
-        return {**super().__getstate__(), "_probe": None, "_averaging": False}
-
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        self._hook_gradients()  # hooks stay behind with the parameters that were copied
+        return {**super().__getstate__(), "_probe": None}
 
     def extra_repr(self):
         started = sum(self._is_started)

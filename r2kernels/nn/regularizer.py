@@ -13,6 +13,7 @@ from ..lists import memory_order, resident
 from ..reference import checks, parameters
 from ..sharding.shards import local, with_zeros
 from .select import select_weights
+from .sharded import refuse_any_flattened
 
 LOSSES = ("soft_min_max", "margin", "l_inf", "kure")
 
@@ -119,6 +120,7 @@ class RangeRegularizer(nn.Module):
                 getattr(module, attribute) if w is None else w
                 for w, (module, attribute) in zip(weights, self._places, strict=True)
             ]
+        refuse_any_flattened(self.names, weights)
         if len({w.dtype for w in weights}) == 1 and len({w.device for w in weights}) == 1:
             return [_Group(list(range(len(weights))), weights)]
         groups = {}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .places import makers
+from .sharded import FLAT, refuse_flattened
 
 _KERNELS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -78,6 +79,8 @@ def matrices(model, computed=False):
             continue
         made = _computed_names(module)
         for attribute, p in module._parameters.items():
+            if attribute == FLAT or (p is not None and "_fsdp_flattened" in p.__dict__):
+                refuse_flattened(_joined(path, attribute), p)
             if p is None or not p.is_floating_point() or p.dim() < 2:
                 continue
             if not any(attribute.startswith(f"{name}_") for name in made):

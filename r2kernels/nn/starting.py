@@ -6,13 +6,14 @@ import warnings
 import torch
 
 from . import tracing
-from .attach import Attached
+from .attach import in_backward
 from .inputs import InputHook, input_name, mean_output, module_name
-from .ranks import broadcast, first_started, is_distributed
+from .ranks import first_started, is_distributed
 from .scales import positive
+from .synchronised import Synchronised
 
 
-class Starting(Attached):
+class Starting(Synchronised):
     """An attached module whose ranges start from the weights and the inputs of a forward in train().
 
     `started` and `waited` hold for every layer whether its range has started, and how many forwards in train() it was
@@ -45,8 +46,16 @@ class Starting(Attached):
     def _begin(self, module, inside, args, kwargs):
         if tracing.is_recorded():
             self._refuse_late(inside)
-        elif not self._all_started:
+            return
+        if torch.compiler.is_compiling():
+            self._by_parameters = True
+        else:
+            self._meet(module.training or (not self._all_started and self._trains(inside)))
+        if not self._all_started:
             self._prepare(module, inside, args, kwargs)
+
+    def _trains(self, inside):
+        return any(self.layers[i].module.training for i in inside)
 
     def _refuse_late(self, some):
         """An error where ranges of some layers have no values."""
@@ -61,18 +70,24 @@ class Starting(Attached):
     @torch.no_grad()
     def _prepare(self, module, inside, args, kwargs):
         """Starts what is due of the layers inside an entry."""
+        if self._by_parameters:  # called by a compiled forward
+            self._meet(self._trains(inside))
+            self._by_parameters = True
         self._read()
         waiting = [i for i in inside if not self._is_started[i]]
-        trains = [i for i in waiting if self.layers[i].module.training]
-        self._start_due(module, waiting, trains, args, kwargs)
+        trains = [i for i in waiting if self.layers[i].module.training and self._may_start]
+        self._start_due(module, inside, trains, args, kwargs)
         started = [
-            i for i in inside if self.layers[i].module.training and (self._is_started[i] or i in self._observing)
+            i
+            for i in inside
+            if self._may_start and self.layers[i].module.training and (self._is_started[i] or i in self._observing)
         ]
         self._open = [key for key, i in self._input_keys if i in started and not self.inputs._modules[key].is_started]
 
-    def _start_due(self, module, waiting, trains, args, kwargs):
+    def _start_due(self, module, inside, trains, args, kwargs):
         if self._delay == self._observe == 0:
-            self._warn_of_full_precision([i for i in waiting if i not in trains])
+            late = [i for i in inside if not self._is_started[i] and not self.layers[i].module.training]
+            self._warn_of_full_precision(late)
         if self._delay or self._observe:
             for i in trains:
                 self._has_waited[i] += 1
@@ -81,7 +96,10 @@ class Starting(Attached):
         if self._observe:
             self._observing = due
         elif due:
-            self._start(module, due, args, kwargs)
+            self._start(module, inside, due, module.forward, args, kwargs)
+            if self._ranks is not None:
+                self._broadcast(self._ranks.groups)
+            self._read()
 
     def _warn_of_full_precision(self, some):
         new = [self.layers[i].name for i in some if self.layers[i].name not in self._warned]
@@ -98,30 +116,32 @@ class Starting(Attached):
     def initialize(self, *args, **kwargs):
         """Sets steps, bounds, alpha and scales from the weights, and from what the layers are given in one forward.
 
-        The model is called with these arguments; nothing else changes. What has started starts anew.
+        The model is called with these arguments; nothing else changes. What has started starts anew. Under
+        torch.distributed all ranks call this.
         """
-        model = self._model[0]
+        model, every = self._model[0], list(range(len(self.layers)))
         self._entry, self._entered = (model,), 1
-        try:
-            self._start(model, list(range(len(self.layers))), args, kwargs)
+        try:  # what `fully_shard` was called with gathers its parameters when it is called as a module
+            self._start(model, every, every, model if self._units.find() else model.forward, args, kwargs)
+            if is_distributed():
+                self._broadcast(self._all_ranks())
+            self._read()
         finally:
             self._end()
+            self._units.reshard()
 
-    def _start(self, module, due, args, kwargs):
+    def _start(self, module, inside, due, run, args, kwargs):
         """Runs a module once more, as an entry, with the ranges of the layers that are due starting on the way."""
         before = {name: value.clone() for name, value in self.state_dict().items()}
-        for i in due:
-            self._start_weight(i)
         self._starting = {"layers": set(due), "inputs": set(), "scales": set()}
         try:
             with unchanged(module, self):
-                inside = [i for i in range(len(self.layers)) if self._is_started[i]]
-                hats = self._soft([self.layers[i] for i in self._weighted(inside)])
-                self._put(dict(zip(self._weighted(inside), hats, strict=True)))
-                for hook in module._forward_pre_hooks.values():
-                    if isinstance(hook, InputHook) and hook.owner is self:
-                        args, kwargs = hook(module, args, kwargs) or (args, kwargs)
-                module.forward(*args, **kwargs)
+                if run == module.forward:
+                    self._place_more(module, self._units.whole_at(module, inside))
+                    for hook in module._forward_pre_hooks.values():
+                        if isinstance(hook, InputHook) and hook.owner is self:
+                            args, kwargs = hook(module, args, kwargs) or (args, kwargs)
+                run(*args, **kwargs)
         except BaseException:
             self.load_state_dict(before)
             raise
@@ -129,9 +149,15 @@ class Starting(Attached):
             self._starting = None
             self._take()
             self._forget_seen()
-        if is_distributed():
-            self._broadcast()
-        self._read()
+
+    def _place_more(self, unit, some):
+        if self._starting is None:
+            super()._place_more(unit, some)
+            return
+        for i in self._starting["layers"].intersection(some):
+            self._start_weight(i)
+        some = self._weighted([i for i in some if self._is_started[i]])
+        self._put(dict(zip(some, self._soft([self.layers[i] for i in some]), strict=True)))
 
     def _weighted(self, some):
         """Those of the layers whose weights are quantized."""
@@ -140,7 +166,7 @@ class Starting(Attached):
     def _start_weight(self, i):
         layer = self.layers[i]
         if layer.options.weight_bits is not None:
-            w = layer.weight()
+            w = layer.gathered().weight()
             if not w.isfinite().all():
                 raise ValueError(f"{layer.name} has a NaN or an infinity; its range cannot start from it")
             self._weight_quantizer(layer).start(w)
@@ -180,7 +206,8 @@ class Starting(Attached):
             return i in self._starting["layers"]
         if key in self._late:
             return True
-        return module.training and self._is_started[i] and not self.inputs._modules[key].is_started
+        waits = module.training and self._is_started[i] and not self.inputs._modules[key].is_started
+        return waits and self._may_start and not in_backward()
 
     def _end(self):
         super()._end()
@@ -200,8 +227,8 @@ class Starting(Attached):
                         q.start(input_name(key))
         open_inputs = [self.inputs._modules[key] for key in self._open]
         self._observing, self._late, self._open = (), set(), ()
-        if open_inputs and is_distributed():
-            first_started(open_inputs)
+        if open_inputs and self._ranks is not None:
+            first_started(open_inputs, self._ranks.groups)
         self._read()
         self._forget_seen()
 
@@ -209,11 +236,6 @@ class Starting(Attached):
         for q in self.inputs.children():
             if q.is_started:
                 q.seen = type(q.seen)()
-
-    def _broadcast(self):
-        """Takes rank 0's state."""
-        broadcast(list(self.state_dict().values()))
-        self._read()
 
     def __getstate__(self):
         empty = {"_starting": None, "_observing": (), "_late": set(), "_open": ()}

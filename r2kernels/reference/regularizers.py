@@ -25,6 +25,9 @@ def _gradients(weights, formula):
     return [formula(i, columns(w)[0]).reshape(w.shape).to(w.dtype) for i, w in enumerate(weights)]
 
 
+BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}  # integers as wide as a number, by its bytes
+
+
 class WeightStats(NamedTuple):
     """0-dim tensors for a tensor, (L,) tensors for a sequence; `numel` an int, or a tuple of ints."""
 
@@ -208,6 +211,18 @@ def partial_l2_bwd(grad, weights, rank, saved):
         return torch.where(x.abs() > theta, 0, 2 / _numel(x, theta) * grad[i] * x)
 
     return _gradients(weights, formula)
+
+
+def digits_fwd(weights, prefix, place):
+    """(L, 256) int64: how many |w| whose bytes, as those of an integer, begin with `prefix` have each value of the next
+    byte, which is `place`, the highest 0."""
+    rows = []
+    for i, w in enumerate(weights):
+        shift = 8 * (w.dtype.itemsize - 1 - place)
+        key = w.resolve_neg().reshape(-1).view(BITS[w.dtype.itemsize]).long() & (2 ** (8 * w.dtype.itemsize - 1) - 1)
+        counted = torch.ones_like(key) if place == 0 else (key >> (shift + 8) == prefix[i]).long()
+        rows.append(key.new_zeros(256).scatter_add(0, (key >> shift) & 255, counted))
+    return torch.stack(rows)
 
 
 def split_terms(names, parameters, bits, flags):

@@ -11,7 +11,8 @@ from .shards import is_sharded
 
 __all__ = ["dkm", "is_sharded", "over"]
 
-_FAMILIES = {
+_OWN = {
+    "sampled_std_fwd": sample.sampled_std,
     "weight_stats_fwd": losses.statistics,
     "terms_fwd": losses.terms_forward,
     "terms_bwd": losses.terms_backward,
@@ -21,11 +22,10 @@ _FAMILIES = {
 
 def over(name, kernel, row, call):
     """The kernel `name` of an op for lists that hold DTensors; `kernel` is that for lists without, `call` has those of
-    other ops by name."""
-    if name == "sampled_std_fwd":
-        return sample.sampled_std(call)
-    if name in _FAMILIES:
-        return _FAMILIES[name](kernel, row)
-    if row.gives_tensors:
-        return (quantizers.backward if name.endswith("_bwd") else quantizers.forward)(kernel, row)
-    return (losses.backward if name.endswith("_bwd") else losses.forward)(kernel, row)
+    all ops by name."""
+    if name in _OWN:
+        make = _OWN[name]
+    else:
+        family = quantizers if row.gives_tensors else losses
+        make = family.backward if name.endswith("_bwd") else family.forward
+    return make(kernel, row, call)

@@ -124,7 +124,7 @@ def tolerance(tol, weights):
     return 1e-6 * ranges
 
 
-def assign(kernel, row):
+def assign(kernel, row, call):
     """Codes of the rows of the shards here."""
 
     def run(weights, *args):

@@ -7,6 +7,7 @@ no message. The gradient of a learned parameter is made of what was saved alone,
 
 import torch
 
+from ..algorithms.rank import select
 from ..reference import range_losses as losses
 from ..reference import regularizers
 from ..reference.regularizers import split_terms
@@ -205,6 +206,33 @@ class BinReg(Rule):
         return squares.sum((1, 2)), torch.cat([count, squares], -1)
 
 
+class PartialL2(Rule):
+    """The threshold is found digit by digit over all shards; what lies below it here is the local rank."""
+
+    @staticmethod
+    def seen(given, shards, here, whole):
+        def count(prefix, place):
+            return shards.call["digits_fwd"](shards.local, prefix, place)
+
+        theta, local_rank = select(count, lambda table: shards.summed(table)[0].long(), *given, shards.weights[0].dtype)
+        return [local_rank.clamp(min=1), theta, local_rank]
+
+    @staticmethod
+    def states(loss, saved, seen, here):
+        _, theta, local_rank = seen
+        return [here, torch.where(local_rank > 0, loss.double() * here[:, 0], 0), theta]
+
+    @staticmethod
+    def fold(given, n, sums, thetas):
+        theta = thetas[0]
+        mean = sums.sum(0) / n.sum(0)[:, 0].clamp(min=1)
+        return torch.where(theta.isnan(), theta, mean), theta[:, None, None]
+
+    @staticmethod
+    def backward(grad, given, saved, here, whole):
+        return _share(grad, here, whole), given, saved
+
+
 RULES = {
     "l_inf": LInf,
     "margin": Margin,
@@ -213,15 +241,16 @@ RULES = {
     "kure": Kure,
     "msqe": Msqe,
     "bin_reg": BinReg,
+    "partial_l2": PartialL2,
 }
 
 
-def forward(kernel, row):
+def forward(kernel, row, call):
     """A loss's forward on lists with DTensors."""
     rule, count = RULES.get(row.name), row.parameters
 
     def run(weights, *args):
-        shards = Shards(weights)
+        shards = Shards(weights, call)
         given, options = list(args[:count]), args[count:]
         here, whole = shards.rows(options[-2] if row.columns else 1)
         seen = rule.seen(given, shards, here, whole)
@@ -235,12 +264,12 @@ def forward(kernel, row):
     return run
 
 
-def backward(kernel, row):
+def backward(kernel, row, call):
     """A loss's backward on lists with DTensors."""
     rule, count = RULES.get(row.name), row.parameters
 
     def run(grad, weights, *args, out=None, needed=None):
-        shards = Shards(weights)
+        shards = Shards(weights, call)
         given, saved, options = list(args[:count]), args[count], args[count + 1 :]
         here, whole = shards.rows(options[0] if row.columns else 1)
         grad_, given_, saved_ = rule.backward(grad, given, saved, here, whole)
@@ -256,11 +285,11 @@ def _targets(out, needed):
     return options if out is None else {**options, "out": [local(o) for o in out]}
 
 
-def terms_forward(kernel, row):
+def terms_forward(kernel, row, call):
     """Several losses of lists with DTensors, merged from one message."""
 
     def run(weights, names, parameters, bits, flags):
-        shards = Shards(weights)
+        shards = Shards(weights, call)
         here, whole = shards.rows()
         terms = [(RULES[name], given) for name, given, _, _ in split_terms(names, parameters, bits, flags)]
         seen = [rule.seen(given, shards, here, whole) for rule, given in terms]
@@ -284,11 +313,11 @@ def terms_forward(kernel, row):
     return run
 
 
-def terms_backward(kernel, row):
+def terms_backward(kernel, row, call):
     """The gradients of several losses of lists with DTensors."""
 
     def run(grads, weights, names, parameters, bits, flags, saved, out=None, needed=None):
-        shards = Shards(weights)
+        shards = Shards(weights, call)
         here, whole = shards.rows()
         grads_, parameters_, saved_, learned = [], [], [], []
         for grad, kept, (name, given, _, _) in zip(
@@ -307,11 +336,11 @@ def terms_backward(kernel, row):
     return run
 
 
-def statistics(kernel, row):
+def statistics(kernel, row, call):
     """`weight_stats_fwd` of lists with DTensors."""
 
     def run(weights):
-        shards = Shards(weights)
+        shards = Shards(weights, call)
         table = kernel(shards.local)
         return merged_statistics(shards, shards.rows()[0], table).to(table.dtype)
 

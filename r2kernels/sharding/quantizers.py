@@ -8,7 +8,7 @@ from ..reference.quantizers import dorefa_bwd_of_maximum
 from .shards import Shards, region
 
 
-def forward(kernel, row):
+def forward(kernel, row, call):
     def run(xs, *args):
         shards = Shards(xs)
         given, options = args[: row.parameters], args[row.parameters :]
@@ -17,7 +17,7 @@ def forward(kernel, row):
     return run
 
 
-def backward(kernel, row):
+def backward(kernel, row, call):
     def run(gs, xs, *args):
         shards = Shards(xs)
         given, options = args[: row.parameters], args[row.parameters :]

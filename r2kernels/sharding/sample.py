@@ -11,8 +11,8 @@ from .losses import merged_statistics
 from .shards import Shards, is_dtensor, region
 
 
-def sampled_std(call):
-    """`sampled_std_fwd` of lists with DTensors; `call`: name of an op -> its kernel."""
+def sampled_std(kernel, row, call):
+    """`sampled_std_fwd` of lists with DTensors."""
 
     def run(weights):
         shards = Shards(weights)

@@ -122,10 +122,10 @@ class _Part(NamedTuple):
 
 
 class Shards:
-    """A list of weights of which DTensors are sharded."""
+    """A list of weights of which DTensors are sharded. `call`: name of an op -> its kernel, for what a merge needs."""
 
-    def __init__(self, weights):
-        self.weights = weights
+    def __init__(self, weights, call=None):
+        self.weights, self.call = weights, call
         self.local = [local(w) for w in weights]
         self.numels = tuple([w.numel() for w in weights])
         by_groups = {}

@@ -114,17 +114,19 @@ def test_codes_at_ties_are_those_of_a_true_division(device, variant):
 
 @first_dtypes(torch.float32)
 @first("bits", [1, 4, 8], range(1, 9))
-def test_bins_hold_counts_and_mean_squares(bits, dtype, device, variant):
+def test_bins_hold_counts_and_mean_squares(bits, dtype, device, variants):
     """What a loss over shards is merged from."""
     ws = [spread(kind, n, dtype, device) for kind in ("normal", "rising", "tiny") for n in (1, 33, 50_001)]
     ws.append(torch.zeros(0, dtype=dtype, device=device))
     step = torch.full((len(ws), 1), 2.0 ** (2 - bits), dtype=accumulator(dtype), device=device)
-    loss, saved = ops.call["bin_reg_fwd"](ws, step, bits)
     exact, expected = reference.bin_reg_fwd([w.double() for w in ws], step.double(), bits)
-    assert saved.shape == (len(ws), 1, 2 * 2**bits)
-    counts, means = saved.double().split(2**bits, -1)
-    assert torch.equal(counts, expected[..., : 2**bits])
+    assert expected.shape == (len(ws), 1, 2 * 2**bits)
     rtol = 1e-12 if dtype == torch.float64 else 1e-5
-    torch.testing.assert_close(means, expected[..., 2**bits :], rtol=rtol, atol=0)
-    torch.testing.assert_close(loss.double(), means.sum((1, 2)), rtol=rtol, atol=0)
-    torch.testing.assert_close(loss.double(), exact, rtol=rtol, atol=0)
+    for variant in variants:
+        with variant.chosen():
+            loss, saved = ops.call["bin_reg_fwd"](ws, step, bits)
+        counts, means = saved.double().split(2**bits, -1)
+        assert torch.equal(counts, expected[..., : 2**bits])
+        torch.testing.assert_close(means, expected[..., 2**bits :], rtol=rtol, atol=0)
+        torch.testing.assert_close(loss.double(), means.sum((1, 2)), rtol=rtol, atol=0)
+        torch.testing.assert_close(loss.double(), exact, rtol=rtol, atol=0)

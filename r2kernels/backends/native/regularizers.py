@@ -64,6 +64,14 @@ class NativeRegularizers(launchers.Regularizers, Half):
         nothing = dict(first=0, second=0, flag=False, partial=0, saved=0, bits=0)
         self.library.sampled_std_fwd(listed, table.address, *self.queue(out.device), out=out.data_ptr(), **nothing)
 
+    def _digits(self, weights, prefix, place, counts):
+        listed, _, tensors = self.listed(weights, 1, "output")
+        (table,) = self.tables(tensors)
+        queue = self.queue(counts.device)
+        self.library.digits_fwd(
+            listed, table.address, *queue, prefix=prefix.data_ptr(), place=place, counts=counts.data_ptr()
+        )
+
     def _rank(self, listed, table, plan, rank, theta):
         """The rank[t]-th smallest |w| of each tensor into `theta`."""
         scratch = None

@@ -106,6 +106,14 @@ class TritonRegularizers(Launcher, launchers.Regularizers):
         store = launch(counts_kernels.store_threshold, **constants)
         store((plan.count,), rank, counts, theta, plan.count)
 
+    def _digits(self, weights, prefix, place, counts):
+        tensors, plan = self._list(weights, 1, "output")
+        (table,) = self._tables(tensors)
+        with current(counts.device):
+            count = launch(counts_kernels.count_chunks, PASS=place, **self._counting(tensors))
+            given = table, fields(plan), plan.owner, None, prefix, counts, plan.chunk, plan.count
+            count((plan.chunks,), *given)
+
     def _counting(self, tensors):
         """The constants of a histogram's kernel but which digit it is of."""
         block, types_of = 2048 if self.interpreted else COUNTED, types(tensors[0].dtype)

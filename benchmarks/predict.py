@@ -162,7 +162,7 @@ def cuda_rows():
             if (
                 dtype is None
                 or "__half" in signature
-                or re.search("merge|terms|tables|gradient_kernel<false", signature)
+                or re.search("merge|terms|tables|GivenDigit|gradient_kernel<false", signature)
             ):  # a set of terms costs what they cost
                 continue
             if "dkm_sums" in signature:
@@ -184,6 +184,8 @@ def label(signature):
     arguments = re.sub(r", (float|__nv_bfloat16)|^(float|__nv_bfloat16)(, )?", "", arguments)
     adding = ", adding" if kernel.endswith("map") and arguments.endswith("true") else ""
     formula = re.sub(r"Reader|Op|(^|, )(true|false)$", "", arguments)
+    if kernel == "digits":
+        return kernel
     if kernel in ("bins", "bins_map"):
         return f"BinReg {'forward' if kernel == 'bins' else 'backward'}{adding}"
     if kernel == "partial":
@@ -277,8 +279,11 @@ def triton_here():
                     kernel.main_loop(),
                     1 + backward,
                 )
-            for make in (aot_quantizers.reduce_terms, aot_quantizers.map_terms):
-                for term in ("bin_reg", "msqe", "partial_l2"):
+            for make, terms in (
+                (aot_quantizers.reduce_terms, ("msqe", "partial_l2")),
+                (aot_quantizers.map_terms, ("bin_reg", "msqe", "partial_l2")),
+            ):
+                for term in terms:
                     kernel = aot_quantizers.compile_kernel(*make(term, dtype), dtype, 90)
                     yield row("triton", f"{term} {make.__name__.split('_')[0]}", dtype, kernel, kernel.main_loop(), 1)
 
@@ -306,8 +311,8 @@ def markdown(data):
         f"multiprocessor; {data['versions']}",
         "- *in flight*: KB of loads that the resident warps of a multiprocessor, by registers, have under way at once, "
         "in the order of the instructions; 4.8 TB/s needs about 25",
-        "- rows are what one pass costs each weight; bin_reg and partial_l2 count by bins and digits before (`digits`: "
-        "of four passes in float32);",
+        "- rows are what one pass costs each weight; partial_l2 counts by digits before (`digits`: of four passes in "
+        "float32), and Triton's bin_reg compares with every bin, which has no row;",
         "  what lies behind a branch is not counted, so BinReg forward lacks its bins: about 6 instructions and 0.12 "
         "wavefronts",
         "",

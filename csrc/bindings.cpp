@@ -72,6 +72,9 @@ constexpr auto fields_of<Backward> =
 template <>
 constexpr auto fields_of<Rank> = std::make_tuple(R2_FIELD(Rank, rank), R2_FIELD(Rank, theta), R2_FIELD(Rank, scratch));
 template <>
+constexpr auto fields_of<Digits> =
+    std::make_tuple(R2_FIELD(Digits, prefix), R2_FIELD(Digits, place), R2_FIELD(Digits, counts));
+template <>
 constexpr auto fields_of<Clusters> = std::make_tuple(R2_FIELD(Clusters, size), R2_FIELD(Clusters, tau),
                                                      R2_FIELD(Clusters, most), R2_FIELD(Clusters, metric));
 template <>
@@ -133,7 +136,7 @@ py::dict contract() {
   py::dict terms("l_inf"_a = int(Term::l_inf), "margin"_a = int(Term::margin),
                  "soft_min_max"_a = int(Term::soft_min_max), "kure"_a = int(Term::kure),
                  "bin_reg"_a = int(Term::bin_reg), "msqe"_a = int(Term::msqe), "partial_l2"_a = int(Term::partial_l2));
-  return py::dict("saved"_a = numbers, "terms"_a = terms, "statistics"_a = kStatistics,
+  return py::dict("saved"_a = numbers, "terms"_a = terms, "statistics"_a = kStatistics, "radix"_a = kRadix,
                   "fields"_a = int(sizeof(Tensor) / sizeof(int64_t)), "state"_a = kState,
                   "quantizer_sums"_a = kQuantizerSums, "floor"_a = kFloor, "half_values"_a = kHalfValues);
 }
@@ -252,6 +255,7 @@ void def_terms(py::module_& m, const char* name, Run run) {
   def(def_terms, Forward, regularizers, terms_fwd);      \
   def(def_terms, Backward, regularizers, terms_bwd);     \
   def(def_op, Rank, regularizers, rank);                 \
+  def(def_op, Digits, regularizers, digits_fwd);         \
   def(def_op, Quantizer, quantizers, lsq_fwd);           \
   def(def_op, Quantizer, quantizers, lsq_bwd);           \
   def(def_op, Quantizer, quantizers, ewgs_fwd);          \

@@ -9,12 +9,12 @@ namespace r2 {
 enum class Dtype : int { f64, f32, bf16, f16 };
 
 constexpr int kState = 8;             // numbers in a chunk's partial state
-constexpr int kStatistics = 6;        // of weight_stats: min, max, mean, unbiased std, kurtosis, max|w|
+constexpr int kStatistics = 7;        // of weight_stats: min, max, mean, unbiased std, kurtosis, max|w|, skew
 constexpr double kFloor = 1e-8;       // below sizes that a quantizer learns: contract.FLOOR
 constexpr int kQuantizerSums = 2;     // numbers in a quantizer's partial state, on a GPU
 constexpr int kHalfValues = 1 << 16;  // that 16 bits can have
 
-// Numbers that a loss saves for each column; bin_reg saves 2^bits.
+// Numbers that a loss saves for each column; bin_reg saves 2 2^bits.
 namespace saved_numbers {
 constexpr int l_inf = 2, margin = 1, soft_min_max = 8, soft_extrema = 8, kure = 4, msqe = 1, partial_l2 = 1;
 }
@@ -84,6 +84,14 @@ struct Rank {
   const int64_t* rank;
   void *theta, *scratch;
 };
+
+// To counts[t], kRadix numbers for each tensor: told at DIGITS in r2kernels/contract.py.
+struct Digits {
+  const int64_t* prefix;
+  int place;
+  int64_t* counts;
+};
+constexpr int kRadix = 256;
 
 enum class Metric : int { euclidean, sqeuclidean };
 

@@ -85,7 +85,7 @@ struct Kure : Moments {
     template <class A>
     R2_HD Gradient(double grad, Column c, const A* saved)
         : mean(splat<V>(saved[0])), rstd(splat<V>(saved[1])), skew(splat<V>(saved[2])),
-          linear(splat<V>(A(c.rows > 1 ? c.rows / (c.rows - 1) * saved[3] : 0))),
+          linear(splat<V>(A((c.rows > 1 ? c.rows / (c.rows - 1) : 1) * saved[3]))),  // a shard of one number has it
           slope(splat<V>(A(grad * 8 * (saved[3] - c.first) / c.rows * saved[1]))) {}
     R2_HD V operator()(V w) const {
       V z = (w - mean) * rstd;
@@ -100,7 +100,7 @@ struct WeightStats : Moments {
     Shape shape(state);
     double low = state[5], high = state[6];
     row[0] = A(low), row[1] = A(high), row[2] = A(shape.mean), row[3] = A(shape.std), row[4] = A(shape.kurtosis);
-    row[5] = A(!(fabs(low) < fabs(high)) ? fabs(low) : fabs(high));
+    row[5] = A(!(fabs(low) < fabs(high)) ? fabs(low) : fabs(high)), row[6] = A(shape.skew);
   }
 };
 
@@ -218,7 +218,8 @@ struct PartialL2 {
 
 using PartialL2Op = LossOp<PartialL2>;
 
-// sum over bins of sum (w - q)^2 / count. A chunk has 2^bits counts, as many sums, and the unit of (w - q).
+// sum over bins of sum (w - q)^2 / count. A chunk has 2^bits counts, as many sums, and the unit of (w - q); saved are
+// the counts, and the means that the loss sums.
 struct BinReg {
   R2_HD static int64_t state_size(int bits) { return (2 << bits) + 1; }
   R2_HD static double mean(double error, double count) { return error / (count > 1 ? count : 1); }

@@ -1,6 +1,6 @@
 """GPU kernels for training models that quantize and compress well: the R2 range losses, fused. See README.md."""
 
-from . import reference
+from . import integrations, reference
 from .backends import backends, use_backend
 from .files import coreml
 from .files.loading import load_palettized, load_ranges
@@ -44,6 +44,7 @@ __all__ = [
     "dorefa",
     "ewgs",
     "export",
+    "integrations",
     "kmeans",
     "kure",
     "l_inf",

@@ -26,16 +26,33 @@ from .reference.columns import accumulator
 from .reference.parameters import levels
 from .reference.quantizers import FLOOR
 
-__all__ = ["BY_NAME", "FLOOR", "OPS", "STATISTICS", "TERMS", "Op", "accumulator", "levels", "tensors_of_term"]
+__all__ = [
+    "BY_NAME",
+    "FLOOR",
+    "OPS",
+    "RADIX",
+    "STATISTICS",
+    "TERMS",
+    "Op",
+    "accumulator",
+    "levels",
+    "numbers_saved",
+    "tensors_of_term",
+]
 
 
 class Op(NamedTuple):
     name: str
     forward: str  # schema of <name>_fwd
     backward: str | None = None
-    saved: int | None = 0  # numbers that a loss saves for each column; None: 2^bits
+    saved: int | None = 0  # numbers that a loss saves for each column; None: 2 2^bits
     learned: int = 0  # of its parameters the first so many have a gradient
     scatters: bool = False  # sums by cluster, or counts by code or digit
+
+    @property
+    def parameters(self):
+        """How many tensors of parameters follow the weights."""
+        return self.forward.count("Tensor ")
 
     @property
     def columns(self):
@@ -81,9 +98,9 @@ KURE = Op(
     "(Tensor grad, Tensor[] weights, Tensor target, Tensor saved) -> Tensor[]",
     saved=4,
 )
-# (L, STATISTICS): min, max, mean, unbiased std, kurtosis, max|w|
+# (L, STATISTICS): min, max, mean, unbiased std, kurtosis, max|w|, skew, of which `WeightStats` has all but the last
 WEIGHT_STATS = Op("weight_stats", "(Tensor[] weights) -> Tensor")
-STATISTICS = 6
+STATISTICS = 7
 # (L,): the std of a sample of each weight, told in reference/sample.py
 SAMPLED_STD = Op("sampled_std", "(Tensor[] weights) -> Tensor")
 BIN_REG = Op(
@@ -107,6 +124,12 @@ PARTIAL_L2 = Op(
     saved=1,
     scatters=True,
 )
+# (L, RADIX) int64: of each weight how many |w| have each value of the digit `place`, of those whose digits before it
+# are `prefix`, (L,) int64; no matter what that is for place 0. |w| is the unsigned integer that its bits are in the
+# dtype of the weights, and so in the order of the numbers, with NaN last; its digits are the bytes of that from the
+# highest on, of which there are dtype.itemsize. Sums of these tables over shards are those of the whole.
+DIGITS = Op("digits", "(Tensor[] weights, Tensor prefix, int place) -> Tensor", scatters=True)
+RADIX = 256
 # Several losses from one read; bits are 0 and flags False for those without; flags: alpha_grad.
 WEIGHT_TERMS = Op(
     "terms",
@@ -172,6 +195,7 @@ OPS = (
     BIN_REG,
     MSQE,
     PARTIAL_L2,
+    DIGITS,
     WEIGHT_TERMS,
     LSQ,
     EWGS,
@@ -182,3 +206,9 @@ OPS = (
     ASSIGN,
 )
 BY_NAME = {op.name: op for op in OPS}
+
+
+def numbers_saved(name, bits):
+    """How many numbers the loss of this name saves for each column."""
+    fixed = BY_NAME[name].saved
+    return 2 * 2**bits if fixed is None else fixed

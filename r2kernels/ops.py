@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import contract, empty, reference
+from . import contract, empty, reference, sharding
 from .algorithms import fixed_point, iterations
 from .backends import chosen, select, use_backend
 from .contract import Op
@@ -98,44 +98,60 @@ def _of_reference(name, at, op):
     return _packed(function, at, op.columns) if at == 1 or op.gives_tensors else function
 
 
-def _kernels(name, at, row):
-    """(the op on the reference, the op on the backend that serves the weights, which are argument `at`)"""
+def _kernels(name, at, row, schema):
+    """(the op on the reference; on the backend that serves the weights, which are argument `at`; for DTensors)"""
     over_passes, scatters = _OVER_PASSES.get(name), row.scatters
     if over_passes:
         plain = functools.partial(over_passes, PackedReference)
 
+        def passes(args):
+            backend = select(args[at][0].device, scatters)
+            return PackedReference if backend is None else backend.DKM
+
         def kernel(*args):
-            backend = select(args[at][0].device, scatters)
-            return plain(*args) if backend is None else over_passes(backend.DKM, *args)
-    else:
-        plain = _of_reference(name, at, row)
+            return over_passes(passes(args), *args)
 
-        def kernel(*args, **options):
-            backend = select(args[at][0].device, scatters)
-            return (plain if backend is None else getattr(backend, name))(*args, **options)
+        def sharded(*args):
+            return over_passes(sharding.dkm.over(passes(args)), *args)
 
-    return plain, kernel
+        return plain, empty.apart(kernel, plain, row, schema, at), sharded
+
+    plain = _of_reference(name, at, row)
+
+    def kernel(*args, **options):
+        backend = select(args[at][0].device, scatters)
+        return (plain if backend is None else getattr(backend, name))(*args, **options)
+
+    kernel = empty.apart(kernel, plain, row, schema, at)
+    return plain, kernel, sharding.over(name, kernel, row, call)
 
 
 def _function(name, schema, at, row):
     """The op `name` as a function of the same arguments; the weights are argument `at`."""
-    plain, kernel = _kernels(name, at, row)
-    kernel = empty.apart(kernel, plain, row, schema, at)
+    plain, local, sharded = _kernels(name, at, row, schema)
+
+    def kernel(*args, **options):
+        return (sharded if sharding.is_sharded(args[at]) else local)(*args, **options)
+
     recorded = getattr(reference, name, plain)
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     if name != "dkm_solve":  # how often that goes round depends on values
         _library.impl(name, plain, "CompositeExplicitAutograd")
     for key in ("CPU", "CUDA"):
-        _library.impl(name, kernel, key)
+        _library.impl(name, local, key)
     dispatched = getattr(torch.ops.r2kernels, name).default
     call[name], op[name] = kernel, dispatched
+    untraced = torch._disable_dynamo(sharded)  # imports torch._dynamo when it is called, not now
 
     def run(*args, **options):
         if is_recorded():
             return recorded(*args)
+        if sharding.is_sharded(args[at]):
+            # a merge over ranks is no part of a graph
+            return (untraced if torch.compiler.is_compiling() else sharded)(*args, **options)
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             return dispatched(*args)  # a schema has no room for options that only spare work
-        return kernel(*args, **options)
+        return local(*args, **options)
 
     return run
 
@@ -155,6 +171,7 @@ sampled_std = _pair(contract.SAMPLED_STD)
 bin_reg = _pair(contract.BIN_REG)
 msqe = _pair(contract.MSQE)
 partial_l2 = _pair(contract.PARTIAL_L2)
+digits = _pair(contract.DIGITS)
 terms = _pair(contract.WEIGHT_TERMS)
 lsq = _pair(contract.LSQ)
 ewgs = _pair(contract.EWGS)

@@ -214,17 +214,18 @@ def test_sequences_that_are_no_lists():
         assert torch.equal(r2kernels.l_inf(w), expected)
 
 
-def test_dtensors_are_rejected():
-    """Their data_ptr() is 0, without an error."""
+def test_the_reference_rejects_dtensors():
+    """Their data_ptr() is 0, without an error; the kernels run on their shards (tests/sharding)."""
     from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         w = DTensor.from_local(W, init_device_mesh("cpu", (1,)), [Replicate()])
         with pytest.raises(TypeError, match=r"W is a DTensor; .*pass the local shard"):
-            r2kernels.soft_min_max(w, 0.1)
+            r2kernels.reference.soft_min_max(w, 0.1)
         with pytest.raises(TypeError, match=re.escape("W[1] is a DTensor")):
-            r2kernels.l_inf([W, w])
+            r2kernels.reference.l_inf([W, w])
+        assert torch.equal(r2kernels.l_inf([W, w]), r2kernels.l_inf([W, W]))
     finally:
         dist.destroy_process_group()
 

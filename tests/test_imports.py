@@ -43,15 +43,16 @@ def run(code, *, blocked=(), **environment):
 
 
 def test_import_is_light():
-    """Neither Triton nor what draws pictures and tables, nor the extension, is loaded before it is used."""
+    """Neither Triton nor what draws pictures and tables, nor a trainer or the extension, is loaded before it is used."""
     found = run("""
         import r2kernels
         ours = ("r2kernels._C", "r2kernels.backends.native")
         torchs = ("torch._dynamo", "torch._inductor")
-        for name in ("triton", "matplotlib", "rich", "safetensors", "sklearn", *ours, *torchs):
+        trainers = ("transformers", "accelerate", "lightning", "pytorch_lightning")
+        for name in ("triton", "matplotlib", "rich", "safetensors", "sklearn", *ours, *torchs, *trainers):
             print(name, name in sys.modules)
     """)
-    assert "True" not in found and found.count("False") == 9
+    assert "True" not in found and found.count("False") == 13
 
 
 @pytest.mark.parametrize("blocked", [("triton",), ("rich", "matplotlib", "safetensors", "sklearn")], ids=str)

@@ -15,7 +15,7 @@ ROOT = PACKAGE.parent
 SPECIFIED = {"reference.checks", "reference.columns", "reference.parameters", "reference.zeros"}
 # module -> the modules of the package that it may import; `x.*` are those of a folder. All else is forbidden.
 LAW = {
-    "": {"backends", "files.*", "functional", "functional.*", "nn", "nn.*", "reference", "version"},
+    "": {"backends", "files.*", "functional", "functional.*", "integrations", "nn", "nn.*", "reference", "version"},
     "__main__": {"cli"},
     "version": set(),
     # the specification: torch and itself
@@ -51,11 +51,26 @@ LAW = {
     "algorithms.fixed_point": set(),
     "algorithms.iterations": {"algorithms.fixed_point"},
     "algorithms.kmeans": set(),
+    "algorithms.rank": set(),
     "empty": set(),
-    "ops": {"algorithms.fixed_point", "algorithms.iterations", "backends", "contract", "empty", "lists", "reference"},
+    "ops": {
+        "algorithms.fixed_point",
+        "algorithms.iterations",
+        "backends",
+        "contract",
+        "empty",
+        "lists",
+        "reference",
+        "sharding",
+    },
+    # the ops on DTensors: kernels are given, merges are made of the reference's formulas
+    "sharding": {"sharding.*"},
+    "sharding.*": {"lists", "reference.*", "sharding.shards"},
+    "sharding.losses": {"algorithms.rank", "reference.*", "sharding.shards"},
+    "sharding.sample": {"reference.lasting", "reference.sample", "sharding.losses", "sharding.shards"},
     # what a user calls
     "functional": {"functional.*"},
-    "functional.differentiable": {"reference.checks"},
+    "functional.differentiable": {"reference.checks", "sharding.shards"},
     "functional.loss": {"contract", "functional.differentiable", "ops", "reference.checks", "reference.parameters"},
     "functional.range_losses": {"functional.differentiable", "functional.loss", "ops", "reference.parameters"},
     "functional.regularizers": {
@@ -69,9 +84,10 @@ LAW = {
         "reference.regularizers",
     },
     "functional.quantizers": {"functional.differentiable", "lists", "ops", "reference.checks", "reference.parameters"},
-    "functional.dkm": SPECIFIED | {"functional.differentiable", "lists", "ops"},
+    "functional.dkm": SPECIFIED | {"functional.differentiable", "ops", "sharding.dkm", "sharding.shards"},
     "functional.kmeans": SPECIFIED
-    | {"algorithms.kmeans", "backends", "backends.native", "functional.differentiable", "ops"},
+    | {"algorithms.kmeans", "backends", "backends.native", "functional.differentiable", "ops"}
+    | {"sharding", "sharding.whole"},
     # files
     "files": set(),
     "files.packing": {"backends", "backends.native"},
@@ -134,6 +150,7 @@ LAW = {
         "reference.quantizers",
     },
     "nn.regularizer": {
+        "functional.differentiable",
         "functional",
         "functional.loss",
         "functional.regularizers",
@@ -142,6 +159,7 @@ LAW = {
         "nn.sharded",
         "reference.checks",
         "reference.parameters",
+        "sharding.shards",
     },
     "nn.input_scales": {"files.integers", "functional.quantizers", "nn.scales", "reference.parameters"},
     "nn.starting": {"nn.attach", "nn.inputs", "nn.ranks", "nn.scales", "nn.synchronised", "nn.tracing"},
@@ -199,6 +217,12 @@ LAW = {
         "reference.checks",
         "reference.columns",
     },
+    # other people's trainers
+    "integrations": {"integrations.*"},
+    "integrations.modules": {"functional", "nn", "nn.attach"},
+    "integrations.hugging_face": {"integrations.modules"},
+    "integrations.accelerate": {"integrations.modules"},
+    "integrations.lightning": {"integrations.modules", "nn"},
     # the command line
     "cli": {"cli.arguments", "cli.commands", "cli.outputs", "files.checkpoint"},
     "cli.arguments": {"", "reference.checks"},

@@ -20,7 +20,7 @@ def test_the_contract_is_that_of_the_ops(extension):
     losses = {op.name: op.saved for op in contract.OPS if "Tensor saved" in (op.backward or "")}
     assert told["saved"] == losses
     assert told["terms"] == {name: i for i, name in enumerate(contract.TERMS)}
-    assert told["statistics"] == contract.STATISTICS
+    assert told["statistics"] == contract.STATISTICS and told["radix"] == contract.RADIX
     assert told["floor"] == contract.FLOOR
     assert told["fields"] == lists.FIELDS
 

@@ -16,6 +16,7 @@ FILES = (
     "range_losses/test_backends.py",
     "range_losses/test_scale.py",
     "regularizers/test_weight_stats.py",
+    "regularizers/test_digits.py",
     "regularizers/test_sampled_std.py",
     "regularizers/test_scale.py",
 )

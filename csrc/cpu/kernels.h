@@ -19,6 +19,7 @@ struct Regularizers {
   Function<Terms<Forward>> terms_fwd;
   Function<Terms<Backward>> terms_bwd;
   Function<Rank> rank;
+  Function<Digits> digits_fwd;
 };
 
 struct Quantizers {

@@ -15,6 +15,7 @@ const Regularizers regularizers = {
     .terms_fwd = terms_forward,
     .terms_bwd = terms_backward,
     .rank = r2::R2_ISA::rank,
+    .digits_fwd = digits,
 };
 }  // namespace cpu::R2_ISA
 }  // namespace r2

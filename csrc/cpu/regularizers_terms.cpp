@@ -32,14 +32,17 @@ void merge_bins(const List& list, const Forward& f, int64_t t) {
   const int bins = 1 << f.bits;
   const int64_t first = tensor_of(list, t).first_chunk, parts = (tensor_of(list, t).rows + list.chunk - 1) / list.chunk,
                 stride = BinReg::state_size(f.bits);
+  A* saved = static_cast<A*>(f.saved) + (t << f.bits) * 2;
   double count[256] = {}, error[256] = {}, total = 0;
   for (int64_t part = 0; part < parts; ++part) {
     const A* partial = static_cast<const A*>(f.partial) + (first + part) * stride;
     const double unit = partial[2 * bins];
     for (int b = 0; b < bins; ++b) count[b] += double(partial[b]), error[b] += partial[bins + b] * unit * unit;
   }
-  for (int b = 0; b < bins; ++b)
-    static_cast<A*>(f.saved)[t * bins + b] = A(count[b]), total += BinReg::mean(error[b], count[b]);
+  for (int b = 0; b < bins; ++b) {
+    const double mean = BinReg::mean(error[b], count[b]);
+    saved[b] = A(count[b]), saved[bins + b] = A(mean), total += mean;
+  }
   static_cast<A*>(f.out)[t] = A(total);
 }
 
@@ -98,7 +101,7 @@ void with_gradient(Term term, const List& list, const Backward& b, int64_t t, bo
     case Term::kure: return with_op<KureOp, A>(list, b, t, first, map);
     case Term::bin_reg: {
       const Column column = column_at<A>(list, b.first, b.second, t, 0, b.bits);
-      const A* counts = static_cast<const A*>(b.saved) + (t << b.bits);
+      const A* counts = static_cast<const A*>(b.saved) + (t << b.bits) * 2;
       const double grad = LossOp<BinReg>::upstream<A>(b, t);
       return map(BinRegGradient<Vec<A>>(grad, column, counts), BinRegGradient<A>(grad, column, counts));
     }

@@ -9,6 +9,7 @@ inline namespace R2_ISA {
 void terms_forward(const List& list, const Terms<Forward>& terms, int threads);
 void terms_backward(const List& list, const Terms<Backward>& terms, int threads);
 void rank(const List& list, const Rank& r, int threads);
+void digits(const List& list, const Digits& d, int threads);
 void sampled_std(const List& list, const Forward& f, int threads);
 
 }  // namespace R2_ISA

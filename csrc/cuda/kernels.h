@@ -26,6 +26,7 @@ Function<Backward> kure_bwd;
 Function<Terms<Forward>> terms_fwd;
 Function<Terms<Backward>> terms_bwd;
 Function<Rank> rank;
+Function<Digits> digits_fwd;
 int64_t rank_scratch(int64_t count);  // bytes of Rank.scratch for so many tensors
 
 Function<Quantizer> lsq_fwd, lsq_bwd, ewgs_fwd, ewgs_bwd, pact_fwd, pact_bwd, dorefa_fwd, dorefa_bwd, rescale_fwd,

@@ -215,6 +215,7 @@ __device__ void merge_bins(const List& list, const Forward& f, int64_t t, Mergin
   static_assert(sizeof(Merging) >= 2 * kMergers * sizeof(double));
   double (*count)[kMergers] = reinterpret_cast<double (*)[kMergers]>(&memory), (*error)[kMergers] = count + 1;
   const int bins = 1 << f.bits, groups = kMergers / bins, me = threadIdx.x;
+  A* saved = static_cast<A*>(f.saved) + (t << f.bits) * 2;
   const int64_t first = tensor_of(list, t).first_chunk, parts = (tensor_of(list, t).rows + list.chunk - 1) / list.chunk;
   double counted = 0, summed = 0;
   for (int64_t part = me / bins; part < parts; part += groups) {
@@ -227,10 +228,11 @@ __device__ void merge_bins(const List& list, const Forward& f, int64_t t, Mergin
   if (me < bins) {
     for (int group = 1; group < groups; ++group)
       counted += (*count)[group * bins + me], summed += (*error)[group * bins + me];
-    static_cast<A*>(f.saved)[t * bins + me] = A(counted);
+    summed = BinReg::mean(summed, counted);
+    saved[me] = A(counted), saved[bins + me] = A(summed);
   }
   __syncthreads();
-  (*error)[me] = BinReg::mean(summed, counted);
+  (*error)[me] = summed;
   __syncthreads();
   if (me != 0) return;
   double total = 0;
@@ -251,7 +253,7 @@ struct BinRegGradient {
 
   // By all threads of the block.
   static __device__ void fill(const Backward& b, int64_t t, A* slopes) {
-    const A* counts = static_cast<const A*>(b.saved) + (t << b.bits);
+    const A* counts = static_cast<const A*>(b.saved) + (t << b.bits) * 2;
     const A twice = A(2 * LossOp<BinReg>::upstream<A>(b, t));
     for (int i = threadIdx.x; i < 1 << b.bits; i += blockDim.x) slopes[i] = twice / counts[i];
   }

@@ -1,5 +1,5 @@
-// The exact k-th smallest |w| of each tensor: digits of its bits from the top, by counting. Counts are integers, so
-// blocks may add them in any order.
+// The exact k-th smallest |w| of each tensor: digits of its bits from the top, by counting; and one such count, for a
+// search over shards. Counts are integers, so blocks may add them in any order.
 #include "launch.cuh"
 
 namespace r2::cuda {
@@ -33,6 +33,17 @@ struct Digit {
   __device__ Found& found(int64_t count, int64_t t) const {
     return *(reinterpret_cast<Found*>(static_cast<Count*>(rank.scratch) + count * kDigits) + t);
   }
+  __device__ uint64_t prefix(int64_t count, int64_t t) const { return found(count, t).prefix; }
+};
+
+// The same of `digits`.
+struct GivenDigit {
+  Digits digits;
+  int shift, width;
+  bool first;
+
+  __device__ Count* counts(int64_t t) const { return reinterpret_cast<Count*>(digits.counts) + t * kRadix; }
+  __device__ uint64_t prefix(int64_t, int64_t t) const { return uint64_t(digits.prefix[t]); }
 };
 
 template <class A>
@@ -52,14 +63,14 @@ struct DigitLane {
   }
 };
 
-template <class T>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>) digits_kernel(List list, Digit digit) {
+template <class T, class D>
+__global__ void __launch_bounds__(kThreads, kBlocks<T>) digits_kernel(List list, D digit) {
   using A = Acc<T>;
   __shared__ uint32_t counts[kDigits];
   const Chunk c = chunk_at(list, blockIdx.x);
   for (int i = threadIdx.x; i < kDigits; i += kThreads) counts[i] = 0;
   __syncthreads();
-  const Key<A> prefix = digit.first ? Key<A>(0) : Key<A>(digit.found(list.count, c.tensor).prefix);
+  const Key<A> prefix = digit.first ? Key<A>(0) : Key<A>(digit.prefix(list.count, c.tensor));
   DigitLane<A> lane = {counts, prefix, digit.shift, digit.shift + digit.width, digit.first};
   sweep(Rows<T>(list, c), lane);
   __syncthreads();
@@ -118,10 +129,24 @@ void rank(const List& list, const Rank& r, int device, uintptr_t stream) {
     const int shift = above > kDigit ? above - kDigit : 0;
     const Digit digit = {r, shift, above - shift, pass == 0, pass == passes - 1};
     with_type(list.dtype, [&](auto tag) {
-      queue.launch(digits_kernel<typename decltype(tag)::type>, list.chunks, kThreads, list, digit);
+      queue.launch(digits_kernel<typename decltype(tag)::type, Digit>, list.chunks, kThreads, list, digit);
     });
     queue.launch(wide ? choose_kernel<double> : choose_kernel<float>, list.count, kMergers, list, digit);
     above = shift;
+  }
+}
+
+// 16-bit numbers are all read as bfloat16, of which an accumulator has the bits above 16 more.
+void digits_fwd(const List& list, const Digits& d, int device, uintptr_t stream) {
+  Queue queue("digits_fwd", device, stream);
+  auto count = [&](auto kernel, int bytes, int behind) {
+    const GivenDigit digit = {d, 8 * (bytes - 1 - d.place) + behind, 8, d.place == 0};
+    queue.launch(kernel, list.chunks, kThreads, list, digit);
+  };
+  switch (list.dtype) {
+    case Dtype::f64: return count(digits_kernel<double, GivenDigit>, 8, 0);
+    case Dtype::f32: return count(digits_kernel<float, GivenDigit>, 4, 0);
+    default: return count(digits_kernel<__nv_bfloat16, GivenDigit>, 2, 16);
   }
 }
 

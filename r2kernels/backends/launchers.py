@@ -19,6 +19,7 @@ from ..contract import (
     MSQE,
     PACT,
     PARTIAL_L2,
+    RADIX,
     RESCALE,
     SOFT_EXTREMA,
     SOFT_MIN_MAX,
@@ -74,7 +75,7 @@ class RangeLosses:
 
 class Regularizers:
     """kure and weight_stats by the skeletons of `RangeLosses`; bin_reg, msqe and partial_l2 as sets of one term.
-    `_sampled_std(weights, out)` fills out."""
+    `_sampled_std(weights, out)` fills out, `_digits(weights, prefix, place, counts)` adds to counts."""
 
     def kure_fwd(self, weights, target):
         return self._loss(KURE, weights, (target,), 1, "output")
@@ -93,6 +94,11 @@ class Regularizers:
         out = torch.empty(len(weights), dtype=accumulator(w.dtype), device=w.device)
         self._sampled_std(weights, out)
         return out
+
+    def digits_fwd(self, weights, prefix, place):
+        counts = torch.zeros(len(weights), RADIX, dtype=torch.int64, device=weights[0].device)
+        self._digits(weights, prefix.contiguous(), place, counts)
+        return counts
 
     def bin_reg_fwd(self, weights, step, bits):
         return self._term(BIN_REG, weights, step, bits)

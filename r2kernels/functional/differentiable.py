@@ -5,6 +5,7 @@ import functools
 import torch
 
 from ..reference import checks
+from ..sharding import shards
 
 
 def weights(function, W, cluster_dim=1, layout="output", name="W", empty=True):
@@ -14,7 +15,8 @@ def weights(function, W, cluster_dim=1, layout="output", name="W", empty=True):
             f"{function} cannot run inside of vmap, grad, jvp or another transform of torch.func; instead of vmap pass "
             f"a list of tensors, instead of grad call backward(), or take r2kernels.reference.{function}"
         )
-    return checks.weights(W, cluster_dim, layout, name, empty)
+    sharded = functools.partial(shards.check, d=cluster_dim, layout=layout)
+    return checks.weights(W, cluster_dim, layout, name, empty, sharded)
 
 
 class _LastGradients(torch.autograd.Function):

@@ -10,9 +10,10 @@ each, not all of the same K.
 import torch
 
 from .. import ops
-from ..lists import with_zeros
 from ..reference import checks, parameters
 from ..reference.zeros import zeros_of
+from ..sharding.dkm import tolerance
+from ..sharding.shards import mapped, with_zeros
 from . import differentiable
 
 
@@ -148,10 +149,10 @@ def dkm(
             'dkm(iterations="converge", gradient="unrolled") runs as many iterations as the values ask for, which no '
             'compiled graph can hold; give gradient="last" or "implicit", or a number of iterations'
         )
-    zeros = [zeros_of(w.detach(), cluster_dim, layout) for w in ws] if preserve_zeros else None
+    zeros = [mapped(lambda x: zeros_of(x, cluster_dim, layout), w) for w in ws] if preserve_zeros else None
     if preserve_zeros:  # so that these get no gradient through the centroids either
         ws = [w.masked_fill(z, 0) for w, z in zip(ws, zeros, strict=True)]
-    limit = parameters.tolerance(tol, [w.detach() for w in ws]) if iterations == "converge" else None
+    limit = tolerance(tol, [w.detach() for w in ws]) if iterations == "converge" else None
     results = _DifferentiableKMeans.apply(
         iterations, metric, gradient, preserve_zeros, clusters, limit, max_passes, cluster_dim, layout, tau, *given, *ws
     )

@@ -6,6 +6,8 @@ from ..backends import serving
 from ..reference import checks, parameters
 from ..reference.columns import columns
 from ..reference.zeros import anchored, with_zero
+from ..sharding import is_sharded
+from ..sharding.whole import on_owners
 from .differentiable import weights
 
 
@@ -30,6 +32,9 @@ def kmeans(W, clusters, *, cluster_dim=1, layout="output", weight=None, max_iter
     W (of rows of d: rows of d zeros) are zeros of what is looked up. Other rows to which 0 is nearest take it as well:
     the inertia is the least with a centroid there.
 
+    A DTensor is brought to one of the ranks that share it, one layer at a time on each rank; all ranks must call.
+    `weight` is then whole on every rank, or a DTensor as W.
+
     The same bits in every run and for any number of threads. A NaN or an infinity anywhere in W gives NaN centroids.
     With more clusters than distinct rows, centroids are repeated (d = 1: the largest); more clusters than rows warn.
     Values are read back to the host: this is for setting up, not for a training step.
@@ -42,14 +47,25 @@ def kmeans(W, clusters, *, cluster_dim=1, layout="output", weight=None, max_iter
     counts, masses = checks.clusters(clusters, ws, single), parameters.masses(weight, ws, single, cluster_dim)
     checks.clusters_with_zero(preserve_zeros, counts)
     pieces = {} if serving(ws[0].device) == "reference" else _pieces()
-    found = []
-    for i, (w, count, mass) in enumerate(zip(ws, counts, masses, strict=True)):
-        rows = columns(w.detach(), cluster_dim, layout).t().contiguous().resolve_neg()
-        checks.warn_of_repeated_centroids(count, rows, mass, "W" if single else f"W[{i}]", stacklevel=2)
+
+    def work(i, w):
+        rows, count, mass = (
+            columns(w.detach(), cluster_dim, layout).t().contiguous().resolve_neg(),
+            counts[i],
+            masses[i],
+        )
+        checks.warn_of_repeated_centroids(count, rows, mass, "W" if single else f"W[{i}]", stacklevel=3)
         if preserve_zeros:
             rows, mass = anchored(rows, mass)
         c = fit(rows, count, mass, max_iter, **pieces)
-        found.append(with_zero(c.reshape(count, -1)).reshape(c.shape) if preserve_zeros else c)
+        return with_zero(c.reshape(count, -1)).reshape(c.shape) if preserve_zeros else c
+
+    if is_sharded(ws):
+        found = on_owners(ws, [(k,) if cluster_dim == 1 else (k, cluster_dim) for k in counts], work)
+    else:
+        found = []
+        for i, w in enumerate(ws):
+            found.append(work(i, w))  # no comprehension: warnings count frames
     return found[0] if single else found
 
 

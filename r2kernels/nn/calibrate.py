@@ -7,6 +7,7 @@ import torch
 
 from ..reference import checks
 from ..reference.columns import accumulator
+from ..sharding.shards import whole
 from .batches import check_loader, evaluating, run
 from .clipping import METHODS, PERCENTILE, Histogram, histogram_qparams, weight_qparams
 from .input_scales import FrozenInput
@@ -151,7 +152,7 @@ class _Observer:
 
     def _input(self, key, i, module, x):
         if isinstance(x, torch.Tensor) and x.is_floating_point() and x.numel():
-            self.histograms.setdefault(key, Histogram(1, x.device)).add(x.reshape(1, -1))
+            self.histograms.setdefault(key, Histogram(1, x.device)).add(whole(x).reshape(1, -1))
         return x
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from ..files.integers import IntegerInput
 from ..functional import quantizers
 from ..reference import parameters
+from ..sharding.shards import beside
 from .scales import bounds, initial_delta, learned, other_form, positive, refuse_start, wide
 
 HALF_NORMAL = math.sqrt(1 - 2 / math.pi)  # std of |x| for a standard normal x
@@ -151,7 +152,7 @@ class EWGSInput(Input):
     def forward(self, x):
         q = quantizers.sized_ewgs(x, self.lower, self.upper, self.bits, delta=self.delta, signed=False)
         lower, upper = bounds(self.lower.detach(), self.upper.detach())
-        return lower + (upper - lower) * q
+        return beside(lower, q) + beside(upper - lower, q) * q
 
 
 class PACTInput(Input):
@@ -203,7 +204,7 @@ class FrozenInput(Input):
     def forward(self, x):
         if self.zero is None:
             return quantizers.lsq(x, self.step, self.bits, signed=self.is_signed)
-        shift = self.step * self.zero
+        shift = beside(self.step * self.zero, x)
         return (quantizers.lsq(x.to(shift.dtype) + shift, self.step, self.bits, signed=False) - shift).to(x.dtype)
 
     def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..files.integers import Integers, integer_weight
 from ..reference import checks
+from ..sharding.shards import arrived, local, whole
 from . import tracing
 from .attach import Attached, in_backward, switch
 from .hessian import ratios
@@ -237,10 +238,11 @@ class Quantizer(Starting):
             return x
         if tracing.is_recorded():
             return tracing.quantized(self, key, x) if q.is_started and self._activations_on else x
+        x = arrived(x)
         if x.numel() == 0:
             return x
         if i in self._observing:
-            q.seen.add(x)
+            q.seen.add(whole(x))
             return x
         if self._starts_now(key, i, module):
             self._see(key, i, module, x)
@@ -259,7 +261,8 @@ class Quantizer(Starting):
             return
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return
-        low = x.detach().amin().item()
+        shard = local(x.detach())
+        low = shard.amin().item() if shard.numel() else 0
         if low < 0:
             self._warned.add(key)
             warnings.warn(

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from ..functional import differentiable
 from ..functional.loss import add_gradients_
 from ..functional.regularizers import sampled_std
 from ..lists import memory_order, resident
 from ..reference import checks, parameters
+from ..sharding.shards import local, with_zeros
 from .select import select_weights
 from .sharded import refuse_any_flattened
 
@@ -73,13 +75,16 @@ class RangeRegularizer(nn.Module):
         found = select_weights(model, include, exclude)
         self.names = [name for name, _, _ in found]
         self._places = [(module, attribute) for _, module, attribute in found]
-        weights = [w for group in self._groups() for w in checks.weights(group.weights, cluster_dim, layout)[0]]
+        weights = [w for group in self._groups() for w in self._checked(group)]
         if loss == "margin":
             parameters.margin_k(k, weights, False, cluster_dim)
             margin_std = checks.number("margin_std", margin_std, "a number > 0", lambda v: v > 0)
             self._own("M", self._initial_margins(margin_std), learn)
         elif loss == "soft_min_max":
             self._own("alpha", self._initial_alphas(alpha, weights[0].device), learn)
+
+    def _checked(self, group):
+        return differentiable.weights("RangeRegularizer", group.weights, self.cluster_dim, self.layout)[0]
 
     def _own(self, name, value, learn):
         if learn:
@@ -198,7 +203,7 @@ class RangeRegularizer(nn.Module):
         return self.weight * total
 
     def _accumulate(self, group, factor):
-        weights, _ = checks.weights(group.weights, self.cluster_dim, self.layout)
+        weights = self._checked(group)
         targets, late = self._targets(group)
         shape = (len(weights), False, self.cluster_dim, weights[0])
         grad = parameters.parameter("scale", factor, len(weights), False, 1, weights[0])[:, 0]
@@ -243,11 +248,10 @@ class RangeRegularizer(nn.Module):
             g = w.grad if w.requires_grad and isinstance(w, nn.Parameter) else None
             if g is None or type(g) is not Tensor or g.layout != torch.strided:
                 g = self._gradient_of(w, self.names[place])
-            if g.dtype == w.dtype and self._lie_alike(g, w):
+            if g.dtype == w.dtype and self._lie_alike(local(g), local(w)):
                 targets.append(g)
             else:
-                strides = memory_order(w, self.cluster_dim, self.layout)[0]
-                targets.append(torch.empty_strided(w.shape, strides, dtype=w.dtype, device=w.device).zero_())
+                targets.append(*with_zeros([None], [w], self.cluster_dim, self.layout))
                 if w.requires_grad:
                     late.append((w, targets[-1]))
         return targets, late
@@ -281,7 +285,7 @@ class RangeRegularizer(nn.Module):
             return torch.zeros_like(w)
         if w.grad is None:
             w.grad = torch.zeros_like(w)
-        if type(w.grad) is not Tensor or w.grad.layout != torch.strided:
+        if type(w.grad) not in (Tensor, type(w)) or w.grad.layout != torch.strided:
             kind = f"{w.grad.layout} of type {type(w.grad).__name__}"
             raise RuntimeError(f"the gradient of {name} is {kind}; accumulate_grad_ adds to plain dense gradients only")
         return w.grad

@@ -15,6 +15,7 @@ from ..functional import quantizers
 from ..reference import parameters
 from ..reference.columns import accumulator
 from ..reference.quantizers import FLOOR
+from ..sharding.shards import beside
 from .clipping import nearest
 
 DELTA = 1e-3  # of EWGS until `estimate_delta` has set it
@@ -194,7 +195,7 @@ class FrozenWeight(nn.Module):
         steps = torch.stack(steps) if some[0].axis is None else steps
         if some[0].zero is None:
             return _lsq(quantizers.lsq, some, ws, steps)
-        shifts = [grid(q, w).over(q.step * q.zero, w.shape) for q, w in zip(some, ws, strict=True)]
+        shifts = [beside(grid(q, w).over(q.step * q.zero, w.shape), w) for q, w in zip(some, ws, strict=True)]
         shifted = [w.to(shift.dtype) + shift for w, shift in zip(ws, shifts, strict=True)]
         ys = _lsq(quantizers.lsq, some, shifted, steps, signed=False)
         return [(y - shift).to(w.dtype) for y, shift, w in zip(ys, shifts, ws, strict=True)]

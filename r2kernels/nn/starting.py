@@ -5,6 +5,7 @@ import warnings
 
 import torch
 
+from ..sharding.shards import beside, whole
 from . import tracing
 from .attach import in_backward
 from .inputs import InputHook, input_name, mean_output, module_name
@@ -182,6 +183,7 @@ class Starting(Synchronised):
         if key not in seen:
             q.seen = type(q.seen)()
         seen.add(key)
+        x = whole(x)
         q.seen.add(x)
         q.start(input_name(key))
         if self._starting is None or not q.is_started or layer.name in self._starting["scales"]:
@@ -195,10 +197,10 @@ class Starting(Synchronised):
         """Has the quantized layer's outputs as large as those of the layer in full precision."""
         place = next(place for place in layer.places if place.module is module)
         hat = getattr(module, place.attribute)
-        size, wanted = mean_output(place, hat, quantized), mean_output(place, layer.weight(), x)
+        size, wanted = mean_output(place, whole(hat), quantized), mean_output(place, layer.gathered().weight(), x)
         if size > 0 and wanted > 0:
             quantizer.scale.copy_(positive(quantizer.scale) * (wanted / size))
-            place.put(hat * (wanted / size))
+            place.put(hat * beside(wanted / size, hat))
 
     def _starts_now(self, key, i, module):
         """Whether an input that a layer is given belongs to those that its range starts from."""

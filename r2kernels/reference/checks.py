@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import sys
 import warnings
 
 import torch
@@ -14,9 +15,10 @@ LAYOUTS = ("output", "contiguous")
 _DTYPES, _STRIDED, _PLAIN = {*DTYPES}, {torch.strided}, {Tensor, torch.nn.Parameter, torch.nn.Buffer}
 
 
-def weights(W, cluster_dim=1, layout="output", name="W", empty=True):
+def weights(W, cluster_dim=1, layout="output", name="W", empty=True, sharded=None):
     """(list of tensors, whether W was a single tensor); TypeError or ValueError says what is wrong with which one.
-    `name` is what the caller calls W. empty: whether tensors of a list may be, as shards are."""
+    `name` is what the caller calls W. empty: whether tensors of a list may be, as shards are. sharded(weights, names):
+    says what is wrong with the DTensors among them; without, they are."""
     count("cluster_dim", cluster_dim)
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
@@ -30,7 +32,7 @@ def weights(W, cluster_dim=1, layout="output", name="W", empty=True):
     if not ws:
         raise ValueError(f"{name} is an empty sequence; it must hold at least one tensor")
     if torch.compiler.is_compiling() or not _uniform(ws, cluster_dim):
-        _check_each(ws, single, cluster_dim, name, empty and not single)
+        _check_each(ws, single, cluster_dim, name, empty and not single, sharded)
     return ws, single
 
 
@@ -48,11 +50,12 @@ def _uniform(ws, cluster_dim):
     )
 
 
-def _check_each(ws, single, cluster_dim, called, empty):
+def _check_each(ws, single, cluster_dim, called, empty, sharded):
     names = [called if single else f"{called}[{i}]" for i in range(len(ws))]
+    are_sharded = [sharded is not None and is_dtensor(w) for w in ws]
     dtype, device = getattr(ws[0], "dtype", None), getattr(ws[0], "device", None)
     for i, w in enumerate(ws):
-        if type(w) not in _PLAIN:
+        if type(w) not in _PLAIN and not are_sharded[i]:
             _check_kind(w, names[i])
         if (
             w.dtype != dtype
@@ -62,6 +65,14 @@ def _check_each(ws, single, cluster_dim, called, empty):
             or w.layout != torch.strided
         ):
             _reject(w, names[i], ws[0], f"{called}[0]", cluster_dim)
+    if any(are_sharded):
+        sharded(ws, names)
+
+
+def is_dtensor(w):
+    """Whether w is sharded, or replicated, over a mesh of torch.distributed."""
+    module = sys.modules.get("torch.distributed.tensor")  # there is none where nobody has imported it
+    return module is not None and isinstance(w, module.DTensor)
 
 
 def _check_kind(w, name):
@@ -117,8 +128,18 @@ def number(name, value, allowed="a finite number", ok=is_finite):
     return value
 
 
+def not_sharded(name, value):
+    """TypeError for a DTensor among what belongs to the weights, which every rank has to have whole."""
+    if is_dtensor(value):
+        raise TypeError(
+            f"{name} is a DTensor; of parameters every rank needs all numbers: pass {name}.full_tensor(), and keep "
+            "learned ones out of fully_shard (ignored_params=)"
+        )
+
+
 def check_parameter(name, value, count, single, d, like, differentiable=True):
     """A tensor given for a parameter has an allowed shape, dtype and device; its values are never read."""
+    not_sharded(name, value)
     if not differentiable and value.requires_grad:
         raise ValueError(f"{name} requires grad, but no gradient is defined for it; pass {name}.detach() or a number")
     if value.dtype not in DTYPES:
@@ -148,6 +169,7 @@ def centroids(value, ws, single, d):
         name = "centroids" if single else f"centroids[{i}]"
         if not isinstance(c, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(c).__name__}")
+        not_sharded(name, c)
         if c.dim() != (1 if d == 1 else 2) or c.shape[0] < 1 or (d > 1 and c.shape[1] != d):
             raise ValueError(f"{name} has shape {tuple(c.shape)}; allowed is {shape} with K >= 1 for cluster_dim={d}")
         if c.dtype != dtype:

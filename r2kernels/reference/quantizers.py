@@ -180,14 +180,20 @@ def dorefa_bwd(gs, xs, scale, bits, detach_max):
     if bits == 1:
         return [g.to(x.dtype) for g, x in zip(gs, xs, strict=True)]
     gradients = []
-    for g, x, (top, ties) in zip(gs, xs, scale, strict=True):
-        m, t, g, x_ = dorefa_scale(top, bits), _wide(x).tanh(), _wide(g), _wide(x)
-        slope = (1 - t) * (1 + t)
-        result = g * slope / m
+    for g, x, of_x in zip(gs, xs, scale, strict=True):
+        m, t, g = dorefa_scale(of_x[0], bits), _wide(x).tanh(), _wide(g)
+        result = g * ((1 - t) * (1 + t)) / m
         if not detach_max:
-            result = result - torch.where(x_.abs() == top, t.sign() * slope * ((g * t).sum() / m / (m * ties)), 0)
+            result = result + dorefa_bwd_of_maximum(x, of_x, (g * t).sum(), bits)
         gradients.append(result.to(x.dtype))
     return gradients
+
+
+def dorefa_bwd_of_maximum(x, scale, total, bits):
+    """The gradient through m = max|t|, split over ties, where total = sum g t."""
+    (top, ties), x, m = scale, _wide(x), dorefa_scale(scale[0], bits)
+    t = x.tanh()
+    return torch.where(x.abs() == top, -t.sign() * ((1 - t) * (1 + t)) * (total / m / (m * ties)), 0)
 
 
 class _Straight(torch.autograd.Function):

@@ -20,10 +20,15 @@ def _gradients(weights, d, layout, formula):
     return [from_columns(formula(i, columns(w, d, layout)), w, d, layout) for i, w in enumerate(weights)]
 
 
-def _ratio(k, n):
+def ratio(k, n):
     """The divisor of the margin's sum: k itself, or k times the n rows where k is a fraction; NaN where k is not
-    positive. Of no rows the sum is 0, whatever divides it."""
-    return torch.where(k > 0, torch.where(k < 1, k * max(n, 1), k), torch.nan)
+    positive."""
+    return torch.where(k > 0, torch.where(k < 1, k * n, k), torch.nan)
+
+
+def _ratio(k, n):
+    """Of no rows the sum is 0, whatever divides it."""
+    return ratio(k, max(n, 1))
 
 
 def _top(x):
@@ -38,7 +43,11 @@ def l_inf_fwd(weights, d=1, layout="output"):
         top = _top(x)
         saved.append(torch.stack([top, (x.abs() == top[:, None]).sum(1).to(x.dtype)], 1))
     saved = torch.stack(saved)
-    return saved[..., 0].sum(1), saved
+    return l_inf_loss(saved), saved
+
+
+def l_inf_loss(saved):
+    return saved[..., 0].sum(1)
 
 
 def l_inf_bwd(grad, weights, saved, d=1, layout="output"):
@@ -65,8 +74,13 @@ def margin_bwd(grad, weights, M, k, saved, d=1, layout="output"):
     def formula(i, x):
         return torch.where(x.abs() > M[i].abs()[:, None], x.sign(), 0) * (grad[i] / rows[i])[:, None]
 
+    return _gradients(weights, d, layout, formula), margin_learned(grad, M, rows, saved)
+
+
+def margin_learned(grad, M, rows, saved):
+    """The gradient of M; rows: what divides the sum."""
     sign = torch.where(M.isnan(), M, M.sign())  # torch.sign(NaN) is 0
-    return _gradients(weights, d, layout, formula), grad[:, None] * sign * (1 - saved[..., 0] / rows)
+    return grad[:, None] * sign * (1 - saved[..., 0] / rows)
 
 
 # saved: for p = softmax(alpha x), then for q = softmax(-alpha x): a shift near the extreme, 1 / sum of exponentials
@@ -100,29 +114,53 @@ def _soft_gradients(g_max, g_min, weights, alpha, saved, d, layout):
         p, q = (a * (x - top)).exp() * rp, (-a * (x - bottom)).exp() * rq
         return g_max[i, :, None] * p * (1 + a * (x - top - up)) + g_min[i, :, None] * q * (1 - a * (x - bottom - uq))
 
+    return _gradients(weights, d, layout, formula)
+
+
+def _soft_learned(g_max, g_min, saved):
     of_p, of_q = saved[..., 3].double(), saved[..., 7].double()  # whose squares float32 may not have
-    return _gradients(weights, d, layout, formula), (g_max * of_p * of_p - g_min * of_q * of_q).to(saved)
+    return (g_max * of_p * of_p - g_min * of_q * of_q).to(saved)
 
 
 def soft_min_max_fwd(weights, alpha, alpha_grad=True, d=1, layout="output"):
     saved = _soft_extremes(weights, alpha, d, layout)
-    return ((saved[..., 0] - saved[..., 4]) + (saved[..., 2] - saved[..., 6]) + (-alpha).exp()).sum(1), saved
+    return soft_min_max_loss(saved, alpha), saved
+
+
+def soft_min_max_loss(saved, alpha):
+    return ((saved[..., 0] - saved[..., 4]) + (saved[..., 2] - saved[..., 6]) + (-alpha).exp()).sum(1)
 
 
 def soft_min_max_bwd(grad, weights, alpha, saved, d=1, layout="output"):
     g = grad[:, None].expand_as(alpha)
-    gradients, g_alpha = _soft_gradients(g, -g, weights, alpha, saved, d, layout)
-    return gradients, g_alpha - g * (-alpha).exp()
+    gradients = _soft_gradients(g, -g, weights, alpha, saved, d, layout)
+    return gradients, soft_min_max_learned(grad, alpha, saved)
+
+
+def soft_min_max_learned(grad, alpha, saved):
+    """The gradient of alpha."""
+    g = grad[:, None].expand_as(alpha)
+    return _soft_learned(g, -g, saved) - g * (-alpha).exp()
 
 
 # loss: (2, L, d), the soft minima and the soft maxima
 def soft_extrema_fwd(weights, alpha, alpha_grad=True, d=1, layout="output"):
     saved = _soft_extremes(weights, alpha, d, layout)
-    return torch.stack([saved[..., 4] + saved[..., 6], saved[..., 0] + saved[..., 2]]), saved
+    return soft_extrema_loss(saved), saved
+
+
+def soft_extrema_loss(saved):
+    return torch.stack([saved[..., 4] + saved[..., 6], saved[..., 0] + saved[..., 2]])
 
 
 def soft_extrema_bwd(grad, weights, alpha, saved, d=1, layout="output"):
-    return _soft_gradients(grad[1], grad[0], weights, alpha, saved, d, layout)
+    gradients = _soft_gradients(grad[1], grad[0], weights, alpha, saved, d, layout)
+    return gradients, soft_extrema_learned(grad, saved)
+
+
+def soft_extrema_learned(grad, saved):
+    """The gradient of alpha."""
+    return _soft_learned(grad[1], grad[0], saved)
 
 
 def _stack(losses, single):

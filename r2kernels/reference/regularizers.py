@@ -25,6 +25,9 @@ def _gradients(weights, formula):
     return [formula(i, columns(w)[0]).reshape(w.shape).to(w.dtype) for i, w in enumerate(weights)]
 
 
+BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}  # integers as wide as a number, by its bytes
+
+
 class WeightStats(NamedTuple):
     """0-dim tensors for a tensor, (L,) tensors for a sequence; `numel` an int, or a tuple of ints."""
 
@@ -39,7 +42,7 @@ class WeightStats(NamedTuple):
     @classmethod
     def of(cls, table, ws, single):
         numel = tuple([w.numel() for w in ws])
-        return cls(*(table[0] if single else table).unbind(-1), numel[0] if single else numel)
+        return cls(*(table[0] if single else table)[..., :6].unbind(-1), numel[0] if single else numel)
 
 
 def _unit(x):
@@ -82,7 +85,11 @@ def kure_fwd(weights, target):
         _, _, mean, std, skew, kurtosis = _moments(x)
         saved.append(torch.stack([mean, torch.where(std == 0, 0, 1 / std), skew, kurtosis])[None])
     saved = torch.stack(saved)
-    return torch.where(saved[:, 0, 1] == 0, 0, (saved[:, 0, 3] - target[:, 0]).square()), saved
+    return kure_loss(saved, target), saved
+
+
+def kure_loss(saved, target):
+    return torch.where(saved[:, 0, 1] == 0, 0, (saved[:, 0, 3] - target[:, 0]).square())
 
 
 def kure_bwd(grad, weights, target, saved):
@@ -97,12 +104,12 @@ def kure_bwd(grad, weights, target, saved):
 
 
 def weight_stats_fwd(weights):
-    """(L, 6): min, max, mean, unbiased std, kurtosis, max|x|."""
+    """(L, 7): min, max, mean, unbiased std, kurtosis, max|x|, mean z^3."""
     rows = []
     for _, x in _each(weights):
-        low, high, mean, std, _, kurtosis = _moments(x)
+        low, high, mean, std, skew, kurtosis = _moments(x)
         top = x.abs().amax() if x.numel() else x.new_zeros(())
-        rows.append(torch.stack([low, high, mean, std, kurtosis, top]))
+        rows.append(torch.stack([low, high, mean, std, kurtosis, top, skew]))
     return torch.stack(rows)
 
 
@@ -124,21 +131,23 @@ def _counts(bins, bits, x):
 
 
 def _mean_squares(error, bins, counts):
-    """The sum over bins of the mean square of what is in them, as `_mean_square` has it."""
+    """Of what is in each bin the mean square, as `_mean_square` has it, and the sum of these."""
     unit = _unit(error)
     sums = torch.zeros_like(counts).scatter_add(0, bins, (error / unit).square())
-    return (sums / counts.clamp(min=1)).sum() * unit * unit
+    means = sums / counts.clamp(min=1)
+    return means * unit * unit, means.sum() * unit * unit
 
 
-# saved: (L, 1, 2^bits), how many weights are in each bin
+# saved: (L, 1, 2 2^bits), how many weights are in each bin, and the mean of (w - Q)^2 in each, 0 in an empty one
 def bin_reg_fwd(weights, step, bits):
     loss, saved = [], []
     for i, x in _each(weights):
         s, c = _quantized(x, step[i, 0], bits)
         bins = _bins(c, bits)
         counts = _counts(bins, bits, x)
-        saved.append(counts[None])
-        loss.append(_mean_squares(x - s * c, bins, counts))
+        means, total = _mean_squares(x - s * c, bins, counts)
+        saved.append(torch.cat([counts, means])[None])
+        loss.append(total)
     return torch.stack(loss), torch.stack(saved)
 
 
@@ -167,7 +176,12 @@ def msqe_bwd(grad, weights, step, saved, bits):
         s, c = _quantized(x, step[i, 0], bits)
         return 2 / max(x.numel(), 1) * grad[i] * (x - s * c)
 
-    return _gradients(weights, formula), (-2 * grad)[:, None] * saved[..., 0]
+    return _gradients(weights, formula), msqe_learned(grad, saved)
+
+
+def msqe_learned(grad, saved):
+    """The gradient of the step."""
+    return (-2 * grad)[:, None] * saved[..., 0]
 
 
 def _partial_l2(x, theta):
@@ -197,6 +211,18 @@ def partial_l2_bwd(grad, weights, rank, saved):
         return torch.where(x.abs() > theta, 0, 2 / _numel(x, theta) * grad[i] * x)
 
     return _gradients(weights, formula)
+
+
+def digits_fwd(weights, prefix, place):
+    """(L, 256) int64: how many |w| whose bytes, as those of an integer, begin with `prefix` have each value of the next
+    byte, which is `place`, the highest 0."""
+    rows = []
+    for i, w in enumerate(weights):
+        shift = 8 * (w.dtype.itemsize - 1 - place)
+        key = w.resolve_neg().reshape(-1).view(BITS[w.dtype.itemsize]).long() & (2 ** (8 * w.dtype.itemsize - 1) - 1)
+        counted = torch.ones_like(key) if place == 0 else (key >> (shift + 8) == prefix[i]).long()
+        rows.append(key.new_zeros(256).scatter_add(0, (key >> shift) & 255, counted))
+    return torch.stack(rows)
 
 
 def split_terms(names, parameters, bits, flags):
@@ -274,7 +300,7 @@ def bin_reg(W, step, bits):
         s, c = _quantized(x, step[i, 0], bits)
         bins = _bins(c, bits).detach()
         counts = _counts(bins, bits, x)
-        losses.append(_mean_squares(x - (s * c).detach(), bins, counts))
+        losses.append(_mean_squares(x - (s * c).detach(), bins, counts)[1])
     return losses[0] if single else torch.stack(losses)
 
 

@@ -12,16 +12,24 @@ from .columns import accumulator
 NUMBERS, RUN = 16384, 16
 
 
+def dimensions(w):
+    """The dimensions of w in the order in which its numbers are counted, the last one first."""
+    order = sorted(range(w.dim()), key=lambda i: -w.stride(i))
+    return order if w.permute(order).is_contiguous() else list(range(w.dim()))
+
+
+def places(numel, device):
+    """Which of so many numbers, at least 2 * NUMBERS, stand for all."""
+    runs, part = NUMBERS // RUN, numel // NUMBERS
+    i = torch.arange(runs, device=device)
+    start = (i * part + ((i * 40503 & 0xFFFF) * part >> 16)) * RUN
+    return (start[:, None] + torch.arange(RUN, device=device)).reshape(-1)
+
+
 def sample(w):
     """The numbers that stand for w."""
-    by_stride = w.permute(sorted(range(w.dim()), key=lambda i: -w.stride(i)))
-    x = (by_stride if by_stride.is_contiguous() else w).reshape(-1)
-    if w.numel() < 2 * NUMBERS:
-        return x
-    runs, part = NUMBERS // RUN, w.numel() // NUMBERS
-    i = torch.arange(runs, device=w.device)
-    start = (i * part + ((i * 40503 & 0xFFFF) * part >> 16)) * RUN
-    return x[(start[:, None] + torch.arange(RUN, device=w.device)).reshape(-1)]
+    x = w.permute(dimensions(w)).reshape(-1)
+    return x if w.numel() < 2 * NUMBERS else x[places(w.numel(), w.device)]
 
 
 def sampled_std_fwd(weights):

@@ -16,6 +16,7 @@ from quantizers import test_backends as quantizers
 from regularizers import test_terms as terms
 
 import r2kernels as r2
+from r2kernels import ops, reference
 from r2kernels.functional.regularizers import sampled_std
 
 pytestmark = [
@@ -137,6 +138,15 @@ def test_statistics(dtype):
     found = the_same_bits(lambda: [*r2.weight_stats(ws)[:-1], sampled_std(ws)])
     for a, b in zip(found, exact, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=1e-7, equal_nan=True)
+
+
+@dtypes
+def test_digits(dtype):
+    ws = [*cases.make("mixed list", dtype), *cases.make("several chunks", dtype)]
+    for place, prefix in ((0, 0), (1, 0x3C), (dtype.itemsize - 1, 0x3C if dtype.itemsize == 2 else 0x3C23D7)):
+        prefix = torch.full((len(ws),), prefix)
+        (found,) = the_same_bits(lambda p=prefix, place=place: [ops.call["digits_fwd"](ws, p, place)])
+        assert torch.equal(found, reference.digits_fwd(ws, prefix, place))
 
 
 @dtypes

@@ -14,7 +14,13 @@ import r2kernels as r2
 from r2kernels import contract, reference
 from r2kernels import lists as weights
 from r2kernels.backends import select
-from r2kernels.backends.triton import chunks, quantizers_kernels, range_losses, regularizers_terms_kernels
+from r2kernels.backends.triton import (
+    chunks,
+    quantizers_kernels,
+    range_losses,
+    regularizers_counts_kernels,
+    regularizers_terms_kernels,
+)
 from r2kernels.reference.columns import accumulator
 
 BITS = [(torch.float32, bits) for bits in (1, 2, 5, 8)] + [
@@ -81,7 +87,7 @@ def both(triton, op, xs, *rest, bits_of_gradients=True, seed=40):
 
 def test_the_kernels_have_the_ops_of_the_contract():
     """Their files import Triton alone, so what they share with the contract and lists.py stands there once more."""
-    assert chunks.FIELDS.value == weights.FIELDS
+    assert chunks.FIELDS.value == weights.FIELDS and regularizers_counts_kernels.DIGIT.value == contract.RADIX
     assert {*regularizers_terms_kernels.BLOCKS} - {"frozen"} == {*contract.TERMS}
     alone = ("l_inf", "margin", "soft_min_max", "soft_extrema", "kure", "weight_stats")
     assert [name for name in contract.BY_NAME if name in range_losses.FORMULAS] == [*alone]

@@ -10,7 +10,7 @@ import torch
 from parametrize import first, first_dtypes
 
 import r2kernels as r2
-from r2kernels import ops
+from r2kernels import ops, reference
 from r2kernels.reference.columns import accumulator
 from r2kernels.reference.quantizers import code
 
@@ -109,4 +109,24 @@ def test_codes_at_ties_are_those_of_a_true_division(device, variant):
             for x, s in zip(w, steps.to(device), strict=True)
         ]
     )
-    assert torch.equal(saved[:, 0].long(), expected)
+    assert torch.equal(saved[:, 0, :16].long(), expected)
+
+
+@first_dtypes(torch.float32)
+@first("bits", [1, 4, 8], range(1, 9))
+def test_bins_hold_counts_and_mean_squares(bits, dtype, device, variants):
+    """What a loss over shards is merged from."""
+    ws = [spread(kind, n, dtype, device) for kind in ("normal", "rising", "tiny") for n in (1, 33, 50_001)]
+    ws.append(torch.zeros(0, dtype=dtype, device=device))
+    step = torch.full((len(ws), 1), 2.0 ** (2 - bits), dtype=accumulator(dtype), device=device)
+    exact, expected = reference.bin_reg_fwd([w.double() for w in ws], step.double(), bits)
+    assert expected.shape == (len(ws), 1, 2 * 2**bits)
+    rtol = 1e-12 if dtype == torch.float64 else 1e-5
+    for variant in variants:
+        with variant.chosen():
+            loss, saved = ops.call["bin_reg_fwd"](ws, step, bits)
+        counts, means = saved.double().split(2**bits, -1)
+        assert torch.equal(counts, expected[..., : 2**bits])
+        torch.testing.assert_close(means, expected[..., 2**bits :], rtol=rtol, atol=0)
+        torch.testing.assert_close(loss.double(), means.sum((1, 2)), rtol=rtol, atol=0)
+        torch.testing.assert_close(loss.double(), exact, rtol=rtol, atol=0)

@@ -79,9 +79,14 @@ def test_terms_read_and_write_once(kernels, dtype, add):
     assert kernel.count("LDG", "128") == packs * (1 + add) and kernel.count("STG", "128") == packs
 
 
+@pytest.mark.parametrize("digit", ["Digit", "GivenDigit"])
 @pytest.mark.parametrize("dtype", TYPES)
-def test_digits(dtype):
-    kernel, size = find(sass.compiled("regularizers_rank.cu"), "digits_kernelI", dtype), TYPES[dtype][1]
+def test_digits(dtype, digit):
+    """Of a search, and of `digits`, which reads all that has 16 bits as bfloat16."""
+    read = "bfloat16" if digit == "GivenDigit" and dtype == "float16" else dtype
+    name, size = TYPES[read]
+    pattern = rf"digits_kernelI{name}.*\d{digit}E"
+    (kernel,) = [k for mangled, k in sass.compiled("regularizers_rank.cu").items() if re.search(pattern, mangled)]
     loop = kernel.main_loop()
     assert kernel.count("LDG", "128", loop) == kernel.count("LDG", path=loop) == IN_FLIGHT
     assert kernel.per_weight(size) <= DIGITS[size == 2]

@@ -92,6 +92,18 @@ def test_weight_stats_by_hand():
         assert stats.abs_max.tolist() == [7, torch.tensor(0.1).item()]
 
 
+def test_what_shards_are_merged_from_by_hand():
+    """The skew; counts and mean squares of the bins of codes -2 .. 1; digits of 0x3F80, 0x4000, 0x4040 and 0x7FC0."""
+    assert reference.weight_stats_fwd([torch.tensor([0.0, 0, 4, 0])])[0].tolist()[2::4] == [1, 0.75]
+    w, step = torch.tensor([0.2, -0.7, 3, 0.5], dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    _, saved = reference.bin_reg_fwd([w], step, 2)
+    assert_close(saved[0, 0], w.new_tensor([0, 1, 2, 1, 0, 0.09, 0.145, 4]))
+    w = torch.tensor([1, -2, 2, 3, torch.nan], dtype=torch.bfloat16)
+    high, low = (reference.digits_fwd([w], torch.tensor([prefix]), place)[0] for place, prefix in ((0, 7), (1, 0x40)))
+    assert {i: n for i, n in enumerate(high.tolist()) if n} == {0x3F: 1, 0x40: 3, 0x7F: 1}
+    assert {i: n for i, n in enumerate(low.tolist()) if n} == {0x00: 2, 0x40: 1}
+
+
 def test_kurtosis_of_the_uniform_distribution():
     """Of n equidistant points: 9/5 (n^2 - 7/3) / (n^2 - 1), times ((n - 1) / n)^2 for the unbiased std.
 

@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 
 channels, quantizers = kernels("channel_skeletons"), kernels("quantizers_kernels")
 terms_kernels, counts = kernels("regularizers_terms_kernels"), kernels("regularizers_counts_kernels")
-sample = kernels("regularizers_sample_kernels")
+sample, bins = kernels("regularizers_sample_kernels"), kernels("regularizers_bins_kernels")
 FORMULAS = {  # of the passes: quantizer, backward, FLAG
     "lsq_fwd": ("lsq", False, False),
     "lsq_bwd": ("lsq", True, False),
@@ -199,15 +199,39 @@ def map_terms(names, dtype, bits=4):
     }
 
 
-def count_chunks(op, dtype, bits=0, digit=None):
-    first = "*i64" if op == "partial_l2" else "*" + accumulator(dtype)
+def count_chunks(op, dtype, digit):
     return counts.count_chunks, {
         "p_weights": "*i64",
         "p_tensors": "*i64",
         "p_owner": "*i32",
-        "p_first": first,
-        "p_counts": "*i32",
-        **constant(BITS=bits, PASS=digit, BINS=256 if op == "partial_l2" else 2**bits, BLOCK=1024),
+        "p_rank": "*i64" if op == "partial_l2" else ("=", None),
+        "p_prefix": "*i64" if op == "digits" else ("=", None),
+        "p_counts": "*i32" if op == "partial_l2" else "*i64",
+        **constant(PASS=digit, BLOCK=1024),
+        **types(dtype),
+    }
+
+
+def sum_bins(op, dtype, bits):
+    return bins.sum_bins, {
+        "p_weights": "*i64",
+        "p_tensors": "*i64",
+        "p_owner": "*i32",
+        "p_step": "*" + accumulator(dtype),
+        "p_sums": "*" + accumulator(dtype),
+        **constant(BITS=bits, BINS=bins.bins_of_program(bits, DTYPES[dtype][1]), BLOCK=bins.LANES, UNROLL=bins.UNROLL),
+        **types(dtype),
+    }
+
+
+def merge_bins(op, dtype, bits):
+    wide = "*" + dtype
+    return bins.merge_bins, {
+        "p_sums": wide,
+        "p_tensors": "*i64",
+        "p_loss": wide,
+        "p_saved": wide,
+        **constant(BINS=bins.bins_of_program(bits, DTYPES[dtype][1]), ALL=2**bits, LANES=bins.MERGED // 2**bits),
         **types(dtype),
     }
 
@@ -239,13 +263,20 @@ def variants(everything):
             yield quantize_chunks, formula, dtype, {}
         yield correct_maxima, "dorefa", dtype, {}
         for names in SETS:
-            yield reduce_terms, names, dtype, {}
+            read = "+".join([name for name in names.split("+") if name != "bin_reg"])
+            if read:
+                yield reduce_terms, read, dtype, {}
             yield map_terms, names, dtype, {}
-        yield count_chunks, "bin_reg", dtype, {"bits": 4}
+        for bits in (1, 4, 8):
+            yield sum_bins, "bin_reg", dtype, {"bits": bits}
         yield count_chunks, "partial_l2", dtype, {"digit": 1}
+        yield count_chunks, "digits", dtype, {"digit": 1}
         yield store_threshold, "partial_l2", dtype, {}
         yield std_of_sample, "sampled_std", dtype, {}
-    yield merge_terms, "+".join(TERMS), "fp32", {}
+    yield merge_terms, "+".join([name for name in TERMS if name != "bin_reg"]), "fp32", {}
+    for bits in (1, 8):
+        yield merge_bins, "bin_reg", "fp32", {"bits": bits}
+    yield merge_bins, "bin_reg", "fp64", {"bits": 8}
     for op in LEARNED:
         yield merge_columns, op, "fp32", {}
     if everything:
@@ -279,6 +310,10 @@ def check(make, op, dtype, change, architecture):
     loads, stores = found.count("LDG", "128", loop), found.count("STG", "128", loop)
     reads = 2 if make in (quantize_chunks, quantize_columns) and not op.endswith("_fwd") else 1
     elements = loads * 16 // DTYPES[dtype][1] // reads
+    if make is sum_bins:  # a weight for each thread, or two of 16 bits, at a time: no 128-bit loads
+        loops = [loop for loop in found.loops() if found.count("LDG", "", loop) == bins.UNROLL]
+        loop = min(loops, key=len)
+        elements = bins.UNROLL * (2 if DTYPES[dtype][1] == 2 else 1)
     return {
         "kernel": make.__name__,
         "op": op,

@@ -4,7 +4,17 @@ are made from one read of the weights."""
 import torch
 
 from ... import lists
-from ...contract import BY_NAME, KURE, PARTIAL_L2, TERMS, WEIGHT_STATS, accumulator, tensors_of_term
+from ...contract import (
+    BIN_REG,
+    BY_NAME,
+    KURE,
+    PARTIAL_L2,
+    TERMS,
+    WEIGHT_STATS,
+    accumulator,
+    numbers_saved,
+    tensors_of_term,
+)
 from .. import launchers
 from .extension import Half, pointer
 
@@ -24,13 +34,12 @@ class NativeRegularizers(launchers.Regularizers, Half):
         device, wide = weights[0].device, accumulator(weights[0].dtype)
         arguments, losses, states, partials = [], [], [], []
         for name, (first, second), width, flag in zip(names, _given(names, parameters), bits, flags, strict=True):
-            numbers = BY_NAME[name].saved
-            by_bin = numbers is None  # a count and a sum for each bin, and the unit of the sums
-            loss, saved = lists.empty_state(weights, 1, 2**width if by_bin else numbers)
+            loss, saved = lists.empty_state(weights, 1, numbers_saved(name, width))
             if name == PARTIAL_L2.name:
                 self._rank(listed, table, plan, first, saved)
                 first = saved
-            size = 2 * 2**width + 1 if by_bin else self.state
+            # of bin_reg a count and a sum for each bin, and the unit of the sums
+            size = 2 * 2**width + 1 if name == BIN_REG.name else self.state
             partials.append(torch.empty(plan.chunks, size, dtype=wide, device=device))
             arguments.append(
                 self.structs.Forward(
@@ -54,6 +63,14 @@ class NativeRegularizers(launchers.Regularizers, Half):
         (table,) = self.tables(tensors)
         nothing = dict(first=0, second=0, flag=False, partial=0, saved=0, bits=0)
         self.library.sampled_std_fwd(listed, table.address, *self.queue(out.device), out=out.data_ptr(), **nothing)
+
+    def _digits(self, weights, prefix, place, counts):
+        listed, _, tensors = self.listed(weights, 1, "output")
+        (table,) = self.tables(tensors)
+        queue = self.queue(counts.device)
+        self.library.digits_fwd(
+            listed, table.address, *queue, prefix=prefix.data_ptr(), place=place, counts=counts.data_ptr()
+        )
 
     def _rank(self, listed, table, plan, rank, theta):
         """The rank[t]-th smallest |w| of each tensor into `theta`."""

@@ -1,14 +1,10 @@
-"""What bin_reg and partial_l2 must know before they read the weights, by integer histograms.
-
-Of bin_reg the weights in each bin; of partial_l2 the threshold, found byte by byte from the highest on.
-"""
+"""How many |w| have each value of a digit, by integer histograms: what `digits` gives, and how partial_l2 finds its
+threshold, byte by byte from the highest on."""
 
 import triton
 import triton.language as tl
 
 from .chunks import chunk_of_program, tensor_pointer
-from .regularizers_kernels import bin_of, error_and_code
-from .rounding import positive_or_nan
 
 DIGIT = tl.constexpr(256)  # values of a digit of a weight's bits
 
@@ -37,16 +33,12 @@ def leading_digits(p_counts, rank, n_tensors, PASS: tl.constexpr):
 
 
 @triton.jit
-def bin_or_digit(w, p_first, t, prefix, m, BITS: tl.constexpr, PASS: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr):
-    """(which of the counters, whether it counts)"""
-    if PASS is None:
-        _, c = error_and_code(w.to(DT, bitcast=True).to(ACC), positive_or_nan(tl.load(p_first + t)), BITS)
-        return bin_of(c, BITS), m
-    else:
-        key = magnitude_bits(w, DT)
-        SHIFT: tl.constexpr = DT.primitive_bitwidth - 8 * (PASS + 1)
-        which = ((key >> SHIFT) & (DIGIT - 1)).to(tl.int32)
-        return which, m if PASS == 0 else m & ((key >> (SHIFT + 8)) == prefix.to(key.dtype))
+def digit_of(w, prefix, m, PASS: tl.constexpr, DT: tl.constexpr):
+    """(the digit, whether it counts)"""
+    key = magnitude_bits(w, DT)
+    SHIFT: tl.constexpr = DT.primitive_bitwidth - 8 * (PASS + 1)
+    which = ((key >> SHIFT) & (DIGIT - 1)).to(tl.int32)
+    return which, m if PASS == 0 else m & ((key >> (SHIFT + 8)) == prefix.to(key.dtype))
 
 
 @triton.jit(do_not_specialize=["n_tensors"])
@@ -54,41 +46,40 @@ def count_chunks(
     p_weights,
     p_tensors,
     p_owner,
-    p_first,
+    p_rank,
+    p_prefix,
     p_counts,
     n_chunk,
     n_tensors,
-    BITS: tl.constexpr,
     PASS: tl.constexpr,
-    BINS: tl.constexpr,
     DT: tl.constexpr,
-    ACC: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per chunk: how many of its weights are in each bin of `p_first`, a step; or, with PASS, have each
-    value of a digit behind those digits of the number of rank `p_first` that the passes before have found. Integer
-    sums, so their order is of no matter."""
+    """One program per chunk: how many of its |w| that begin with certain digits, PASS of them, have each value of the
+    next. These are `p_prefix`, or without it those of the number of rank `p_rank`, which the passes before have
+    found, each with counts of its own. Integer sums, so their order is of no matter."""
     t, _, start, n, _ = chunk_of_program(tl.program_id(0), p_tensors, p_owner, n_chunk, 1)
     INT: tl.constexpr = (
         tl.int64 if DT.primitive_bitwidth == 64 else tl.int32 if DT.primitive_bitwidth == 32 else tl.int16
     )
     p = tensor_pointer(p_weights, t, DT, ALIGNED).to(tl.pointer_type(INT)) + start
-    p_counts += t.to(tl.int64) * BINS
-    prefix = tl.full([], 0, tl.int64)
-    if PASS is not None:
-        prefix, _ = leading_digits(p_counts, tl.load(p_first + t), n_tensors, PASS)
-        p_counts += PASS * n_tensors.to(tl.int64) * BINS
+    p_counts += t.to(tl.int64) * DIGIT
+    if p_prefix is not None:
+        prefix = tl.load(p_prefix + t)
+    else:
+        prefix, _ = leading_digits(p_counts, tl.load(p_rank + t), n_tensors, PASS)
+        p_counts += PASS * n_tensors.to(tl.int64) * DIGIT
     count = tl.minimum(n - start, n_chunk).to(tl.int32)
-    counts = tl.zeros([BINS], tl.int32)
+    counts = tl.zeros([DIGIT], tl.int32)
     o = tl.arange(0, BLOCK)
     i = 0
     while i < count:
         m = i + o < count
-        which, m_counted = bin_or_digit(tl.load(p + i + o, mask=m, other=0), p_first, t, prefix, m, BITS, PASS, DT, ACC)
-        counts += tl.histogram(which, BINS, mask=m_counted)
+        which, m_counted = digit_of(tl.load(p + i + o, mask=m, other=0), prefix, m, PASS, DT)
+        counts += tl.histogram(which, DIGIT, mask=m_counted)
         i += BLOCK
-    tl.atomic_add(p_counts + tl.arange(0, BINS), counts.to(p_counts.dtype.element_ty), mask=counts > 0, sem="relaxed")
+    tl.atomic_add(p_counts + tl.arange(0, DIGIT), counts.to(p_counts.dtype.element_ty), mask=counts > 0, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["n_tensors"])

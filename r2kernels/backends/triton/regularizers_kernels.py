@@ -1,8 +1,7 @@
-"""The formulas of bin_reg, msqe and partial_l2, of which regularizers_terms_kernels.py makes kernels.
+"""The formulas of msqe, partial_l2 and the gradient of bin_reg, of which regularizers_terms_kernels.py makes kernels.
 
-What bin_reg and partial_l2 must know beforehand, the weights in each bin and the threshold, has been counted by
-regularizers_counts_kernels.py and lies in `p_saved`: so bin_reg is sum (w - q)^2 / V[code], with neither sums by code
-nor atomics of floating-point numbers.
+What partial_l2 must know beforehand, the threshold, has been found by regularizers_counts_kernels.py and lies in
+`p_saved`; the forward of bin_reg is in regularizers_bins_kernels.py.
 """
 
 import triton
@@ -61,51 +60,10 @@ def step_and_unit(p_step, column):
 
 
 @triton.jit
-def bin_reg_constants(p_step, p_counts, column, BITS: tl.constexpr):
-    """(step, unit, 1 / unit, the counts of the bins)"""
-    step, unit, inverse = step_and_unit(p_step, column)
-    return step, unit, inverse, p_counts + column * 2**BITS
-
-
-@triton.jit
-def bin_reg_step(b_w, constants, state, BITS: tl.constexpr):
-    step, _, inverse, p_counts = constants
-    total = state[0]
-    for u in tl.static_range(len(b_w)):
-        error, c = error_and_code(b_w[u], step, BITS)
-        error *= inverse
-        total += error * error / tl.load(p_counts + bin_of(c, BITS))
-    return (total,)
-
-
-@triton.jit
-def bin_reg_finish(rows, constants, state, BITS: tl.constexpr):
-    """(sum, unit)"""
-    step, unit, _, p_counts = constants
-    total = tl.sum(state[0], 0)
-    while is_wanting(total, unit):
-        unit, inverse = wider_unit(unit)
-        total = tl.sum(fold_rows(rows, (step, unit, inverse, p_counts), (zero_block(rows),), bin_reg_step, BITS)[0], 0)
-    return total, unit
-
-
-@triton.jit
-def bin_reg_sum_step(state, rows, constants, sums):
-    unit = state[1].to(tl.float64)
-    return (sums[0] + state[0].to(tl.float64) * unit * unit,)
-
-
-@triton.jit
-def bin_reg_merge(states):
-    sums = fold_states(states, (), (tl.zeros([states.LANES], tl.float64),), bin_reg_sum_step)
-    return (tl.sum(sums[0], 0),), ()
-
-
-@triton.jit
 def bin_reg_setup(column, BITS: tl.constexpr):
-    g = 2 * gradient_of_loss(column)
-    step, _, _, p_counts = bin_reg_constants(column.p_first, column.p_saved, column.i, BITS)
-    return 0, (step, g, p_counts)
+    """The constants: step, 2 dL/dloss, where the counts of the bins lie."""
+    step = positive_or_nan(tl.load(column.p_first + column.i))
+    return 0, (step, 2 * gradient_of_loss(column), column.p_saved + column.i * (2 * 2**BITS))
 
 
 @triton.jit

@@ -166,8 +166,8 @@ def kure_gradient(w, constants):
 
 @triton.jit
 def weight_stats_merge(states, p_first, p_second, column):
-    low, high, mean, std, _, _, kurtosis = moments(states)
-    return (), (low, high, mean, std, kurtosis, tl.maximum(-low, high, PROPAGATE))
+    low, high, mean, std, _, skew, kurtosis = moments(states)
+    return (), (low, high, mean, std, kurtosis, tl.maximum(-low, high, PROPAGATE), skew)
 
 
 FORMULAS = {

@@ -13,16 +13,8 @@ from . import regularizers_moments_kernels as moments
 from .chunks import FIRST_CHUNK, N_ROWS, chunk_of_program, column_pointer, field, tensor_pointer
 from .skeletons import STATE, Column, Rows, States, fold_rows, map_rows_of_chunk, max_or_nan, sum_blocks, zero_block
 
-BLOCKS = {  # term -> blocks in its state; frozen is soft_min_max where alpha learns nothing
-    "l_inf": 2,
-    "margin": 2,
-    "soft_min_max": 6,
-    "frozen": 4,
-    "kure": 6,
-    "bin_reg": 1,
-    "msqe": 2,
-    "partial_l2": 1,
-}
+# term -> blocks in its state; frozen is soft_min_max where alpha learns nothing; the forward of bin_reg is not here
+BLOCKS = {"l_inf": 2, "margin": 2, "soft_min_max": 6, "frozen": 4, "kure": 6, "bin_reg": 0, "msqe": 2, "partial_l2": 1}
 KEYS = tuple(BLOCKS)
 L_INF, MARGIN, SOFT_MIN_MAX, FROZEN, KURE, BIN_REG, MSQE, PARTIAL_L2 = [tl.constexpr(i) for i in range(len(KEYS))]
 
@@ -73,8 +65,6 @@ def begin_term(rows, p_first, p_saved, column, CODE: tl.constexpr):
     elif TERM == KURE:
         inf = zero + float("inf")
         return moments.guess_of_block(rows), (zero, zero, zero, zero, inf, -inf)
-    elif TERM == BIN_REG:
-        return regularizers.bin_reg_constants(p_first, p_saved, column, bits_of(CODE)), (zero,)
     elif TERM == MSQE:
         return regularizers.step_and_unit(p_first, column), (zero, zero)
     else:
@@ -94,8 +84,6 @@ def step_term(b_w, constants, state, CODE: tl.constexpr):
         return range_losses.soft_frozen_step(b_w, constants, state)
     elif TERM == KURE:
         return moments.power_sums_step(b_w, constants, state)
-    elif TERM == BIN_REG:
-        return regularizers.bin_reg_step(b_w, constants, state, bits_of(CODE))
     elif TERM == MSQE:
         return regularizers.msqe_step(b_w, constants, state, bits_of(CODE))
     else:
@@ -151,8 +139,6 @@ def finish_term(rows, p_first, column, constants, state, CODE: tl.constexpr):
         if moments.is_far(s1, s2, rows.count, unit, moments.unit_at(tl.maximum(-low, high))[0]):
             centre, s1, s2, s3, s4, low, high, unit = moments.kure_reduce(rows, p_first, column)
         return centre, s1, s2, s3, s4, low, high, unit
-    elif TERM == BIN_REG:
-        return regularizers.bin_reg_finish(rows, constants, state, bits_of(CODE))
     elif TERM == MSQE:
         return regularizers.msqe_finish(rows, constants, state, bits_of(CODE))
     else:
@@ -227,8 +213,6 @@ def merge_term(states, p_first, p_second, p_saved, column, CODE: tl.constexpr):
         return range_losses.soft_min_max_merge(states, p_first, p_second, column)
     elif TERM == KURE:
         return moments.kure_merge(states, p_first, p_second, column)
-    elif TERM == BIN_REG:
-        return regularizers.bin_reg_merge(states)
     elif TERM == MSQE:
         return regularizers.msqe_merge(states)
     else:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from . import tracing
-from .sharded import Units, is_divided
+from .sharded import Units, has_ranks, is_divided
 
 
 class Attached(nn.Module):
@@ -90,6 +90,8 @@ class Attached(nn.Module):
             return
         if not torch.compiler.is_compiling():
             self._units.find()
+        elif has_ranks():
+            tracing.find_units(self)
         self._entry, self._entered = (module,), 1
         try:
             self._begin(module, inside, args, kwargs)

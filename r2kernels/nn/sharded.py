@@ -22,12 +22,12 @@ def refuse_flattened(name, w):
 
 def refuse_any_flattened(names, ws):
     """The same of many tensors."""
-    if not torch.compiler.is_compiling() and _has_ranks():
+    if not torch.compiler.is_compiling() and has_ranks():
         for name, w in zip(names, ws, strict=True):
             refuse_flattened(name, w)
 
 
-def _has_ranks():
+def has_ranks():
     return distributed.is_available() and distributed.is_initialized()
 
 
@@ -78,7 +78,7 @@ class Units:
 
     def find(self):
         """Looks anew where `fully_shard` was called in between, which changes the classes of modules."""
-        if _has_ranks():
+        if has_ranks():
             for layer in self._all:
                 for place in layer.places:
                     p = place.module._parameters.get(place.attribute)

@@ -1,4 +1,4 @@
-"""Run by test_ddp.py in several ranks: a Quantizer beside DistributedDataParallel, and process groups of its own."""
+"""Run by test_ddp.py in several ranks: DistributedDataParallel, process groups, and FullyShardedDataParallel refused."""
 
 import contextlib
 import sys
@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 from torch import distributed, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
@@ -16,7 +18,7 @@ import ranks
 from nn.attached import images
 from nn.replicas import assert_equal_on_all_ranks, counted, flat
 
-from r2kernels import Palettizer, Quantizer, calibrate
+from r2kernels import Palettizer, Quantizer, RangeRegularizer, calibrate
 
 ROWS = 4  # of each rank's batch
 
@@ -268,6 +270,35 @@ def check_a_compiled_model(mesh):
         loss_of(run, step, rank_of(mesh)).backward()
         optimizer.step()
     assert_equal_on_all_ranks(model, quantizer)
+
+
+def check_flat_parameters_are_refused(mesh):
+    def palettize(model):
+        return Palettizer(model, 2)
+
+    def quantize(model):
+        return Quantizer(model, "lsq", 4, 4)
+
+    def regularize(model):
+        return RangeRegularizer(model)
+
+    for attach in (palettize, quantize, regularize):
+        for orig in (False, True):
+            for policy in (None, ModuleWrapPolicy({nn.Linear, nn.Conv2d})):
+                for first in (True, False):
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")
+                        model = net().float()
+                        owner = attach(model) if first else None
+                        run = FullyShardedDataParallel(
+                            model, use_orig_params=orig, device_id=torch.device("cpu"), auto_wrap_policy=policy
+                        )
+                    uses = [lambda run=run: run(torch.zeros(2, 2, 6, 6))]
+                    if attach is regularize and first:
+                        uses = [owner, owner.accumulate_grad_]
+                    for use in uses if first else [lambda model=model, attach=attach: attach(model)]:
+                        with pytest.raises(RuntimeError, match=r"FullyShardedDataParallel.*fully_shard \(FSDP2\)"):
+                            use()
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
 """Run by test_fsdp.py in several ranks: a Palettizer and a Quantizer under `fully_shard`."""
 
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from torch import distributed, nn
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -17,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import ranks
 from nn.replicas import assert_equal_on_all_ranks, counted, flat
-from nn.shards import SHARDINGS, Net, as_a_whole, batch, by_blocks, loss_of, made, net, train, whole
+from nn.shards import SHARDINGS, Block, Net, as_a_whole, batch, by_blocks, loss_of, made, net, train, whole
 
-from r2kernels import Palettizer, Quantizer, RangeRegularizer, calibrate
+from r2kernels import Palettizer, Quantizer, calibrate, load_palettized, save_palettized, save_quantized
 
 
 def palettize(model, **options):
@@ -165,6 +166,86 @@ def check_checkpointing_of_whole_blocks(mesh):
             assert_close(found[1][1], found[0][1])
 
 
+def check_checkpointing_of_the_whole_model(mesh):
+    for attach in (palettize, quantize):
+        for reentrant in (False, True):
+            found = []
+            for shard in (None, by_blocks):
+                model, _ = made(attach, mesh, shard)
+                x = batch(0, mesh.get_rank())[0].requires_grad_()
+                checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
+                other, _ = made(attach, mesh)
+                other(x.detach()).square().sum().backward()
+                found.append(x.grad)
+                if shard is None:
+                    assert_close([p.grad for p in model.parameters()], [p.grad for p in other.parameters()])
+            assert_close(found[0], found[1])
+
+
+def check_a_compiled_model(mesh):
+    """It is not called before it is compiled."""
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = Block().double()
+        palettize(model)
+        fully_shard(fully_shard(model.a, mesh=mesh) and model, mesh=mesh)
+        run = torch.compile(model, backend="eager") if compiled else model
+        run(torch.ones(3, 12, dtype=torch.float64)).square().sum().backward()
+        found.append([p.grad.full_tensor() for p in model.parameters()])
+    assert_close(found[0], found[1])
+
+
+def check_saving(mesh):
+    with tempfile.TemporaryDirectory() as folder:
+        for attach, save in ((palettize, save_palettized), (quantize, save_quantized)):
+            model, owner = made(attach, mesh)
+            sharded, other = made(attach, mesh, by_blocks)
+            save(other, Path(folder) / "model.r2")
+            saved = load_palettized(Path(folder) / "model.r2")
+            owner.remove()
+            for name, value in model.state_dict().items():
+                assert_close(saved[name], value)
+            assert all(isinstance(p, DTensor) for p in sharded.parameters())
+
+
+def check_delta(mesh):
+    """All ranks take the first rank's, and the model stays sharded."""
+    model = by_blocks(net(), mesh)
+    owner = Quantizer(model, "ewgs", 4, 4, overrides={"*": {"delta": "hessian"}})
+    owner.initialize(batch(9)[0])
+    before = flat(owner)
+    owner.estimate_delta(lambda: loss_of(model, 0, mesh.get_rank()))
+    assert_equal_on_all_ranks(owner)
+    assert not torch.equal(before, flat(owner)) and all(isinstance(p, DTensor) for p in model.parameters())
+
+
+def check_tensor_parallel_palettes(mesh):
+    """Codes in eval() are of each rank's own rows; what needs the whole weight names the option and the layer."""
+    plan = {
+        f"blocks.{i}.{name}": kind
+        for i in range(2)
+        for name, kind in (("a", ColwiseParallel()), ("b", RowwiseParallel()))
+    }
+    x = batch(0)[0]
+    plain, model = net(), parallelize_module(net(), mesh, plan)
+    owners = [palettize(plain), palettize(model)]
+    assert_close(flat(owners[1]), flat(owners[0]))
+    assert owners[0].sizes() == owners[1].sizes()
+    assert_close(model.eval()(x), plain.eval()(x))
+    for options in ({"group_size": 4}, {"per_channel_scale": True}, {"lut_dtype": "fp16"}):
+        model = parallelize_module(net(), mesh, plan)
+        palettize(model, **options)
+        with pytest.raises(
+            ValueError, match=rf"{next(iter(options))}=.* of blocks\.0\.a\.weight needs the whole weight"
+        ):
+            model(x)
+    model = parallelize_module(net(), mesh, plan)
+    Quantizer(model, "lsq", 4, group_size=12)
+    with pytest.raises(ValueError, match=r"group_size=12 of blocks\.0\.a\.weight needs the whole weight"):
+        model(x)
+
+
 def check_evaluation(mesh):
     for attach in (palettize, quantize):
         model, owner = made(attach, mesh)
@@ -304,29 +385,6 @@ def check_a_forward_that_fails(mesh):
             model.blocks[0](torch.zeros(3, 5, dtype=torch.float64))
         assert not owner._entry and not owner._nested and not owner._placed
         assert all("weight" not in m.__dict__ for m in model.modules())
-
-
-def check_flat_parameters_are_refused(mesh):
-    def regularize(model):
-        return RangeRegularizer(model)
-
-    for attach in (palettize, quantize, regularize):
-        for orig in (False, True):
-            for policy in (None, ModuleWrapPolicy({nn.Linear})):
-                for first in (True, False):
-                    with warnings.catch_warnings():
-                        warnings.simplefilter("ignore")
-                        model = net(dtype=torch.float32)
-                        owner = attach(model) if first else None
-                        run = FullyShardedDataParallel(
-                            model, use_orig_params=orig, device_id=torch.device("cpu"), auto_wrap_policy=policy
-                        )
-                    uses = [lambda run=run: run(torch.zeros(2, 8))]
-                    if attach is regularize and first:
-                        uses = [owner, owner.accumulate_grad_]
-                    for use in uses if first else [lambda model=model, attach=attach: attach(model)]:
-                        with pytest.raises(RuntimeError, match=r"FullyShardedDataParallel.*fully_shard \(FSDP2\)"):
-                            use()
 
 
 if __name__ == "__main__":

@@ -225,13 +225,14 @@ def test_every_kind_of_checkpointing_gives_the_same_gradients(attach):
     assert_close(found[2], found[0])
 
 
-def test_reentrant_checkpointing_of_the_whole_model():
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_of_the_whole_model(reentrant):
     x, model, other = torch.randn(4, 16), Checkpointed(None), Checkpointed(None)
     palettize(model), palettize(other)
     model(x).sum().backward()
     for _ in range(2):
         other.zero_grad()
-        checkpoint(other, x.clone().requires_grad_(), use_reentrant=True).sum().backward()
+        checkpoint(other, x.clone().requires_grad_(), use_reentrant=reentrant).sum().backward()
     assert_close([p.grad for p in model.parameters()], [p.grad for p in other.parameters()])
 
 

@@ -31,6 +31,8 @@ REPLAYED = {
     "pytorch#33648, #38081, #85627: ranks": (
         "nn/test_quantizer.py::test_two_processes_agree_where_one_alone_reaches_a_layer"
     ),
+    "pytorch#33648, #38081, #85627: unused": "distributed/ddp.py::check_layers_that_some_ranks_do_not_use",
+    "pytorch#33648, #38081, #85627: sharded": "distributed/fsdp.py::check_ranges_start_in_the_first_forward",
     "aimet#1974, nncf#88: batch norm": "nn/test_batchnorm.py::test_of_a_quantized_model",
     "AutoGPTQ#520, sparseml#1950: progress": "nn/test_batches.py::test_a_bar",
     "quanto#101, ao#4518: group-wise scales": "nn/test_groups.py::test_training_saving_and_loading",

@@ -50,8 +50,15 @@ class Quantizer(Starting):
     (random numbers and buffers are restored), or from `initialize(batch)`, which torch.compile(fullgraph=True) needs;
     until then the model runs in full precision. LSQ: step 2 mean|x| / sqrt(QP). EWGS: weights -+3 std, activations min
     and 3 std / sqrt(1 - 2/pi). PACT: alpha the smaller of the maximum and 3 std / sqrt(1 - 2/pi). Activations without
-    negative values in that batch are unsigned. Under torch.distributed all ranks take the values of rank 0, and their
-    gradients are averaged at the end of each backward.
+    negative values in that batch are unsigned.
+
+    Ranks of torch.distributed share the ranges inside DistributedDataParallel and under `fully_shard`, attached before
+    or after it, or in every forward where `process_group` is given: they start from the values of the first rank, and
+    at the end of a backward that is synchronised (not under `no_sync`, `set_requires_gradient_sync(False)`) their
+    gradients are averaged once, in one message, whatever layers a rank used. Any other forward communicates nothing,
+    and no shared range starts in it. Under `fully_shard` weights are quantized unit by unit while they are whole.
+    What needs whole weights outside a forward (`coded`, `errors`, `remove`, saving) then gathers layer by layer, and
+    all ranks call it.
 
     EWGS and DoReFa weights lie in [-1, 1]: they are multiplied by a learned |scale| for each layer, which starts at
     mean|output| / mean|quantized output| (of layers without quantized activations the same of the weight). EWGS's

@@ -1,10 +1,11 @@
-"""Run by test_ddp.py in several ranks: DistributedDataParallel, process groups, and FullyShardedDataParallel refused."""
+"""Run by test_ddp.py in several ranks: DistributedDataParallel, process groups, what FSDP1 is refused by."""
 
 import contextlib
 import sys
 import warnings
 from pathlib import Path
 
+import pytest
 import torch
 from torch import distributed, nn
 from torch.distributed.fsdp import FullyShardedDataParallel

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import distributed, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -189,7 +189,8 @@ def check_a_compiled_model(mesh):
         torch.manual_seed(0)
         model = Block().double()
         palettize(model)
-        fully_shard(fully_shard(model.a, mesh=mesh) and model, mesh=mesh)
+        for unit in (model.a, model):
+            fully_shard(unit, mesh=mesh)
         run = torch.compile(model, backend="eager") if compiled else model
         run(torch.ones(3, 12, dtype=torch.float64)).square().sum().backward()
         found.append([p.grad.full_tensor() for p in model.parameters()])

@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from r2kernels import Palettizer, Quantizer, RangeRegularizer
 
-# graph breaks of a whole step, as Dynamo counts them: in the Python of backwards, which run eagerly, and in `Palettizer.step`
+# graph breaks of a whole step as Dynamo counts them, most in the Python of backwards, some in `Palettizer.step`
 BREAKS = {"reg()": 18, "accumulate_grad_": 2, "palettizer": 42, "quantizer": 33}
 
 

@@ -85,7 +85,7 @@ struct Kure : Moments {
     template <class A>
     R2_HD Gradient(double grad, Column c, const A* saved)
         : mean(splat<V>(saved[0])), rstd(splat<V>(saved[1])), skew(splat<V>(saved[2])),
-          linear(splat<V>(A(c.rows > 1 ? c.rows / (c.rows - 1) * saved[3] : 0))),
+          linear(splat<V>(A((c.rows > 1 ? c.rows / (c.rows - 1) : 1) * saved[3]))),  // a shard of one number has it
           slope(splat<V>(A(grad * 8 * (saved[3] - c.first) / c.rows * saved[1]))) {}
     R2_HD V operator()(V w) const {
       V z = (w - mean) * rstd;

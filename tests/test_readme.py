@@ -17,18 +17,20 @@ PAGES = (ROOT / "README.md", GUIDE, *sorted((ROOT / "benchmarks").rglob("*.md"))
 def test_examples_run():
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) >= 5
-    scope = {}
+    scope, trained = {}, []
     for block in blocks:
         exec(compile(block, "README.md", "exec"), scope)
+        trained += [name for name, p in scope["model"].named_parameters() if p.grad is not None]
         if "palettizer.remove()" in block:
             assert scope["model"][0].weight.unique().numel() == 4
+        if "quantizer.remove()" in block:
+            assert scope["model"][0].weight.unique().numel() <= 16 * 64  # LSQ's levels, a step for each channel
     W, alpha = scope["W"], scope["alpha"]
     assert abs(r2kernels.soft_min_max(W, alpha) - scope["exact"]) < 1e-6
     assert abs(scope["eager"](W, alpha) - scope["exact"]) < 1e-3
     assert W.grad.shape == W.shape and alpha.grad is not None
     assert len(scope["losses"]) == 2
-    assert all(p.grad is not None for p in scope["model"].parameters())
-    assert scope["model"][0].weight.unique().numel() <= 16 * 64  # LSQ's levels, a step for each channel
+    assert {*trained} == dict(scope["model"].named_parameters()).keys()
     assert scope["codes"].max() < 16 and scope["layer"].weight.grad is not None
 
 

@@ -15,6 +15,8 @@ inline namespace R2_ISA {
 constexpr int64_t kSelect = 4096;
 constexpr int kDigits = 1 << 16;
 constexpr int kGroup = 1024;  // weights between two looks at how much room is left
+constexpr int kStrip = 512;   // weights whose digits are written down before they are counted,
+constexpr int kTables = 4;    // in so many tables, so that one addition need not wait for the one before
 
 template <int kBytes_>
 struct Unsigned;
@@ -219,35 +221,51 @@ void rank(const List& list, const Rank& r, int threads) {
   with_type(list.dtype, [&](auto like) { rank_tensors<decltype(like)>(list, r, threads); });
 }
 
+// Counts of a digit, of keys that begin with a prefix; behind them those of the other keys.
+template <class T>
+void count_strip(const T* w, int64_t n, int shift, bool first, Key<T> prefix, uint32_t (*counts)[2 * kRadix]) {
+  alignas(64) uint16_t at[kStrip];  // written down first, which the compiler does in vectors
+  const int above = first ? 0 : shift + 8;
+  for (int64_t i = 0; i < n; ++i) {
+    const Key<T> key = Key<T>(key_of(w[i]) >> 1);
+    const bool counted = first | (Key<T>(key >> above) == prefix);
+    at[i] = uint16_t((key >> shift & (kRadix - 1)) | (counted ? 0 : kRadix));
+  }
+  int64_t i = 0;
+  for (; i + kTables <= n; i += kTables)
+    for (int k = 0; k < kTables; ++k) ++counts[k][at[i + k]];
+  for (; i < n; ++i) ++counts[0][at[i]];
+}
+
 template <class T>
 void count_places(const List& list, const Digits& d, int threads) {
-  constexpr int kTables = 4;  // so that one addition need not wait for the one before
   const bool first = d.place == 0;
-  const int shift = 8 * (int(sizeof(T)) - 1 - d.place), above = first ? 0 : shift + 8;
+  const int shift = 8 * (int(sizeof(T)) - 1 - d.place);
   threads = threads_for(list, threads);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < list.chunks; ++i) {
-    const Chunk c = chunk_at(list, i);
-    const T* w = reinterpret_cast<const T*>(list.pointers[c.tensor]) + c.row;
-    const Key<T> prefix = Key<T>(d.prefix[c.tensor]);
-    uint32_t counts[kTables][kRadix] = {};
-    auto count = [&](T one, uint32_t* table) {
-      const Key<T> key = Key<T>(key_of(one) >> 1);
-      table[key >> shift & (kRadix - 1)] += first | (Key<T>(key >> above) == prefix);
-    };
-    int64_t j = 0;
-    for (; j + kTables <= c.n; j += kTables)
-      for (int k = 0; k < kTables; ++k) count(w[j + k], counts[k]);
-    for (; j < c.n; ++j) count(w[j], counts[0]);
-    int64_t* all = d.counts + c.tensor * kRadix;
-    for (int b = 0; b < kRadix; ++b) {
-      int64_t found = 0;
-      for (int k = 0; k < kTables; ++k) found += counts[k][b];
-      if (found) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    int64_t total[kRadix] = {}, tensor = 0;
+    auto add = [&] {
+      int64_t* all = d.counts + tensor * kRadix;
+      for (int b = 0; b < kRadix; ++b) {
+        if (total[b] == 0) continue;
 #pragma omp atomic
-        all[b] += found;
+        all[b] += total[b];
+        total[b] = 0;
       }
+    };
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < list.chunks; ++i) {
+      const Chunk c = chunk_at(list, i);
+      if (c.tensor != tensor) add(), tensor = c.tensor;
+      const T* w = reinterpret_cast<const T*>(list.pointers[tensor]) + c.row;
+      uint32_t counts[kTables][2 * kRadix] = {};
+      for (int64_t begin = 0; begin < c.n; begin += kStrip)
+        count_strip(w + begin, std::min<int64_t>(kStrip, c.n - begin), shift, first, Key<T>(d.prefix[tensor]), counts);
+      for (int k = 0; k < kTables; ++k)
+        for (int b = 0; b < kRadix; ++b) total[b] += counts[k][b];
     }
+    add();
   }
 }
 

@@ -128,8 +128,18 @@ def number(name, value, allowed="a finite number", ok=is_finite):
     return value
 
 
+def not_sharded(name, value):
+    """TypeError for a DTensor among what belongs to the weights, which every rank has to have whole."""
+    if is_dtensor(value):
+        raise TypeError(
+            f"{name} is a DTensor; of parameters every rank needs all numbers: pass {name}.full_tensor(), and keep "
+            "learned ones out of fully_shard (ignored_params=)"
+        )
+
+
 def check_parameter(name, value, count, single, d, like, differentiable=True):
     """A tensor given for a parameter has an allowed shape, dtype and device; its values are never read."""
+    not_sharded(name, value)
     if not differentiable and value.requires_grad:
         raise ValueError(f"{name} requires grad, but no gradient is defined for it; pass {name}.detach() or a number")
     if value.dtype not in DTYPES:
@@ -159,6 +169,7 @@ def centroids(value, ws, single, d):
         name = "centroids" if single else f"centroids[{i}]"
         if not isinstance(c, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(c).__name__}")
+        not_sharded(name, c)
         if c.dim() != (1 if d == 1 else 2) or c.shape[0] < 1 or (d > 1 and c.shape[1] != d):
             raise ValueError(f"{name} has shape {tuple(c.shape)}; allowed is {shape} with K >= 1 for cluster_dim={d}")
         if c.dtype != dtype:

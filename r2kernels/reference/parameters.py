@@ -7,7 +7,7 @@ import numbers
 import torch
 from torch import Tensor
 
-from .checks import DTYPES, check_parameter, is_dtensor, is_finite, number, row_weights
+from .checks import DTYPES, check_parameter, is_dtensor, is_finite, not_sharded, number, row_weights
 from .columns import accumulator
 from .lasting import lasting
 
@@ -195,6 +195,7 @@ def _numbers(name, value, shape, like, allowed, ok, differentiable):
     dtype = accumulator(like.dtype)
     if not isinstance(value, Tensor):
         return _constant(number(name, value, allowed, ok), 1, 1, dtype, like.device).reshape(())
+    not_sharded(name, value)
     if not differentiable and value.requires_grad:
         raise ValueError(f"{name} requires grad, but no gradient is defined for it; pass {name}.detach() or a number")
     if value.dtype not in DTYPES:

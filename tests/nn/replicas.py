@@ -20,8 +20,9 @@ def assert_equal_on_all_ranks(*modules):
 @contextlib.contextmanager
 def counted():
     """Counts the collectives that Python calls inside the block."""
-    names, calls = ("all_reduce", "all_gather", "broadcast", "all_gather_into_tensor", "reduce_scatter_tensor"), []
-    kept = {name: getattr(distributed, name) for name in names}
+    names = ("all_reduce", "all_gather", "broadcast", "all_gather_into_tensor", "all_gather_single")
+    names, calls = (*names, "reduce_scatter_tensor"), []
+    kept = {name: getattr(distributed, name) for name in names if hasattr(distributed, name)}
 
     def counting(name):
         def call(*args, **kwargs):
@@ -30,10 +31,10 @@ def counted():
 
         return call
 
-    for name in names:
+    for name in kept:
         setattr(distributed, name, counting(name))
     try:
         yield calls
     finally:
-        for name in names:
+        for name in kept:
             setattr(distributed, name, kept[name])

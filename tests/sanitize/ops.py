@@ -12,7 +12,7 @@ import cases
 import torch
 
 import r2kernels as r2
-from r2kernels import _C
+from r2kernels import _C, ops
 from r2kernels.reference.columns import accumulator
 
 SHAPES = ((1,), (7,), (4097,), (33, 3, 3, 3))
@@ -66,6 +66,9 @@ def calls(ws, dtype, thorough):
     terms = {"l_inf": {}, "soft_min_max": {"alpha": 9.0}, "kure": {}, "bin_reg": steps, "msqe": steps}
     yield "weight_terms", lambda: [*r2.weight_terms(ws, {**terms, "partial_l2": {"fraction": 0.3}}).values()]
     yield "weight_stats", lambda: [*r2.weight_stats(ws)[:-1]]
+    for place in range(dtype.itemsize):
+        prefix = torch.zeros(len(ws), dtype=torch.int64)
+        yield f"digits {place}", lambda place=place, prefix=prefix: [ops.digits.fwd(ws, prefix, place)]
     yield "kmeans", lambda: [c[:1] for c in r2.kmeans(ws, 5)]
 
 

@@ -13,11 +13,9 @@ import ranks
 import torch
 from dkm import problems
 from quantizers import calls
-from sharding.laid import Laid, full, layouts, laid_as, like, local, same_on_all_ranks
+from sharding.laid import Laid, full, laid_as, layouts, like, local, same_on_all_ranks
 
 import r2kernels as r2
-from r2kernels import reference
-from r2kernels.reference.columns import accumulator
 
 EXACT = 1e-12
 SEEDS = {torch.float64: 1, torch.float32: 3, torch.bfloat16: 3, torch.float16: 3}  # lists of 20 tensors: 60 draws

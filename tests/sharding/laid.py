@@ -1,4 +1,4 @@
-"""How tensors are laid out over ranks, as a variant that budget.py takes; and a counter of what ranks tell each other."""
+"""How tensors are laid out over ranks; and a counter of what ranks tell each other."""
 
 import contextlib
 import itertools
@@ -24,12 +24,12 @@ def layouts(mesh):
 def dtensor(w, mesh, placements):
     """A DTensor of a tensor that all ranks have; one that lacks a dimension is not cut along it."""
     fits = [p if p.is_replicate() or -w.dim() <= p.dim < w.dim() else Replicate() for p in placements]
-    return distribute_tensor(w, mesh, fits, src_data_rank=None)
+    return distribute_tensor(w.detach(), mesh, fits, src_data_rank=None)
 
 
 def laid_as(whole, w):
     """A whole tensor as w is laid out."""
-    return dtensor(whole.detach(), w.device_mesh, w.placements) if isinstance(w, DTensor) else whole
+    return dtensor(whole, w.device_mesh, w.placements) if isinstance(w, DTensor) else whole
 
 
 def local(t):

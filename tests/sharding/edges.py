@@ -48,7 +48,7 @@ def everything(ws, gs):
         "kure": (r2.kure, []),
         "msqe": (lambda ws, s: r2.msqe(ws, s, 4), learned(0.05)),
         "bin_reg": (lambda ws: r2.bin_reg(ws, 0.05, 3), []),
-        # "partial_l2": (lambda ws: r2.partial_l2(ws, 0.4), []),
+        "partial_l2": (lambda ws: r2.partial_l2(ws, 0.4), []),
     }
     of_weights = {
         "lsq": (lambda ws, s: r2.lsq(ws, s, 4), learned(0.05)),

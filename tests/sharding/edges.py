@@ -307,7 +307,7 @@ def check_compiled_regions(mesh):
         with CommDebugMode():
             assert torch.equal(local(function(x.detach())), results[0][0])
     whole = torch.compile(lambda w: r2.lsq(w, 0.05, 4), backend="eager", fullgraph=True)
-    refused(Exception, "r2kernels runs on DTensors outside of graphs", whole, x)
+    refused(Exception, "merged_over_ranks_outside_of_graphs", whole, x)
 
 
 if __name__ == "__main__":

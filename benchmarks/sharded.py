@@ -87,7 +87,7 @@ def step(call, ws, parameters, forward=None, backward=None):
     outputs = call(ws, *parameters) if forward is None else _counted(forward, call, ws, *parameters)
     outputs = list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
     inputs = [t for t in (*ws, *parameters) if t.requires_grad]
-    args = outputs, inputs, [torch.ones_like(o) for o in outputs]
+    args = outputs, inputs, [o.detach() for o in outputs]
     options = {"allow_unused": True}
     gradients = (
         torch.autograd.grad(*args, **options)
@@ -112,7 +112,7 @@ def layers(count, shape, mesh):
 
 
 def agrees(call, make, laid, whole):
-    """Whether results and gradients are those of whole tensors."""
+    """Whether results, and gradients of half their squares, are those of whole tensors."""
     count = len(laid)
     for found, expected in zip(step(call, laid, make(count)), step(call, whole, make(count)), strict=True):
         found = found.full_tensor() if isinstance(found, DTensor) else found
@@ -193,13 +193,13 @@ def launch(world):
         return json.loads(path.read_text())
 
 
-ABOUT = f"""- every rank has one thread; {LAYERS} layers of {SHAPE[0]} x {SHAPE[1]} float32, `Shard(0)`; forward
-  and backward, with gradients of weights and parameters
-- *collectives*, *bytes*: counted; those of bytes that a rank sends for each layer, forward + backward; they do not
+ABOUT = f"""- every rank has one thread; {LAYERS} layers of {SHAPE[0]} x {SHAPE[1]} float32, `Shard(0)`; forward and
+  backward, with gradients of weights and parameters
+- *collectives*, *bytes*: counted, forward + backward; bytes are those that a rank sends for each layer; they do not
   depend on the size of the weights
-- *on shards*: the op on DTensors; *kernel alone*: the same kernel on the local shards, without a message; *extra*: the
-  median of the rounds' differences and its quartiles, of the slowest rank; timed only where all results are those of
-  whole weights"""
+- *on shards*: the op on DTensors; *kernel alone*: the same kernel on the local shards, without a message; medians of
+  the slowest rank; *extra*: the median of the rounds' differences, and its quartiles; timed only where all results are
+  those of whole weights"""
 
 
 def paper(row):
@@ -234,8 +234,8 @@ def markdown(data):
                     )
                 )
         parts += [f"## {ranks} ranks", report.table(lines)]
-    lines = [("ranks", "op", *[f"{n} layers" for n in COUNTS], "us per layer", "ms for none"), ("---", *["---:"] * 7)]
-    lines[1] = ("---:", "---", *["---:"] * (len(COUNTS) + 2))
+    head = ("ranks", "op", *[f"{n} layers" for n in COUNTS], "slope, us per layer", "start, ms")
+    lines = [head, ("---:", "---", *["---:"] * (len(COUNTS) + 2))]
     for row in data["slopes"]:
         extra = [f"{ms:.2f}" for ms in row["extra_ms"]]
         lines.append((str(row["ranks"]), row["op"], *extra, number(row["slope_us"]), number(row["start_ms"])))

@@ -67,10 +67,12 @@ class Palettizer(Attached):
 
     Hard weights are made anew in every forward in eval(), from the weights and centroids as they are then; inside
     `with palettizer.frozen():` once. Backward in eval() gives the dense weights the gradient of the hard ones. A
-    submodule in eval() runs on hard weights inside a model in train(). Under `fully_shard`, attached before or after it,
-    weights are clustered unit by unit while they are whole, without a message more; what needs whole weights outside a
-    forward (this, `step`, `gap`, `clustered`, `remove`, saving) gathers layer by layer, and all ranks call it. TypeError
-    or ValueError names the option and the layer, also of a weight that is not finite.
+    submodule in eval() runs on hard weights inside a model in train().
+
+    Under `fully_shard`, attached before or after it, weights are clustered unit by unit while they are whole, without a
+    message more; what needs whole weights outside a forward (this, `step`, `gap`, `clustered`, `remove`, saving)
+    gathers layer by layer, and all ranks call it. TypeError or ValueError names the option and the layer, also of a
+    weight that is not finite.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ class Place:
         if type(p) is nn.Parameter:
             return p
         p = self.module.__dict__.get(self.attribute) if p is None else p
-        if isinstance(p, torch.Tensor) and not torch.compiler.is_compiling():
+        if isinstance(p, torch.Tensor):
             refuse_flattened(f"{self.attribute} of a {type(self.module).__name__}", p)
         if self.module._parameters.get(self.attribute) is None:
             raise RuntimeError(

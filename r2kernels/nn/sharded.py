@@ -13,6 +13,8 @@ from torch import distributed
 def refuse_flattened(name, w):
     """RuntimeError where FullyShardedDataParallel (FSDP1) has made the tensor w a part of its flat parameter, of which
     it moves and frees the memory."""
+    if torch.compiler.is_compiling():
+        return
     if "_fsdp_flattened" in w.__dict__ or (w._base is not None and "_fsdp_flattened" in w._base.__dict__):
         raise RuntimeError(
             f"{name} is a part of a flat parameter of FullyShardedDataParallel (FSDP1), which has no weights of layers "

@@ -46,7 +46,10 @@ class Synchronised(Attached):
 
     def _share(self, process_group=None):
         self._given, self._ranks, self._is_shared, self._warned_alone = _Given(process_group), None, False, False
-        self._synchronises, self._averaging, self._by_parameters = True, False, False
+        self._synchronises, self._averaging = True, False
+        self._by_parameters = (
+            None  # `Ranks` that a backward is known to have by its parameters; True: that was compiled
+        )
 
     @contextlib.contextmanager
     def no_sync(self):
@@ -84,7 +87,7 @@ class Synchronised(Attached):
     def _meet(self, trains):
         """At the begin of a forward: who shares it. In the first that is shared all take the first rank's state."""
         if self._ranks is not None or self._by_parameters:
-            self._ranks, self._by_parameters = None, False
+            self._ranks, self._by_parameters = None, None
         if not trains or not is_distributed() or in_backward():
             return
         self._ranks = self._found_ranks()
@@ -114,18 +117,25 @@ class Synchronised(Attached):
         ranks, outputs = self._ranks, list(_with_gradient(output))
         for t in outputs:
             t.register_hook(lambda _: self._backward_begins(ranks))
-        self._by_parameters = not outputs
+        self._by_parameters = None if outputs else ranks
 
     def _hook_gradients(self):
-        """Hears of a backward by the parameters it reaches: of a compiled forward, which had no hook on its output."""
+        """Hears of a backward by the parameters it reaches: of a forward that is compiled, or without an output that
+        could have a hook."""
         for p in self.parameters():
             p.register_post_accumulate_grad_hook(self._reached)
 
     def _reached(self, p):
-        if self._by_parameters and is_distributed():
-            ranks = self._ranks or self._found_ranks() or Ranks((None,), lambda: True)
-            if not any(module is self for module in self._model[0].modules()):  # else DDP has averaged it
-                self._backward_begins(ranks)
+        if not self._by_parameters or not is_distributed():
+            return
+        if not any(module is self for module in self._model[0].modules()):  # else DDP has averaged it
+            self._backward_begins(self._compiled_ranks() if self._by_parameters is True else self._by_parameters)
+
+    def _compiled_ranks(self):
+        """The ranks of a compiled forward, of which nobody saw whether DDP synchronises it: every backward is."""
+        ranks, synchronises = self._found_ranks(), self._synchronises
+        groups = (self._given.group,) if self._ranks is None else self._ranks.groups
+        return Ranks(groups, lambda: synchronises) if ranks is None else ranks
 
     def _backward_begins(self, ranks):
         if not self._averaging and ranks.synchronises():
@@ -140,7 +150,7 @@ class Synchronised(Attached):
             average_gradients(learned, groups)
 
     def __getstate__(self):
-        return {**super().__getstate__(), "_ranks": None, "_averaging": False}
+        return {**super().__getstate__(), "_ranks": None, "_averaging": False, "_by_parameters": None}
 
     def __setstate__(self, state):
         super().__setstate__(state)

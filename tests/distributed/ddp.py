@@ -263,9 +263,10 @@ def check_calibrate_in_a_group(mesh):
 def check_a_compiled_model(mesh):
     model = net()
     quantizer = Quantizer(model, "lsq", 4, 4)
-    quantizer.initialize(batch(0)[0])
     run = DistributedDataParallel(torch.compile(model, backend="eager"))
     optimizer = optimizer_of(model, quantizer)
+    with run.no_sync():
+        loss_of(run, 0, rank_of(mesh)).backward()
     for step in range(2):
         optimizer.zero_grad()
         loss_of(run, step, rank_of(mesh)).backward()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import distributed, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -223,11 +223,8 @@ def check_delta(mesh):
 
 def check_tensor_parallel_palettes(mesh):
     """Codes in eval() are of each rank's own rows; what needs the whole weight names the option and the layer."""
-    plan = {
-        f"blocks.{i}.{name}": kind
-        for i in range(2)
-        for name, kind in (("a", ColwiseParallel()), ("b", RowwiseParallel()))
-    }
+    kinds = {"a": RowwiseParallel(input_layouts=Replicate()), "b": ColwiseParallel(output_layouts=Replicate())}
+    plan = {f"blocks.{i}.{name}": kind for i in range(2) for name, kind in kinds.items()}
     x = batch(0)[0]
     plain, model = net(), parallelize_module(net(), mesh, plan)
     owners = [palettize(plain), palettize(model)]

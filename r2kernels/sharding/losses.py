@@ -214,7 +214,7 @@ class PartialL2(Rule):
         def count(prefix, place):
             return shards.call["digits_fwd"](shards.local, prefix, place)
 
-        theta, local_rank = select(count, lambda table: shards.summed(table)[0].long(), *given, shards.weights[0].dtype)
+        theta, local_rank = select(count, shards.counted, *given, shards.weights[0].dtype)
         return [local_rank.clamp(min=1), theta, local_rank]
 
     @staticmethod

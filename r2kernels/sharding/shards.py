@@ -177,14 +177,28 @@ class Shards:
             table = gathered(part.of(flat), part.groups)
             tables = [t.reshape(*t.shape[:2], *s.shape[1:]) for t, s in zip(table.split(sizes, 2), states, strict=True)]
             results.append(fold(part, *tables))
-        if len(self.parts) == 1:
-            return results[0]
+        return tuple([self._in_order(pieces) for pieces in zip(*results, strict=True)])
+
+    def _in_order(self, pieces):
+        """(L, ...) from what was made of each part."""
+        if len(pieces) == 1:
+            return pieces[0]
         order = torch.cat([part.places for part in self.parts]).argsort()
-        return tuple([torch.cat(pieces).index_select(0, order) for pieces in zip(*results, strict=True)])
+        return torch.cat(pieces).index_select(0, order)
 
     def summed(self, *states):
         """The sums of (L, ...) tensors over all shards, float64."""
         return self.merged(states, lambda part, *tables: tuple([t.sum(0) for t in tables]))
+
+    def counted(self, counts):
+        """The sums of (L, ...) integers over all shards: exact in any order, so the network may add them up."""
+        pieces = []
+        for part in self.parts:
+            piece = part.of(counts).clone(memory_format=torch.contiguous_format)
+            for group in part.groups:
+                distributed.all_reduce(piece, group=group)
+            pieces.append(piece)
+        return self._in_order(pieces)
 
     def rows(self, d=1):
         """(L, 1) float64 rows of d that lie here, and in all."""

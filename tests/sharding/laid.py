@@ -126,27 +126,29 @@ _SENT = {
 
 
 class Messages:
-    """Collectives that were called and bytes of their inputs; within `counted`."""
+    """Collectives that were called and bytes of their inputs, also of those that gather; within `counted`."""
 
     def __init__(self):
-        self.collectives = self.bytes = 0
+        self.collectives = self.bytes = self.gathered = 0
 
     @contextlib.contextmanager
     def counted(self):
         kept = {name: getattr(distributed, name) for name in _SENT if hasattr(distributed, name)}
         for name, function in kept.items():
-            setattr(distributed, name, self._counting(function, _SENT[name]))
+            setattr(distributed, name, self._counting(function, _SENT[name], "gather" in name))
         try:
             yield self
         finally:
             for name, function in kept.items():
                 setattr(distributed, name, function)
 
-    def _counting(self, function, at):
+    def _counting(self, function, at, gathers):
         def call(*args, **kwargs):
             sent = args[at]
             self.collectives += 1
-            self.bytes += sum(t.numel() * t.element_size() for t in (sent if isinstance(sent, list) else [sent]))
+            size = sum(t.numel() * t.element_size() for t in (sent if isinstance(sent, list) else [sent]))
+            self.bytes += size
+            self.gathered += size * gathers
             return function(*args, **kwargs)
 
         return call

@@ -49,11 +49,8 @@ def kmeans(W, clusters, *, cluster_dim=1, layout="output", weight=None, max_iter
     pieces = {} if serving(ws[0].device) == "reference" else _pieces()
 
     def work(i, w):
-        rows, count, mass = (
-            columns(w.detach(), cluster_dim, layout).t().contiguous().resolve_neg(),
-            counts[i],
-            masses[i],
-        )
+        rows = columns(w.detach(), cluster_dim, layout).t().contiguous().resolve_neg()
+        count, mass = counts[i], masses[i]
         checks.warn_of_repeated_centroids(count, rows, mass, "W" if single else f"W[{i}]", stacklevel=3)
         if preserve_zeros:
             rows, mass = anchored(rows, mass)

@@ -34,16 +34,17 @@ class ShardedDKM:
             self.here = DKM([self.weights[i] for i in self.at], self._own(tau), kept, metric, d, layout)
 
     def _own(self, x):
-        return x if len(self.at) == len(self.weights) else x[self.at]
+        return x if len(self.at) == len(self.weights) else x.index_select(0, self._places())
+
+    def _places(self):
+        return self.shards.constant(self.at, torch.int64)
 
     def _placed(self, x, like):
         """(L, ...) float64 with these numbers of the weights that lie here, zeros for those of others."""
         if x is not None and len(self.at) == len(self.weights):
             return x.double()
         placed = torch.zeros(len(self.weights), *like.shape[1:], dtype=torch.float64, device=like.device)
-        if x is not None:
-            placed[self.at] = x.double()
-        return placed
+        return placed if x is None else placed.index_copy_(0, self._places(), x.double())
 
     def _summed(self, x, like):
         return self.shards.summed(self._placed(x, like))[0].to(like.dtype)

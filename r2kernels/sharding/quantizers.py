@@ -68,7 +68,7 @@ class _Channels:
             channels = [1 if self.axis is None else t.shape[self.axis] for t in (w, shard)]
             whole, here = (max(t.numel() // max(n, 1), 1) for t, n in zip((w, shard), channels, strict=True))
             shares += [(here / whole) ** 0.5] * channels[1]
-        return torch.tensor(shares, dtype=torch.float64, device=self.shards.local[0].device)
+        return self.shards.constant(shares)
 
     def _placed(self, g):
         """(L, most channels) with the numbers of the channels here, zeros for all others."""

@@ -18,7 +18,7 @@ def sampled_std(kernel, row, call):
         shards = Shards(weights)
         samples = [_here(w, shard) for w, shard in zip(weights, shards.local, strict=True)]
         table = call["weight_stats_fwd"](samples)
-        counts = torch.tensor([x.numel() for x in samples], dtype=torch.float64, device=table.device)[:, None]
+        counts = shards.constant([x.numel() for x in samples])[:, None]
         return merged_statistics(shards, counts, table)[:, 3].to(table.dtype)
 
     return run

@@ -120,12 +120,14 @@ def region(w, coordinate=None):
     return tuple(found)
 
 
+def cut_by(w):
+    """The dimensions of the mesh that cut a DTensor."""
+    return tuple([i for i, placement in enumerate(w.placements) if not placement.is_replicate()])
+
+
 def groups_of(w):
     """The process groups over which a weight is sharded, one for each dimension of the mesh that cuts it."""
-    if not is_dtensor(w):
-        return ()
-    cuts = sorted([i for some in splits(w) for i in some])
-    return tuple([w.device_mesh.get_group(i) for i in cuts])
+    return tuple([w.device_mesh.get_group(i) for i in cut_by(w)]) if is_dtensor(w) else ()
 
 
 def gathered(x, groups):
@@ -146,8 +148,8 @@ class _Part(NamedTuple):
     places: torch.Tensor | None
     groups: tuple
 
-    def of(self, x, dim=0):
-        return x if self.places is None else x.index_select(dim, self.places)
+    def of(self, x):
+        return x if self.places is None else x.index_select(0, self.places)
 
 
 class Shards:
@@ -156,15 +158,21 @@ class Shards:
     def __init__(self, weights, call=None):
         self.weights, self.call = weights, call
         self.local = [local(w) for w in weights]
-        self.numels = tuple([w.numel() for w in weights])
-        by_groups = {}
+        self.device = self.local[0].device
+        found, by_groups = {}, {}
         for i, w in enumerate(weights):
-            by_groups.setdefault(groups_of(w), []).append(i)
-        device = self.local[0].device
+            key = (id(w.device_mesh), cut_by(w)) if is_dtensor(w) else None
+            if key not in found:
+                found[key] = groups_of(w)
+            by_groups.setdefault(found[key], []).append(i)
         self.parts = [
-            _Part(None if len(by_groups) == 1 else torch.tensor(some, device=device), groups)
+            _Part(None if len(by_groups) == 1 else self.constant(some, torch.int64), groups)
             for groups, some in by_groups.items()
         ]
+
+    def constant(self, values, dtype=torch.float64):
+        """Numbers that every call with weights of these sizes needs, on their device."""
+        return lists.resident(tuple(values), dtype, self.device)
 
     def merged(self, states, fold):
         """fold(part, *tables) of all parts, as tensors (L, ...): `states` are (L, ...) tensors, and tables are those
@@ -202,10 +210,7 @@ class Shards:
 
     def rows(self, d=1):
         """(L, 1) float64 rows of d that lie here, and in all."""
-        device = self.local[0].device
-        here = torch.tensor([w.numel() // d for w in self.local], dtype=torch.float64, device=device)
-        whole = torch.tensor([n // d for n in self.numels], dtype=torch.float64, device=device)
-        return here[:, None], whole[:, None]
+        return tuple([self.constant([w.numel() // d for w in ws])[:, None] for ws in (self.local, self.weights)])
 
     def like(self, shards):
         """Tensors like the weights, of these shards; None stays None."""
@@ -240,16 +245,12 @@ def check(weights, names, d, layout):
             )
         if w.device_mesh.get_coordinate() is None:
             raise ValueError(f"{name} is a DTensor on {w.device_mesh}, to which this rank does not belong")
-        if d > 1 and not _rows_are_whole(w.shape, w.device_mesh.shape, *_key(w), d, layout):
+        if d > 1 and not _rows_are_whole(w.shape, w.device_mesh.shape, tuple(map(tuple, splits(w))), d, layout):
             raise ValueError(
                 f"{name} of shape {tuple(w.shape)} has placements {w.placements} on a mesh of "
                 f"{tuple(w.device_mesh.shape)}: with cluster_dim={d}, layout={layout!r} a row of {d} would lie on two "
                 "shards; shard it where rows end, or along another dimension"
             )
-
-
-def _key(w):
-    return (tuple([tuple(some) for some in splits(w)]),)
 
 
 @functools.lru_cache(maxsize=4096)

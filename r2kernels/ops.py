@@ -126,6 +126,11 @@ def _kernels(name, at, row, schema):
     return plain, kernel, sharding.over(name, kernel, row, call)
 
 
+@torch._disable_dynamo  # a message to other ranks is no part of a graph; imports torch._dynamo when a graph breaks here
+def _merged_over_ranks_outside_of_graphs(sharded, *args, **options):
+    return sharded(*args, **options)
+
+
 def _function(name, schema, at, row):
     """The op `name` as a function of the same arguments; the weights are argument `at`."""
     plain, local, sharded = _kernels(name, at, row, schema)
@@ -141,14 +146,14 @@ def _function(name, schema, at, row):
         _library.impl(name, local, key)
     dispatched = getattr(torch.ops.r2kernels, name).default
     call[name], op[name] = kernel, dispatched
-    untraced = torch._disable_dynamo(sharded)  # imports torch._dynamo when it is called, not now
 
     def run(*args, **options):
         if is_recorded():
             return recorded(*args)
         if sharding.is_sharded(args[at]):
-            # a merge over ranks is no part of a graph
-            return (untraced if torch.compiler.is_compiling() else sharded)(*args, **options)
+            if torch.compiler.is_compiling():
+                return _merged_over_ranks_outside_of_graphs(sharded, *args, **options)
+            return sharded(*args, **options)
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             return dispatched(*args)  # a schema has no room for options that only spare work
         return local(*args, **options)

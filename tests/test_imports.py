@@ -43,7 +43,7 @@ def run(code, *, blocked=(), **environment):
 
 
 def test_import_is_light():
-    """Neither Triton nor what draws pictures and tables, nor a trainer or the extension, is loaded before it is used."""
+    """Neither Triton nor what draws pictures and tables, a trainer or the extension is loaded before it is used."""
     found = run("""
         import r2kernels
         ours = ("r2kernels._C", "r2kernels.backends.native")

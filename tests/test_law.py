@@ -128,12 +128,12 @@ LAW = {
     # modules
     "nn": {"nn.*"},
     "nn.sharded": set(),
-    "nn.places": {"nn.sharded"},
+    "nn.places": {"nn.sharded", "sharding.shards"},
     "nn.select": {"nn.places", "nn.sharded"},
-    "nn.layers": {"nn.places", "nn.select", "nn.sharded"},
+    "nn.layers": {"nn.places", "nn.select", "nn.sharded", "reference.checks", "sharding.shards"},
     "nn.ranks": {"lists"},
     "nn.tracing": set(),
-    "nn.attach": {"nn.sharded", "nn.tracing"},
+    "nn.attach": {"nn.sharded", "nn.tracing", "reference.checks", "sharding.shards"},
     "nn.synchronised": {"nn.attach", "nn.ranks", "nn.sharded"},
     "nn.export": {"files.onnx", "nn.attach", "nn.inputs", "nn.quantizer", "nn.tracing"},
     "nn.hessian": {"nn.attach"},
@@ -148,10 +148,11 @@ LAW = {
         "reference.columns",
         "reference.parameters",
         "reference.quantizers",
+        "sharding.shards",
     },
     "nn.regularizer": {
-        "functional.differentiable",
         "functional",
+        "functional.differentiable",
         "functional.loss",
         "functional.regularizers",
         "lists",
@@ -161,8 +162,22 @@ LAW = {
         "reference.parameters",
         "sharding.shards",
     },
-    "nn.input_scales": {"files.integers", "functional.quantizers", "nn.scales", "reference.parameters"},
-    "nn.starting": {"nn.attach", "nn.inputs", "nn.ranks", "nn.scales", "nn.synchronised", "nn.tracing"},
+    "nn.input_scales": {
+        "files.integers",
+        "functional.quantizers",
+        "nn.scales",
+        "reference.parameters",
+        "sharding.shards",
+    },
+    "nn.starting": {
+        "nn.attach",
+        "nn.inputs",
+        "nn.ranks",
+        "nn.scales",
+        "nn.synchronised",
+        "nn.tracing",
+        "sharding.shards",
+    },
     "nn.clustering": SPECIFIED | {"files.clustered", "functional.dkm", "functional.kmeans"},
     "nn.palettizer": SPECIFIED
     | {
@@ -176,6 +191,7 @@ LAW = {
         "nn.sharded",
         "ops",
         "reference.dkm",
+        "sharding.shards",
     },
     "nn.copies": {"nn.attach", "reference.checks"},
     "nn.quantizer": {
@@ -191,6 +207,7 @@ LAW = {
         "nn.sharded",
         "nn.starting",
         "reference.checks",
+        "sharding.shards",
     },
     "nn.options": {"nn.input_scales", "nn.layers", "nn.scales", "reference.checks"},
     "nn.restoring": {
@@ -216,6 +233,7 @@ LAW = {
         "nn.scales",
         "reference.checks",
         "reference.columns",
+        "sharding.shards",
     },
     # other people's trainers
     "integrations": {"integrations.*"},

@@ -10,8 +10,10 @@ import contextlib
 import torch
 from torch import nn
 
+from ..reference.checks import is_dtensor
+from ..sharding.shards import whole
 from . import tracing
-from .sharded import Units, has_ranks, is_divided
+from .sharded import Units, has_ranks
 
 
 class Attached(nn.Module):
@@ -243,7 +245,7 @@ class Attached(nn.Module):
                 dropped.append((prefix, lambda key: True))
             dropped += [(prefix, place.is_stored_as) for place in places.get(id(module), [])]
         return {
-            name: value.full_tensor() if is_divided(value) else value
+            name: whole(value)
             for name, value in model.state_dict().items()
             if not any(name.startswith(prefix) and is_own(name[len(prefix) :]) for prefix, is_own in dropped)
         }
@@ -257,14 +259,14 @@ class Attached(nn.Module):
         """
         layers = self._bakeable() if bake else []
         self._units.reshard()
-        divided = [layer for layer in layers if is_divided(layer.weight())]
-        whole = [layer for layer in layers if not is_divided(layer.weight())]
-        hards = self._stored(whole)
+        sharded = [layer for layer in layers if is_dtensor(layer.weight())]
+        others = [layer for layer in layers if not is_dtensor(layer.weight())]
+        hards = self._stored(others)
         for handle in self._handles:
             handle.remove()
-        for layer, hard in zip(whole, hards, strict=True):
+        for layer, hard in zip(others, hards, strict=True):
             layer.places[0].bake(hard)
-        for layer in divided:
+        for layer in sharded:
             layer.places[0].bake(self._stored([layer.gathered()])[0])
         self._end()
         for guard in self._guards:

@@ -4,9 +4,11 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ..reference.checks import is_dtensor
+from ..sharding.shards import whole
 from .places import ComputedPlace, HeldPlace, place_of
 from .select import is_conv1d, is_experts, is_weight, matches, matrices, none_left, selected, warn_of_coverage
-from .sharded import is_divided, refuse_flattened
+from .sharded import refuse_flattened
 
 
 class Layer(NamedTuple):
@@ -46,7 +48,7 @@ class Layer(NamedTuple):
         """This layer with its whole weight where that is a DTensor now; a collective then, which all ranks call."""
         w = self.weight()
         refuse_flattened(self.name, w)
-        return self.holding(w.detach().full_tensor()) if is_divided(w) else self
+        return self.holding(whole(w.detach())) if is_dtensor(w) else self
 
     def holding(self, w):
         """This layer with another weight, outside of a forward."""

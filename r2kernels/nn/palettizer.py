@@ -12,13 +12,15 @@ from ..files.integers import Integers, palette_weight
 from ..functional.dkm import assign, dkm
 from ..lists import resident
 from ..ops import settled
+from ..reference.checks import is_dtensor
 from ..reference.columns import accumulator
 from ..reference.dkm import spacing
 from ..reference.zeros import with_zero, zeros_of
+from ..sharding.shards import like, local
 from .attach import Attached
 from .clustering import ClusteringOptions, few_rows, fitted, form_of, lost, spare_and_error, with_zeros_kept
 from .layers import layers_of
-from .sharded import is_divided, of_shards, refuse_options
+from .sharded import refuse_options
 
 CHECKED = 64  # steps between two searches for spare centroids; before these at every power of two
 SPARE = 16  # centroids for each spare one from which on a group starts anew
@@ -71,8 +73,8 @@ class Palettizer(Attached):
 
     Under `fully_shard`, attached before or after it, weights are clustered unit by unit while they are whole, without a
     message more; what needs whole weights outside a forward (this, `step`, `gap`, `clustered`, `remove`, saving)
-    gathers layer by layer, and all ranks call it. TypeError or ValueError names the option and the layer, also of a
-    weight that is not finite.
+    gathers layer by layer, and all ranks call it. Under tensor parallelism the ranks share centroids as in `dkm`.
+    TypeError or ValueError names the option and the layer, also of a weight that is not finite.
     """
 
     def __init__(
@@ -160,8 +162,8 @@ class Palettizer(Attached):
         batches, results = defaultdict(list), {}
         for layer in layers:
             w, o, wide = layer.weight(), layer.options, self._wide[layer.key]
-            if is_divided(w):
-                _refuse_divided(layer)
+            if is_dtensor(w):
+                _refuse_parts(layer)
             same = o.cluster_dim, o.layout, o.iterations, o.metric, o.gradient, o.preserve_zeros
             batches[w.dtype, w.device, wide, same].append((layer, w, *divided(w, form_of(layer))))
         for some in batches.values():
@@ -212,10 +214,11 @@ class Palettizer(Attached):
         """W_hat as if the nearest centroid's entry of the table were rounded; the gradient passes through."""
         with torch.no_grad():
             table = c[:, 0].contiguous() if o.cluster_dim == 1 else c
-            codes = assign(w, table, cluster_dim=o.cluster_dim, layout=o.layout)
+            shard, form = local(w), Form(o.bits, o.cluster_dim, o.layout)
+            (codes,) = assign([shard], [table], cluster_dim=o.cluster_dim, layout=o.layout)
             error = (quantized_lut(c, o.lut_dtype) - c)[codes.long()].to(w.dtype)
-            form = Form(o.bits, o.cluster_dim, o.layout)
-        return hat + assembled(error, w.new_zeros(w.numel() % o.cluster_dim), w.shape, form)
+            error = assembled(error, shard.new_zeros(shard.numel() % o.cluster_dim), shard.shape, form)
+        return hat + like(error, w)
 
     @torch.no_grad()
     def clustered(self):
@@ -234,11 +237,11 @@ class Palettizer(Attached):
         hards = []
         for layer in layers:
             w = layer.weight()
-            if is_divided(w):  # a code is of its own row alone
-                _refuse_divided(layer)
-                local = w.to_local()
-                hard = self._clustered(layer.holding(local)).decoded() if local.numel() else local
-                hards.append(of_shards(hard, w))
+            if is_dtensor(w):  # a code is of its own row alone
+                _refuse_parts(layer)
+                shard = local(w)
+                hard = self._clustered(layer.holding(shard)).decoded() if shard.numel() else shard
+                hards.append(like(hard, w))
             else:
                 hards.append(self._clustered(layer).decoded())
         return hards
@@ -366,11 +369,9 @@ class Palettizer(Attached):
         return f"layers={len(self.layers)}, steps={self._count}"
 
 
-def _refuse_divided(layer):
+def _refuse_parts(layer):
     form = form_of(layer)
-    lut_dtype = None if form.lut_dtype == "fp32" else form.lut_dtype
-    per_channel_scale = form.per_channel_scale or None
-    refuse_options(layer.name, group_size=form.group_size, per_channel_scale=per_channel_scale, lut_dtype=lut_dtype)
+    refuse_options(layer.name, group_size=form.group_size, per_channel_scale=form.per_channel_scale or None)
 
 
 def _loaded(palettizer, _):

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .sharded import divide_like, is_divided, refuse_flattened
+from ..sharding.shards import placed
+from .sharded import refuse_flattened
 
 
 class Place:
@@ -50,7 +51,7 @@ class Place:
     def bake(self, hard):
         """The weight as a plain parameter with these numbers; of a DTensor each rank writes its shard."""
         p = self.module._parameters[self.attribute]
-        p.copy_(divide_like(p, hard) if is_divided(p) else hard)
+        p.copy_(placed(hard, p))
 
 
 class HeldPlace(Place):

@@ -8,7 +8,8 @@ from torch import nn
 
 from ..files.integers import Integers, integer_weight
 from ..reference import checks
-from ..sharding.shards import arrived, local, whole
+from ..reference.checks import is_dtensor
+from ..sharding.shards import arrived, local, placed, whole
 from . import tracing
 from .attach import Attached, in_backward, switch
 from .hessian import ratios
@@ -17,7 +18,7 @@ from .options import METHODS, QuantizationOptions, quantizable
 from .ranks import is_distributed
 from .restoring import restored
 from .select import matches
-from .sharded import divide_like, is_divided, refuse_options
+from .sharded import refuse_options
 from .starting import Starting, unchanged
 
 
@@ -159,7 +160,7 @@ class Quantizer(Starting):
         batches, results = {}, {}
         for layer in layers:
             q, w = self._weight_quantizer(layer), layer.weight()
-            if is_divided(w):
+            if is_dtensor(w):
                 refuse_options(layer.name, group_size=layer.options.group_size)
             batches.setdefault((type(q), w.dtype, w.device, *q.key()), []).append((layer, w))
         for (kind, *_), some in batches.items():
@@ -188,7 +189,7 @@ class Quantizer(Starting):
     def _stored_one(self, layer):
         w = layer.weight()
         hard = self._weight_quantizer(layer).coded(layer.gathered().weight()).decoded()
-        return divide_like(w, hard) if is_divided(w) else hard
+        return placed(hard, w)
 
     @torch.no_grad()
     def coded(self):

@@ -33,26 +33,6 @@ def has_ranks():
     return distributed.is_available() and distributed.is_initialized()
 
 
-def is_divided(w):
-    """Whether w is a DTensor."""
-    return type(w) is not torch.nn.Parameter and hasattr(w, "full_tensor")
-
-
-def divide_like(w, whole):
-    """The whole tensor as the DTensor w is divided; no communication."""
-    from torch.distributed.tensor import DTensor, Replicate
-
-    everywhere = DTensor.from_local(whole, w.device_mesh, [Replicate()] * w.device_mesh.ndim, run_check=False)
-    return everywhere.redistribute(placements=w.placements)
-
-
-def of_shards(local, w):
-    """The DTensor that is divided as the DTensor w is, of which every rank has the local part."""
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(local, w.device_mesh, w.placements, run_check=False, shape=w.shape, stride=w.stride())
-
-
 def refuse_options(name, **options):
     """ValueError for options of a layer, unless they are None, that need a whole weight."""
     for option, value in options.items():

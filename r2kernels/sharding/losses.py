@@ -220,7 +220,8 @@ class PartialL2(Rule):
     @staticmethod
     def states(loss, saved, seen, here):
         _, theta, local_rank = seen
-        return [here, torch.where(local_rank > 0, loss.double() * here[:, 0], 0), theta]
+        counts = (local_rank > 0) | loss.isnan()  # of a NaN in any shard
+        return [here, torch.where(counts, loss.double() * here[:, 0], 0), theta]
 
     @staticmethod
     def fold(given, n, sums, thetas):

@@ -77,15 +77,15 @@ def beside(t, x):
 def aligned(other, w):
     """The local shard of a tensor shaped like w, brought to the placements of w."""
     if not is_dtensor(other):
-        return local(like_shard(other, w)) if is_dtensor(w) else other
+        return local(placed(other, w))
     if other.placements != w.placements:
         other = other.redistribute(placements=w.placements)
     return local(other)
 
 
-def like_shard(full, w):
-    """Of a tensor that is whole on this rank, the DTensor with the placements of w."""
-    return like(full[region(w)], w)
+def placed(full, w):
+    """Of a tensor that is whole on this rank, the DTensor with the placements of w; as it is where w is none."""
+    return like(full[region(w)], w) if is_dtensor(w) else full
 
 
 def splits(w):

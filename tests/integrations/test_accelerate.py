@@ -1,11 +1,13 @@
 """A loop with accelerate and modules that train beside its model."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -175,3 +177,7 @@ def test_what_is_refused():
         Loop(palettized, schedule="before")
     with pytest.raises(TypeError, match="got Linear"):
         Loop(lambda model: [model[0]])
+    model = network()
+    accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
+    with pytest.raises(ValueError, match="DEEPSPEED keeps gradients to itself"):
+        attach(accelerator, RangeRegularizer(model), optimizer=torch.optim.SGD(model.parameters()))

@@ -7,8 +7,8 @@ from torch.nn.functional import cross_entropy
 
 from r2kernels import Palettizer, Quantizer, RangeRegularizer
 
-# graph breaks of a whole step; without a module there is one, at `backward`. The others are in the Python of backwards
-BREAKS = {"reg()": 3, "accumulate_grad_": 1, "palettizer": 15, "quantizer": 11}
+# graph breaks of a whole step as Dynamo counts them, most in the Python of backwards, some in `Palettizer.step`
+BREAKS = {"reg()": 18, "accumulate_grad_": 2, "palettizer": 42, "quantizer": 33}
 
 
 class Step:
@@ -17,7 +17,7 @@ class Step:
     def __init__(self, kind):
         torch.manual_seed(0)
         self.kind, self.x, self.y = kind, torch.randn(8, 8), torch.randint(4, (8,))
-        self.model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+        self.model = nn.Linear(8, 4)
         if kind == "palettizer":
             self.r2 = Palettizer(self.model, 2, iterations=1)
         elif kind == "quantizer":
@@ -42,12 +42,19 @@ class Step:
         self.optimizer.zero_grad()
 
 
+def breaks(kind):
+    Step(kind)()  # what is loaded and made once is there now
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.compile(Step(kind).__call__, backend="eager")()
+    return sum(torch._dynamo.utils.counters["graph_break"].values())
+
+
 @pytest.mark.filterwarnings("ignore:.*Dynamo")
 @pytest.mark.skipif(torch.__version__ < "2.13", reason="the numbers are of torch 2.13; others break at other places")
 @pytest.mark.parametrize("kind", BREAKS)
 def test_no_more_graph_breaks(kind):
-    torch._dynamo.reset()
-    assert torch._dynamo.explain(Step(kind).__call__)().graph_break_count <= BREAKS[kind]
+    assert breaks(kind) <= BREAKS[kind]
 
 
 @pytest.mark.parametrize("kind", ("reg()", "palettizer", "quantizer"))

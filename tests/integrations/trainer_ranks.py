@@ -6,9 +6,13 @@ import warnings
 import lightning.pytorch as pl
 import ranks
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from integrations.transformer import Gradients, gpt2, trainer
 from torch import distributed, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -16,6 +20,7 @@ from transformers import Trainer
 
 from r2kernels import Palettizer, Quantizer, RangeRegularizer
 from r2kernels.integrations import LightningCallback, attach, hf
+from r2kernels.integrations.modules import TrainedModules
 
 R2Trainer = hf(Trainer)
 ACCUMULATED = dict(gradient_accumulation_steps=2, per_device_train_batch_size=2, ddp_backend="gloo")
@@ -166,19 +171,28 @@ def check_lightning_counts_once(mesh):
     assert_once(network, lightning()[0].first, lightning(fixed)[0].first)
 
 
-def accelerated(make=None):
+def accelerated(make=None, fsdp2=False):
     """(model, what is attached, state before, the first step's gradients)"""
+    AcceleratorState._reset_state(reset_partial_state=True)
     accelerator, model = Accelerator(cpu=True, gradient_accumulation_steps=2), network()
+    if fsdp2:  # what accelerate sets up on GPUs
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=1)
+        accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
     optimizer, first = torch.optim.AdamW(model.parameters(), lr=1e-2), {}
-    r2 = attach(accelerator, *make(model), optimizer=optimizer) if make else None
+    modules = make(model) if make else []
+    r2 = attach(accelerator, *modules, optimizer=optimizer) if make and not fsdp2 else TrainedModules(modules)
     before = copied(state(model, r2)) if make else None
-    names = dict(model.named_parameters())
-    optimizer.register_step_pre_hook(
-        lambda *args: first.update({n: p.grad.clone() for n, p in names.items()}) if not first else None
-    )
+
+    def see(*args):
+        if not first:
+            first.update({n: p.grad.clone() for n, p in model.named_parameters()})
+
+    optimizer.register_step_pre_hook(see)
     loader = DataLoader(data(), 4, sampler=DistributedSampler(data(), shuffle=False))
     wrapped, prepared = accelerator.prepare(model, optimizer)
-    assert isinstance(wrapped, nn.parallel.DistributedDataParallel)
+    assert isinstance(wrapped, FSDPModule if fsdp2 else nn.parallel.DistributedDataParallel)
+    if fsdp2:
+        r2 = attach(accelerator, *modules, optimizer=prepared)
     for x, y in loader:
         with accelerator.accumulate(wrapped):
             accelerator.backward(cross_entropy(wrapped(x), y))
@@ -200,6 +214,18 @@ def check_accelerate_with_a_palettizer(mesh):
 
 def check_accelerate_with_a_quantizer(mesh):
     accelerated_replicas(quantized)
+
+
+def check_accelerate_with_fsdp2(mesh):
+    """The weights of DistributedDataParallel, sharded."""
+    for make in (palettized, quantized):
+        model, r2, *_ = accelerated(make)
+        sharded, sharded_r2, *_ = accelerated(make, fsdp2=True)
+        wanted = state(model, r2)
+        for name, value in state(sharded, sharded_r2).items():
+            full = value.full_tensor() if isinstance(value, DTensor) else value
+            assert_close(full, wanted[name], rtol=1e-4, atol=1e-5)
+        assert all(isinstance(p, DTensor) for p in sharded.parameters())
 
 
 def check_accelerate_counts_once(mesh):

@@ -48,8 +48,11 @@ def everything(ws, gs):
         "kure": (r2.kure, []),
         "msqe": (lambda ws, s: r2.msqe(ws, s, 4), learned(0.05)),
         "bin_reg": (lambda ws: r2.bin_reg(ws, 0.05, 3), []),
-        # "partial_l2": (lambda ws: r2.partial_l2(ws, 0.4), []),
+        "partial_l2": (lambda ws: r2.partial_l2(ws, 0.4), []),
     }
+    terms = {"soft_min_max": {"alpha": 5.0}, "kure": {}, "l_inf": {}, "margin": {"M": 0.1, "k": 0.1}}
+    terms |= {"msqe": {"step": 0.05, "bits": 4}, "bin_reg": {"step": 0.05, "bits": 3}, "partial_l2": {"fraction": 0.3}}
+    of_losses["weight_terms"] = (lambda ws: torch.stack([*r2.weight_terms(ws, terms).values()]), [])
     of_weights = {
         "lsq": (lambda ws, s: r2.lsq(ws, s, 4), learned(0.05)),
         "ewgs": (lambda ws, a, b: r2.ewgs(ws, a, b, 3, delta=0.1), learned(-0.2, 0.2)),
@@ -304,7 +307,7 @@ def check_compiled_regions(mesh):
         with CommDebugMode():
             assert torch.equal(local(function(x.detach())), results[0][0])
     whole = torch.compile(lambda w: r2.lsq(w, 0.05, 4), backend="eager", fullgraph=True)
-    refused(Exception, "r2kernels runs on DTensors outside of graphs", whole, x)
+    refused(Exception, "merged_over_ranks_outside_of_graphs", whole, x)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,9 @@ from quantizers import calls
 from sharding.laid import Laid, full, laid_as, layouts, like, local, same_on_all_ranks
 
 import r2kernels as r2
+from r2kernels import reference
+from r2kernels.functional.regularizers import sampled_std
+from r2kernels.reference.columns import accumulator
 
 EXACT = 1e-12
 SEEDS = {torch.float64: 1, torch.float32: 3, torch.bfloat16: 3, torch.float16: 3}  # lists of 20 tensors: 60 draws
@@ -184,6 +187,37 @@ def quantize(one, laid):
     return calls.quantities(
         full(list(of_xs)), [torch.cat(of_parameters[i * per : (i + 1) * per]) for i in range(len(learned))]
     )
+
+
+def check_statistics(mesh):
+    """weight_stats, as regularizers/test_weight_stats.py judges it, and the std of the same sample."""
+    laid = Laid(layouts(mesh))
+    for dtype in SEEDS:
+        own, pool, wide = budget.Pool(), budget.Pool(), dtype == torch.float64
+        for seed in range(3):
+            ws = [*tensors(dtype, seed), *shaped([(130, 300)], dtype, seed)]
+            exact = reference.weight_stats_fwd([w.double() for w in ws])[:, :6]
+            scale = torch.where(torch.arange(6) == 2, exact[:, 5:], exact.abs())
+            with laid.chosen():
+                placed = laid.of(ws)
+                stats, sampled = r2.weight_stats(placed), sampled_std(placed)
+            same_on_all_ranks(*stats[:6], sampled)
+            assert stats.numel == tuple([w.numel() for w in ws])
+            rows = torch.stack(stats[:6], 1).double()
+            assert torch.equal(rows[:, [0, 1, 5]], exact[:, [0, 1, 5]]), "these are exact"
+            errors = budget.relative((rows - exact).abs(), scale)
+            std = reference.sampled_std_fwd([w.double() for w in ws])
+            of_sample = budget.relative((sampled.double() - std).abs(), std)
+            if wide:
+                assert errors.max() <= EXACT and of_sample.max() <= EXACT, (errors, of_sample)
+                continue
+            rounded = reference.weight_stats_fwd(ws)[:, :6].double()
+            fields = r2.WeightStats._fields
+            own.add(dict(zip(fields, budget.relative((rounded - exact).abs(), scale).unbind(1), strict=False)))
+            own.add({"sampled": budget.relative((reference.sampled_std_fwd(ws).double() - std).abs(), std)})
+            pool.add({**dict(zip(fields, errors.unbind(1), strict=False)), "sampled": of_sample})
+        failures = "" if wide else budget.exceeded(own, {"sharded": pool}, accumulator(dtype))
+        assert not failures, "\n" + failures
 
 
 LEARNED = {"lsq": [True], "ewgs": [True, True, False], "pact": [True], "dorefa": []}

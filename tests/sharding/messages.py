@@ -57,6 +57,7 @@ CALLS = {
     "kure": (r2.kure, _none, [5], []),
     "msqe": (lambda ws, s: r2.msqe(ws, s, 4), _learned(0.1), [3], []),
     "bin_reg": (lambda ws: r2.bin_reg(ws, 0.1, 3), _none, [16], []),
+    "partial_l2": (lambda ws: r2.partial_l2(ws, 0.4), _none, [256] * 8 + [3], []),  # a count of each digit
     "weight_terms": (_terms, _learned(2.0), [8 + 2 + 2 + 5], []),
     "lsq": (lambda ws, s: r2.lsq(ws, s, 4), _learned(0.1), [], [1]),
     "ewgs": (lambda ws, a, b: r2.ewgs(ws, a, b, 4), _bounds, [], [2]),

@@ -1,18 +1,28 @@
-"""The functions on DTensors, in 2 and in 4 ranks."""
+"""The functions on DTensors in 2 and in 4 ranks: what they give, what is told, the edges."""
 
 from pathlib import Path
 
 import pytest
 import ranks
 
-SCRIPT = Path(__file__).with_name("functions.py")
+SCRIPTS = [Path(__file__).with_name(name) for name in ("functions.py", "messages.py", "edges.py")]
+CHECKS = [(script, name) for script in SCRIPTS for name in ranks.names(script)]
 
 
-@pytest.fixture(scope="module", params=(2, 4))
-def found(request, tmp_path_factory):
-    return ranks.run(request.param, SCRIPT, tmp_path_factory.mktemp("ranks"))
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """(script, number of ranks) -> what its checks left, once."""
+    found = {}
+
+    def launch(script, world):
+        if (script, world) not in found:
+            found[script, world] = ranks.run(world, script, tmp_path_factory.mktemp("ranks"))
+        return found[script, world]
+
+    return launch
 
 
-@pytest.mark.parametrize("name", ranks.names(SCRIPT))
-def test_on_all_ranks(found, name):
-    ranks.passed(found, name)
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(("script", "name"), CHECKS, ids=lambda value: getattr(value, "stem", value))
+def test_on_all_ranks(script, name, world, launched):
+    ranks.passed(launched(script, world), name)

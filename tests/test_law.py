@@ -134,7 +134,7 @@ LAW = {
     "nn.ranks": {"lists"},
     "nn.tracing": set(),
     "nn.attach": {"nn.sharded", "nn.tracing", "reference.checks", "sharding.shards"},
-    "nn.synchronised": {"nn.attach", "nn.ranks", "nn.sharded"},
+    "nn.synchronised": {"nn.attach", "nn.ranks", "nn.sharded", "reference.checks"},
     "nn.export": {"files.onnx", "nn.attach", "nn.inputs", "nn.quantizer", "nn.tracing"},
     "nn.hessian": {"nn.attach"},
     "nn.inputs": {"nn.select"},

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from ..reference.checks import is_dtensor
 from .attach import Attached, in_backward
 from .ranks import average_gradients, broadcast, is_distributed
 from .sharded import averages_gradients, groups_of
@@ -47,9 +48,8 @@ class Synchronised(Attached):
     def _share(self, process_group=None):
         self._given, self._ranks, self._is_shared, self._warned_alone = _Given(process_group), None, False, False
         self._synchronises, self._averaging = True, False
-        self._by_parameters = (
-            None  # `Ranks` that a backward is known to have by its parameters; True: that was compiled
-        )
+        # `Ranks` of a forward whose backward is known by the parameters it reaches; True: it was compiled
+        self._by_parameters = None
 
     @contextlib.contextmanager
     def no_sync(self):
@@ -98,6 +98,8 @@ class Synchronised(Attached):
             if not any(p.requires_grad for p in self.parameters()):
                 return
             self._warned_alone = True
+            if any(is_dtensor(layer.weight()) for layer in self.layers):
+                return  # tensor parallelism alone: all ranks have the same batch, and the same gradients
             warnings.warn(
                 f"the ranges of this {type(self).__name__} are not averaged over the ranks of torch.distributed: its "
                 "model runs neither inside DistributedDataParallel nor after fully_shard. Pass process_group= "

@@ -5,6 +5,9 @@ them with one dtype and device, all in the same batched passes. `cluster_dim=d` 
 (`layout="output"`: `W.transpose(0, -1).reshape(-1, d)`, d consecutive output channels; `"contiguous"`: `W.reshape(-1,
 d)`). Centroids are float32 (float64 for float64 W): (K,) for d = 1, else (K, d); for a sequence one such tensor for
 each, not all of the same K.
+
+DTensors, sharded over any mesh, give a W_hat with their placements and centroids that are plain and the same bits on
+all ranks; every pass over the weights takes one message of some numbers for each centroid. All ranks call.
 """
 
 import torch
@@ -167,7 +170,8 @@ def assign(W, centroids, *, cluster_dim=1, layout="output"):
     above; for a sequence a list.
 
     Rows are in the order of `layout`. Ties take the lower index; what is infinitely far away, or NaN, is never nearest,
-    and a row that has no other takes 0. No gradient. Nothing of size N x K is stored.
+    and a row that has no other takes 0. No gradient. Nothing of size N x K is stored. Of a DTensor the codes are those of
+    the shard here, in the order of its rows.
     """
     ws, single = differentiable.weights("assign", W, cluster_dim, layout)
     given, clusters = checks.centroids(centroids, ws, single, cluster_dim)

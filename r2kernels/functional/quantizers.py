@@ -8,6 +8,9 @@ those. Only x and the parameters are kept for the backward pass, which reads x a
 gradients of the parameters in a fixed order. Rounding is half to even; NaN in x stays NaN. The values of tensors are
 never read: an invalid parameter gives NaN.
 
+A DTensor gives one with its placements; the gradients of parameters, which every rank has whole, are summed over the
+shards in one message (LSQ's scale counts all of them).
+
 TypeError or ValueError names the argument, for a wrong type, dtype, device, shape or value. A second derivative
 through a quantizer raises RuntimeError. An empty tensor of a sequence stays empty, and has no share in the gradients
 of parameters.

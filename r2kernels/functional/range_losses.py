@@ -9,6 +9,10 @@ and inside of vmap, grad and the other transforms of torch.func.
 A tensor of a sequence may be empty, as the local shards of a sharded model are: a range of no numbers is 0, so the
 loss is 0, |M| or exp(-alpha) for each column, both soft extrema are 0, and the gradient is empty.
 
+DTensors, sharded over any mesh, give the loss of the whole weight, plain and with the same bits on all ranks, for one
+message forward and none backward; gradients are sharded as the weights. ValueError for Partial placements, and where a
+row of `cluster_dim` numbers would lie on two shards. All ranks call.
+
 Parameters are a number, a 0-dim tensor, for a sequence also an (L,) tensor or a sequence of numbers. `cluster_dim=d`
 reads W as rows of d (`layout="output"`: `W.transpose(0, -1).reshape(-1, d)`, d consecutive output channels;
 `"contiguous"`: `W.reshape(-1, d)`), takes the loss of each of the d columns and sums; a parameter may then be (d,),

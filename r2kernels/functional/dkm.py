@@ -170,8 +170,8 @@ def assign(W, centroids, *, cluster_dim=1, layout="output"):
     above; for a sequence a list.
 
     Rows are in the order of `layout`. Ties take the lower index; what is infinitely far away, or NaN, is never nearest,
-    and a row that has no other takes 0. No gradient. Nothing of size N x K is stored. Of a DTensor the codes are those of
-    the shard here, in the order of its rows.
+    and a row that has no other takes 0. No gradient. Nothing of size N x K is stored. Of a DTensor the codes are those
+    of the shard here, in the order of its rows.
     """
     ws, single = differentiable.weights("assign", W, cluster_dim, layout)
     given, clusters = checks.centroids(centroids, ws, single, cluster_dim)

@@ -1,9 +1,10 @@
 """The regularizers of weights and their statistics: what a user calls.
 
 `W` is a floating-point tensor or a sequence of them, DTensors too, and parameters are given, as in range_losses.py,
-with cluster_dim 1 (partial_l2 of DTensors takes a message more for each byte of a number). TypeError or ValueError names the argument, for a wrong type, dtype, device mix, shape or value. The
-values of tensors are never read: an invalid one gives NaN. A second derivative through a loss raises RuntimeError. An
-empty tensor of a sequence has the loss 0, and no share in the gradient of a step.
+with cluster_dim 1 (partial_l2 of DTensors takes a message more for each byte of a number). TypeError or ValueError
+names the argument, for a wrong type, dtype, device mix, shape or value. The values of tensors are never read: an
+invalid one gives NaN. A second derivative through a loss raises RuntimeError. An empty tensor of a sequence has the
+loss 0, and no share in the gradient of a step.
 """
 
 import torch

@@ -94,8 +94,8 @@ def splits(w):
     `_StridedShard` cuts what the dimensions behind it have cut already, as FSDP does after tensor parallelism.
     """
     cuts = [[] for _ in range(w.dim())]
-    order = getattr(w._spec, "shard_order", None)  # torch >= 2.12
-    if order is not None:
+    order = w._spec.shard_order
+    if order is not None:  # else `_StridedShard` tells it
         for entry in order:
             cuts[entry.tensor_dim] = list(entry.mesh_dims)
         return cuts

@@ -213,10 +213,45 @@ def inertia_of_kmeans(dtype, offset, device):
         assert spread[0] <= 1.001 * spread[1], f"K = {k}, d = {d}: inertia {spread[0]}, of the CPU {spread[1]}"
 
 
+def shards_of_one_rank(dtype, offset, device):
+    """DTensors on a mesh of one rank, whose states are gathered and merged: as plain tensors."""
+    from torch import distributed
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    kind = torch.device(device).type
+    if not distributed.is_initialized():
+        backend = "nccl" if kind == "cuda" else "gloo"
+        distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh(kind, (1,))
+    plain = moved(placed(SIZES[3:], dtype, offset, 7), device)
+    shards = [distribute_tensor(w, mesh, [Shard(0)]) for w in plain]
+    starts = r2kernels.kmeans(plain, 4)
+    assert all(torch.equal(a, b) for a, b in zip(r2kernels.kmeans(shards, 4), starts, strict=True)), "kmeans differs"
+    calls = {
+        "l_inf": r2kernels.l_inf,
+        "soft_min_max": lambda ws: r2kernels.soft_min_max(ws, 2.0),
+        "kure": r2kernels.kure,
+        "partial_l2": lambda ws: r2kernels.partial_l2(ws, 0.5),
+        "lsq": lambda ws: r2kernels.lsq(ws, 0.02, 4)[0],
+        "dkm": lambda ws: r2kernels.dkm(ws, starts, 0.01)[0][0],
+    }
+    for name, call in calls.items():
+        results = []
+        for ws in (plain, shards):
+            ws = [w.detach().requires_grad_() for w in ws]
+            found = call(ws)
+            gradients = torch.autograd.grad(found.sum(), ws[:1])
+            results.append([getattr(t, "_local_tensor", t).detach().cpu().double() for t in (found, *gradients)])
+        for a, e in zip(*results, strict=True):
+            error = budget.rms(a - e) / budget.rms(e).clamp(min=1e-30)
+            assert error <= 100 * torch.finfo(dtype).eps, f"{name} of shards differs by {error:.3g} of its RMS"
+
+
 OTHERS = {
     "bits of quantizers": bits_of_quantizers,
     "weight_stats": statistics,
     "weight_terms": terms,
     "assign": codes,
     "kmeans": inertia_of_kmeans,
+    "DTensors": shards_of_one_rank,
 }

@@ -137,7 +137,8 @@ def _decay(average):
     count = average.n_averaged
     if count == 0:
         return None
-    old, new = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    old = torch.ones(1, dtype=torch.float64, device="cpu")
+    new = torch.zeros_like(old)
     if average.multi_avg_fn is not None:
         average.multi_avg_fn([old], [new], count.cpu())
         return old.item()

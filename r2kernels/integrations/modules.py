@@ -96,7 +96,7 @@ class TrainedModules(nn.ModuleList):
 
 def loss_scale(scaler, device):
     """What a GradScaler, or None, multiplies a loss by, without reading it."""
-    return 1.0 if scaler is None else scaler.scale(torch.ones((), device=device))
+    return 1.0 if scaler is None else scaler.scale(torch.ones((), dtype=torch.float32, device=device))
 
 
 def check_gradients_are_plain(strategy):

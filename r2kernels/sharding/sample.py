@@ -36,12 +36,12 @@ def _here(w, shard):
 @functools.lru_cache(maxsize=4096)
 def _places(shape, strides, spans, device):
     """(the order of dimensions in which numbers are counted, which numbers of the shard are in the sample)"""
-    whole = torch.empty_strided(shape, strides, device="meta")
+    whole = torch.empty_strided(shape, strides, dtype=torch.float32, device="meta")
     order = dimensions(whole)
     at = torch.unravel_index(places(whole.numel(), "cpu"), [shape[i] for i in order])
     spans = [spans[i] for i in order]
     inside = torch.stack([(a >= low) & (a < high) for a, (low, high) in zip(at, spans, strict=True)]).all(0)
-    found = torch.zeros(int(inside.sum()), dtype=torch.int64)
+    found = torch.zeros(int(inside.sum()), dtype=torch.int64, device="cpu")
     for a, (low, high) in zip(at, spans, strict=True):
         found = found * (high - low) + a[inside] - low
     return order, lasting(lambda: found.to(device), device, "the sample of a sharded weight")

@@ -56,10 +56,7 @@ class _Channels:
         channel of the shard."""
         tables = [self._placed(g.double() * self._roots() if self.scaled else g.double()) for g in learned]
         totals = self.shards.summed(*tables)
-        return [
-            torch.cat([row[:size] for row, size in zip(total, self.sizes, strict=True)]).to(g.dtype)
-            for total, g in zip(totals, learned, strict=True)
-        ]
+        return [self._flat(total).to(g.dtype) for total, g in zip(totals, learned, strict=True)]
 
     def _roots(self):
         """For every number here: the root of the share that the shard has of its channel."""
@@ -69,6 +66,12 @@ class _Channels:
             whole, here = (max(t.numel() // max(n, 1), 1) for t, n in zip((w, shard), channels, strict=True))
             shares += [(here / whole) ** 0.5] * channels[1]
         return self.shards.constant(shares)
+
+    def _flat(self, table):
+        """The inverse of `_placed`, of sums."""
+        if self.axis is None:
+            return table[:, 0]
+        return torch.cat([row[:size] for row, size in zip(table, self.sizes, strict=True)])
 
     def _placed(self, g):
         """(L, most channels) with the numbers of the channels here, zeros for all others."""

@@ -13,11 +13,13 @@ pytest with TRITON_INTERPRET=1 and `--backend triton`.
 """
 
 import contextlib
+import functools
 import importlib
 import os
 from typing import NamedTuple
 
 import pytest
+import ranks
 import torch
 from emulate import emulated
 
@@ -156,6 +158,12 @@ def variants(request):
 @pytest.fixture(scope="session")
 def plain():
     return Variant("reference")
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """(script, number of ranks) -> what the checks of the script left on every rank (ranks.py), of one launch."""
+    return functools.cache(lambda script, world: ranks.run(world, script, tmp_path_factory.mktemp("ranks")))
 
 
 @pytest.fixture

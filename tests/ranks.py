@@ -3,13 +3,10 @@
 A script of such checks holds functions `check_*(mesh)` and ends in `ranks.main(globals())`; a test runs it once for a
 number of ranks and asserts what each check left:
 
-    @pytest.fixture(scope="module", params=(2, 4))
-    def found(request, tmp_path_factory):
-        return ranks.run(request.param, SCRIPT, tmp_path_factory.mktemp("ranks"))
-
+    @pytest.mark.parametrize("world", (2, 4))
     @pytest.mark.parametrize("name", ranks.names(SCRIPT))
-    def test_on_all_ranks(found, name):
-        ranks.passed(found, name)
+    def test_on_all_ranks(name, world, launched):
+        ranks.passed(launched(SCRIPT, world), name)
 """
 
 import datetime

@@ -3,7 +3,6 @@ summed over the shards."""
 
 import torch
 
-from ..reference.checks import is_dtensor
 from ..reference.quantizers import dorefa_bwd_of_maximum
 from .shards import Shards, region
 
@@ -42,7 +41,7 @@ class _Channels:
             self.sizes = [1] * len(shards.local)
             return
         self.sizes = [w.shape[self.axis] for w in shards.weights]
-        self.spans = [region(w)[self.axis] if is_dtensor(w) else slice(0, w.shape[self.axis]) for w in shards.weights]
+        self.spans = [region(w)[self.axis] for w in shards.weights]
 
     def here(self, given):
         if self.axis is None:

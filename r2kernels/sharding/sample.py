@@ -8,7 +8,7 @@ import torch
 from ..reference.lasting import lasting
 from ..reference.sample import NUMBERS, dimensions, places
 from .losses import merged_statistics
-from .shards import Shards, is_dtensor, region
+from .shards import Shards, region
 
 
 def sampled_std(kernel, row, call):
@@ -28,7 +28,7 @@ def _here(w, shard):
     """Those of the numbers that stand for w that lie here."""
     if w.numel() < 2 * NUMBERS:
         return shard.reshape(-1)
-    spans = tuple([(s.start, s.stop) for s in region(w)]) if is_dtensor(w) else tuple([(0, n) for n in w.shape])
+    spans = tuple([(s.start, s.stop) for s in region(w)])
     order, found = _places(tuple(w.shape), w.stride(), spans, shard.device)
     return shard.permute(order).reshape(-1)[found]
 

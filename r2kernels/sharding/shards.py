@@ -106,7 +106,9 @@ def splits(w):
 
 
 def region(w, coordinate=None):
-    """The slices of a DTensor that lie at this coordinate of its mesh, by default here."""
+    """The slices of a DTensor that lie at this coordinate of its mesh, by default here; of other tensors all."""
+    if not is_dtensor(w):
+        return tuple([slice(0, size) for size in w.shape])
     mesh = w.device_mesh
     coordinate = mesh.get_coordinate() if coordinate is None else coordinate
     found = []

@@ -9,7 +9,7 @@ import torch
 from torch import distributed
 
 from ..reference.columns import accumulator
-from .shards import gathered, groups_of, local, region, splits
+from .shards import cut_by, gathered, groups_of, local, region
 
 
 def on_owners(weights, shapes, work):
@@ -49,7 +49,7 @@ def _round(weights, some, shapes, groups, work, results):
 def _holders(w):
     """(rank, coordinate) of every rank with a shard of this copy of w."""
     mesh, here = w.device_mesh, w.device_mesh.get_coordinate()
-    cut = {i for some in splits(w) for i in some}
+    cut = cut_by(w)
     axes = [range(mesh.size(i)) if i in cut else [here[i]] for i in range(mesh.ndim)]
     return [(int(mesh.mesh[at]), at) for at in itertools.product(*axes)]
 

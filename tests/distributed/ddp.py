@@ -1,4 +1,4 @@
-"""Run by test_ddp.py in several ranks: DistributedDataParallel, process groups, what FSDP1 is refused by."""
+"""Run by test_modules.py in several ranks: DistributedDataParallel, process groups, what FSDP1 is refused by."""
 
 import contextlib
 import sys

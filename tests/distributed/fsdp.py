@@ -1,4 +1,4 @@
-"""Run by test_fsdp.py in several ranks: a Palettizer and a Quantizer under `fully_shard`."""
+"""Run by test_modules.py in several ranks: a Palettizer and a Quantizer under `fully_shard`."""
 
 import sys
 import tempfile

@@ -1,4 +1,4 @@
-"""Run by test_tensor_parallel.py in several ranks: what is attached to weights that stay DTensors, and a
+"""Run by test_modules.py in several ranks: what is attached to weights that stay DTensors, and a
 RangeRegularizer under `fully_shard`."""
 
 import sys
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, init_device_mesh
+from torch.distributed.tensor import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -18,6 +18,7 @@ from nn.replicas import assert_equal_on_all_ranks, counted
 from nn.shards import SHARDINGS, by_blocks, loss_of, net
 
 from r2kernels import Palettizer, Quantizer, RangeRegularizer, calibrate
+from r2kernels.sharding.shards import whole
 
 REGULARIZERS = (
     {"alpha": 2.0},
@@ -28,10 +29,6 @@ REGULARIZERS = (
     {"loss": "kure"},
     {"alpha": 2.0, "cluster_dim": 2, "layout": "contiguous", "exclude": ["head"]},
 )
-
-
-def whole(t):
-    return t.full_tensor() if isinstance(t, DTensor) else t
 
 
 def state(*modules):

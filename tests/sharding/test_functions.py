@@ -9,19 +9,6 @@ SCRIPTS = [Path(__file__).with_name(name) for name in ("functions.py", "messages
 CHECKS = [(script, name) for script in SCRIPTS for name in ranks.names(script)]
 
 
-@pytest.fixture(scope="module")
-def launched(tmp_path_factory):
-    """(script, number of ranks) -> what its checks left, once."""
-    found = {}
-
-    def launch(script, world):
-        if (script, world) not in found:
-            found[script, world] = ranks.run(world, script, tmp_path_factory.mktemp("ranks"))
-        return found[script, world]
-
-    return launch
-
-
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize(("script", "name"), CHECKS, ids=lambda value: getattr(value, "stem", value))
 def test_on_all_ranks(script, name, world, launched):

@@ -14,6 +14,7 @@ from .palettizer import Palettizer
 from .quantizer import Quantizer
 from .regularizer import RangeRegularizer
 from .select import select_weights
+from .sensitivity import sensitivity
 
 __all__ = [
     "LearnableCoefficient",
@@ -26,4 +27,5 @@ __all__ = [
     "export",
     "reestimate_batchnorm",
     "select_weights",
+    "sensitivity",
 ]

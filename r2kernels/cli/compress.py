@@ -15,12 +15,12 @@ import torch
 
 from ..files import container
 from ..files.checkpoint import CheckpointError
-from ..files.clustered import Clustered, Form, divided
+from ..files.clustered import Clustered, Form
 from ..files.format import Planned
 from ..files.paths import replacing
 from ..files.saving import by_alignment, saving
 from ..nn.clipping import coded
-from ..nn.clustering import few_rows, fitted, lost
+from ..nn.clustering import centroids_of, few_rows, lost
 from .console import count, number, table
 from .report import PANELS, figure, histogram, unread_lines
 
@@ -63,7 +63,7 @@ class Result(NamedTuple):
 
 def cluster(w, form, preserve_zeros=False, name="a weight"):
     """A weight clustered by k-means, or None where it is not finite. Warns of values and zeros that it loses."""
-    centroids = fitted(divided(w, form)[0], form, preserve_zeros)
+    centroids = centroids_of(w, form, preserve_zeros)
     if not centroids.isfinite().all():
         return None
     for text in lost(w, form, centroids, preserve_zeros):

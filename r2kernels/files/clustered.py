@@ -151,8 +151,10 @@ def different(lut):
 
 
 def channel_scales(w, axis=0):
-    """(C,) max|W| of each output channel; no gradient."""
-    return w.detach().abs().movedim(axis, 0).flatten(1).amax(1)
+    """(C,) mean |W| of each output channel, which few outliers hardly change; 0 for a channel of zeros alone. No
+    gradient."""
+    means = w.detach().abs().movedim(axis, 0).flatten(1).mean(1, dtype=accumulator(w.dtype))
+    return torch.where(means == 0, means, means.clamp(min=torch.finfo(w.dtype).tiny)).to(w.dtype)
 
 
 def along_channels(scales, dims, axis=0):

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..files.clustered import LUT_DTYPES, Form, Geometry, divided, nearest_codes, values_lost
+from ..files.clustered import LUT_DTYPES, Form, Geometry, along_channels, divided, nearest_codes, values_lost
 from ..functional.kmeans import kmeans
 from ..reference import checks
-from ..reference.columns import columns
+from ..reference.columns import accumulator, columns
 from ..reference.zeros import zeros_of
 
 # tau="auto": this part of the distance of neighbouring centroids (for "sqeuclidean" squared). In the demo's five
@@ -98,12 +98,40 @@ def form_of(layer):
     return form._replace(group_size=form.group_size or 1) if layer.experts else form._replace(axis=layer.output_axis)
 
 
-def fitted(pieces, form, preserve_zeros=False):
-    """(groups, K, d) centroids of k-means of the groups of a weight; NaN where one has a NaN or an infinity."""
+def fitted(pieces, form, preserve_zeros=False, weight=None):
+    """(groups, K, d) centroids of k-means of the groups of a weight; NaN where one has a NaN or an infinity.
+
+    weight: tensors of numbers >= 0 shaped like the groups, or None: what an error there counts; of a row the mean. In
+    a group where all are 0 all count alike.
+    """
     options = {"cluster_dim": form.cluster_dim, "layout": form.layout, "preserve_zeros": preserve_zeros}
+    if weight is not None:
+        masses = [columns(v, form.cluster_dim, form.layout).mean(0) for v in weight]
+        options["weight"] = [torch.where(m.any(), m, 1) for m in masses]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "kmeans: .* centroids will be repeated")
         return torch.stack(kmeans(pieces, 2**form.bits, **options)).reshape(len(pieces), -1, form.cluster_dim)
+
+
+def importances(w, form, scales, weight=None):
+    """What an error of each number in the groups of w / scales counts, as `fitted` takes it: the squared scale of its
+    channel times that of `weight`, shaped like w, where there is one. None where all count alike."""
+    if scales is None and weight is None:
+        return None
+    wide = torch.ones_like(w, dtype=accumulator(w.dtype)) if weight is None else weight.to(accumulator(w.dtype))
+    if scales is not None:
+        squares = (scales.to(wide.dtype) / scales.max()).square().nan_to_num(1, 1)  # of a NaN k-means tells itself
+        wide = wide * along_channels(squares, w.dim(), form.axis)
+    return divided(wide, form._replace(per_channel_scale=False))[0]
+
+
+def centroids_of(w, form, preserve_zeros=False, weight=None, scales=None):
+    """(groups, K, d) centroids of k-means of a weight, of which `weight`, shaped like it, says what an error counts.
+
+    scales: of the channels, by default `channel_scales`. NaN in a group with a NaN or an infinity.
+    """
+    pieces, scales = divided(w, form, scales)
+    return fitted(pieces, form, preserve_zeros, importances(w, form, scales, weight))
 
 
 def few_rows(shape, form):

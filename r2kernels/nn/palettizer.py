@@ -18,7 +18,17 @@ from ..reference.dkm import spacing
 from ..reference.zeros import with_zero, zeros_of
 from ..sharding.shards import like, local
 from .attach import Attached
-from .clustering import ClusteringOptions, few_rows, fitted, form_of, lost, spare_and_error, with_zeros_kept
+from .clustering import (
+    ClusteringOptions,
+    centroids_of,
+    few_rows,
+    fitted,
+    form_of,
+    importances,
+    lost,
+    spare_and_error,
+    with_zeros_kept,
+)
 from .layers import layers_of
 from .sharded import refuse_options
 
@@ -119,7 +129,7 @@ class Palettizer(Attached):
             for layer in layers:
                 o = layer.options
                 form = form_of(layer)
-                centroids = fitted(divided(layer.gathered().weight(), form)[0], form, o.preserve_zeros)
+                centroids = centroids_of(layer.gathered().weight(), form, o.preserve_zeros)
                 if not centroids.isfinite().all():
                     raise ValueError(f"{layer.name} has a NaN or an infinity; only finite weights can be clustered")
                 self.centroids.register_buffer(layer.key, centroids)
@@ -326,8 +336,11 @@ class Palettizer(Attached):
         ]
         waiting = {g for g, (spare, error) in enumerate(found) if error == 0 and spare}
         if anew:
-            pieces = divided(layer.gathered().weight(), form)[0]
-            c[anew] = fitted([pieces[g] for g in anew], form, layer.options.preserve_zeros).to(c.dtype)
+            w = layer.gathered().weight()
+            pieces, scales = divided(w, form)
+            weight = importances(w, form, scales)
+            pieces, weight = ([all_[g] for g in anew] if all_ else None for all_ in (pieces, weight))
+            c[anew] = fitted(pieces, form, layer.options.preserve_zeros, weight).to(c.dtype)
             waiting |= {anew[i] for i in (different(c[anew]) < c.shape[1]).nonzero()[:, 0].tolist()}
         self._waiting[key] = frozenset(waiting)
 

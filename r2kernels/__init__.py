@@ -25,7 +25,7 @@ from .functional import (
     weight_stats,
     weight_terms,
 )
-from .nn import LearnableCoefficient, Palettizer, Quantizer, RangeRegularizer, calibrate, export, sensitivity
+from .nn import LearnableCoefficient, Palettizer, Quantizer, RangeRegularizer, allocate, calibrate, export, sensitivity
 from .version import __version__
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "RangeRegularizer",
     "WeightStats",
     "__version__",
+    "allocate",
     "assign",
     "backends",
     "bin_reg",

@@ -4,6 +4,7 @@
 places while the model runs (`attach`), and `calibrate` makes a quantizer without training.
 """
 
+from .allocation import allocate
 from .attach import attached
 from .batchnorm import reestimate_batchnorm
 from .calibrate import calibrate
@@ -21,6 +22,7 @@ __all__ = [
     "Palettizer",
     "Quantizer",
     "RangeRegularizer",
+    "allocate",
     "attached",
     "calibrate",
     "copy_attached",

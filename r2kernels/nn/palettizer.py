@@ -29,6 +29,7 @@ from .clustering import (
     spare_and_error,
     with_zeros_kept,
 )
+from .importance import importances_of
 from .layers import layers_of
 from .sharded import refuse_options
 
@@ -65,6 +66,8 @@ class Palettizer(Attached):
     preserve_zeros: zeros of a weight stay 0, soft and hard, and have no gradient; one centroid is always exactly 0, and
         other weights may take it too. Of rows of `cluster_dim` those stay that are 0 as a whole; a warning counts the
         other zeros. On by itself for pruned weights and for embeddings whose padding row is 0.
+    weight: name -> importances of a weight, as `sensitivity` gives them: k-means, where groups start, counts errors by
+        them. Those without are not weighted.
     include, exclude: as in `select_weights`; embeddings and recurrent weights are there without.
     overrides: name pattern (of the parameter or its module) -> dict of options, or "skip"; of several that match the
         last one counts.
@@ -102,6 +105,7 @@ class Palettizer(Attached):
         per_channel_scale=False,
         lut_dtype="fp32",
         preserve_zeros=False,
+        weight=None,
         include=None,
         exclude=None,
         overrides=None,
@@ -122,14 +126,15 @@ class Palettizer(Attached):
             preserve_zeros,
         ).checked("the model")
         layers = _layers(model, usual, overrides, include, exclude)
+        self._importance = importances_of({layer.name: layer.weight().shape for layer in layers}, weight)
         self.centroids, self.taus = nn.Module(), nn.Module()
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=layers[0].weight().device))
         self._count = 0
         with torch.no_grad():
             for layer in layers:
                 o = layer.options
-                form = form_of(layer)
-                centroids = centroids_of(layer.gathered().weight(), form, o.preserve_zeros)
+                form, w = form_of(layer), layer.gathered().weight()
+                centroids = centroids_of(w, form, o.preserve_zeros, self._weight(layer, w))
                 if not centroids.isfinite().all():
                     raise ValueError(f"{layer.name} has a NaN or an infinity; only finite weights can be clustered")
                 self.centroids.register_buffer(layer.key, centroids)
@@ -141,6 +146,11 @@ class Palettizer(Attached):
         self._read(layers)
         self._attach(model, layers, replace=replace)
         self.register_load_state_dict_post_hook(_loaded)
+
+    def _weight(self, layer, w):
+        """The importances of a layer with the weight w, or None."""
+        h = self._importance.get(layer.name)
+        return None if h is None else h.to(w.device)
 
     @torch.no_grad()
     def _read(self, layers):
@@ -338,7 +348,7 @@ class Palettizer(Attached):
         if anew:
             w = layer.gathered().weight()
             pieces, scales = divided(w, form)
-            weight = importances(w, form, scales)
+            weight = importances(w, form, scales, self._weight(layer, w))
             pieces, weight = ([all_[g] for g in anew] if all_ else None for all_ in (pieces, weight))
             c[anew] = fitted(pieces, form, layer.options.preserve_zeros, weight).to(c.dtype)
             waiting |= {anew[i] for i in (different(c[anew]) < c.shape[1]).nonzero()[:, 0].tolist()}

@@ -42,10 +42,10 @@ def sensitivity(
         of which the floating-point tensors count.
     include, exclude: as in `select_weights`; embeddings and recurrent weights are there without.
 
-    Each row of an embedding has one use more than the loader gave it, as in Laplace's rule: "fisher" adds to every row
-    the mean of those that were used, and "inputs" is (uses + 1) / (all uses + rows). A weight that modules share is
-    there once. What modules compute from other parameters (weight_norm) has no entry, nor with "inputs" a weight that
-    is not that of a linear, conv or embedding module which is called.
+    Each row of an embedding has one use more than the loader gave it, as in Laplace's rule, and all together what they
+    had: "inputs" is (uses + 1) / (all uses + rows), and "fisher" adds to every row the mean of those that were used. A
+    weight that modules share is there once. What modules compute from other parameters (weight_norm) has no entry, nor
+    with "inputs" a weight that is not that of a linear, conv or embedding module which is called.
 
     The model runs in eval(), and is afterwards as it was: modes, buffers, gradients, random numbers. Squared gradients
     are summed in place when each gradient appears, and no gradient is kept. Under torch.distributed all ranks must call
@@ -88,7 +88,8 @@ def _shaped(place, total, count, kind):
     if kind == "fisher":
         mean = total / count
         if is_table:
-            mean += mean.sum(0) / mean.any(1).sum().clamp(min=1)
+            total, used = mean.sum(0), mean.any(1).sum().clamp(min=1)
+            mean = (mean + total / used) * (used / (used + len(w)))  # the sums of columns stay
         return mean
     if is_table:
         return ((total[1:] + 1) / (total[1:].sum() + len(w)))[:, None].expand(w.shape).contiguous()
@@ -115,7 +116,9 @@ def _fisher(model, loader, candidates, kept, loss, batches, forward):
         value.backward()
 
     with _hooked(model, {f.tensor: sums[f.name] for f in kept}):
-        count = loaders.run(model, loader, kept[0].tensor.device, batches=batches, forward=backward, title="sensitivity")
+        count = loaders.run(
+            model, loader, kept[0].tensor.device, batches=batches, forward=backward, title="sensitivity"
+        )
     return sums, count
 
 

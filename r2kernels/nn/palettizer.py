@@ -20,6 +20,7 @@ from ..reference.zeros import with_zero, zeros_of
 from ..sharding.shards import like, local
 from .attach import Attached
 from .clustering import ClusteringOptions, centroids_of, clustered_layers, form_of, lost, rounding, spare_and_error
+from .importance import importances_of
 from .sharded import refuse_options
 
 CHECKED = 64  # steps between two searches for spare centroids; before these at every power of two
@@ -61,6 +62,8 @@ class Palettizer(Attached):
     preserve_zeros: zeros of a weight stay 0, soft and hard, and have no gradient; one centroid is always exactly 0, and
         other weights may take it too. Of rows of `cluster_dim` those stay that are 0 as a whole; a warning counts the
         other zeros. On by itself for pruned weights and for embeddings whose padding row is 0.
+    weight: name -> importances of a weight, as `sensitivity` gives them: k-means, where groups start, counts errors by
+        them. Those without are not weighted.
     include, exclude: as in `select_weights`; embeddings and recurrent weights are there without.
     overrides: name pattern (of the parameter or its module) -> dict of options, or "skip"; of several that match the
         last one counts.
@@ -99,6 +102,7 @@ class Palettizer(Attached):
         lut_dtype="fp32",
         preserve_zeros=False,
         granularity=None,
+        weight=None,
         include=None,
         exclude=None,
         overrides=None,
@@ -120,14 +124,15 @@ class Palettizer(Attached):
             granularity,
         ).checked("the model")
         layers = clustered_layers(model, usual, overrides, include, exclude)
+        self._importance = importances_of({layer.name: layer.weight().shape for layer in layers}, weight)
         self.centroids, self.taus = nn.Module(), nn.Module()
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=layers[0].weight().device))
         self._count = 0
         with torch.no_grad():
             for layer in layers:
                 o = layer.options
-                form = form_of(layer)
-                centroids = centroids_of(layer.gathered().weight(), form, o.preserve_zeros)
+                form, w = form_of(layer), layer.gathered().weight()
+                centroids = centroids_of(w, form, o.preserve_zeros, self._weight(layer, w))
                 if not centroids.isfinite().all():
                     raise ValueError(f"{layer.name} has a NaN or an infinity; only finite weights can be clustered")
                 self.centroids.register_buffer(layer.key, centroids)
@@ -139,6 +144,11 @@ class Palettizer(Attached):
         self._read(layers)
         self._attach(model, layers, replace=replace)
         self.register_load_state_dict_post_hook(_loaded)
+
+    def _weight(self, layer, w):
+        """The importances of a layer with the weight w, or None."""
+        h = self._importance.get(layer.name)
+        return None if h is None else h.to(w.device)
 
     @torch.no_grad()
     def _read(self, layers):
@@ -323,7 +333,8 @@ class Palettizer(Attached):
         waiting = {g for g, (spare, error) in enumerate(found) if error == 0 and spare}
         if anew:
             w = layer.gathered().weight()
-            c[anew] = centroids_of(w, form, layer.options.preserve_zeros, groups=anew).to(c.dtype)
+            given = self._weight(layer, w)
+            c[anew] = centroids_of(w, form, layer.options.preserve_zeros, given, groups=anew).to(c.dtype)
             waiting |= {anew[i] for i in (different(c[anew]) < c.shape[1]).nonzero()[:, 0].tolist()}
         self._waiting[key] = frozenset(waiting)
 

@@ -15,12 +15,12 @@ import torch
 
 from ..files import container
 from ..files.checkpoint import CheckpointError
-from ..files.clustered import Clustered, Form
+from ..files.clustered import Form
 from ..files.format import Planned
 from ..files.paths import replacing
 from ..files.saving import by_alignment, saving
 from ..nn.clipping import coded
-from ..nn.clustering import centroids_of, few_rows, lost
+from ..nn.clustering import clustered_weight, few_rows, lost
 from .console import count, number, table
 from .report import PANELS, figure, histogram, unread_lines
 
@@ -63,12 +63,10 @@ class Result(NamedTuple):
 
 def cluster(w, form, preserve_zeros=False, name="a weight"):
     """A weight clustered by k-means, or None where it is not finite. Warns of values and zeros that it loses."""
-    centroids = centroids_of(w, form, preserve_zeros)
-    if not centroids.isfinite().all():
-        return None
-    for text in lost(w, form, centroids, preserve_zeros):
+    centroids, clustered = clustered_weight(w, form, preserve_zeros)
+    for text in lost(w, form, centroids, preserve_zeros) if clustered else ():
         warnings.warn(f"{name}: {text}", stacklevel=2)
-    return Clustered.of(w, centroids, form)
+    return clustered
 
 
 def plan(checkpoint, form, skip=(), verb="cluster"):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..files.clustered import Clustered, Form, along_channels, divided, nearest_codes
+from ..files.clustered import Clustered, Form, along_channels, channel_scales, divided, nearest_codes
 from ..files.tables import LUT_DTYPES, quantized_lut, values_lost
 from ..files.tiles import Geometry, check_granularity
 from ..functional.kmeans import kmeans
@@ -148,6 +148,28 @@ def centroids_of(w, form, preserve_zeros=False, weight=None, scales=None, groups
     if groups is not None:
         pieces, counts = [pieces[g] for g in groups], counts and [counts[g] for g in groups]
     return fitted(pieces, form, preserve_zeros, counts)
+
+
+def clustered_weight(w, form, preserve_zeros=False, weight=None):
+    """(centroids of k-means, `Clustered`); None for the latter where w is not finite.
+
+    With `per_channel_scale` channels are divided by their `channel_scales` or by 1, whichever errs less.
+    """
+    scales, found, least = channel_scales(w, form.axis) if form.per_channel_scale else None, None, torch.inf
+    for some in (scales,) if scales is None else (scales, (scales != 0).to(w.dtype)):
+        centroids = centroids_of(w, form, preserve_zeros, weight, some)
+        if not centroids.isfinite().all():
+            return centroids, None
+        made = Clustered.of(w, centroids, form, some)
+        error = 0 if scales is None else _error(w, made, weight)
+        if found is None or error < least:
+            found, least = (centroids, made), error
+    return found
+
+
+def _error(w, clustered, weight):
+    error = (clustered.decoded() - w).double().square()
+    return (error if weight is None else error * weight).sum().item()
 
 
 def rounding(w, pieces, centroids, form):

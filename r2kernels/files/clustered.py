@@ -98,8 +98,8 @@ def _is_int(value, most):
 
 def channel_scales(w, axis=0):
     """(C,) mean |W| of each output channel, which few outliers hardly change; 0 for a channel of zeros alone. No
-    gradient."""
-    means = w.detach().abs().movedim(axis, 0).flatten(1).mean(1, dtype=accumulator(w.dtype))
+    gradient. Summed in one order whatever the axis."""
+    means = w.detach().abs().movedim(axis, 0).flatten(1).contiguous().mean(1, dtype=accumulator(w.dtype))
     return torch.where(means == 0, means, means.clamp(min=torch.finfo(w.dtype).tiny)).to(w.dtype)
 
 

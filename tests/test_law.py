@@ -199,8 +199,6 @@ LAW = {
         "nn.attach",
         "nn.clustering",
         "nn.importance",
-        "nn.layers",
-        "nn.sharded",
         "ops",
         "reference.dkm",
         "sharding.shards",

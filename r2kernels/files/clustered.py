@@ -113,6 +113,13 @@ def is_turned(shape, d, layout):
     return layout == "output" and len(shape) > 1 and d > 1
 
 
+def rows_of(pieces, form):
+    """(groups, rows, d) of groups of one size."""
+    stack, d = torch.stack(pieces), form.cluster_dim
+    flat = (stack.transpose(1, -1) if is_turned(stack.shape[1:], d, form.layout) else stack).reshape(len(stack), -1)
+    return flat[:, : flat.shape[1] // d * d].reshape(len(stack), -1, d)
+
+
 def leftovers_of(w, form):
     """What the rows of a group leave over."""
     d = form.cluster_dim

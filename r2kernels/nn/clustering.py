@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..files.clustered import Clustered, Form, along_channels, channel_scales, divided, nearest_codes
+from ..files.clustered import Clustered, Form, along_channels, channel_scales, divided, nearest_codes, rows_of
 from ..files.tables import LUT_DTYPES, quantized_lut, values_lost
 from ..files.tiles import Geometry, check_granularity
 from ..functional.kmeans import kmeans
@@ -15,6 +15,7 @@ from ..reference.columns import accumulator, columns
 from ..reference.zeros import zeros_of
 from ..sharding.shards import like, local
 from .layers import layers_of
+from .sharded import refuse_options
 
 # tau="auto": this part of the distance of neighbouring centroids (for "sqeuclidean" squared). In the demo's five
 # palettes and four trainings 0.25 leaves a soft-to-hard gap of 25 % and loses up to 40 points, 0.02 hardly lets a
@@ -235,8 +236,8 @@ def spare_and_error(problems, device):
         counts.append(len(pieces))
         codes = nearest_codes(pieces, centroids, form, wide)
         for some in Geometry(w.shape, form).alike(AT_ONCE // centroids[0].numel() // 2**form.bits):
-            rows = torch.stack([columns(piece, form.cluster_dim, form.layout).t() for piece in pieces[some]])
             index, c = torch.stack(codes[some]).long(), centroids[some]
+            rows = rows_of(pieces[some], form).to(c.dtype)
             nearest = c.gather(1, index[..., None].expand(-1, -1, form.cluster_dim))
             error = (rows - nearest).abs().amax((1, 2))
             near = (c[:, :, None] - c[:, None]).abs().amax(-1).le(SAME * error[:, None, None]).tril(-1).any(2)
@@ -244,6 +245,17 @@ def spare_and_error(problems, device):
             found.append(torch.stack([(near | ~used).sum(1).double(), error.double()], 1).to(device))
     values = iter(torch.cat(found).tolist())
     return [[next(values) for _ in range(count)] for count in counts]
+
+
+def refuse_parts(layer):
+    """An error for a weight that tensor parallelism has divided, where its options need it whole."""
+    form = form_of(layer)
+    refuse_options(
+        layer.name,
+        group_size=form.group_size,
+        granularity=form.granularity,
+        per_channel_scale=form.per_channel_scale or None,
+    )
 
 
 def clustered_layers(model, usual, overrides, include, exclude):

@@ -188,7 +188,15 @@ LAW = {
         "sharding.shards",
     },
     "nn.clustering": SPECIFIED
-    | {"files.clustered", "files.tables", "files.tiles", "functional.kmeans", "nn.layers", "sharding.shards"},
+    | {
+        "files.clustered",
+        "files.tables",
+        "files.tiles",
+        "functional.kmeans",
+        "nn.layers",
+        "nn.sharded",
+        "sharding.shards",
+    },
     "nn.palettizer": SPECIFIED
     | {
         "files.clustered",

@@ -58,11 +58,10 @@ class Palettizer(Attached):
     tau: a number; (start, end, steps), geometric from soft to hard; a function of the step; or "auto": a tenth of the
         mean distance of neighbouring centroids (for "sqeuclidean" squared), followed as they move.
     group_size: output channels that share centroids (None: all).
-    granularity: what has centroids of its own: the "tensor" (None too, without group_size); each "channel" of the
-        output; each "group" of `group_size` of them; each tile (rows, columns) of the matrix (output channels, all
-        else), None for all of them: (None, 64) are groups of 64 inputs. Tiles at the ends may be smaller. Each "row" of
-        that matrix is a channel, too; but of a mixture of experts rows and tiles are those of each expert's matrix,
-        and "channel" is an expert.
+    granularity: what has centroids of its own: the "tensor" (usual), each output "channel", each "group" of
+        `group_size` of them, or each tile (rows, columns) of the matrix (output channels, all else), None for all of
+        them: (None, 64) are groups of 64 inputs. Tiles at the ends may be smaller. A "row" of that matrix is a channel;
+        but of a mixture of experts rows and tiles are those of each expert's matrix, and a channel is an expert.
     per_channel_scale: each output channel is divided by its mean |W| first; a channel of zeros stays zero.
     lut_dtype: "fp32", "fp16", "bf16", "int8" (with one scale per table) or "fp8" (e4m3, with a power of two for all
         tables of a weight): how centroids are stored; training sees the rounding of the nearest centroid
@@ -200,8 +199,7 @@ class Palettizer(Attached):
         return [results[layer.name] for layer in layers]
 
     def _mixtures(self, some):
-        """([W_hat] of the groups, new centroids (G, K, d)) of each (layer, weight, groups, scales), all of the same
-        options."""
+        """[([W_hat] of the groups, new centroids)] of (layer, weight, groups, scales), all of the same options."""
         o, d = some[0][0].options, some[0][0].options.cluster_dim
         flat, starts, taus, places = [], [], [], []
         for layer, _, pieces, _ in some:

@@ -69,13 +69,23 @@ def compress(parser):
         "--group-size", type=positive, metavar="N", help="output channels that share centroids (default: all)"
     )
     parser.add_argument(
-        "--per-channel-scale", action="store_true", help="divide each output channel by its largest weight first"
+        "--granularity",
+        type=granularity,
+        metavar="WHAT",
+        help="what has centroids of its own: tensor, channel, group (of --group-size), row, or tiles such as 8x64: 8 "
+        "output channels by 64 inputs",
+    )
+    parser.add_argument(
+        "--per-channel-scale", action="store_true", help="divide each output channel by its mean magnitude first"
     )
     parser.add_argument(
         "--preserve-zeros", action="store_true", help="keep zeros exactly 0: one centroid is 0, the others fit the rest"
     )
     parser.add_argument(
-        "--lut-dtype", choices=("fp32", "fp16", "int8"), default="fp32", help="how centroids are stored"
+        "--lut-dtype",
+        choices=("fp32", "fp16", "bf16", "int8", "fp8"),
+        default="fp32",
+        help="how centroids are stored (default fp32; fp8 is e4m3)",
     )
     parser.add_argument("--entropy", choices=("huffman",), help="code those weights that become smaller by it")
     add_coding(parser)
@@ -212,6 +222,15 @@ def positive(text):
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def granularity(text):
+    """A name, or the rows and columns of a tile."""
+    if re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        return tuple(int(n) for n in text.split("x"))
+    if text not in ("tensor", "channel", "group", "row"):
+        raise argparse.ArgumentTypeError(f"must be tensor, channel, group, row or ROWSxCOLUMNS, got {text}")
+    return text
 
 
 def bits(text):

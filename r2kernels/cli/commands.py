@@ -66,8 +66,13 @@ def _sizes(args):
 
 def run_compress(args):
     from ..files.clustered import Form
+    from ..files.tiles import check_granularity
     from . import compress
 
+    try:
+        check_granularity(args.granularity, args.group_size, args.checkpoint)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
     options = {"preserve_zeros": args.preserve_zeros}
     _code(args, "clustering weights", compress.compress, Form.of(args), options, entropy=args.entropy)
 

@@ -13,12 +13,12 @@ import warnings
 from typing import NamedTuple
 
 from ..files.checkpoint import CheckpointError
-from ..files.clustered import Clustered, Form, divided
+from ..files.clustered import Form
 from ..files.format import Planned
 from ..files.partial import keeping
 from ..files.saving import Saver, by_alignment, most_bytes
 from ..nn.clipping import coded
-from ..nn.clustering import few_rows, fitted, lost
+from ..nn.clustering import clustered_weight, few_rows, lost
 from . import parts, shards
 from .results import Result, Row, relative_error
 from .shards import nbytes
@@ -30,12 +30,10 @@ QUANTIZED = "of layers that are quantized already"
 
 def cluster(w, form, preserve_zeros=False, tell=lambda text: None):
     """A weight clustered by k-means, or None where it is not finite. Tells of values and zeros that it loses."""
-    centroids = fitted(divided(w, form)[0], form, preserve_zeros)
-    if not centroids.isfinite().all():
-        return None
-    for text in lost(w, form, centroids, preserve_zeros):
+    centroids, clustered = clustered_weight(w, form, preserve_zeros)
+    for text in lost(w, form, centroids, preserve_zeros) if clustered else ():
         tell(text)
-    return Clustered.of(w, centroids, form)
+    return clustered
 
 
 def quantized(w, form, method, symmetric, tell=None):

@@ -52,7 +52,10 @@ def cut(p, whole=False):
 def _step(shape, form):
     """Of how many channels a part is a multiple, so that its groups, and the bytes of its codes, are its own."""
     if isinstance(form, Form):
-        return None if form.axis else form.group_size
+        rows, columns = form.granularity or (form.group_size, None)
+        inner = math.prod(shape) // shape[0]
+        together = form.axis or form.per_channel_scale or form.lut_dtype == "fp8"  # have something of all of a weight
+        return None if together or inner % min(columns or inner, inner) else rows
     if isinstance(form, Grid) and form.axis == 0:
         return 8 // math.gcd(8, math.prod(shape) // shape[0] * form.bits)
     return None

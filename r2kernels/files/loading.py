@@ -129,7 +129,7 @@ class Palettized(Checkpoint):
             raise self.error(f"{name} is not described as a clustered or quantized weight is")
         shape, fields = self.reader.shape(name, fields["shape"]), usual_fields(kind) | fields
         dtype = container.DTYPES.get(fields["dtype"]) if isinstance(fields["dtype"], str) else None
-        entropy, form = fields["entropy"], form_of(*[fields[field] for field in form_of._fields])
+        entropy, form = fields["entropy"], form_of(*[_tuple(fields[field]) for field in form_of._fields])
         right = {"shape": len(shape) > 0 and min(shape) > 0, "dtype": dtype in DTYPES, "entropy": entropy in ENTROPIES}
         for field, fine in right.items():
             if not fine:
@@ -226,6 +226,11 @@ def palettized(path):
     """A `Palettized` file, or of a folder or an index its `PalettizedShards`."""
     path = chosen(path)
     return PalettizedShards(path) if path.name.endswith(INDEX) else Palettized(path)
+
+
+def _tuple(value):
+    """A list of JSON as it was written."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _unpadded(stream, sizes):

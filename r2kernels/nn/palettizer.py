@@ -7,9 +7,10 @@ from collections import defaultdict
 import torch
 from torch import nn
 
-from ..files.clustered import Clustered, Form, assembled, different, divided, joined, quantized_lut
+from ..files.clustered import Clustered, divided, joined
 from ..files.integers import Integers, palette_weight
-from ..functional.dkm import assign, dkm
+from ..files.tables import different
+from ..functional.dkm import dkm
 from ..lists import resident
 from ..ops import settled
 from ..reference.checks import is_dtensor
@@ -18,8 +19,8 @@ from ..reference.dkm import spacing
 from ..reference.zeros import with_zero, zeros_of
 from ..sharding.shards import like, local
 from .attach import Attached
-from .clustering import ClusteringOptions, few_rows, fitted, form_of, lost, spare_and_error, with_zeros_kept
-from .layers import layers_of
+from .clustering import ClusteringOptions, centroids_of, clustered_layers, form_of, lost, rounding, spare_and_error
+from .importance import importances_of
 from .sharded import refuse_options
 
 CHECKED = 64  # steps between two searches for spare centroids; before these at every power of two
@@ -49,12 +50,20 @@ class Palettizer(Attached):
     tau: a number; (start, end, steps), geometric from soft to hard; a function of the step; or "auto": a tenth of the
         mean distance of neighbouring centroids (for "sqeuclidean" squared), followed as they move.
     group_size: output channels that share centroids (None: all).
-    per_channel_scale: each output channel is divided by its max|W| first; a channel of zeros stays zero.
-    lut_dtype: "fp32", "fp16" or "int8" (with one scale per group): how centroids are stored; training sees the rounding
-        of the nearest centroid (straight-through). Warns where a quarter of the values of a table is lost.
+    granularity: what has centroids of its own: the "tensor" (None too, without group_size); each "channel" of the
+        output; each "group" of `group_size` of them; each tile (rows, columns) of the matrix (output channels, all
+        else), None for all of them: (None, 64) are groups of 64 inputs. Tiles at the ends may be smaller. Each "row" of
+        that matrix is a channel, too; but of a mixture of experts rows and tiles are those of each expert's matrix,
+        and "channel" is an expert.
+    per_channel_scale: each output channel is divided by its mean |W| first; a channel of zeros stays zero.
+    lut_dtype: "fp32", "fp16", "bf16", "int8" (with one scale per table) or "fp8" (e4m3, with a power of two for all
+        tables of a weight): how centroids are stored; training sees the rounding of the nearest centroid
+        (straight-through). Warns where a quarter of the values of a table is lost.
     preserve_zeros: zeros of a weight stay 0, soft and hard, and have no gradient; one centroid is always exactly 0, and
         other weights may take it too. Of rows of `cluster_dim` those stay that are 0 as a whole; a warning counts the
         other zeros. On by itself for pruned weights and for embeddings whose padding row is 0.
+    weight: name -> importances of a weight, as `sensitivity` gives them: k-means, where groups start, counts errors by
+        them. Those without are not weighted.
     include, exclude: as in `select_weights`; embeddings and recurrent weights are there without.
     overrides: name pattern (of the parameter or its module) -> dict of options, or "skip"; of several that match the
         last one counts.
@@ -92,6 +101,8 @@ class Palettizer(Attached):
         per_channel_scale=False,
         lut_dtype="fp32",
         preserve_zeros=False,
+        granularity=None,
+        weight=None,
         include=None,
         exclude=None,
         overrides=None,
@@ -110,16 +121,18 @@ class Palettizer(Attached):
             per_channel_scale,
             lut_dtype,
             preserve_zeros,
+            granularity,
         ).checked("the model")
-        layers = _layers(model, usual, overrides, include, exclude)
+        layers = clustered_layers(model, usual, overrides, include, exclude)
+        self._importance = importances_of({layer.name: layer.weight().shape for layer in layers}, weight)
         self.centroids, self.taus = nn.Module(), nn.Module()
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=layers[0].weight().device))
         self._count = 0
         with torch.no_grad():
             for layer in layers:
                 o = layer.options
-                form = form_of(layer)
-                centroids = fitted(divided(layer.gathered().weight(), form)[0], form, o.preserve_zeros)
+                form, w = form_of(layer), layer.gathered().weight()
+                centroids = centroids_of(w, form, o.preserve_zeros, self._weight(layer, w))
                 if not centroids.isfinite().all():
                     raise ValueError(f"{layer.name} has a NaN or an infinity; only finite weights can be clustered")
                 self.centroids.register_buffer(layer.key, centroids)
@@ -131,6 +144,11 @@ class Palettizer(Attached):
         self._read(layers)
         self._attach(model, layers, replace=replace)
         self.register_load_state_dict_post_hook(_loaded)
+
+    def _weight(self, layer, w):
+        """The importances of a layer with the weight w, or None."""
+        h = self._importance.get(layer.name)
+        return None if h is None else h.to(w.device)
 
     @torch.no_grad()
     def _read(self, layers):
@@ -168,11 +186,10 @@ class Palettizer(Attached):
             batches[w.dtype, w.device, wide, same].append((layer, w, *divided(w, form_of(layer))))
         for some in batches.values():
             for (layer, w, pieces, scales), (hats, c) in zip(some, self._mixtures(some), strict=True):
-                if layer.options.lut_dtype != "fp32":
-                    hats = [self._rounded(h, p, c_, layer.options) for h, p, c_ in zip(hats, pieces, c, strict=True)]
                 own = w.detach() if layer.options.preserve_zeros else w  # of channels of zeros
                 c = c[0].unsqueeze(0) if len(c) == 1 else torch.stack(c)
-                results[layer.name] = joined(hats, own, form_of(layer), scales), c.detach()
+                form = form_of(layer)
+                results[layer.name] = joined(hats, own, form, scales, rounding(w, pieces, c, form)), c.detach()
         return [results[layer.name] for layer in layers]
 
     def _mixtures(self, some):
@@ -208,17 +225,6 @@ class Palettizer(Attached):
         for ((weights, centroids), g), hat, c in zip(places, hats, moved, strict=True):
             weights[g], centroids[g] = hat.to(weights[g].dtype), c.reshape(-1, d).to(centroids[g].dtype)
         return found
-
-    @staticmethod
-    def _rounded(hat, w, c, o):
-        """W_hat as if the nearest centroid's entry of the table were rounded; the gradient passes through."""
-        with torch.no_grad():
-            table = c[:, 0].contiguous() if o.cluster_dim == 1 else c
-            shard, form = local(w), Form(o.bits, o.cluster_dim, o.layout)
-            (codes,) = assign([shard], [table], cluster_dim=o.cluster_dim, layout=o.layout)
-            error = (quantized_lut(c, o.lut_dtype) - c)[codes.long()].to(w.dtype)
-            error = assembled(error, shard.new_zeros(shard.numel() % o.cluster_dim), shard.shape, form)
-        return hat + like(error, w)
 
     @torch.no_grad()
     def clustered(self):
@@ -326,8 +332,9 @@ class Palettizer(Attached):
         ]
         waiting = {g for g, (spare, error) in enumerate(found) if error == 0 and spare}
         if anew:
-            pieces = divided(layer.gathered().weight(), form)[0]
-            c[anew] = fitted([pieces[g] for g in anew], form, layer.options.preserve_zeros).to(c.dtype)
+            w = layer.gathered().weight()
+            given = self._weight(layer, w)
+            c[anew] = centroids_of(w, form, layer.options.preserve_zeros, given, groups=anew).to(c.dtype)
             waiting |= {anew[i] for i in (different(c[anew]) < c.shape[1]).nonzero()[:, 0].tolist()}
         self._waiting[key] = frozenset(waiting)
 
@@ -371,7 +378,12 @@ class Palettizer(Attached):
 
 def _refuse_parts(layer):
     form = form_of(layer)
-    refuse_options(layer.name, group_size=form.group_size, per_channel_scale=form.per_channel_scale or None)
+    refuse_options(
+        layer.name,
+        group_size=form.group_size,
+        granularity=form.granularity,
+        per_channel_scale=form.per_channel_scale or None,
+    )
 
 
 def _loaded(palettizer, _):
@@ -381,18 +393,3 @@ def _loaded(palettizer, _):
             c = palettizer.centroids._buffers[layer.key]
             c.copy_(with_zero(c))
     palettizer._read(palettizer.layers)
-
-
-def _layers(model, usual, overrides, include, exclude):
-    """The layers to cluster, with their options."""
-    layers = []
-    for layer in layers_of(model, usual, overrides, include, exclude, embeddings=True, stacklevel=5):
-        rows, options = few_rows(layer.weight().shape, form_of(layer)), layer.options
-        if rows is None:
-            layers.append(with_zeros_kept(layer))
-        else:
-            few = f"{rows} rows of {options.cluster_dim} for {2**options.bits} centroids"
-            warnings.warn(f"{layer.name} stays dense: it has {few}", stacklevel=3)
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no weight left to cluster")
-    return layers

@@ -126,7 +126,7 @@ def test_tables_of_any_length():
     c = from_coreml({"w": w, "_COREML_/w/lut": torch.tensor([5.0, 1, 2, 3, 4]).reshape(1, 1, 5, 1)})["w"]
     assert c.form.bits == 3 and torch.equal(c.decoded(), w) and int(c.codes.max()) == 3
     for lut, axis, message in (
-        (torch.ones(2, 2, 4, 1), None, "w has tables of shape"),
+        (torch.ones(2, 2, 2, 4, 1), None, "w has tables of shape"),
         (torch.ones(1, 1, 300, 1), None, "at most 256"),
         (torch.ones(1, 1, 1, 4, 2), 1, "w has rows along dimension 1"),
     ):

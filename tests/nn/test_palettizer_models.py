@@ -48,7 +48,7 @@ def test_channels_in_the_second_dimension(tmp_path):
     palettizer = Palettizer(model, 2, group_size=16, per_channel_scale=True)
     made = palettizer.clustered()["h.0.mlp.c_fc.weight"]
     assert w.shape == (16, 64) and made.entries.shape == (4, 4, 1) and made.form.axis == 1
-    assert torch.equal(made.scales, w.detach().abs().amax(0))
+    torch.testing.assert_close(made.scales, w.detach().abs().mean(0))
     hat = r2.nn.Palettizer(torch.nn.Linear(16, 64), 2, group_size=16, per_channel_scale=True)
     with torch.no_grad():
         hat.layers[0].weight().copy_(w.t())

@@ -148,7 +148,7 @@ BAD = [
     ({"cluster_dim": 0}, ValueError, "cluster_dim of the model must be an int >= 1, got 0"),
     ({"group_size": 0}, ValueError, "group_size of the model must be an int >= 1, got 0"),
     ({"layout": "rows"}, ValueError, "layout of the model must be one of"),
-    ({"lut_dtype": "fp8"}, ValueError, "lut_dtype of the model must be one of"),
+    ({"lut_dtype": "fp4"}, ValueError, "lut_dtype of the model must be one of"),
     ({"per_channel_scale": 1}, TypeError, "per_channel_scale of the model"),
     ({"tau": 0.0}, ValueError, "tau of the model must be a finite number > 0, got 0"),
     ({"tau": (1.0, 2.0)}, ValueError, r'"auto", a number, \(start, end, steps\)'),

@@ -15,7 +15,7 @@ from r2kernels import cli
 from r2kernels.cli import compress, results, sizes
 from r2kernels.cli.expand import expand
 from r2kernels.files.checkpoint import Checkpoint
-from r2kernels.files.clustered import Form
+from r2kernels.files.clustered import Clustered, Form
 from r2kernels.files.loading import Palettized, load_palettized, opened
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -295,8 +295,8 @@ def test_one_tensor_at_a_time(tmp_path, monkeypatch):
     )
     checkpoint = Checkpoint(tmp_path / "a.safetensors")
     checkpoint._part = read = Living(checkpoint._part)
-    decoded = Living(compress.Clustered.decoded)
-    monkeypatch.setattr(compress.Clustered, "decoded", lambda self: decoded(self))
+    decoded = Living(Clustered.decoded)
+    monkeypatch.setattr(Clustered, "decoded", lambda self: decoded(self))
     compress.compress(checkpoint, tmp_path / "b.safetensors", Form(2), jobs=1)
     assert read.most <= 2 and decoded.most <= 2
     for name in ("c.safetensors", "c.pt"):

@@ -92,7 +92,7 @@ def measured(case, deadline, seconds):
 
 
 clock = Clock()
-TESTS = [(case, name) for case in CASES for name in ("r2kernels", *case.peers)]
+TESTS = [(case, name) for case in CASES for name in ("r2kernels", *dict(case.peers))]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -91,11 +91,13 @@ LAW = {
     # files
     "files": set(),
     "files.packing": {"backends", "backends.native"},
+    "files.scalars": {"files.packing", "reference.columns"},
     "files.huffman": {"files.packing"},
     "files.tables": set(),
     "files.tiles": {"files.packing"},
     "files.clustered": {
         "files.packing",
+        "files.scalars",
         "files.tables",
         "files.tiles",
         "functional.dkm",

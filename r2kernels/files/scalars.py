@@ -15,7 +15,7 @@ def nearest(w, geometry, tables):
     native = _usable(w, tables, accumulator(w.dtype))
     if native is None:
         return None
-    return torch.cat([native.nearest(rows, some) for rows, some in _blocks(w, geometry, tables)])
+    return torch.cat([native.nearest(rows, some).view(-1) for rows, some in _blocks(w, geometry, tables)])
 
 
 def errors(w, geometry, codes, tables):

@@ -11,9 +11,6 @@
 #include <vector>
 
 #include "cpu/kernels.h"
-#include "huffman.h"
-#include "kmeans.h"
-#include "packing.h"
 #if defined(R2_WITH_CUDA)
 #include "cuda/kernels.h"
 #endif
@@ -94,9 +91,14 @@ constexpr auto fields_of<Quantizer> = std::make_tuple(
     R2_FIELD(Quantizer, grads), R2_FIELD(Quantizer, partial), R2_FIELD(Quantizer, target),
     R2_FIELD(Quantizer, first_gradient), R2_FIELD(Quantizer, second_gradient));
 template <>
-constexpr auto fields_of<codes::Groups> =
-    std::make_tuple(R2_FIELD(codes::Groups, rows), R2_FIELD(codes::Groups, each), R2_FIELD(codes::Groups, bits));
-
+constexpr auto fields_of<Lines> =
+    std::make_tuple(R2_FIELD(Lines, sizes), R2_FIELD(Lines, clusters), R2_FIELD(Lines, weights), R2_FIELD(Lines, out),
+                    R2_FIELD(Lines, count), R2_FIELD(Lines, dtype), R2_FIELD(Lines, rounds), R2_FIELD(Lines, zero));
+template <>
+constexpr auto fields_of<Tables> =
+    std::make_tuple(R2_FIELD(Tables, weights), R2_FIELD(Tables, tables), R2_FIELD(Tables, groups), R2_FIELD(Tables, n),
+                    R2_FIELD(Tables, entries), R2_FIELD(Tables, dtype), R2_FIELD(Tables, codes), R2_FIELD(Tables, sums),
+                    R2_FIELD(Tables, counts));
 template <class S>
 void def_struct(py::module_& m, const char* name) {
   std::apply(
@@ -147,9 +149,12 @@ struct InstructionSet {
   const cpu::Regularizers* regularizers;
   const cpu::Quantizers* quantizers;
   const cpu::Dkm* dkm;
+  const cpu::Kmeans* kmeans;
+  const cpu::TablePasses* tables;
 };
-#define R2_INSTRUCTION_SET(isa) \
-  {#isa, &cpu::isa::range_losses, &cpu::isa::regularizers, &cpu::isa::quantizers, &cpu::isa::dkm}
+#define R2_INSTRUCTION_SET(isa)                                                             \
+  {#isa,           &cpu::isa::range_losses, &cpu::isa::regularizers, &cpu::isa::quantizers, \
+   &cpu::isa::dkm, &cpu::isa::kmeans,       &cpu::isa::tables}
 
 // Those that this processor runs, the widest last.
 std::vector<InstructionSet> usable() {
@@ -275,6 +280,30 @@ void def_terms(py::module_& m, const char* name, Run run) {
   def(jacobian);       \
   def(assign)
 
+void def_kmeans(py::module_& m) {
+  def_struct<Lines>(m, "Lines");
+  m.def(
+      "fit_lines",
+      [](Address pointers, const Lines& lines, int threads) { chosen.kmeans->fit_lines(to{pointers}, lines, threads); },
+      "pointers"_a, "lines"_a, "threads"_a, Release());
+  m.def(
+      "partition",
+      [](Address prefix, int64_t cells, int64_t clusters, Address starts) {
+        chosen.kmeans->partition(to{prefix}, cells, clusters, to{starts});
+      },
+      "prefix"_a, "cells"_a, "clusters"_a, "starts"_a, Release());
+}
+
+void def_tables(py::module_& m) {
+  def_struct<Tables>(m, "Tables");
+  m.def(
+      "nearest", [](const Tables& tables, int threads) { chosen.tables->nearest(tables, threads); }, "tables"_a,
+      "threads"_a, Release());
+  m.def(
+      "errors", [](const Tables& tables, int threads) { chosen.tables->errors(tables, threads); }, "tables"_a,
+      "threads"_a, Release());
+}
+
 void def_cpu(py::module_ m) {
   def_instruction_sets(m);
 #define R2_DEF(bind, Arguments, family, op)                                                   \
@@ -304,6 +333,8 @@ void def_cpu(py::module_ m) {
         return chunks * chosen.dkm->scratch(most, d, metric);
       },
       "chunks"_a, "tensors"_a, "most"_a, "d"_a, "metric"_a);
+  def_kmeans(m);
+  def_tables(m);
 }
 
 #if defined(R2_WITH_CUDA)
@@ -326,49 +357,9 @@ void def_cuda(py::module_ m) {
 }
 #endif
 
-// Codes in files. Those that can fail return an r2::codes::Status.
-void def_codes(py::module_ m) {
-  using namespace r2::codes;
-  def_struct<Groups>(m, "Groups");
-  m.def(
-      "pack",
-      [](Address codes, const Groups& groups, Address out, int threads) { pack(to{codes}, groups, to{out}, threads); },
-      "codes"_a, "groups"_a, "out"_a, "threads"_a, Release());
-  m.def(
-      "unpack",
-      [](Address packed, const Groups& groups, Address out, int threads) {
-        unpack(to{packed}, groups, to{out}, threads);
-      },
-      "packed"_a, "groups"_a, "out"_a, "threads"_a, Release());
-  m.def(
-      "look_up",
-      [](Address packed, const Groups& groups, Address tables, int index_bits, int64_t size, Address out, int threads) {
-        look_up(to{packed}, groups, to{tables}, index_bits, size, to{out}, threads);
-      },
-      "packed"_a, "groups"_a, "tables"_a, "index_bits"_a, "size"_a, "out"_a, "threads"_a, Release());
-  m.def(
-      "coded_sizes",
-      [](Address codes, int64_t rows, int64_t block, Address lengths, Address sizes, int threads) {
-        return coded_sizes(to{codes}, Blocks{rows, block}, to{lengths}, to{sizes}, threads);
-      },
-      "codes"_a, "rows"_a, "block"_a, "lengths"_a, "sizes"_a, "threads"_a, Release());
-  m.def(
-      "encode",
-      [](Address codes, int64_t rows, int64_t block, Address words, Address lengths, Address offsets, Address out,
-         int threads) {
-        return encode(to{codes}, Blocks{rows, block}, Words{to{words}, to{lengths}}, to{offsets}, to{out}, threads);
-      },
-      "codes"_a, "rows"_a, "block"_a, "words"_a, "lengths"_a, "offsets"_a, "out"_a, "threads"_a, Release());
-  m.def(
-      "decode",
-      [](Address stream, int64_t bytes, Address offsets, int64_t rows, int64_t block, Address table, Address out,
-         int threads) {
-        return decode(to{stream}, bytes, to{offsets}, Blocks{rows, block}, to{table}, to{out}, threads);
-      },
-      "stream"_a, "bytes"_a, "offsets"_a, "rows"_a, "block"_a, "table"_a, "out"_a, "threads"_a, Release());
-}
-
 }  // namespace
+
+#include "bindings_codes.h"
 
 PYBIND11_MODULE(_C, m) {
   m.attr("build") = std::string("C++ " R2_COMPILER)
@@ -377,12 +368,6 @@ PYBIND11_MODULE(_C, m) {
 #endif
       ;
   m.def("contract", &contract);
-  m.def(
-      "partition",
-      [](Address prefix, int64_t cells, int64_t clusters, Address starts) {
-        Partition::run(to{prefix}, cells, clusters, to{starts});
-      },
-      "prefix"_a, "cells"_a, "clusters"_a, "starts"_a, Release());
   def_structs(m);
   def_codes(m.def_submodule("codes"));
   def_cpu(m.def_submodule("cpu"));

@@ -9,10 +9,12 @@ from torch import Tensor
 from ..functional.dkm import assign
 from ..reference.checks import LAYOUTS
 from ..reference.columns import accumulator
+from . import scalars
 from .packing import look_up, pack, unpack
 from .tables import LUT_DTYPES, restored_lut, scales_of_lut, stored_lut
 from .tiles import Geometry, canonical
 
+SUMMED = 2**15  # elements whose error is summed at once, on one thread
 MOST_DIM = 64  # of a row that is stored; with the bytes of the codes it bounds the size of a weight
 
 
@@ -163,6 +165,15 @@ class Size(NamedTuple):
         return math.ceil(self.entropy) + self.luts + self.leftovers
 
 
+def squares(w, hat):
+    """||w||^2 and ||w - hat||^2 in float64, of parts of which a copy stays in the cache."""
+    energy = noise = 0.0
+    for a, b in zip(w.reshape(-1).split(SUMMED), hat.reshape(-1).split(SUMMED), strict=True):
+        a = a.double()
+        energy, noise = energy + a.square().sum().item(), noise + (a - b).square().sum().item()
+    return energy, noise
+
+
 def entropy(counts):
     """Bytes of all symbols that occur so often, were each as long as its own entropy."""
     p = counts[counts > 0].double() / counts.sum()
@@ -198,11 +209,15 @@ class Clustered(NamedTuple):
         scales: of the channels, by default `channel_scales`. wide: as for `nearest_codes`.
         """
         form = Form.of(options)
-        pieces, scales = divided(w, form, scales)
+        first, scales = scaled(w, form, scales)
         entries, lut_scales = stored_lut(centroids, form.lut_dtype)
-        luts = restored_lut(entries, lut_scales, centroids.dtype)
-        codes = torch.cat(nearest_codes(pieces, luts, form, wide))
-        leftovers = torch.cat([leftovers_of(piece, form) for piece in pieces])
+        luts, codes, leftovers = restored_lut(entries, lut_scales, centroids.dtype), None, first.new_empty(0)
+        if form.cluster_dim == 1 and not wide:
+            codes = scalars.nearest(first, Geometry(w.shape, form), luts)
+        if codes is None:
+            pieces = Geometry(w.shape, form).pieces(first)
+            codes = torch.cat(nearest_codes(pieces, luts, form, wide))
+            leftovers = torch.cat([leftovers_of(piece, form) for piece in pieces])
         return cls(tuple(w.shape), w.dtype, form, codes, 8, entries, lut_scales, scales, leftovers)
 
     @property
@@ -247,24 +262,41 @@ class Clustered(NamedTuple):
         out = out if self.scales is None else out * along_channels(self.scales, len(self.shape))
         return out.transpose(0, 1).contiguous() if self.form.axis else out
 
+    def errors(self, w):
+        """((||w||^2, ||w - W_hat||^2), `counts`) of the weight w that is clustered."""
+        if self.form.cluster_dim == 1 and self.scales is None and self.width == 8:
+            first = w.transpose(0, 1) if self.form.axis else w
+            found = scalars.errors(first, self.geometry, self.codes, self.luts().to(self.dtype))
+            if found is not None:
+                return found
+        return squares(w, self.decoded()), self.counts()
+
     def counts(self):
         """(K,) how often each code occurs."""
         return torch.bincount(self.unpacked().codes, minlength=2**self.form.bits)
 
-    def size(self):
+    def size(self, counts=None):
+        """counts: those of `counts`, where they are known."""
         codes = self.geometry.runs(self.form.bits).nbytes
         luts = sum(t.nbytes for t in (self.entries, self.lut_scales, self.scales) if t is not None)
         dense = math.prod(self.shape) * self.dtype.itemsize
-        return Size(dense, codes, luts, self.leftovers.nbytes, entropy(self.counts()))
+        counts = self.counts() if counts is None else counts
+        return Size(dense, codes, luts, self.leftovers.nbytes, entropy(counts))
 
 
-def divided(w, form, scales=None):
-    """(the groups of a weight, divided by the scales of their channels, as they are clustered; the scales or None)"""
+def scaled(w, form, scales=None):
+    """(a weight as it is clustered: divided by the scales of its channels, and these first; the scales or None)"""
     if form.per_channel_scale:
         scales = channel_scales(w, form.axis) if scales is None else scales
         # by inf in a channel of zeros: they stay, without a gradient
         w = w / along_channels(torch.where(scales == 0, torch.inf, scales), w.dim(), form.axis)
-    return Geometry(w.shape, form).pieces(w.transpose(0, 1) if form.axis else w), scales
+    return w.transpose(0, 1) if form.axis else w, scales
+
+
+def divided(w, form, scales=None):
+    """(the groups of a weight, divided by the scales of their channels, as they are clustered; the scales or None)"""
+    first, scales = scaled(w, form, scales)
+    return Geometry(w.shape, form).pieces(first), scales
 
 
 def joined(pieces, w, form, scales, error=None):

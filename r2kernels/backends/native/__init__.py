@@ -2,9 +2,10 @@
 
 from . import dkm, quantizers, range_losses, regularizers
 from .extension import on_codes
-from .kmeans import partition
+from .kmeans import fit_block, fit_lines, partition
+from .tables import errors, nearest
 
-__all__ = ["Native", "load", "on_codes", "partition"]
+__all__ = ["Native", "errors", "fit_block", "fit_lines", "load", "nearest", "on_codes", "partition"]
 
 
 class Native(

@@ -12,7 +12,6 @@
 
 #include "cpu/kernels.h"
 #include "huffman.h"
-#include "kmeans.h"
 #include "packing.h"
 #if defined(R2_WITH_CUDA)
 #include "cuda/kernels.h"
@@ -94,6 +93,10 @@ constexpr auto fields_of<Quantizer> = std::make_tuple(
     R2_FIELD(Quantizer, grads), R2_FIELD(Quantizer, partial), R2_FIELD(Quantizer, target),
     R2_FIELD(Quantizer, first_gradient), R2_FIELD(Quantizer, second_gradient));
 template <>
+constexpr auto fields_of<Lines> =
+    std::make_tuple(R2_FIELD(Lines, sizes), R2_FIELD(Lines, clusters), R2_FIELD(Lines, weights), R2_FIELD(Lines, out),
+                    R2_FIELD(Lines, count), R2_FIELD(Lines, dtype), R2_FIELD(Lines, rounds), R2_FIELD(Lines, zero));
+template <>
 constexpr auto fields_of<codes::Groups> =
     std::make_tuple(R2_FIELD(codes::Groups, rows), R2_FIELD(codes::Groups, each), R2_FIELD(codes::Groups, bits));
 
@@ -147,9 +150,10 @@ struct InstructionSet {
   const cpu::Regularizers* regularizers;
   const cpu::Quantizers* quantizers;
   const cpu::Dkm* dkm;
+  const cpu::Kmeans* kmeans;
 };
 #define R2_INSTRUCTION_SET(isa) \
-  {#isa, &cpu::isa::range_losses, &cpu::isa::regularizers, &cpu::isa::quantizers, &cpu::isa::dkm}
+  {#isa, &cpu::isa::range_losses, &cpu::isa::regularizers, &cpu::isa::quantizers, &cpu::isa::dkm, &cpu::isa::kmeans}
 
 // Those that this processor runs, the widest last.
 std::vector<InstructionSet> usable() {
@@ -275,6 +279,20 @@ void def_terms(py::module_& m, const char* name, Run run) {
   def(jacobian);       \
   def(assign)
 
+void def_kmeans(py::module_& m) {
+  def_struct<Lines>(m, "Lines");
+  m.def(
+      "fit_lines",
+      [](Address pointers, const Lines& lines, int threads) { chosen.kmeans->fit_lines(to{pointers}, lines, threads); },
+      "pointers"_a, "lines"_a, "threads"_a, Release());
+  m.def(
+      "partition",
+      [](Address prefix, int64_t cells, int64_t clusters, Address starts) {
+        chosen.kmeans->partition(to{prefix}, cells, clusters, to{starts});
+      },
+      "prefix"_a, "cells"_a, "clusters"_a, "starts"_a, Release());
+}
+
 void def_cpu(py::module_ m) {
   def_instruction_sets(m);
 #define R2_DEF(bind, Arguments, family, op)                                                   \
@@ -304,6 +322,7 @@ void def_cpu(py::module_ m) {
         return chunks * chosen.dkm->scratch(most, d, metric);
       },
       "chunks"_a, "tensors"_a, "most"_a, "d"_a, "metric"_a);
+  def_kmeans(m);
 }
 
 #if defined(R2_WITH_CUDA)
@@ -377,12 +396,6 @@ PYBIND11_MODULE(_C, m) {
 #endif
       ;
   m.def("contract", &contract);
-  m.def(
-      "partition",
-      [](Address prefix, int64_t cells, int64_t clusters, Address starts) {
-        Partition::run(to{prefix}, cells, clusters, to{starts});
-      },
-      "prefix"_a, "cells"_a, "clusters"_a, "starts"_a, Release());
   def_structs(m);
   def_codes(m.def_submodule("codes"));
   def_cpu(m.def_submodule("cpu"));

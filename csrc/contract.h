@@ -129,6 +129,16 @@ struct Values {
   const int64_t *shift, *factor, *targets;
 };
 
+// Hard k-means of single numbers, a group for each of `count` arrays of one dtype. `out`, and `weights` where there are
+// any: addresses, of clusters[i] numbers of the accumulator's type and of sizes[i] float64 (0: each weighs 1).
+struct Lines {
+  const int64_t *sizes, *clusters, *weights, *out;
+  int64_t count;
+  Dtype dtype;
+  int64_t rounds;  // of Lloyd at most
+  bool zero;       // one centroid is at 0, and numbers that are 0 are left out of all others
+};
+
 // A quantizer over a list of which every channel is a column (channel_plan). Parameters and their gradients are of the
 // accumulator's type, one number for each column of all tensors. What they mean is told in csrc/quantizers.h.
 struct Quantizer {

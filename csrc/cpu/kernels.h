@@ -33,12 +33,18 @@ struct Dkm {
   Function<Values> collect, sum_by_value, look_up;
 };
 
+struct Kmeans {
+  void (*fit_lines)(const int64_t* pointers, const Lines& lines, int threads);
+  void (*partition)(const double* prefix, int64_t cells, int64_t clusters, int64_t* starts);
+};
+
 #define R2_KERNELS(isa)                   \
   namespace isa {                         \
   extern const RangeLosses range_losses;  \
   extern const Regularizers regularizers; \
   extern const Quantizers quantizers;     \
   extern const Dkm dkm;                   \
+  extern const Kmeans kmeans;             \
   }
 R2_KERNELS(portable)
 #if defined(__x86_64__)

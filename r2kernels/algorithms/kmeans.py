@@ -75,7 +75,7 @@ def partition(prefix, clusters):
     """The first cell of each of `clusters` runs of cells, of least inertia in all. `prefix`: (3, cells + 1) sums of
     mass, mass x value, mass x value^2.
 
-    csrc/kmeans.h, level by level of its divide and conquer: the same comparisons, so the same cells.
+    `partition` of csrc/cpu/kmeans_programme.h: the same comparisons in the same order, so the same cells.
     """
     mass, first, second = prefix.numpy()
     cells = len(mass) - 1
@@ -89,22 +89,24 @@ def partition(prefix, clusters):
         np.zeros((clusters, cells + 1), np.int64),
     )
     for k in range(1, clusters):
-        fewer, least = least, np.zeros(cells + 1)
-        start, stop = np.array([k + 1 if k + 1 < clusters else cells]), np.array([cells + 1])
-        low, high = np.array([k]), np.array([cells - 1])
-        while len(start):
-            end = (start + stop) // 2
-            last = np.minimum(high, end - 1)
-            lowest = np.minimum(np.maximum(low, cuts[k - 1, end]), last)
-            count = last - lowest + 1
+        fewer, least, cut = least, np.zeros(cells + 1), cuts[k]
+        begin, step = (k + 1 if k + 1 < clusters else cells), 1
+        while 2 * step <= cells - begin + 1:
+            step *= 2
+        while step:  # every second one of the ends of before: between neighbours that are known
+            end = np.arange(begin + step - 1, cells + 1, 2 * step)
+            low = np.where(end - step < begin, k, cut[end - step])
+            high = np.where(end + step > cells, cells - 1, cut[np.minimum(end + step, cells)])
+            high = np.minimum(high, end - 1)
+            low = np.minimum(np.maximum(low, cuts[k - 1, end]), high)
+            count = high - low + 1
             at = np.cumsum(count) - count
-            i = np.arange(count.sum()) + np.repeat(lowest - at, count)
+            i = np.arange(count.sum()) + np.repeat(low - at, count)
             value = fewer[i] + inertia(i, np.repeat(end, count))
             least[end] = np.minimum.reduceat(value, at)
             hits = np.flatnonzero(value == np.repeat(least[end], count))
-            cuts[k, end] = best = i[hits[np.searchsorted(hits, at)]]
-            halves = np.concatenate([[start, end, low, best], [end + 1, stop, best, high]], 1)
-            start, stop, low, high = halves[:, halves[0] < halves[1]]
+            cut[end] = i[hits[np.searchsorted(hits, at)]]
+            step //= 2
     starts = [cells]
     for k in reversed(range(clusters)):
         starts.append(cuts[k, starts[-1]])

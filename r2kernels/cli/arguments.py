@@ -53,7 +53,7 @@ def report(parser):
 
 
 def compress(parser):
-    add_in_and_out(parser, "the palettized file (.safetensors)")
+    add_in_and_out(parser, "the palettized file (.safetensors); or FOLDER/, a new folder with shards and their index")
     parser.add_argument("--bits", type=bits, required=True, metavar="N", help="bits of a code, 1 to 8: 2**N centroids")
     parser.add_argument(
         "--cluster-dim",
@@ -92,7 +92,7 @@ def compress(parser):
 
 
 def quantize(parser):
-    add_in_and_out(parser, "the quantized file (.safetensors)")
+    add_in_and_out(parser, "the quantized file (.safetensors); or FOLDER/, a new folder with shards and their index")
     parser.add_argument("--bits", type=bits, required=True, metavar="N", help="bits of a code, 1 to 8")
     parser.add_argument(
         "--method",
@@ -129,12 +129,7 @@ def expand(parser):
         help="the dense checkpoint (.safetensors, .pt, .pth); or FOLDER/, a new folder with shards and their index, "
         "as transformers reads it",
     )
-    parser.add_argument(
-        "--shard-size",
-        type=size,
-        metavar="SIZE",
-        help="write a folder, with shards of at most this size, such as 500MB (default for FOLDER/: 5GB)",
-    )
+    add_shard_size(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_force(parser)
 
@@ -168,7 +163,28 @@ def add_in_and_out(parser, out):
     parser.add_argument("-o", "--out", metavar="OUT", required=True, help=out)
 
 
+def add_shard_size(parser):
+    parser.add_argument(
+        "--shard-size",
+        type=size,
+        metavar="SIZE",
+        help="write a folder, with shards of at most this size, such as 500MB (default for FOLDER/: 5GB)",
+    )
+
+
 def add_coding(parser):
+    add_shard_size(parser)
+    parser.add_argument(
+        "--jobs",
+        type=positive,
+        metavar="N",
+        help="threads that code weights (default: one for each core, at most 8); the file is the same for any number",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with what an interrupted run of the same arguments left in OUT.partial, if there is any",
+    )
     parser.add_argument(
         "--skip",
         metavar="PATTERN",

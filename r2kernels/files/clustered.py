@@ -244,11 +244,13 @@ class Clustered(NamedTuple):
         """(K,) how often each code occurs."""
         return torch.bincount(self.unpacked().codes, minlength=2**self.form.bits)
 
-    def size(self):
+    def size(self, counts=None):
+        """counts: those of `counts`, where they are known."""
         codes = self.geometry.runs(self.form.bits).nbytes
         luts = sum(t.nbytes for t in (self.entries, self.lut_scales, self.scales) if t is not None)
         dense = math.prod(self.shape) * self.dtype.itemsize
-        return Size(dense, codes, luts, self.leftovers.nbytes, entropy(self.counts()))
+        counts = self.counts() if counts is None else counts
+        return Size(dense, codes, luts, self.leftovers.nbytes, entropy(counts))
 
 
 def divided(w, form, scales=None):

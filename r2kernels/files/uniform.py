@@ -132,10 +132,12 @@ class Uniform(NamedTuple):
         """(2**bits,) how often each code occurs."""
         return torch.bincount(self.unpacked().codes, minlength=2**self.form.bits)
 
-    def size(self):
+    def size(self, counts=None):
+        """counts: those of `counts`, where they are known."""
         dense = math.prod(self.shape) * self.dtype.itemsize
         codes = self.form.groups(self.shape, self.form.bits).nbytes
-        return Size(dense, codes, self.scale.nbytes + self.zero.nbytes, 0, entropy(self.counts()))
+        counts = self.counts() if counts is None else counts
+        return Size(dense, codes, self.scale.nbytes + self.zero.nbytes, 0, entropy(counts))
 
 
 def _inputs(shape, axis):

@@ -1,5 +1,7 @@
 """Hard k-means: what a user calls."""
 
+import torch
+
 from .. import ops
 from ..algorithms.kmeans import fit
 from ..backends import serving
@@ -9,6 +11,8 @@ from ..reference.zeros import anchored, with_zero
 from ..sharding import is_sharded
 from ..sharding.whole import on_owners
 from .differentiable import weights
+
+MOST = 2**31  # numbers of a tensor that the extension sorts with 32-bit places
 
 
 def kmeans(W, clusters, *, cluster_dim=1, layout="output", weight=None, max_iter=100, preserve_zeros=False):
@@ -21,9 +25,12 @@ def kmeans(W, clusters, *, cluster_dim=1, layout="output", weight=None, max_iter
     numel mod d leftovers are ignored. `weight` is a floating-point tensor of one number >= 0 per row (any shape; for
     a sequence a sequence of them, each may be None); rows of weight 0 do not count.
 
-    d = 1: the exact programme (Wang and Song 2011, Ckmeans.1d.dp; by divide and conquer, Grønlund et al. 2017) on the
-    distinct values of W, or where they are more than 8192 on so many cells of about equal inertia; then Lloyd (1982)
-    on all rows. Above 512 clusters there are fewer cells, above 2048 one for each cluster. d > 1: greedy k-means++
+    d = 1: the exact programme (Wang and Song 2011, Ckmeans.1d.dp; by divide and conquer, Grønlund et al. 2017) on cells
+    of about equal inertia that become finer around the best cuts until they are the distinct values of W; then Lloyd
+    (1982) on all rows. Above 724 clusters there is one stage, of 2^22 / K cells, above 2048 one for each cluster. Of a
+    list all tensors are clustered in one call, whose cost depends on their numbers alone; numbers of 16 bits (and of
+    float8, which is taken here) are counted by value. On other devices than the CPU, and without the extension, there
+    is one stage, of 8192 cells. d > 1: greedy k-means++
     (Arthur and Vassilvitskii 2007) from a fixed seed, on at most max(64 K, 16384) rows, then Lloyd; a cluster left
     empty takes the row farthest from its centroid. Lloyd ends when no row changes its cluster, or after `max_iter`
     rounds.
@@ -42,38 +49,92 @@ def kmeans(W, clusters, *, cluster_dim=1, layout="output", weight=None, max_iter
     TypeError or ValueError for a wrong type, dtype, device, shape or length; for an empty tensor; for `clusters` or
     `max_iter` below 1; for a `weight` that is negative, infinite, NaN, or 0 for every row.
     """
-    ws, single = weights("kmeans", W, cluster_dim, layout, empty=False)
+    ws, single = weights("kmeans", _widened(W), cluster_dim, layout, empty=False)
     checks.count("max_iter", max_iter)
     counts, masses = checks.clusters(clusters, ws, single), parameters.masses(weight, ws, single, cluster_dim)
     checks.clusters_with_zero(preserve_zeros, counts)
-    pieces = {} if serving(ws[0].device) == "reference" else _pieces()
+    for i, (w, count, mass) in enumerate(zip(ws, counts, masses, strict=True)):
+        name, rows = "W" if single else f"W[{i}]", w.numel() // cluster_dim
+        checks.warn_of_repeated_centroids(count, rows, mass, name, stacklevel=2)
 
-    def work(i, w):
-        rows = columns(w.detach(), cluster_dim, layout).t().contiguous().resolve_neg()
-        count, mass = counts[i], masses[i]
-        checks.warn_of_repeated_centroids(count, rows, mass, "W" if single else f"W[{i}]", stacklevel=3)
-        if preserve_zeros:
-            rows, mass = anchored(rows, mass)
-        c = fit(rows, count, mass, max_iter, **pieces)
-        return with_zero(c.reshape(count, -1)).reshape(c.shape) if preserve_zeros else c
+    def work(some):
+        """Of some tensors by number: [(number, whole tensor)]."""
+        wholes = [w for _, w in some]
+        how = [counts[i] for i, _ in some], [masses[i] for i, _ in some], max_iter, preserve_zeros
+        if cluster_dim == 1 and _has_lines(wholes):
+            return _lines(wholes, *how)
+        return _each([columns(w.detach(), cluster_dim, layout).t() for w in wholes], *how)
 
     if is_sharded(ws):
-        found = on_owners(ws, [(k,) if cluster_dim == 1 else (k, cluster_dim) for k in counts], work)
+        shapes = [(k,) if cluster_dim == 1 else (k, cluster_dim) for k in counts]
+        found = on_owners(ws, shapes, lambda i, w: work([(i, w)])[0])
     else:
-        found = []
-        for i, w in enumerate(ws):
-            found.append(work(i, w))  # no comprehension: warnings count frames
+        found = work(list(enumerate(ws)))
     return found[0] if single else found
 
 
-def _pieces():
-    """The steps of `fit` that have faster versions. Beside Triton the extension may be missing: numpy's
-    programme then gives the same cells."""
+def grouped(W, clusters, *, weight=None, max_iter=100, preserve_zeros=False):
+    """`kmeans` of every row of W (G, n), as (G, K) in one call; `weight` (G, n) or None, not 0 for a whole row.
+
+    Checks nothing, and warns of nothing: for groups that the caller has cut from a weight.
+    """
+    if _has_lines([W]):
+        mass = None if weight is None else weight.double().contiguous()
+        c = _native().fit_block(W.detach().contiguous().resolve_neg(), clusters, mass, max_iter, preserve_zeros)
+        return with_zero(c.unsqueeze(-1)).squeeze(-1) if preserve_zeros else c
+    masses = [None] * len(W) if weight is None else list(weight.double().unbind())
+    rows = [columns(w.detach()).t() for w in W.unbind()]
+    return torch.stack(_each(rows, [clusters] * len(W), masses, max_iter, preserve_zeros))
+
+
+def _widened(W):
+    """8-bit numbers in the 16 bits that hold them all."""
+    if isinstance(W, (list, tuple)):
+        return [_widened(w) for w in W]
+    is_narrow = isinstance(W, torch.Tensor) and W.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+    return W.to(torch.bfloat16) if is_narrow else W
+
+
+def _native():
+    """The launchers of the extension, or None where there is none: numpy's programme then finds the same optimum."""
     from ..backends import native
 
-    pieces = {"assign": lambda rows, c: ops.assign.fwd([rows], c[None], (len(c),), rows.shape[1], "contiguous")[0]}
     try:
         native.load("cpu")
     except (ImportError, OSError):
-        return pieces
-    return {**pieces, "partition": native.partition}
+        return None
+    return native
+
+
+def _has_lines(ws):
+    """Whether the extension can cluster the numbers of these tensors."""
+    device = ws[0].device
+    small = all(w.numel() < MOST for w in ws)
+    return device.type == "cpu" and small and serving(device) != "reference" and _native() is not None
+
+
+def _lines(ws, counts, masses, max_iter, preserve_zeros):
+    """Centroids (K,) of the numbers of tensors on the CPU, all in one call."""
+    flat = [w.detach().resolve_neg().contiguous() for w in ws]
+    masses = [None if m is None else m.contiguous() for m in masses]
+    found = _native().fit_lines(flat, counts, masses, max_iter, preserve_zeros)
+    return [with_zero(c[:, None])[:, 0] for c in found] if preserve_zeros else found
+
+
+def _each(rows, counts, masses, max_iter, preserve_zeros):
+    """Centroids of the rows (N, d) of tensors, one after the other."""
+    pieces, found = {} if serving(rows[0].device) == "reference" else _pieces(), []
+    for x, count, mass in zip(rows, counts, masses, strict=True):
+        x = x.contiguous().resolve_neg()
+        if preserve_zeros:
+            x, mass = anchored(x, mass)
+        c = fit(x, count, mass, max_iter, **pieces)
+        found.append(with_zero(c.reshape(count, -1)).reshape(c.shape) if preserve_zeros else c)
+    return found
+
+
+def _pieces():
+    """The steps of `fit` that have faster versions."""
+    pieces = {"assign": lambda rows, c: ops.assign.fwd([rows], c[None], (len(c),), rows.shape[1], "contiguous")[0]}
+    native = _native()
+    return pieces if native is None else {**pieces, "partition": native.partition}

@@ -335,7 +335,7 @@ def row_weights(name, mass, w, d):
 
 def warn_of_repeated_centroids(count, rows, mass, name, stacklevel):
     """UserWarning where there are fewer rows that count than clusters."""
-    n = len(rows) if mass is None else int(mass.count_nonzero())
+    n = rows if mass is None else int(mass.count_nonzero())
     if count > n:
         message = f"kmeans: {count} clusters, but {name} has {n} rows{'' if mass is None else ' of positive weight'}"
         warnings.warn(f"{message}; centroids will be repeated", UserWarning, stacklevel=stacklevel + 1)

@@ -21,7 +21,7 @@ def kmeans(W, clusters, *, cluster_dim=1, layout="output", weight=None, max_iter
     found = []
     for i, (w, count, mass) in enumerate(zip(ws, counts, masses, strict=True)):
         rows = columns(w.detach(), cluster_dim, layout).t()
-        checks.warn_of_repeated_centroids(count, rows, mass, "W" if single else f"W[{i}]", stacklevel=2)
+        checks.warn_of_repeated_centroids(count, len(rows), mass, "W" if single else f"W[{i}]", stacklevel=2)
         if preserve_zeros:
             c = fit(*anchored(rows, mass), count, max_iter)
             found.append(with_zero(c.reshape(count, -1)).reshape(c.shape))

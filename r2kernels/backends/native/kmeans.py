@@ -1,14 +1,70 @@
-"""Hard k-means: the exact programme for scalars."""
+"""Hard k-means of single numbers: groups in one call, and the exact programme alone."""
+
+from array import array
 
 import torch
 
-from .extension import library
+from .extension import half, library, pointer
+
+DTYPES = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+def fit_lines(groups, clusters, weights, max_iter, zero=False):
+    """The centroids of contiguous tensors of one dtype on the CPU: (K,) of each, ascending, in the accumulator's dtype.
+
+    clusters: an int for each. weights: for each float64 numbers, as many, or None. zero: as `preserve_zeros`, but for
+    the last bits of the centroid at 0.
+    """
+    dtype = torch.float64 if groups[0].dtype == torch.float64 else torch.float32
+    found = list(torch.empty(sum(clusters), dtype=dtype, device="cpu").split(clusters))
+    given = [array("q", map(pointer, tensors)) for tensors in (groups, weights, found)]
+    sizes = array("q", [g.numel() for g in groups])
+    _fit(
+        given[0],
+        sizes,
+        array("q", clusters),
+        given[1] if any(given[1]) else None,
+        given[2],
+        groups[0].dtype,
+        max_iter,
+        zero,
+    )
+    return found
+
+
+def fit_block(block, clusters, weights, max_iter, zero=False):
+    """The same of the rows of a contiguous (groups, n) tensor, with (groups, n) weights or None: (groups, K)."""
+    groups, n = block.shape
+    out = block.new_empty(groups, clusters, dtype=torch.float64 if block.dtype == torch.float64 else torch.float32)
+
+    def rows(tensor):
+        step = tensor.stride(0) * tensor.element_size()
+        return array("q", range(tensor.data_ptr(), tensor.data_ptr() + groups * step, step))
+
+    numbers = array("q", [n]) * groups, array("q", [clusters]) * groups
+    _fit(rows(block), *numbers, None if weights is None else rows(weights), rows(out), block.dtype, max_iter, zero)
+    return out
+
+
+def _fit(pointers, sizes, clusters, weights, out, dtype, max_iter, zero):
+    structs, address = half("cpu"), lambda numbers: 0 if numbers is None else numbers.buffer_info()[0]
+    lines = structs.Lines(
+        sizes=address(sizes),
+        clusters=address(clusters),
+        weights=address(weights),
+        out=address(out),
+        count=len(sizes),
+        dtype=getattr(library().Dtype, DTYPES[dtype]),
+        rounds=max_iter,
+        zero=zero,
+    )
+    structs.fit_lines(address(pointers), lines, threads=torch.get_num_threads())
 
 
 def partition(prefix, clusters):
-    """`reference.kmeans.partition` in C++; `prefix` is a contiguous float64 tensor on the CPU."""
+    """`partition` of algorithms/kmeans.py in C++; `prefix` is a contiguous float64 tensor on the CPU."""
     starts = torch.empty(clusters, dtype=torch.int64, device="cpu")
-    library().partition(
+    half("cpu").partition(
         prefix=prefix.data_ptr(), cells=prefix.shape[1] - 1, clusters=clusters, starts=starts.data_ptr()
     )
     return starts

@@ -54,7 +54,21 @@ def report(parser):
 
 def compress(parser):
     add_in_and_out(parser, "the palettized file (.safetensors); or FOLDER/, a new folder with shards and their index")
-    parser.add_argument("--bits", type=bits, required=True, metavar="N", help="bits of a code, 1 to 8: 2**N centroids")
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument("--bits", type=bits, metavar="N", help="bits of a code, 1 to 8: 2**N centroids")
+    size.add_argument(
+        "--budget",
+        type=float,
+        metavar="BITS",
+        help="bits per weight in the file, with codes, tables and scales: of 1 to 8 bits and tables of several "
+        "granularities each weight has those of the least error in all",
+    )
+    parser.add_argument(
+        "--importance",
+        metavar="FILE",
+        help="what an error of each number counts: a .safetensors file of tensors with names and shapes of the "
+        "checkpoint's, as `r2kernels.sensitivity` gives them",
+    )
     parser.add_argument(
         "--cluster-dim",
         type=positive,

@@ -73,7 +73,10 @@ def run_compress(args):
         check_granularity(args.granularity, args.group_size, args.checkpoint)
     except ValueError as error:
         raise BadInput(str(error)) from None
-    options = {"preserve_zeros": args.preserve_zeros}
+    for option in ("cluster_dim", "layout", "group_size", "granularity", "per_channel_scale", "lut_dtype"):
+        if args.budget is not None and getattr(args, option) != Form._field_defaults[option]:
+            raise BadInput(f"--budget chooses how weights are clustered; --{option.replace('_', '-')} says it too")
+    options = {"preserve_zeros": args.preserve_zeros, "importance": args.importance, "budget": args.budget}
     _code(args, "clustering weights", compress.compress, Form.of(args), options, entropy=args.entropy)
 
 
@@ -96,6 +99,7 @@ def _code(args, doing, work, form, options, entropy=None):
     _check_backend(torch.device("cpu"))
     checkpoint = opened(args.checkpoint, args.key)
     total = sum(shards.nbytes(entry) for entry in checkpoint.entries if entry.name not in checkpoint.aliases)
+    total *= 1 + (options.get("budget") is not None)
     with progress(doing, total, quiet=args.json, in_bytes=True) as advance, writable(out):
         result = work(
             checkpoint,

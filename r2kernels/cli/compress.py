@@ -20,6 +20,7 @@ from ..files.saving import Saver, by_alignment, most_bytes
 from ..nn.clipping import coded
 from ..nn.clustering import clustered_weight, few_rows, lost
 from . import parts, shards
+from .allocation import Importance, forms_within
 from .results import Result, Row, relative_error
 from .shards import nbytes
 
@@ -28,9 +29,16 @@ FEW_ROWS, NOT_FINITE, SKIPPED = "fewer rows than centroids", "not finite", "skip
 QUANTIZED = "of layers that are quantized already"
 
 
-def cluster(w, form, preserve_zeros=False, tell=lambda text: None):
-    """A weight clustered by k-means, or None where it is not finite. Tells of values and zeros that it loses."""
-    centroids, clustered = clustered_weight(w, form, preserve_zeros)
+def _nothing(nbytes):
+    pass
+
+
+def cluster(w, form, preserve_zeros=False, weight=None, tell=lambda text: None):
+    """A weight clustered by k-means, or None where it is not finite. Tells of values and zeros that it loses.
+
+    weight: its importances, or None.
+    """
+    centroids, clustered = clustered_weight(w, form, preserve_zeros, weight)
     for text in lost(w, form, centroids, preserve_zeros) if clustered else ():
         tell(text)
     return clustered
@@ -80,11 +88,23 @@ def too_small(shape, form):
     return FEW_ROWS if isinstance(form, Form) and few_rows(shape, form) is not None else None
 
 
-def compress(checkpoint, path, form, *, preserve_zeros=False, **options):
-    """Writes the palettized file of a checkpoint, its weights clustered by k-means. options: as in `write`."""
-    return write(
-        checkpoint, path, form, functools.partial(cluster, preserve_zeros=preserve_zeros), "cluster", **options
-    )
+def compress(
+    checkpoint, path, form, *, preserve_zeros=False, importance=None, budget=None, skip=(), advance=_nothing, **options
+):
+    """Writes the palettized file of a checkpoint, its weights clustered by k-means. options: as in `write`.
+
+    importance: a file of what an error of each number counts. budget: bits per weight; each weight then has a form of
+    its own, and `advance` is called twice for each tensor.
+    """
+    importance, forms = importance and Importance(importance, checkpoint), {}
+    if budget is not None:
+        form = Form(1)
+        planned, _ = plan(checkpoint, form, skip)
+        shared = {"preserve_zeros": preserve_zeros, "importance": importance}
+        forms = forms_within(checkpoint, planned, budget, **shared, advance=advance)
+    encode = functools.partial(cluster, preserve_zeros=preserve_zeros)
+    weighted = {"forms": forms, "importance": importance, "skip": skip, "advance": advance}
+    return write(checkpoint, path, form, encode, "cluster", **weighted, **options)
 
 
 def quantize(checkpoint, path, form, *, method="mse", symmetric=True, **options):
@@ -136,20 +156,27 @@ def write(
     jobs=None,
     resume=False,
     shard_size=None,
-    advance=lambda nbytes: None,
+    forms=None,
+    importance=None,
+    advance=_nothing,
 ):
     """Writes a checkpoint with its weights as encode(weight, form, tell=) codes them, or dense where that is None.
 
     skip: patterns of names of weights or modules that stay dense. plot: rows with panels. jobs: threads that code, by
     default one for each core up to MOST_JOBS. shard_size: `path` is a new folder with files of at most so many bytes.
     resume: goes on with what an interrupted call of the same arguments left in PATH.partial; without, that is an error,
-    or replaced with `overwrite`. Calls `advance` with the bytes of tensors done.
+    or replaced with `overwrite`. forms: name -> another form. importance: an `Importance`, of which `encode` is given
+    the part as `weight`. Calls `advance` with the bytes of tensors done.
     """
     planned, kept = plan(checkpoint, form, skip, verb)
+    forms = forms or {}
+    planned = [p._replace(form=forms.get(p.name, p.form)) for p in planned]
     files = Shard.all_of(planned, checkpoint.aliases, shard_size, entropy)
     identity = {
         "checkpoint": checkpoint.identity(),
         "form": [type(form).__name__, *form],
+        "forms": {name: list(own) for name, own in forms.items()},
+        "importance": importance and importance.identity(),
         "options": encode.keywords,
         "skip": sorted(skip),
         "entropy": entropy,
@@ -157,7 +184,7 @@ def write(
         "shard size": shard_size,
     }
     with keeping(path, identity, resume=resume, overwrite=overwrite) as partial:
-        written = _Written(checkpoint, entropy, plot, partial, kept, advance)
+        written = _Written(checkpoint, entropy, plot, partial, kept, advance, importance)
         written.all_of(files, encode, jobs or default_jobs())
         if not written.rows:
             raise CheckpointError(f"{checkpoint.path}: no weight is left to {verb}: all have a NaN or an infinity")
@@ -176,8 +203,9 @@ def write(
 class _Written:
     """What is written of a checkpoint. `rows`: of its weights; `kept` is added to."""
 
-    def __init__(self, checkpoint, entropy, plot, partial, kept, advance):
+    def __init__(self, checkpoint, entropy, plot, partial, kept, advance, importance):
         self.checkpoint, self.entropy, self.plot, self.partial = checkpoint, entropy, plot, partial
+        self.importance = importance
         self.rows, self.kept, self.advance = [], kept, advance
         self.done = {}  # name -> its last record, in the order of the data
         for record in partial.records:
@@ -196,10 +224,13 @@ class _Written:
         packed = self.entropy is None
 
         def read(part):
-            return self.checkpoint.part(part.planned.name, part.begin, part.end)
+            place = part.planned.name, part.begin, part.end
+            return self.checkpoint.part(*place), self.importance and self.importance.of(*place)
 
-        def work(part, w):
-            return parts.code(w, part.planned.form, encode, packed=packed, plot=self.plot)
+        def work(part, found):
+            w, h = found
+            how = encode if h is None else functools.partial(encode, weight=h)
+            return parts.code(w, part.planned.form, how, packed=packed, plot=self.plot)
 
         stream = parts.in_order((part for some in pieces.values() for part in some), read, work, jobs)
         with warnings.catch_warnings(), contextlib.closing(stream):

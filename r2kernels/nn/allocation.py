@@ -6,15 +6,17 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from ..files.clustered import Clustered
 from ..reference import checks
-from .clustering import ClusteringOptions, centroids_of, few_rows, form_of, with_zeros_kept
+from .clustering import ClusteringOptions, clustered_weight, few_rows, form_of, with_zeros_kept
 from .importance import importances_of
 from .layers import layers_of
 from .sensitivity import sensitivity
 
+TABLES = {"group_size": 16}, {"group_size": 4}, {"group_size": 1}, {"granularity": (None, 1)}
 CHOICES = tuple(
-    {"bits": bits, "group_size": size, "lut_dtype": "fp16"} for bits in (1, 2, 3, 4, 6, 8) for size in (None, 16, 4, 1)
+    {"bits": bits, "lut_dtype": "fp16", **tables}
+    for bits, some in ((1, TABLES), (2, TABLES), (3, TABLES), (4, TABLES), (6, TABLES[:1]), (8, ()))
+    for tables in ({"group_size": None}, *some)
 )
 CELLS = 2**15  # of the budget: what costs are rounded up to
 
@@ -59,16 +61,16 @@ class Budget:
     def add(self, w, ways, weight=None):
         """Clusters a weight by k-means in each of the ways, (`Form`, preserve_zeros); False where it is not finite.
 
-        The error is sum_i h_i (w_i - w_hat_i)^2 with importances h, by default 1 / mean(w^2).
+        The error is sum_i h_i (w_i - w_hat_i)^2 with importances h, by default 1 / sum_i w_i^2.
         """
         energy = w.double().square().mul_(1 if weight is None else weight).sum().item()
         found = []
         for form, preserve_zeros in ways if math.isfinite(energy) else ():
-            clustered = Clustered.of(w, centroids_of(w, form, preserve_zeros, weight), form)
+            _, clustered = clustered_weight(w, form, preserve_zeros, weight)
             error = clustered.decoded().sub_(w).double().square_()
             error = error.mul_(1 if weight is None else weight).sum().item()
             if weight is None:
-                error = error / energy * w.numel() if energy else 0.0
+                error = error / energy if energy else 0.0
             found.append((clustered.size().packed, error))
         if found:
             self._weights.append((w.numel(), found, None if weight is None else energy))
@@ -77,11 +79,11 @@ class Budget:
     def spend(self, bits):
         """The number of the way of each weight, for so many bits per number. ValueError where nothing fits.
 
-        Relative errors count as much as the mean of h w^2 over the weights with importances.
+        Relative errors are in units of the mean of sum_i h_i w_i^2 over the weights with importances.
         """
         total = sum(numbers for numbers, _, _ in self._weights)
-        known = [(numbers, energy) for numbers, _, energy in self._weights if energy is not None]
-        unit = sum(energy for _, energy in known) / sum(numbers for numbers, _ in known) if known else 1.0
+        known = [energy for _, _, energy in self._weights if energy is not None]
+        unit = sum(known) / len(known) if known else 1.0
         options = [
             [(size, error * (unit if energy is None else 1)) for size, error in found]
             for _, found, energy in self._weights
@@ -117,14 +119,14 @@ def allocate(
     taken, such that the sum over all layers of sum_i h_i (w_i - w_hat_i)^2 is the least whose bytes, of codes, tables
     and scales, are within the budget: an exact knapsack, but that bytes are counted in 32,768ths of the largest choice.
     With h = F, the Fisher diagonal, half that sum is how much the loss is predicted to rise, as in HAWQ-V2 (Dong et al.
-    2020) and SqueezeLLM. Without importances each layer counts by its relative error,
-    N ||w - w_hat||^2 / ||w||^2 for N weights.
+    2020) and SqueezeLLM. Without importances each layer counts by its relative error ||w - w_hat||^2 / ||w||^2, however
+    many weights it has.
 
     budget: bits per weight over all weights that are clustered, a number > 0.
     weight: importances by name, as `sensitivity` gives; or loader, loss, batches and forward, which are passed to it. A
-        weight without an entry counts by its relative error times the mean h w^2 of those with one.
-    choices: dicts of options of `Palettizer`; by default 1, 2, 3, 4, 6 and 8 bits, for each a table of float16 for a
-        weight, for 16 and 4 output channels and for one.
+        weight without an entry counts by its relative error times the mean sum_i h_i w_i^2 of those with one.
+    choices: dicts of options of `Palettizer`; by default 1, 2, 3, 4, 6 and 8 bits with one table of float16, to 6 bits
+        also one for each 16 output channels, to 4 bits for each 4, each one, and each column of the weight as a matrix.
     include, exclude: as for the `Palettizer` that shall have these overrides.
 
     The same overrides in every run. Weights that have fewer rows than any choice has centroids are left out. ValueError

@@ -207,7 +207,7 @@ def test_bad_input(capsys, tmp_path, model):
     before, new = sorted(os.listdir(tmp_path)), tmp_path / "new.safetensors"
     for args, message in [
         (["compress", model, "--bits", 2], "required: -o/--out"),
-        (["compress", model, "-o", new], "required: --bits"),
+        (["compress", model, "-o", new], "arguments --bits --budget is required"),
         (["compress", model, "-o", new, "--bits", 0], "--bits: must be 1 to 8, got 0"),
         (["compress", model, "-o", new, "--bits", 9], "--bits: must be 1 to 8, got 9"),
         (["compress", model, "-o", new, "--bits", "two"], "--bits: invalid"),

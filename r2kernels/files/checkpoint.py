@@ -154,7 +154,7 @@ def _open_safetensors(checkpoint, key):
     try:
         file = safe_open(path, framework="pt")
         checkpoint.entries = [_safetensors_entry(path, file, name) for name in sorted(file.keys(), key=natural)]
-        checkpoint._get, checkpoint._part = file.get_tensor, _safetensors_parts(checkpoint)
+        checkpoint._get, checkpoint._part = file.get_tensor, _safetensors_parts(path, checkpoint.entries)
         metadata = sorted((file.metadata() or {}).items())
         checkpoint.metadata = dict(pair for pair in metadata if pair != ("format", "pt"))
     except (SafetensorError, OSError) as error:
@@ -162,9 +162,9 @@ def _open_safetensors(checkpoint, key):
         raise CheckpointError(f"{path}: {reason}") from error
 
 
-def _safetensors_parts(checkpoint):
+def _safetensors_parts(path, entries):
     """(name, begin, end) -> those indices of a tensor's first dimension, read from an intact file."""
-    file, known = open_regular(checkpoint.path), {entry.name: entry for entry in checkpoint.entries}
+    file, known = open_regular(path), {entry.name: entry for entry in entries}
     header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     start = file.tell()
 
@@ -178,7 +178,7 @@ def _safetensors_parts(checkpoint):
         data = torch.empty(count * each, dtype=torch.uint8, device="cpu")
         file.seek(start + header[name]["data_offsets"][0] + begin * each)
         if file.readinto(memoryview(data.numpy())) < len(data):
-            raise CheckpointError(f"{checkpoint.path}: {name} is truncated")
+            raise CheckpointError(f"{path}: {name} is truncated")
         return data.view(entry.dtype).reshape(inner)
 
     return part

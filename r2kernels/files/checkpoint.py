@@ -164,9 +164,10 @@ def _open_safetensors(checkpoint, key):
 
 def _safetensors_parts(path, entries):
     """(name, begin, end) -> those indices of a tensor's first dimension, read from an intact file."""
-    file, known = open_regular(path), {entry.name: entry for entry in entries}
-    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    start = file.tell()
+    known = {entry.name: entry for entry in entries}
+    with open_regular(path) as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        start = file.tell()
 
     def part(name, begin, end):
         entry = known[name]
@@ -176,9 +177,10 @@ def _safetensors_parts(path, entries):
             inner, count = (end - begin, *inner), end - begin
         each = math.prod(entry.shape[1:]) * entry.dtype.itemsize
         data = torch.empty(count * each, dtype=torch.uint8, device="cpu")
-        file.seek(start + header[name]["data_offsets"][0] + begin * each)
-        if file.readinto(memoryview(data.numpy())) < len(data):
-            raise CheckpointError(f"{path}: {name} is truncated")
+        with open_regular(path) as file:
+            file.seek(start + header[name]["data_offsets"][0] + begin * each)
+            if file.readinto(memoryview(data.numpy())) < len(data):
+                raise CheckpointError(f"{path}: {name} is truncated")
         return data.view(entry.dtype).reshape(inner)
 
     return part

@@ -88,6 +88,16 @@ constexpr auto fields_of<Values> =
                     R2_FIELD(Values, sizes), R2_FIELD(Values, grads), R2_FIELD(Values, sums), R2_FIELD(Values, shift),
                     R2_FIELD(Values, factor), R2_FIELD(Values, targets));
 template <>
+constexpr auto fields_of<RowGroups> = std::make_tuple(
+    R2_FIELD(RowGroups, rows), R2_FIELD(RowGroups, weights), R2_FIELD(RowGroups, drawn), R2_FIELD(RowGroups, uniform),
+    R2_FIELD(RowGroups, out), R2_FIELD(RowGroups, sizes), R2_FIELD(RowGroups, clusters), R2_FIELD(RowGroups, seeds),
+    R2_FIELD(RowGroups, count), R2_FIELD(RowGroups, d), R2_FIELD(RowGroups, dtype), R2_FIELD(RowGroups, max_iter));
+template <>
+constexpr auto fields_of<Lines> =
+    std::make_tuple(R2_FIELD(Lines, values), R2_FIELD(Lines, weights), R2_FIELD(Lines, sizes),
+                    R2_FIELD(Lines, clusters), R2_FIELD(Lines, scratch), R2_FIELD(Lines, out), R2_FIELD(Lines, count),
+                    R2_FIELD(Lines, stride), R2_FIELD(Lines, most), R2_FIELD(Lines, dtype), R2_FIELD(Lines, max_iter));
+template <>
 constexpr auto fields_of<Quantizer> = std::make_tuple(
     R2_FIELD(Quantizer, first), R2_FIELD(Quantizer, second), R2_FIELD(Quantizer, third), R2_FIELD(Quantizer, bits),
     R2_FIELD(Quantizer, low), R2_FIELD(Quantizer, high), R2_FIELD(Quantizer, flag), R2_FIELD(Quantizer, sized),
@@ -125,6 +135,8 @@ void def_structs(py::module_& m) {
   def_struct<Forward>(m, "Forward");
   def_struct<Backward>(m, "Backward");
   def_struct<Clusters>(m, "Clusters");
+  def_struct<RowGroups>(m, "RowGroups");
+  def_struct<Lines>(m, "Lines");
 }
 
 // What the extension says of the op contract, and of memory that its callers make for it.
@@ -147,9 +159,10 @@ struct InstructionSet {
   const cpu::Regularizers* regularizers;
   const cpu::Quantizers* quantizers;
   const cpu::Dkm* dkm;
+  const cpu::KMeans* kmeans;
 };
 #define R2_INSTRUCTION_SET(isa) \
-  {#isa, &cpu::isa::range_losses, &cpu::isa::regularizers, &cpu::isa::quantizers, &cpu::isa::dkm}
+  {#isa, &cpu::isa::range_losses, &cpu::isa::regularizers, &cpu::isa::quantizers, &cpu::isa::dkm, &cpu::isa::kmeans}
 
 // Those that this processor runs, the widest last.
 std::vector<InstructionSet> usable() {
@@ -299,6 +312,9 @@ void def_cpu(py::module_ m) {
   R2_DEF(look_up);
 #undef R2_DEF
   m.def(
+      "fit_rows", [](const RowGroups& groups, int threads) { chosen.kmeans->fit_rows(groups, threads); }, "groups"_a,
+      "threads"_a, Release());
+  m.def(
       "dkm_scratch",
       [](int64_t chunks, int64_t, int most, int d, Metric metric) {
         return chunks * chosen.dkm->scratch(most, d, metric);
@@ -323,6 +339,10 @@ void def_cuda(py::module_ m) {
 #undef R2_DEF
   m.def("dkm_scratch", &cuda::dkm_scratch, "chunks"_a, "tensors"_a, "most"_a, "d"_a, "metric"_a);
   m.def("rank_scratch", &cuda::rank_scratch, "count"_a);
+  m.def(
+      "fit_lines", [](const Lines& lines, int device, Address queue) { cuda::fit_lines(lines, device, queue); },
+      unnamed, unnamed, unnamed, Release());
+  m.def("lines_scratch", &cuda::lines_scratch, "stride"_a, "most"_a, "weighted"_a);
 }
 #endif
 

@@ -33,12 +33,17 @@ struct Dkm {
   Function<Values> collect, sum_by_value, look_up;
 };
 
+struct KMeans {
+  void (*fit_rows)(const RowGroups&, int threads);
+};
+
 #define R2_KERNELS(isa)                   \
   namespace isa {                         \
   extern const RangeLosses range_losses;  \
   extern const Regularizers regularizers; \
   extern const Quantizers quantizers;     \
   extern const Dkm dkm;                   \
+  extern const KMeans kmeans;             \
   }
 R2_KERNELS(portable)
 #if defined(__x86_64__)

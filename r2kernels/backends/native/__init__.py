@@ -3,8 +3,9 @@
 from . import dkm, quantizers, range_losses, regularizers
 from .extension import on_codes
 from .kmeans import partition
+from .kmeans_rows import fit_rows
 
-__all__ = ["Native", "load", "on_codes", "partition"]
+__all__ = ["Native", "fit_rows", "load", "on_codes", "partition"]
 
 
 class Native(

@@ -63,7 +63,8 @@ struct LineGroup {
   const A* values;
   const double* weights;
   int n, clusters, most;
-  double *total, *mass;                           // prefix sums of weight x value, and of weight
+  double scale, inverse;  // powers of two: of values in this scale squares neither overflow nor vanish
+  double *total, *mass;   // prefix sums of weight x value, and of weight
   double *sums, *sums_of_first, *sums_of_second;  // over cells: mass, mass x value, mass x value^2
   double *least, *fewer;                          // inertia of the cells before each end
   int *edges, *spare;
@@ -83,7 +84,7 @@ struct LineGroup {
     edges = reinterpret_cast<int*>(fewer + cells + 1), spare = edges + cells + 1;
   }
 
-  __device__ double at(int i) const { return double(values[i]); }
+  __device__ double at(int i) const { return double(values[i]) * inverse; }
   __device__ double mass_of(int from, int to) const { return kWeighted ? mass[to] - mass[from] : double(to - from); }
 
   // of values [from, to); kept to their range, so that equal values are met exactly
@@ -106,6 +107,10 @@ struct LineGroup {
   }
 
   __device__ void sum_up() {
+    int exponent;
+    frexp(fmax(fabs(double(values[0])), fabs(double(values[n - 1]))), &exponent);
+    exponent = min(max(exponent, -1000), 1000);
+    scale = ldexp(1.0, exponent), inverse = ldexp(1.0, -exponent);
     if (kWeighted) outward_sums(n, n / 2, [&](int i) { return weights[i]; }, mass);
     outward_sums(n, n / 2, [&](int i) { return kWeighted ? weights[i] * at(i) : at(i); }, total);
     __syncthreads();
@@ -287,7 +292,7 @@ __global__ void __launch_bounds__(kLineThreads) lines_kernel(Lines lines, int mo
   __syncthreads();
   group.lloyd(lines.max_iter, runs, found, centroids);
   __syncthreads();
-  each(group.clusters, [&](int k) { out[k] = centroids[k]; });
+  each(group.clusters, [&](int k) { out[k] = centroids[k] * group.scale; });
 }
 
 }  // namespace r2::cuda

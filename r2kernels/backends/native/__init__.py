@@ -3,13 +3,18 @@
 from . import dkm, quantizers, range_losses, regularizers
 from .extension import on_codes
 from .kmeans import partition
+from .kmeans_lines import NativeLines
 from .kmeans_rows import fit_rows
 
 __all__ = ["Native", "fit_rows", "load", "on_codes", "partition"]
 
 
 class Native(
-    range_losses.NativeRangeLosses, regularizers.NativeRegularizers, quantizers.NativeQuantizers, dkm.NativeClusterings
+    range_losses.NativeRangeLosses,
+    regularizers.NativeRegularizers,
+    quantizers.NativeQuantizers,
+    dkm.NativeClusterings,
+    NativeLines,
 ):
     """The ops of one half of the extension."""
 

@@ -9,6 +9,7 @@ namespace r2::cpu {
   const Regularizers regularizers = {}; \
   const Quantizers quantizers = {};     \
   const Dkm dkm = {};                   \
+  const KMeans kmeans = {};             \
   }
 R2_ABSENT(portable)
 #if defined(__x86_64__)

@@ -274,17 +274,14 @@ void assign_rows(const List& list, const Clusters& clusters, const Pass& pass, i
         with_width<A>(d, [&](auto kD) {
           take_rows<kD>(tensor_of(list, c.tensor), w, d, row, n, x);
           in_units(x, kRows * d, unit, x);
-          for (int i = 0; i < n; i += RowGroup<A>::rows) {
-            Indices<A> code[kVectors];
-            nearest<kD>(x + i, centroids, K, d, code);
-            for (int l = 0; l < RowGroup<A>::rows && i + l < n; ++l) {
-              const Index<A> found = code[l / lanes<Vec<A>>][l % lanes<Vec<A>>];
-              if (K <= 256)
-                static_cast<uint8_t*>(codes)[row + i + l] = uint8_t(found);
-              else
-                static_cast<int32_t*>(codes)[row + i + l] = int32_t(found);
-            }
-          }
+          Indices<A> code[kRows / lanes<Vec<A>>];
+          for (int i = 0; i < n; i += RowGroup<A>::rows) nearest<kD>(x + i, centroids, K, d, code + i / lanes<Vec<A>>);
+          const auto put = [&](auto* to) {
+            Index<A> found[kRows];
+            std::memcpy(found, code, sizeof(found));
+            for (int i = 0; i < n; ++i) to[row + i] = std::remove_reference_t<decltype(*to)>(found[i]);
+          };
+          K <= 256 ? put(static_cast<uint8_t*>(codes)) : put(static_cast<int32_t*>(codes));
         });
       }
     }

@@ -229,14 +229,13 @@ class RowsKMeans {
   bool assign_part(int64_t part) {
     bool changed = false;
     each_block(part, [&](int64_t b, int n, double* sums) {
-      int32_t *codes = codes_ + b * kRows, found[kRows], differ = 0;
-      for (int i = 0; i < kRows; i += RowGroup<A>::rows) {
-        Indices<A> code[kVectors];
-        nearest<kD>(x_ + b * d_ * kRows + i, near_, K_, d_, code);
-        for (int u = 0; u < kVectors; ++u)
-          for (int l = 0; l < lanes<Vec<A>>; ++l) found[i + u * lanes<Vec<A>> + l] = int32_t(code[u][l]);
-      }
-      for (int i = 0; i < n; ++i) differ |= codes[i] ^ found[i], codes[i] = found[i];
+      Indices<A> code[kRows / lanes<Vec<A>>];
+      for (int i = 0; i < n; i += RowGroup<A>::rows)
+        nearest<kD>(x_ + b * d_ * kRows + i, near_, K_, d_, code + i / lanes<Vec<A>>);
+      Index<A> found[kRows];
+      std::memcpy(found, code, sizeof(found));
+      int32_t *codes = codes_ + b * kRows, differ = 0;
+      for (int i = 0; i < n; ++i) differ |= codes[i] ^ int32_t(found[i]), codes[i] = int32_t(found[i]);
       changed |= differ != 0;
       add<kD>(b, codes, n, sums);
     });

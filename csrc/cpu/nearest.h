@@ -8,7 +8,7 @@ inline namespace R2_ISA {
 // The codes of a group of kVectors vectors of rows, number m of which lies kRows further on than number m - 1: of the
 // centroid (K, d) with the least square of a distance, which for d = 1 is its size; of two the lower one.
 template <int kD, class A>
-R2_HD void nearest(const A* x, const A* centroids, int64_t K, int d, Indices<A> (&code)[kVectors]) {
+R2_HD void nearest(const A* x, const A* centroids, int64_t K, int d, Indices<A>* code) {
   using V = Vec<A>;
   using Code = Indices<A>;
   d = kD ? kD : d;

@@ -9,6 +9,7 @@ from emulate import emulated
 from points import DRAWS, generator, inertia, normal, student
 
 from r2kernels.algorithms import kmeans as tuned
+from r2kernels.backends import native
 
 pytestmark = [
     pytest.mark.usefixtures("nan_filled", "one_thread"),
@@ -16,14 +17,28 @@ pytestmark = [
 ]
 
 
-def fit_lines(values, clusters, weights=None, max_iter=100):
-    """In both orders of blocks and threads, of which the results are the same bits."""
-    found = []
-    for order in emulated.ORDERS:
+@pytest.fixture
+def fit_lines(device):
+    """With `--device cuda` on the GPU, twice; else in both orders of blocks and threads: the same bits."""
+
+    def emulated_in(order, *given):
         with order.chosen():
-            found.append(emulated.backend().fit_lines(values, clusters, weights, max_iter))
-    assert all(torch.equal(a.nan_to_num(-7), b.nan_to_num(-7)) for a, b in zip(*found, strict=True))
-    return found[0]
+            return emulated.backend().fit_lines(*given)
+
+    def on_gpu(values, clusters, weights, max_iter):
+        put = [None if w is None else w.cuda() for w in weights or [None] * len(values)]
+        return [c.cpu() for c in native.load("cuda").fit_lines([x.cuda() for x in values], clusters, put, max_iter)]
+
+    def fit(values, clusters, weights=None, max_iter=100):
+        given = values, clusters, weights, max_iter
+        if device == "cuda":
+            found = [on_gpu(*given) for _ in range(2)]
+        else:
+            found = [emulated_in(order, *given) for order in emulated.ORDERS]
+        assert all(torch.equal(a.nan_to_num(-7), b.nan_to_num(-7)) for a, b in zip(*found, strict=True))
+        return found[0]
+
+    return fit
 
 
 def masses(n, zeros):
@@ -34,7 +49,7 @@ def masses(n, zeros):
     return weight
 
 
-def hold(problems, slack):
+def hold(fit_lines, problems, slack):
     """No more inertia than of `fit`, but for this share."""
     values, clusters, weights = map(list, zip(*problems, strict=True))
     for x, k, w, c in zip(values, clusters, weights, fit_lines(values, clusters, weights), strict=True):
@@ -46,23 +61,23 @@ def hold(problems, slack):
 
 
 @pytest.mark.parametrize("weighted", [None, "weights", "zeros"])
-def test_no_more_inertia_than_group_by_group(weighted):
+def test_no_more_inertia_than_group_by_group(weighted, fit_lines):
     draws = [*DRAWS.values(), lambda n, seed: normal(n, seed=seed).mul(3).round().div(3)]
     shapes = [*itertools.product((1, 2, 17, 256, 257), (1, 2, 16, 300)), (2047, 16), (2048, 3)]
     problems = [
         (draw(n, seed=n), k, None if weighted is None else masses(n, weighted == "zeros"))
         for draw, (n, k) in itertools.product(draws, shapes)
     ]
-    hold([*problems, (student(100), 4, None)], 1e-9)
-    hold([(x.double(), k, w) for x, k, w in problems[::5]], 1e-9)
+    hold(fit_lines, [*problems, (student(100), 4, None)], 1e-9)
+    hold(fit_lines, [(x.double(), k, w) for x, k, w in problems[::5]], 1e-9)
 
 
-def test_cells():
+def test_cells(fit_lines):
     """More values than cells; outliers have clusters of their own."""
     many = [
         (draw(n, seed=n), k, None) for draw, n, k in zip(DRAWS.values(), (2049, 4096, 9000), (16, 8, 4), strict=True)
     ]
-    hold([*many, (student(5000), 16, masses(5000, False))], 1e-5)
+    hold(fit_lines, [*many, (student(5000), 16, masses(5000, False))], 1e-5)
     outliers = torch.tensor([-3e7, 1e6, 4e12])
     (found,) = fit_lines([torch.cat([outliers, normal(4000)])], [16])
     assert torch.equal(found[[0, 14, 15]], outliers)
@@ -70,7 +85,7 @@ def test_cells():
     assert fit_lines([ties], [1])[0].item() == ties.mean().item()
 
 
-def test_edges():
+def test_edges(fit_lines):
     """Not finite; fewer values that differ than clusters; scales; one round; groups of all kinds in one call."""
     fine = normal(300)
     bad = [fine.clone() for _ in range(3)]
@@ -90,5 +105,5 @@ def test_edges():
 
 
 def test_what_it_serves():
-    backend = emulated.backend()
-    assert backend.serves_line(65536, 512) and not backend.serves_line(65537, 2) and not backend.serves_line(9, 513)
+    serves = native.NativeLines.serves_line
+    assert serves(65536, 512) and not serves(65537, 2) and not serves(9, 513)

@@ -53,7 +53,7 @@ def test_no_more_inertia_than_group_by_group(d, weighted):
     problems += [(drawn(kind, 20_000, d), 7, masses(weighted, 20_000)) for kind in kinds]  # more than are seeds
     with_zeros, heavy = anchored(drawn("tied", 500, d), None)
     problems += [(with_zeros, 9, heavy)]
-    pieces = {name: piece for name, piece in public._pieces().items() if name == "assign"}
+    pieces = {"assign": public._assigned}
     rows, clusters, weights = map(list, zip(*problems, strict=True))
     found = fit_rows(rows, clusters, weights)
     for x, k, w, c in zip(rows, clusters, weights, found, strict=True):

@@ -30,10 +30,10 @@ def kmeans(W, clusters, *, cluster_dim=1, layout="output", weight=None, max_iter
     (1982) on all rows. Above 724 clusters there is one stage, of 2^22 / K cells, above 2048 one for each cluster. Of a
     list all tensors are clustered in one call, whose cost depends on their numbers alone; numbers of 16 bits (and of
     float8, which is taken here) are counted by value. On other devices than the CPU, and without the extension, there
-    is one stage, of 8192 cells. d > 1: greedy k-means++
-    (Arthur and Vassilvitskii 2007) from a fixed seed, on at most max(64 K, 16384) rows, then Lloyd; a cluster left
-    empty takes the row farthest from its centroid. Lloyd ends when no row changes its cluster, or after `max_iter`
-    rounds.
+    is one stage, of 8192 cells; in CUDA C++, which serves all tensors of at most 65536 numbers and 512 clusters in one
+    call, of 2048. d > 1: greedy k-means++ (Arthur and Vassilvitskii 2007) from a fixed seed, on at most max(64 K,
+    16384) rows, then Lloyd; a cluster left empty takes the row farthest from its centroid. Lloyd ends when no row
+    changes its cluster, or after `max_iter` rounds.
 
     preserve_zeros: one centroid is exactly 0 and the K - 1 others (K >= 2) fit the rows that are not, so that zeros of
     W (of rows of d: rows of d zeros) are zeros of what is looked up. Other rows to which 0 is nearest take it as well:
@@ -137,14 +137,15 @@ def _assigned(x, c):
 
 
 def _fitted(rows, counts, masses, max_iter):
-    name, d = serving(rows[0].device), rows[0].shape[1]
+    device, d = rows[0].device, rows[0].shape[1]
+    name = serving(device, scatters=True)
     if name == "reference":
         return [fit(x, k, mass, max_iter) for x, k, mass in zip(rows, counts, masses, strict=True)]
     native, found = _native(), {}
     if d > 1 and name == "cpu":
         return native.fit_rows(rows, counts, masses, max_iter, draws)
     if d == 1 and name == "cuda":
-        cuda = select(rows[0].device)
+        cuda = select(device, scatters=True)
         some = [i for i, (x, k) in enumerate(zip(rows, counts, strict=True)) if cuda.serves_line(len(x), k)]
         values, clusters, weights = ([of[i] for i in some] for of in (rows, counts, masses))
         made = cuda.fit_lines([x[:, 0] for x in values], clusters, weights, max_iter) if some else []

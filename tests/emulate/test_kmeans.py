@@ -1,5 +1,6 @@
 """The CUDA kernel of k-means over scalars, on the host, against algorithms.kmeans group by group."""
 
+import importlib
 import itertools
 import math
 
@@ -11,6 +12,7 @@ from points import DRAWS, generator, inertia, normal, student
 from r2kernels.algorithms import kmeans as tuned
 from r2kernels.backends import native
 
+public = importlib.import_module("r2kernels.functional.kmeans")
 pytestmark = [
     pytest.mark.usefixtures("nan_filled", "one_thread"),
     pytest.mark.skipif(emulated.why_not() is not None, reason=f"cannot be built: {emulated.why_not()}"),
@@ -102,6 +104,16 @@ def test_edges(fit_lines):
         assert torch.equal(fit_lines([scaled], [3])[0], scaled[[0, 2, 4]])
     once, often = (fit_lines([student(3000)], [16], max_iter=m)[0] for m in (1, 50))
     assert inertia(student(3000), often) <= inertia(student(3000), once)
+
+
+def test_what_kmeans_calls():
+    """Groups that it serves; of others the same as ever."""
+    rows = [normal(n)[:, None] for n in (300, 70_000, 20)]
+    with emulated.RISING.chosen():
+        found = public._fitted(rows, [4, 3, 2], [None, None, masses(20, True)], 100)
+        alone = emulated.backend().fit_lines([rows[0][:, 0], rows[2][:, 0]], [4, 2], [None, masses(20, True)], 100)
+    assert torch.equal(found[0], alone[0]) and torch.equal(found[2], alone[1])
+    assert torch.equal(found[1], tuned.fit(rows[1], 3, None, 100))
 
 
 def test_what_it_serves():

@@ -60,7 +60,9 @@ def compressed(checkpoint, out, jobs, *more, stop_at=None):
     """(seconds, CPU seconds, peak bytes) of one process; with stop_at interrupted once so many bytes are written."""
     command = [sys.executable, "-m", "r2kernels", "compress", checkpoint, "-o", out, *OPTIONS, "--json"]
     start = time.perf_counter()
-    with subprocess.Popen([*map(str, command), "--jobs", str(jobs), *more], stdout=subprocess.DEVNULL) as running:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(jobs)}
+    command = [*map(str, command), "--jobs", str(jobs), *more]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) as running:
         while stop_at is not None and running.poll() is None:
             data = Path(f"{out}.partial") / "data"
             if data.exists() and data.stat().st_size >= stop_at:
@@ -118,8 +120,8 @@ def markdown(data):
         "",
         report.facts(data) + f"- {data['bytes'] / 1e9:.2f} GB of bf16 to 4-bit tables of channels in fp16 "
         f"(`{' '.join(OPTIONS)}`), {data['stored'] / 1e9:.3f} GB, the same bytes in every row; a row is 4,096 weights",
-        f"- largest tensor: {data['largest'] / 1e6:.0f} MB; the bar for the peak is twice that and 300 MB: {bar:.0f} MB",
-        "- *at full speed*: MB per second if the threads had had a core each, from CPU time; the start of Python is in it",
+        f"- largest tensor: {data['largest'] / 1e6:.0f} MB; the peak may be twice that and 300 MB: {bar:.0f} MB",
+        "- *at full speed*: MB per second if each thread had had a core, from CPU time; the start of Python is in it",
         "",
         "| | s | MB/s | CPU s | CPU us per row | MB/s at full speed | peak MB |",
         "|---|---:|---:|---:|---:|---:|---:|",

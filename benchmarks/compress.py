@@ -9,6 +9,7 @@ the same.
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -38,10 +39,13 @@ def shapes(layers):
     return ENDS | {f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in LAYER.items()}
 
 
+def sizes(layers):
+    return [2 * torch.Size(shape).numel() for shape in shapes(layers).values()]
+
+
 def generate(path, layers):
-    """Gaussian rows of different scales, with a few outliers; one tensor at a time. Bytes of the data."""
-    planned = shapes(layers)
-    total = sum(2 * torch.Size(shape).numel() for shape in planned.values())
+    """Gaussian rows of different scales, with a few outliers; one tensor at a time."""
+    planned, total = shapes(layers), sum(sizes(layers))
     entries = {name: container.entry(torch.bfloat16, shape, total, total) for name, shape in planned.items()}
     generator = torch.Generator().manual_seed(0)
     with open(path, "w+b") as file:
@@ -53,7 +57,6 @@ def generate(path, layers):
                 w.view(-1)[:: 2**16] *= 8
             writer.add(name, w.bfloat16())
         writer.finish({"format": "pt"})
-    return total
 
 
 def compressed(checkpoint, out, jobs, *more, stop_at=None):
@@ -83,8 +86,11 @@ def digest(path):
 
 def measure(layers, rounds, folder):
     checkpoint, out = folder / "model.safetensors", folder / "small.safetensors"
-    size = generate(checkpoint, layers)
-    largest = max(2 * torch.Size(shape).numel() for shape in shapes(layers).values())
+    # in a process of its own: the memory of this one counts to the peak of those that it starts
+    writing = multiprocessing.get_context("spawn").Process(target=generate, args=(checkpoint, layers))
+    writing.start()
+    writing.join()
+    size, largest = sum(sizes(layers)), max(sizes(layers))
     rows, digests = [], set()
     for _ in range(rounds):
         for jobs in (1, 2):

@@ -11,13 +11,16 @@ inline namespace R2_ISA {
 
 constexpr double kAnchor = 1 << 20;  // mass of the zeros that a centroid must meet, in that of all others (ANCHOR)
 
-// Integers in the order of numbers, -0 before 0, and back.
+// Integers in the order of numbers, the same for 0 and -0, and back.
 inline uint32_t key_of(float x) {
-  uint32_t u = bit_cast<uint32_t>(x);
+  uint32_t u = bit_cast<uint32_t>(x + 0.0f);
   return u ^ (u >> 31 ? 0xffffffffu : 0x80000000u);
 }
-inline uint32_t key_of(bf16 x) { return x.bits ^ (x.bits >> 15 ? 0xffffu : 0x8000u); }
-inline uint32_t key_of(f16 x) { return x.bits ^ (x.bits >> 15 ? 0xffffu : 0x8000u); }
+template <class T, class = std::enable_if_t<sizeof(T) == 2>>
+uint32_t key_of(T x) {
+  uint32_t u = x.bits == 0x8000 ? 0 : x.bits;
+  return u ^ (u >> 15 ? 0xffffu : 0x8000u);
+}
 template <class T>
 float from_key(uint32_t key) {
   if constexpr (sizeof(T) == 2)
@@ -87,7 +90,7 @@ int64_t merged(A* x, double* mass, int64_t n) {
   return last + 1;
 }
 
-constexpr int64_t kMerged = 1 << 16;  // so many numbers, and all of 16 bits, are merged where they are equal
+constexpr int64_t kMerged = 1 << 16;  // up to so many numbers are merged where they are equal
 constexpr int64_t kTabled = 1 << 15;  // 16-bit numbers that are counted by their bits, not sorted
 
 // 16-bit numbers by their bits: in time and memory that no longer depend on how many there are.
@@ -145,21 +148,40 @@ inline void sort_pairs(const double* x, const double* mass, int64_t n, LineScrat
   for (int64_t i = 0; i < n; ++i) to[i] = x[s.order[i]], masses[i] = mass[s.order[i]];
 }
 
+// The numbers in order, without masses; equal ones are one where there are not too many.
 template <class T>
-const float* sorted_line(const T* w, int64_t n, double, LineScratch<float>& s) {
+Line<float> plain_line(const T* w, int64_t n, double, LineScratch<float>& s) {
   uint32_t* keys = s.keys.get(n);
   uint32_t differ = 0, first = key_of(w[0]);
   for (int64_t i = 0; i < n; ++i) keys[i] = key_of(w[i]), differ |= keys[i] ^ first;
   keys = sorted<8 * sizeof(T)>(keys, s.more_keys.get(n), n, differ);
+  int64_t count = n;
+  if (n <= kMerged) {
+    s.order.resize(n);  // where runs of equal keys end; no branch, which would be guessed wrong every other time
+    count = 0;
+    for (int64_t i = 0; i + 1 < n; ++i) s.order[count] = i, count += keys[i] != keys[i + 1];
+    s.order[count++] = n - 1;
+  }
   float* x = s.x.get(n);
-  for (int64_t i = 0; i < n; ++i) x[i] = from_key<T>(keys[i]);
-  return x;
+  if (count == n) {
+    for (int64_t i = 0; i < n; ++i) x[i] = from_key<T>(keys[i]);
+    return {x, nullptr, n};
+  }
+  double* mass = s.mass.get(count);
+  for (int64_t c = 0; c < count; ++c) {
+    x[c] = from_key<T>(keys[s.order[c]]);
+    mass[c] = double(s.order[c] - (c ? s.order[c - 1] : -1));
+  }
+  return {x, mass, count};
 }
-inline const double* sorted_line(const double* w, int64_t n, double factor, LineScratch<double>& s) {
+inline Line<double> plain_line(const double* w, int64_t n, double factor, LineScratch<double>& s) {
   double* x = s.x.get(n);
   for (int64_t i = 0; i < n; ++i) x[i] = w[i] * factor;
   std::sort(x, x + n);
-  return x;
+  if (n > kMerged) return {x, nullptr, n};
+  double* mass = s.mass.get(n);
+  std::fill(mass, mass + n, 1.0);
+  return {x, mass, merged(x, mass, n)};
 }
 
 // The n numbers w in order, times `factor` (1 but for doubles, whose squares could overflow); those of weight 0 are
@@ -171,31 +193,20 @@ Line<Acc<T>> line_of(const T* w, const double* weight, int64_t n, double factor,
   if (weight) unit = 1 / power_above(*std::max_element(weight, weight + n), 1000);
   if constexpr (sizeof(T) == 2)
     if (n >= kTabled) return counted_line(w, weight, unit, n, zero, s);
-  double* mass = nullptr;
-  A* x;
-  if (weight || zero) {
-    A* raw = s.raw.get(n + 1);
-    double *raw_mass = s.raw_mass.get(n + 1), total = 0;
-    int64_t count = zero;
-    for (int64_t i = 0; i < n; ++i) {
-      A v = widen(w[i]);
-      double m = weight ? weight[i] * unit : 1;
-      if (m > 0 && !(zero && v == 0)) raw[count] = A(v * factor), raw_mass[count++] = m, total += m;
-    }
-    if (zero) raw[0] = 0, raw_mass[0] = total > 0 ? kAnchor * total : 1;
-    n = count, x = s.x.get(n), mass = s.mass.get(n);
-    sort_pairs(raw, raw_mass, n, s, x, mass);
-  } else {
-    x = const_cast<A*>(sorted_line(w, n, factor, s));
-    if (n > kMerged && sizeof(T) > 2) return {x, nullptr, n};
-    int64_t distinct = 1;
-    for (int64_t i = 1; i < n; ++i) distinct += x[i] != x[i - 1];
-    if (distinct == n) return {x, nullptr, n};
-    mass = s.mass.get(n);
-    std::fill(mass, mass + n, 1.0);
+  if (!weight && !zero) return plain_line(w, n, factor, s);
+  A* raw = s.raw.get(n + 1);
+  double *raw_mass = s.raw_mass.get(n + 1), total = 0;
+  int64_t count = zero;
+  for (int64_t i = 0; i < n; ++i) {
+    A v = widen(w[i]);
+    double m = weight ? weight[i] * unit : 1;
+    if (m > 0 && !(zero && v == 0)) raw[count] = A(v * factor), raw_mass[count++] = m, total += m;
   }
-  if (n <= kMerged || sizeof(T) == 2) n = merged(x, mass, n);
-  return {x, mass, n};
+  if (zero) raw[0] = 0, raw_mass[0] = total > 0 ? kAnchor * total : 1;
+  A* x = s.x.get(count);
+  double* mass = s.mass.get(count);
+  sort_pairs(raw, raw_mass, count, s, x, mass);
+  return {x, mass, count <= kMerged ? merged(x, mass, count) : count};
 }
 
 }  // namespace R2_ISA

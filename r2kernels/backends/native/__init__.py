@@ -4,7 +4,7 @@ from . import dkm, quantizers, range_losses, regularizers
 from .extension import on_codes
 from .kmeans import fit_block, fit_lines, partition
 
-__all__ = ["Native", "load", "on_codes", "partition"]
+__all__ = ["Native", "fit_block", "fit_lines", "load", "on_codes", "partition"]
 
 
 class Native(

@@ -84,15 +84,8 @@ LAW = {
     "files.huffman": {"files.packing"},
     "files.tables": set(),
     "files.tiles": {"files.packing"},
-    "files.clustered": {
-        "files.packing",
-        "files.scalars",
-        "files.tables",
-        "files.tiles",
-        "functional.dkm",
-        "reference.checks",
-        "reference.columns",
-    },
+    "files.clustered": {"files.packing", "files.scalars", "files.tables", "files.tiles"}
+    | {"functional.dkm", "reference.checks", "reference.columns"},
     "files.uniform": {"files.clustered", "files.packing", "reference.columns"},
     "files.integers": {"files.clustered", "files.uniform", "reference.columns"},
     "files.paths": set(),

@@ -115,9 +115,9 @@ def is_turned(shape, d, layout):
     return layout == "output" and len(shape) > 1 and d > 1
 
 
-def rows_of(pieces, form):
-    """(groups, rows, d) of groups of one size."""
-    stack, d = torch.stack(pieces), form.cluster_dim
+def rows_of(stack, form):
+    """(groups, rows, d) of groups of one size, (groups, *shape)."""
+    d = form.cluster_dim
     flat = (stack.transpose(1, -1) if is_turned(stack.shape[1:], d, form.layout) else stack).reshape(len(stack), -1)
     return flat[:, : flat.shape[1] // d * d].reshape(len(stack), -1, d)
 
@@ -180,13 +180,18 @@ def entropy(counts):
     return (counts.sum() * -(p * p.log2()).sum()).item() / 8
 
 
-def nearest_codes(pieces, tables, form, wide=False):
-    """[(rows,)] codes of the nearest entry of each group's table; wide: in float64, for numbers whose squares float32
-    does not hold."""
+def nearest_codes(first, geometry, tables, form, wide=False):
+    """(rows,) codes of the nearest entry of its group's table, of a weight as `scaled` gives it; wide: in float64, for
+    numbers whose squares float32 does not hold."""
+    if form.cluster_dim == 1 and not wide:
+        codes = scalars.nearest(first, geometry, tables)
+        if codes is not None:
+            return codes
+    pieces = geometry.pieces(first)
     if wide:
         pieces, tables = [piece.double() for piece in pieces], tables.double()
     luts = tables[:, :, 0].contiguous() if form.cluster_dim == 1 else tables
-    return assign(pieces, luts.unbind(), cluster_dim=form.cluster_dim, layout=form.layout)
+    return torch.cat(assign(pieces, luts.unbind(), cluster_dim=form.cluster_dim, layout=form.layout))
 
 
 class Clustered(NamedTuple):
@@ -211,13 +216,10 @@ class Clustered(NamedTuple):
         form = Form.of(options)
         first, scales = scaled(w, form, scales)
         entries, lut_scales = stored_lut(centroids, form.lut_dtype)
-        luts, codes, leftovers = restored_lut(entries, lut_scales, centroids.dtype), None, first.new_empty(0)
-        if form.cluster_dim == 1 and not wide:
-            codes = scalars.nearest(first, Geometry(w.shape, form), luts)
-        if codes is None:
-            pieces = Geometry(w.shape, form).pieces(first)
-            codes = torch.cat(nearest_codes(pieces, luts, form, wide))
-            leftovers = torch.cat([leftovers_of(piece, form) for piece in pieces])
+        geometry, luts = Geometry(w.shape, form), restored_lut(entries, lut_scales, centroids.dtype)
+        codes, leftovers = nearest_codes(first, geometry, luts, form, wide), first.new_empty(0)
+        if geometry.leftovers:
+            leftovers = torch.cat([leftovers_of(piece, form) for piece in geometry.pieces(first)])
         return cls(tuple(w.shape), w.dtype, form, codes, 8, entries, lut_scales, scales, leftovers)
 
     @property

@@ -1,7 +1,7 @@
 """Weights that have a table of scalars for each group, in one pass of the extension over all groups.
 
 A weight has its output channels first, and `Geometry` says how it is cut. Both give None where the extension does not
-do it: without one, on a GPU, for a tensor of another kind or tables of another dtype.
+do it: without one, on a GPU, in a compiled graph, for a tensor of another kind or tables of another dtype.
 """
 
 import torch
@@ -31,6 +31,8 @@ def errors(w, geometry, codes, tables):
 
 
 def _usable(w, tables, dtype):
+    if torch.compiler.is_compiling():
+        return None
     plain = type(w) in (torch.Tensor, torch.nn.Parameter) and w.device.type == "cpu" and tables.dtype == dtype
     return launchers() if plain and tables.shape[1] <= 256 else None
 

@@ -140,10 +140,3 @@ class Geometry:
     def split(self, groups):
         """Something of all groups, by blocks."""
         return [groups[b.first : b.first + b.count] for b in self.blocks]
-
-    def alike(self, most):
-        """Slices of the groups, each of at most so many (at least one) of one size."""
-        most = max(most, 1)
-        for b in self.blocks:
-            for at in range(0, b.count, most):
-                yield slice(b.first + at, b.first + min(at + most, b.count))

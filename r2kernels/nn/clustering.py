@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..files.clustered import Clustered, Form, along_channels, channel_scales, divided, nearest_codes, rows_of
+from ..files.clustered import Clustered, Form, along_channels, channel_scales, divided, nearest_codes, rows_of, scaled
 from ..files.tables import LUT_DTYPES, quantized_lut, values_lost
 from ..files.tiles import Geometry, check_granularity
-from ..functional.kmeans import kmeans
+from ..functional.kmeans import grouped, kmeans
 from ..reference import checks
 from ..reference.columns import accumulator, columns
 from ..reference.zeros import zeros_of
@@ -127,15 +127,15 @@ def fitted(pieces, form, preserve_zeros=False, weight=None):
 
 
 def importances(w, form, scales, weight=None):
-    """What an error of each number in the groups of w / scales counts, as `fitted` takes it: the squared scale of its
-    channel times that of `weight`, shaped like w, where there is one. None where all count alike."""
+    """What an error of each number of w / scales counts, the output channels first: the squared scale of its channel
+    times that of `weight`, shaped like w, where there is one. None where all count alike."""
     if scales is None and weight is None:
         return None
     wide = torch.ones_like(w, dtype=accumulator(w.dtype)) if weight is None else weight.to(accumulator(w.dtype))
     if scales is not None:
         squares = (scales.to(wide.dtype) / scales.max()).square().nan_to_num(1, 1)  # of a NaN k-means tells itself
         wide = wide * along_channels(squares, w.dim(), form.axis)
-    return divided(wide, form._replace(per_channel_scale=False))[0]
+    return scaled(wide, form._replace(per_channel_scale=False))[0]
 
 
 def centroids_of(w, form, preserve_zeros=False, weight=None, scales=None, groups=None):
@@ -144,11 +144,25 @@ def centroids_of(w, form, preserve_zeros=False, weight=None, scales=None, groups
     scales: of the channels, by default `channel_scales`. groups: which of them, by default all. NaN in a group with a
     NaN or an infinity.
     """
-    pieces, scales = divided(w, form, scales)
-    counts = importances(w, form, scales, weight)
+    first, scales = scaled(w, form, scales)
+    counts, geometry = importances(w, form, scales, weight), Geometry(w.shape, form)
+    if form.cluster_dim == 1 and groups is None:
+        masses = [None] * len(geometry.blocks) if counts is None else geometry.cut(counts)
+        stacks = zip(geometry.cut(first), masses, strict=True)
+        return torch.cat([_of_stack(stack, 2**form.bits, mass, preserve_zeros) for stack, mass in stacks])
+    pieces, counts = geometry.pieces(first), None if counts is None else geometry.pieces(counts)
     if groups is not None:
         pieces, counts = [pieces[g] for g in groups], counts and [counts[g] for g in groups]
     return fitted(pieces, form, preserve_zeros, counts)
+
+
+def _of_stack(stack, clusters, mass, preserve_zeros):
+    """`fitted` of the single numbers of a stack of groups."""
+    rows = stack.reshape(len(stack), -1)
+    if mass is not None:
+        mass = mass.reshape(rows.shape)
+        mass = torch.where(mass.any(1, keepdim=True), mass, 1)
+    return grouped(rows, clusters, weight=mass, preserve_zeros=preserve_zeros).unsqueeze(-1)
 
 
 def clustered_weight(w, form, preserve_zeros=False, weight=None):
@@ -173,16 +187,18 @@ def _error(w, clustered, weight):
     return (error if weight is None else error * weight).sum().item()
 
 
-def rounding(w, pieces, centroids, form):
-    """What the entry nearest to each weight changes by when the tables (groups, K, d) are stored, like w; or None."""
-    whole = local(w)
+def rounding(w, centroids, form, scales):
+    """What the entry nearest to each weight changes by when the tables (groups, K, d) are stored, like w but for the
+    scales of its channels; None for tables that are stored as they are."""
+    whole = local(w).detach()
     if form.lut_dtype == "fp32" or not whole.numel():
         return None
     with torch.no_grad():
-        codes = torch.cat(nearest_codes([local(piece) for piece in pieces], centroids, form))
+        first, geometry = scaled(whole, form, scales)[0], Geometry(whole.shape, form)
+        codes = nearest_codes(first, geometry, centroids, form)
         errors = quantized_lut(centroids, form.lut_dtype) - centroids
         form = form._replace(lut_dtype="fp32", per_channel_scale=False)
-        leftovers = whole.new_zeros(Geometry(whole.shape, form).leftovers)
+        leftovers = whole.new_zeros(geometry.leftovers)
         coded = Clustered(tuple(whole.shape), whole.dtype, form, codes, 8, errors, None, None, leftovers)
         return like(coded.decoded(), w)
 
@@ -232,17 +248,21 @@ def spare_and_error(problems, device):
     """
     found, counts = [], []
     for w, form, centroids, wide in problems:
-        pieces = divided(w, form)[0]
-        counts.append(len(pieces))
-        codes = nearest_codes(pieces, centroids, form, wide)
-        for some in Geometry(w.shape, form).alike(AT_ONCE // centroids[0].numel() // 2**form.bits):
-            index, c = torch.stack(codes[some]).long(), centroids[some]
-            rows = rows_of(pieces[some], form).to(c.dtype)
-            nearest = c.gather(1, index[..., None].expand(-1, -1, form.cluster_dim))
-            error = (rows - nearest).abs().amax((1, 2))
-            near = (c[:, :, None] - c[:, None]).abs().amax(-1).le(SAME * error[:, None, None]).tril(-1).any(2)
-            used = torch.zeros_like(near).scatter_(1, index, True)
-            found.append(torch.stack([(near | ~used).sum(1).double(), error.double()], 1).to(device))
+        first, geometry = scaled(w, form)[0], Geometry(w.shape, form)
+        counts.append(geometry.groups)
+        codes = nearest_codes(first, geometry, centroids, form, wide)
+        codes = codes.split([block.count * block.each for block in geometry.blocks])
+        most = max(AT_ONCE // centroids[0].numel() // centroids.shape[1], 1)
+        for parts in zip(geometry.blocks, geometry.cut(first), codes, geometry.split(centroids), strict=True):
+            block, stack, index, tables = parts
+            some = stack.split(most), index.view(block.count, block.each).split(most), tables.split(most)
+            for stack, index, c in zip(*some, strict=True):
+                rows, index = rows_of(stack, form), index.long()
+                nearest = c.gather(1, index[..., None].expand(-1, -1, form.cluster_dim))
+                error = (rows - nearest).abs().amax((1, 2))
+                near = (c[:, :, None] - c[:, None]).abs().amax(-1).le(SAME * error[:, None, None]).tril(-1).any(2)
+                used = torch.zeros_like(near).scatter_(1, index, True)
+                found.append(torch.stack([(near | ~used).sum(1).double(), error.double()], 1).to(device))
     values = iter(torch.cat(found).tolist())
     return [[next(values) for _ in range(count)] for count in counts]
 

@@ -192,10 +192,10 @@ class Palettizer(Attached):
             same = o.cluster_dim, o.layout, o.iterations, o.metric, o.gradient, o.preserve_zeros
             batches[w.dtype, w.device, wide, same].append((layer, w, *divided(w, form_of(layer))))
         for some in batches.values():
-            for (layer, w, pieces, scales), (hats, c) in zip(some, self._mixtures(some), strict=True):
+            for (layer, w, _, scales), (hats, c) in zip(some, self._mixtures(some), strict=True):
                 own = w.detach() if layer.options.preserve_zeros else w  # of channels of zeros
                 form = form_of(layer)
-                results[layer.name] = joined(hats, own, form, scales, rounding(w, pieces, c, form)), c.detach()
+                results[layer.name] = joined(hats, own, form, scales, rounding(w, c, form, scales)), c.detach()
         return [results[layer.name] for layer in layers]
 
     def _mixtures(self, some):

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from r2kernels import assign
 from r2kernels.files import scalars
-from r2kernels.files.clustered import Clustered, Form, divided, nearest_codes, squares
+from r2kernels.files.clustered import Clustered, Form, divided, squares
 from r2kernels.files.packing import launchers
 
 pytestmark = [
@@ -41,8 +42,8 @@ def test_as_the_formulas(form, dtype, monkeypatch):
     expected = squares(w, found.decoded())
     assert all(math.isclose(a, b, rel_tol=1e-12) for a, b in zip(energies, expected, strict=True))
     assert torch.equal(counts, found.counts())
-    pieces, luts = divided(w, form)[0], found.luts()
-    assert torch.equal(found.codes, torch.cat(nearest_codes(pieces, luts, form)))
+    pieces, luts = divided(w, form)[0], found.luts()[..., 0]
+    assert torch.equal(found.codes, torch.cat(assign(pieces, list(luts))))
     monkeypatch.setattr(scalars, "launchers", lambda: None)
     without = Clustered.of(w, centroids.to(accumulated), form)
     assert torch.equal(without.codes, found.codes) and torch.equal(without.leftovers, found.leftovers)

@@ -67,6 +67,11 @@ constexpr auto fields_of<LineGroups> =
     std::make_tuple(R2_FIELD(LineGroups, sizes), R2_FIELD(LineGroups, clusters), R2_FIELD(LineGroups, weights),
                     R2_FIELD(LineGroups, out), R2_FIELD(LineGroups, count), R2_FIELD(LineGroups, dtype),
                     R2_FIELD(LineGroups, max_iter), R2_FIELD(LineGroups, zero));
+template <>
+constexpr auto fields_of<Tables> =
+    std::make_tuple(R2_FIELD(Tables, weights), R2_FIELD(Tables, tables), R2_FIELD(Tables, groups), R2_FIELD(Tables, n),
+                    R2_FIELD(Tables, entries), R2_FIELD(Tables, dtype), R2_FIELD(Tables, codes), R2_FIELD(Tables, sums),
+                    R2_FIELD(Tables, counts));
 }  // namespace r2
 
 namespace {
@@ -111,9 +116,11 @@ struct InstructionSet {
   const cpu::Quantizers* quantizers;
   const cpu::Dkm* dkm;
   const cpu::KMeans* kmeans;
+  const cpu::TablePasses* tables;
 };
-#define R2_INSTRUCTION_SET(isa) \
-  {#isa, &cpu::isa::range_losses, &cpu::isa::regularizers, &cpu::isa::quantizers, &cpu::isa::dkm, &cpu::isa::kmeans}
+#define R2_INSTRUCTION_SET(isa)                                                             \
+  {#isa,           &cpu::isa::range_losses, &cpu::isa::regularizers, &cpu::isa::quantizers, \
+   &cpu::isa::dkm, &cpu::isa::kmeans,       &cpu::isa::tables}
 
 // Those that this processor runs, the widest last.
 std::vector<InstructionSet> usable() {
@@ -257,6 +264,16 @@ void def_kmeans(py::module_& m) {
       "prefix"_a, "cells"_a, "clusters"_a, "starts"_a, Release());
 }
 
+void def_tables(py::module_& m) {
+  def_struct<Tables>(m, "Tables");
+  m.def(
+      "nearest", [](const Tables& tables, int threads) { chosen.tables->nearest(tables, threads); }, "tables"_a,
+      "threads"_a, Release());
+  m.def(
+      "errors", [](const Tables& tables, int threads) { chosen.tables->errors(tables, threads); }, "tables"_a,
+      "threads"_a, Release());
+}
+
 void def_cpu(py::module_ m) {
   def_instruction_sets(m);
 #define R2_DEF(bind, Arguments, family, op)                                                   \
@@ -287,6 +304,7 @@ void def_cpu(py::module_ m) {
       },
       "chunks"_a, "tensors"_a, "most"_a, "d"_a, "metric"_a);
   def_kmeans(m);
+  def_tables(m);
 }
 
 #if defined(R2_WITH_CUDA)

@@ -166,6 +166,17 @@ struct Lines {
   int64_t max_iter;
 };
 
+// `groups` rows of n weights of one dtype, each with a table of at most 256 entries. `sums`: two for each row.
+struct Tables {
+  const void *weights, *tables;
+  int64_t groups, n;
+  int entries;
+  Dtype dtype;
+  uint8_t* codes;
+  double* sums;
+  int64_t* counts;  // added to
+};
+
 // A quantizer over a list of which every channel is a column (channel_plan). Parameters and their gradients are of the
 // accumulator's type, one number for each column of all tensors. What they mean is told in csrc/quantizers.h.
 struct Quantizer {

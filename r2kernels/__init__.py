@@ -25,7 +25,7 @@ from .functional import (
     weight_stats,
     weight_terms,
 )
-from .nn import LearnableCoefficient, Palettizer, Quantizer, RangeRegularizer, calibrate, export
+from .nn import LearnableCoefficient, Palettizer, Quantizer, RangeRegularizer, allocate, calibrate, export, sensitivity
 from .version import __version__
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "RangeRegularizer",
     "WeightStats",
     "__version__",
+    "allocate",
     "assign",
     "backends",
     "bin_reg",
@@ -58,6 +59,7 @@ __all__ = [
     "reference",
     "save_palettized",
     "save_quantized",
+    "sensitivity",
     "soft_extrema",
     "soft_min_max",
     "use_backend",

@@ -39,6 +39,11 @@ struct KMeans {
   void (*fit_rows)(const RowGroups&, int threads);
 };
 
+struct TablePasses {
+  void (*nearest)(const Tables&, int threads);  // codes, of tables in the accumulator's type
+  void (*errors)(const Tables&, int threads);   // sums and counts, of tables in the weights' type
+};
+
 #define R2_KERNELS(isa)                   \
   namespace isa {                         \
   extern const RangeLosses range_losses;  \
@@ -46,6 +51,7 @@ struct KMeans {
   extern const Quantizers quantizers;     \
   extern const Dkm dkm;                   \
   extern const KMeans kmeans;             \
+  extern const TablePasses tables;        \
   }
 R2_KERNELS(portable)
 #if defined(__x86_64__)

@@ -53,8 +53,22 @@ def report(parser):
 
 
 def compress(parser):
-    add_in_and_out(parser, "the palettized file (.safetensors)")
-    parser.add_argument("--bits", type=bits, required=True, metavar="N", help="bits of a code, 1 to 8: 2**N centroids")
+    add_in_and_out(parser, "the palettized file (.safetensors); or FOLDER/, a new folder with shards and their index")
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument("--bits", type=bits, metavar="N", help="bits of a code, 1 to 8: 2**N centroids")
+    size.add_argument(
+        "--budget",
+        type=float,
+        metavar="BITS",
+        help="bits per weight in the file, with codes, tables and scales: of 1 to 8 bits and tables of several "
+        "granularities each weight has those of the least error in all",
+    )
+    parser.add_argument(
+        "--importance",
+        metavar="FILE",
+        help="what an error of each number counts: a .safetensors file of tensors with names and shapes of the "
+        "checkpoint's, as `r2kernels.sensitivity` gives them",
+    )
     parser.add_argument(
         "--cluster-dim",
         type=positive,
@@ -69,20 +83,30 @@ def compress(parser):
         "--group-size", type=positive, metavar="N", help="output channels that share centroids (default: all)"
     )
     parser.add_argument(
-        "--per-channel-scale", action="store_true", help="divide each output channel by its largest weight first"
+        "--granularity",
+        type=granularity,
+        metavar="WHAT",
+        help="what has centroids of its own: tensor, channel, group (of --group-size), row, or tiles such as 8x64: 8 "
+        "output channels by 64 inputs",
+    )
+    parser.add_argument(
+        "--per-channel-scale", action="store_true", help="divide each output channel by its mean magnitude first"
     )
     parser.add_argument(
         "--preserve-zeros", action="store_true", help="keep zeros exactly 0: one centroid is 0, the others fit the rest"
     )
     parser.add_argument(
-        "--lut-dtype", choices=("fp32", "fp16", "int8"), default="fp32", help="how centroids are stored"
+        "--lut-dtype",
+        choices=("fp32", "fp16", "bf16", "int8", "fp8"),
+        default="fp32",
+        help="how centroids are stored (default fp32; fp8 is e4m3)",
     )
     parser.add_argument("--entropy", choices=("huffman",), help="code those weights that become smaller by it")
     add_coding(parser)
 
 
 def quantize(parser):
-    add_in_and_out(parser, "the quantized file (.safetensors)")
+    add_in_and_out(parser, "the quantized file (.safetensors); or FOLDER/, a new folder with shards and their index")
     parser.add_argument("--bits", type=bits, required=True, metavar="N", help="bits of a code, 1 to 8")
     parser.add_argument(
         "--method",
@@ -119,12 +143,7 @@ def expand(parser):
         help="the dense checkpoint (.safetensors, .pt, .pth); or FOLDER/, a new folder with shards and their index, "
         "as transformers reads it",
     )
-    parser.add_argument(
-        "--shard-size",
-        type=size,
-        metavar="SIZE",
-        help="write a folder, with shards of at most this size, such as 500MB (default for FOLDER/: 5GB)",
-    )
+    add_shard_size(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_force(parser)
 
@@ -158,7 +177,28 @@ def add_in_and_out(parser, out):
     parser.add_argument("-o", "--out", metavar="OUT", required=True, help=out)
 
 
+def add_shard_size(parser):
+    parser.add_argument(
+        "--shard-size",
+        type=size,
+        metavar="SIZE",
+        help="write a folder, with shards of at most this size, such as 500MB (default for FOLDER/: 5GB)",
+    )
+
+
 def add_coding(parser):
+    add_shard_size(parser)
+    parser.add_argument(
+        "--jobs",
+        type=positive,
+        metavar="N",
+        help="threads that code weights (default: one for each core, at most 8); the file is the same for any number",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with what an interrupted run of the same arguments left in OUT.partial, if there is any",
+    )
     parser.add_argument(
         "--skip",
         metavar="PATTERN",
@@ -196,6 +236,15 @@ def positive(text):
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def granularity(text):
+    """A name, or the rows and columns of a tile."""
+    if re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        return tuple(int(n) for n in text.split("x"))
+    if text not in ("tensor", "channel", "group", "row"):
+        raise argparse.ArgumentTypeError(f"must be tensor, channel, group, row or ROWSxCOLUMNS, got {text}")
+    return text
 
 
 def bits(text):

@@ -66,9 +66,17 @@ def _sizes(args):
 
 def run_compress(args):
     from ..files.clustered import Form
+    from ..files.tiles import check_granularity
     from . import compress
 
-    options = {"preserve_zeros": args.preserve_zeros}
+    try:
+        check_granularity(args.granularity, args.group_size, args.checkpoint)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+    for option in ("cluster_dim", "layout", "group_size", "granularity", "per_channel_scale", "lut_dtype"):
+        if args.budget is not None and getattr(args, option) != Form._field_defaults[option]:
+            raise BadInput(f"--budget chooses how weights are clustered; --{option.replace('_', '-')} says it too")
+    options = {"preserve_zeros": args.preserve_zeros, "importance": args.importance, "budget": args.budget}
     _code(args, "clustering weights", compress.compress, Form.of(args), options, entropy=args.entropy)
 
 
@@ -83,13 +91,16 @@ def run_quantize(args):
 def _code(args, doing, work, form, options, entropy=None):
     """Writes a checkpoint with its weights as codes, and says what that costs."""
     from ..files.loading import opened
-    from . import compress, report
+    from . import report, results, shards
 
-    out = checkpoint_path(args.out, args.force, (".safetensors",))
+    folder = args.shard_size or args.out.endswith(shards.SLASHES)
+    out = shards.folder_path(args.out) if folder else checkpoint_path(args.out, args.force, (".safetensors", "FOLDER/"))
     plot = args.plot and figure_path(args.plot, args.force)
     _check_backend(torch.device("cpu"))
     checkpoint = opened(args.checkpoint, args.key)
-    with progress(doing, sum(entry.numel for entry in checkpoint.weights), quiet=args.json) as advance, writable(out):
+    total = sum(shards.nbytes(entry) for entry in checkpoint.entries if entry.name not in checkpoint.aliases)
+    total *= 1 + (options.get("budget") is not None)
+    with progress(doing, total, quiet=args.json, in_bytes=True) as advance, writable(out):
         result = work(
             checkpoint,
             out,
@@ -99,38 +110,41 @@ def _code(args, doing, work, form, options, entropy=None):
             entropy=entropy,
             overwrite=args.force,
             plot=bool(plot),
+            jobs=args.jobs,
+            resume=args.resume,
+            shard_size=(args.shard_size or shards.MOST) if folder else None,
             advance=advance,
         )
     if plot:
-        save_figure(compress.result_figure(result, checkpoint.path.name), plot, args.force)
+        save_figure(results.result_figure(result, checkpoint.path.name), plot, args.force)
     if args.json:
-        found = compress.result_json(result, checkpoint, out, form, **options, entropy=entropy)
+        found = results.result_json(result, checkpoint, out, form, **options, entropy=entropy)
         return print_json(report.finite(found))
-    show(compress.result_table(result))
-    for line in compress.result_lines(result, out) + [f"histograms: {plot}"] * bool(plot):
+    show(results.result_table(result))
+    for line in results.result_lines(result, out) + [f"histograms: {plot}"] * bool(plot):
         show(line)
 
 
 def run_expand(args):
-    from ..files.loading import Palettized
-    from . import compress, shards
+    from ..files.loading import palettized
+    from . import expand, results, shards
 
     folder = args.shard_size or args.out.endswith(shards.SLASHES)
-    allowed = *compress.SUFFIXES, "FOLDER/"
+    allowed = *expand.SUFFIXES, "FOLDER/"
     out = shards.folder_path(args.out) if folder else checkpoint_path(args.out, args.force, allowed)
-    with Palettized(args.file) as file:
-        total = sum(entry.numel for entry in file.entries)
-        with progress("decoding weights", total, quiet=args.json) as advance, writable(out):
+    with palettized(args.file) as file:
+        total = sum(map(shards.nbytes, file.entries))
+        with progress("decoding weights", total, quiet=args.json, in_bytes=True) as advance, writable(out):
             if folder:
                 size, files = shards.expand(file, out, args.shard_size or shards.MOST, advance=advance)
             else:
-                size, files = compress.expand(file, out, overwrite=args.force, advance=advance), None
+                size, files = expand.expand(file, out, overwrite=args.force, advance=advance), None
         tensors = len(file.entries)
     if args.json:
         found = {"file": args.file, "out": str(out), "tensors": tensors, "bytes": size}
         return print_json(found | ({"files": files} if folder else {}))
     places = f" in {count(len(files), 'file')}" if folder else ""
-    show(f"{out}: {tensors} tensors{places}, {compress.size_text(size)}")
+    show(f"{out}: {tensors} tensors{places}, {results.size_text(size)}")
 
 
 def run_demo(args):

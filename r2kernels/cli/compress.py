@@ -1,74 +1,52 @@
-"""Checkpoints to palettized or quantized files and back: the work of `r2kernels compress`, `quantize` and `expand`.
+"""Checkpoints to palettized or quantized files, or folders of them: the work of `r2kernels compress` and `quantize`.
 
-Tensor by tensor: no more than one is in memory at a time.
+Weights are coded part by part, by several threads, and written in one order: the bytes are the same for any number of
+threads, and where the work was interrupted and gone on with.
 """
 
+import contextlib
 import fnmatch
 import functools
 import math
-import mmap
-import tempfile
+import os
 import warnings
 from typing import NamedTuple
 
-import torch
-
-from ..files import container
 from ..files.checkpoint import CheckpointError
-from ..files.clustered import Clustered, Form, divided
+from ..files.clustered import Form
 from ..files.format import Planned
-from ..files.paths import replacing
-from ..files.saving import by_alignment, saving
+from ..files.partial import keeping
+from ..files.saving import Saver, by_alignment, most_bytes
 from ..nn.clipping import coded
-from ..nn.clustering import few_rows, fitted, lost
-from .console import count, number, table
-from .report import PANELS, figure, histogram, unread_lines
+from ..nn.clustering import clustered_weight, few_rows, lost
+from . import parts, shards
+from .allocation import Importance, forms_within
+from .results import Result, Row, relative_error
+from .shards import nbytes
 
-PART = 2**15  # elements of a weight whose error is summed at once: they stay in the cache, on one thread
-SUFFIXES = (".safetensors", ".pt", ".pth")
+MOST_JOBS = 8
 FEW_ROWS, NOT_FINITE, SKIPPED = "fewer rows than centroids", "not finite", "skipped"
 QUANTIZED = "of layers that are quantized already"
 
 
-class Row(NamedTuple):
-    """A clustered or quantized weight.
+def _nothing(nbytes):
+    pass
 
-    Bytes: in the checkpoint (`dense`), in the file (`stored`), and there were each code as long as its entropy
-    (`bound`).
+
+def cluster(w, form, preserve_zeros=False, weight=None, tell=lambda text: None):
+    """A weight clustered by k-means, or None where it is not finite. Tells of values and zeros that it loses.
+
+    weight: its importances, or None.
     """
-
-    name: str
-    shape: tuple
-    dtype: str
-    numel: int
-    error: float  # ||W - W_hat|| / ||W||
-    snr: float  # the same in dB
-    dense: int
-    stored: int
-    bound: int
-    energies: tuple  # ||W||^2, ||W - W_hat||^2
-    panel: tuple | None  # (low, high), counts of W and of W_hat in equal bins
+    centroids, clustered = clustered_weight(w, form, preserve_zeros, weight)
+    for text in lost(w, form, centroids, preserve_zeros) if clustered else ():
+        tell(text)
+    return clustered
 
 
-class Result(NamedTuple):
-    """A checkpoint that was written with its weights as codes."""
-
-    rows: list
-    kept: dict  # name -> why a weight stays dense
-    unread: dict  # name -> tensors of what is beside the state dict
-    others: int  # tensors that are no weights
-    dense: int  # bytes of all tensors
-    stored: int
-
-
-def cluster(w, form, preserve_zeros=False, name="a weight"):
-    """A weight clustered by k-means, or None where it is not finite. Warns of values and zeros that it loses."""
-    centroids = fitted(divided(w, form)[0], form, preserve_zeros)
-    if not centroids.isfinite().all():
-        return None
-    for text in lost(w, form, centroids, preserve_zeros):
-        warnings.warn(f"{name}: {text}", stacklevel=2)
-    return Clustered.of(w, centroids, form)
+def quantized(w, form, method, symmetric, tell=None):
+    """A weight on uniform levels, or None where it is not finite."""
+    return coded(w, form, method=method, symmetric=symmetric)
 
 
 def plan(checkpoint, form, skip=(), verb="cluster"):
@@ -110,19 +88,58 @@ def too_small(shape, form):
     return FEW_ROWS if isinstance(form, Form) and few_rows(shape, form) is not None else None
 
 
-def compress(checkpoint, path, form, *, preserve_zeros=False, **options):
-    """Writes the palettized file of a checkpoint, its weights clustered by k-means. options: as in `write`."""
+def compress(
+    checkpoint, path, form, *, preserve_zeros=False, importance=None, budget=None, skip=(), advance=_nothing, **options
+):
+    """Writes the palettized file of a checkpoint, its weights clustered by k-means. options: as in `write`.
+
+    importance: a file of what an error of each number counts. budget: bits per weight; each weight then has a form of
+    its own, and `advance` is called twice for each tensor.
+    """
+    importance, forms = importance and Importance(importance, checkpoint), {}
+    if budget is not None:
+        form = Form(1)
+        planned, _ = plan(checkpoint, form, skip)
+        shared = {"preserve_zeros": preserve_zeros, "importance": importance}
+        forms = forms_within(checkpoint, planned, budget, **shared, advance=advance)
     encode = functools.partial(cluster, preserve_zeros=preserve_zeros)
-    return write(checkpoint, path, form, encode, "cluster", **options)
+    weighted = {"forms": forms, "importance": importance, "skip": skip, "advance": advance}
+    return write(checkpoint, path, form, encode, "cluster", **weighted, **options)
 
 
 def quantize(checkpoint, path, form, *, method="mse", symmetric=True, **options):
     """The same with its weights on uniform levels, whose steps and zero points are found by `method`."""
-
-    def encode(w, form, name):
-        return coded(w, form, method=method, symmetric=symmetric)
-
+    encode = functools.partial(quantized, method=method, symmetric=symmetric)
     return write(checkpoint, path, form, encode, "quantize", **options)
+
+
+class Shard(NamedTuple):
+    """A file that is written: with all of the checkpoint, or a shard."""
+
+    name: str
+    planned: list
+    aliases: dict
+
+    @classmethod
+    def all_of(cls, planned, aliases, shard_size, entropy):
+        if shard_size is None:
+            return [cls("data", planned, aliases)]
+        lists = shards.split(planned, shard_size, functools.partial(most_bytes, entropy=entropy))
+        names = [{p.name for p in of} for of in lists]
+        return [
+            cls(name, of, {alias: other for alias, other in aliases.items() if other in held})
+            for name, of, held in zip(shards.names(len(lists)), lists, names, strict=True)
+        ]
+
+    @property
+    def files_of(self):
+        """Tensor -> this file, for an index."""
+        return dict.fromkeys([*[p.name for p in self.planned], *self.aliases], self.name)
+
+
+def default_jobs():
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores, MOST_JOBS)
 
 
 def write(
@@ -136,196 +153,145 @@ def write(
     entropy=None,
     overwrite=False,
     plot=False,
-    advance=lambda elements: None,
+    jobs=None,
+    resume=False,
+    shard_size=None,
+    forms=None,
+    importance=None,
+    advance=_nothing,
 ):
-    """Writes a checkpoint with its weights as encode(weight, form, name=) codes them, or dense where that is None.
+    """Writes a checkpoint with its weights as encode(weight, form, tell=) codes them, or dense where that is None.
 
-    skip: patterns of names of weights or modules that stay dense. plot: rows with panels. Calls `advance` with the
-    number of elements of weights done.
+    skip: patterns of names of weights or modules that stay dense. plot: rows with panels. jobs: threads that code, by
+    default one for each core up to MOST_JOBS. shard_size: `path` is a new folder with files of at most so many bytes.
+    resume: goes on with what an interrupted call of the same arguments left in PATH.partial; without, that is an error,
+    or replaced with `overwrite`. forms: name -> another form. importance: an `Importance`, of which `encode` is given
+    the part as `weight`. Calls `advance` with the bytes of tensors done.
     """
     planned, kept = plan(checkpoint, form, skip, verb)
-    rows, dense = [], [p for p in planned if p.form is None]
-    weights = {entry.name for entry in checkpoint.weights}
-    with saving(
-        path, planned, checkpoint.aliases, entropy=entropy, overwrite=overwrite, user=checkpoint.metadata
-    ) as saver:
-        for p in planned:
-            if p.form is None:
-                continue
-            w = checkpoint.tensor(p.name)
-            clustered = encode(w, form, name=p.name)
-            if clustered is None:
-                kept[p.name] = NOT_FINITE
-                dense.append(p)
-            else:
-                rows.append(_row(p, w, clustered, saver.add(p.name, clustered), plot))
-                advance(w.numel())
-        if not rows:
-            raise CheckpointError(f"{checkpoint.path}: no weight is left to {verb}: all have a NaN or an infinity")
-        for p in by_alignment(dense):
-            saver.add(p.name, checkpoint.tensor(p.name))
-            advance(math.prod(p.shape) if p.name in weights else 0)
-    bytes_of_all = sum(math.prod(p.shape) * p.dtype.itemsize for p in planned)
-    others = len(planned) - len(rows) - len(kept)
-    return Result(rows, kept, checkpoint.unread, others, bytes_of_all, path.stat().st_size)
-
-
-def _row(p, w, clustered, stored, plot):
-    hat, size = clustered.decoded(), clustered.size()
-    flat, near = w.reshape(-1), hat.reshape(-1)
-    energies = [0.0, 0.0]
-    for a, b in zip(flat.split(PART), near.split(PART), strict=True):
-        a = a.double()
-        energies = [energies[0] + a.square().sum().item(), energies[1] + (a - b).square().sum().item()]
-    panel = None
-    if plot:
-        low, high = (x.item() for x in w.aminmax())
-        panel = (low, high), histogram(w, low, high), histogram(hat.clamp(low, high), low, high)
-    sizes, dtype = (size.dense, stored, size.coded), str(w.dtype).removeprefix("torch.")
-    return Row(p.name, p.shape, dtype, w.numel(), *_error(*energies), *sizes, tuple(energies), panel)
-
-
-def _error(energy, noise):
-    """(relative error, signal-to-noise ratio in dB)"""
-    ratio = noise / energy if energy else 0.0
-    return math.sqrt(ratio), -10 * math.log10(ratio) if ratio else math.inf
-
-
-def expand(file, path, *, overwrite=False, advance=lambda elements: None):
-    """Writes the dense checkpoint of a `Palettized` file, .safetensors or torch's. Bytes of all its tensors.
-
-    A torch file has no place for the user's metadata, of which a warning is given.
-    """
-    entries = file.entries if path.suffix.lower() == ".safetensors" else file.own
-    planned = by_alignment([Planned(*entry) for entry in entries])
-    size = sum(math.prod(p.shape) * p.dtype.itemsize for p in planned)
-    with replacing(path, overwrite) as out:
-        if path.suffix.lower() == ".safetensors":
-            write_dense(file, planned, out, size, advance)
-        else:
-            _expand_torch(file, planned, out, path.parent, advance)
-    return size
-
-
-def write_dense(file, planned, out, size, advance):
-    """Writes those tensors of a `Palettized` file, of `size` bytes together, as a safetensors file."""
-    metadata = {"format": "pt"} | file.metadata
-    entries = {p.name: container.entry(p.dtype, p.shape, size, size) for p in planned}
-    writer = container.Writer(out, len(container.header(entries, metadata)))
-    for p in planned:
-        writer.add(p.name, file.tensor(p.name))
-        advance(math.prod(p.shape))
-    writer.finish(metadata)
-
-
-def _expand_torch(file, planned, out, folder, advance):
-    """torch.save takes all tensors at once: they lie in an unnamed file that is mapped into memory."""
-    if file.metadata:
-        warnings.warn(f"metadata is not in a torch file: {', '.join(file.metadata)}", stacklevel=3)
-    with tempfile.TemporaryFile(dir=folder) as spool:
-        places = {}
-        for p in planned:
-            places[p.name] = p, spool.tell()
-            spool.write(container.as_bytes(file.tensor(p.name)))
-            advance(math.prod(p.shape))
-        spool.flush()
-        mapped = mmap.mmap(spool.fileno(), 0) if spool.tell() else b""
-        tensors = {name: _mapped(mapped, *place) for name, place in places.items()}
-        state = {entry.name: tensors[file.aliases.get(entry.name, entry.name)] for entry in file.entries}
-        try:
-            torch.save(state, out)
-        except RuntimeError as error:  # torch's own, of its archive, hides a full disk or Ctrl-C
-            raise (error.__context__ or error) from None
-
-
-def _mapped(memory, planned, at):
-    """The tensor whose bytes lie at a place of the memory."""
-    numel = math.prod(planned.shape)
-    if not numel:
-        return torch.empty(planned.shape, dtype=planned.dtype, device="cpu")
-    return torch.frombuffer(memory, dtype=planned.dtype, count=numel, offset=at).reshape(planned.shape)
-
-
-def result_table(result):
-    total = [sum(getattr(row, field) for row in result.rows) for field in ("numel", "dense", "stored", "bound")]
-    error, snr = _error(*[math.fsum(row.energies[i] for row in result.rows) for i in range(2)])
-    return table(
-        ("weight", "shape", "dtype", "numel", "rel. error", "SNR dB", "dense", "stored", "entropy bound"),
-        [
-            (
-                row.name,
-                "x".join(map(str, row.shape)),
-                row.dtype,
-                f"{row.numel:,}",
-                number(row.error),
-                number(row.snr),
-                size_text(row.dense),
-                size_text(row.stored),
-                size_text(row.bound),
-            )
-            for row in result.rows
-        ],
-        (
-            count(len(result.rows), "weight"),
-            "",
-            "",
-            f"{total[0]:,}",
-            number(error),
-            number(snr),
-            *map(size_text, total[1:]),
-        ),
-        left=3,
-    )
-
-
-def result_lines(result, path):
-    reasons = {}
-    for name, reason in result.kept.items():
-        reasons.setdefault(reason, []).append(name)
-    kept = [
-        f"{count(len(names), 'weight')} {reason} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for reason, names in reasons.items()
-    ]
-    kept += [count(result.others, "other tensor")] * (result.others > 0)
-    ratio = f"{size_text(result.dense)} -> {size_text(result.stored)}, {result.dense / result.stored:.2f}x smaller"
-    lines = [f"kept as they are: {'; '.join(kept)}"] * bool(kept) + unread_lines(result.unread)
-    return [*lines, f"{path}: {ratio}"]
-
-
-def result_json(result, checkpoint, path, form, **options):
-    hidden = ("energies", "panel")
-    weights = [{key: value for key, value in row._asdict().items() if key not in hidden} for row in result.rows]
-    return {
-        "checkpoint": str(checkpoint.path),
-        "out": str(path),
-        **form._asdict(),
-        **options,
-        "weights": weights,
-        "kept": result.kept,
-        "unread": result.unread,
-        "others": result.others,
-        "dense": result.dense,
-        "stored": result.stored,
+    forms = forms or {}
+    planned = [p._replace(form=forms.get(p.name, p.form)) for p in planned]
+    files = Shard.all_of(planned, checkpoint.aliases, shard_size, entropy)
+    identity = {
+        "checkpoint": checkpoint.identity(),
+        "form": [type(form).__name__, *form],
+        "forms": {name: list(own) for name, own in forms.items()},
+        "importance": importance and importance.identity(),
+        "options": encode.keywords,
+        "skip": sorted(skip),
+        "entropy": entropy,
+        "plot": plot,
+        "shard size": shard_size,
     }
+    with keeping(path, identity, resume=resume, overwrite=overwrite) as partial:
+        written = _Written(checkpoint, entropy, plot, partial, kept, advance, importance)
+        written.all_of(files, encode, jobs or default_jobs())
+        if not written.rows:
+            raise CheckpointError(f"{checkpoint.path}: no weight is left to {verb}: all have a NaN or an infinity")
+        if shard_size is None:
+            partial.finish_file(files[0].name, overwrite)
+            stored = path.stat().st_size
+        else:
+            index = {tensor: file for shard in files for tensor, file in shard.files_of.items()}
+            shards.write_index(partial.folder, index, sum(map(nbytes, planned)))
+            partial.finish_folder()
+            stored = sum(file.stat().st_size for file in path.iterdir())
+    others = len(planned) - len(written.rows) - len(kept)
+    return Result(written.rows, kept, checkpoint.unread, others, sum(map(nbytes, planned)), stored)
 
 
-def size_text(size):
-    """Bytes in the largest unit of which there is one."""
-    power = min(int(math.log10(max(size, 1))) // 3, 4)
-    return f"{size} B" if power == 0 else f"{size / 1000**power:#.4g} {'kMGT'[power - 1]}B"
+class _Written:
+    """What is written of a checkpoint. `rows`: of its weights; `kept` is added to."""
 
+    def __init__(self, checkpoint, entropy, plot, partial, kept, advance, importance):
+        self.checkpoint, self.entropy, self.plot, self.partial = checkpoint, entropy, plot, partial
+        self.importance = importance
+        self.rows, self.kept, self.advance = [], kept, advance
+        self.done = {}  # name -> its last record, in the order of the data
+        for record in partial.records:
+            if "name" in record:
+                self.done.pop(record["name"], None)
+                self.done[record["name"]] = record
+        self.finished = {record["finished"] for record in partial.records if "finished" in record}
 
-def result_figure(result, title):
-    """Distributions of the weights with the lowest SNR, and over each that of W_hat: its centroids or levels."""
-    drawn = sorted((row for row in result.rows if row.panel and row.panel[1]), key=lambda row: row.snr)[:PANELS]
-    if len(drawn) < len(result.rows):
-        title += f"\n{len(drawn)} of {len(result.rows)} weights: those with the lowest SNR"
-    if not drawn:
-        raise CheckpointError("all weights are constant: there is nothing to draw")
-    made = figure(title, [(f"{row.name[-36:]}\nSNR {row.snr:.1f} dB", *row.panel[:2]) for row in drawn])
-    for axes, row in zip(made.axes, drawn, strict=True):
-        (low, high), _, near = row.panel
-        edges = torch.linspace(low, high, len(near) + 1, dtype=torch.float32, device="cpu").tolist()
-        axes.stairs(near, edges, color="tab:red", fill=True, alpha=0.7)
-        axes.set_ylim(top=2 * max(near))
-    return made
+    def all_of(self, files, encode, jobs):
+        pieces = {
+            p.name: parts.cut(p, self.plot)
+            for file in files
+            for p in file.planned
+            if p.form and p.name not in self.done
+        }
+        packed = self.entropy is None
+
+        def read(part):
+            place = part.planned.name, part.begin, part.end
+            return self.checkpoint.part(*place), self.importance and self.importance.of(*place)
+
+        def work(part, found):
+            w, h = found
+            how = encode if h is None else functools.partial(encode, weight=h)
+            return parts.code(w, part.planned.form, how, packed=packed, plot=self.plot)
+
+        stream = parts.in_order((part for some in pieces.values() for part in some), read, work, jobs)
+        with warnings.catch_warnings(), contextlib.closing(stream):
+            for file in files:
+                self._file(file, pieces, stream)
+
+    def _file(self, file, pieces, stream):
+        before = {name: record for name, record in self.done.items() if record["file"] == file.name}
+        planned = {p.name: p for p in file.planned}
+        for name, record in before.items():
+            self._tell_of(name, record)
+            self.advance(nbytes(planned[name]) if record["added"] else 0)
+        if file.name in self.finished:
+            return
+        with self.partial.file(file.name) as opened:
+            saver = Saver(opened, file.planned, file.aliases, self.entropy, self.checkpoint.metadata)
+            saver.restore([record["added"] for record in before.values() if record["added"]])
+            for p in file.planned:
+                if p.name in pieces:
+                    self._weight(file, saver, p, [next(stream) for _ in pieces[p.name]])
+            for p in by_alignment([p for p in file.planned if p.form is None or p.name in self.kept]):
+                if p.name not in before or not before[p.name]["added"]:
+                    saver.add(p.name, self.checkpoint.part(p.name))
+                    self._note(file, saver, p, **({"kept": NOT_FINITE} if p.form else {}))
+            saver.finish()
+        self.partial.note({"finished": file.name})
+
+    def _weight(self, file, saver, p, coded):
+        if any(part.weight is None for part in coded):
+            return self._note(file, None, p, kept=NOT_FINITE)
+        for text in next((part.texts for part in coded if part.texts), ()):
+            warnings.warn(f"{p.name}: {text}", stacklevel=2)
+        weight, counts = parts.joined(p.shape, [part.weight for part in coded]), sum(part.counts for part in coded)
+        energies = tuple(math.fsum(part.energies[i] for part in coded) for i in range(2))
+        size, stored = weight.size(counts), saver.add(p.name, weight)
+        row = Row(
+            p.name,
+            p.shape,
+            str(p.dtype).removeprefix("torch."),
+            math.prod(p.shape),
+            *relative_error(*energies),
+            size.dense,
+            stored,
+            size.coded,
+            energies,
+            coded[0].panel,
+        )
+        self._note(file, saver, p, row=row._asdict())
+
+    def _note(self, file, saver, p, **more):
+        added = None
+        if saver:
+            saver.file.flush()
+            added = saver.last
+            self.advance(nbytes(p))
+        record = {"name": p.name, "file": file.name, "added": added, **more}
+        self._tell_of(p.name, record)
+        self.partial.note(record)
+
+    def _tell_of(self, name, record):
+        if "row" in record:
+            self.rows.append(Row.of(record["row"]))
+        if "kept" in record:
+            self.kept[name] = record["kept"]

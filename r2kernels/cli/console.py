@@ -69,15 +69,20 @@ def print_json(data):
 
 
 @contextlib.contextmanager
-def progress(description, total, quiet=False):
-    """A progress bar on stderr, as a function that advances it; nothing is drawn where stderr is not a terminal."""
+def progress(description, total, quiet=False, in_bytes=False):
+    """A progress bar on stderr, as a function that advances it; nothing is drawn where stderr is not a terminal.
+
+    With the time that is left, and of bytes how many are done and their rate.
+    """
     if quiet or not sys.stderr.isatty():
         yield lambda done: None
         return
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    columns = [rich.TextColumn("{task.description}"), rich.BarColumn(), rich.TaskProgressColumn()]
+    columns += [rich.DownloadColumn(), rich.TransferSpeedColumn()] * in_bytes
+    columns.append(rich.TimeRemainingColumn())
+    with rich.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(description, total=total)
         yield lambda done: bar.advance(task, done)

@@ -1,4 +1,4 @@
-"""Palettized files to folders as transformers reads them: shards of safetensors and the index that names them."""
+"""Folders as transformers reads them: shards of safetensors and the index that names them."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ from ..files.folders import INDEX
 from ..files.format import Planned
 from ..files.paths import beside, replacing
 from ..files.saving import by_alignment
-from .compress import SUFFIXES, write_dense
+from .expand import SUFFIXES, write_dense
 from .outputs import BadInput
 
 MOST = 5 * 10**9
@@ -31,43 +31,52 @@ def folder_path(name):
     return path
 
 
-def expand(file, path, most, *, advance=lambda elements: None):
+def expand(file, path, most, *, advance=lambda nbytes: None):
     """Writes the dense checkpoint of a `Palettized` file to the new folder `path`, which appears as a whole.
 
     In shards of at most `most` bytes, or one larger tensor; where there is one shard alone, without an index. Gives
     the bytes of all tensors and the names of the files.
     """
-    shards = split([Planned(*entry) for entry in file.entries], most)
-    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    names = names if len(shards) > 1 else [MODEL]
-    total, files = sum(map(nbytes, shards)), dict(zip(names, shards, strict=True))
+    shards = split([Planned(*entry) for entry in file.entries], most, nbytes)
+    total, files = 0, dict(zip(names(len(shards)), shards, strict=True))
     with _new_folder(path) as folder:
         for name, shard in files.items():
+            size = sum(map(nbytes, shard))
             with replacing(folder / name) as out:
-                write_dense(file, by_alignment(shard), out, nbytes(shard), advance)
-        if len(shards) > 1:
-            weight_map = {p.name: name for name, shard in files.items() for p in shard}
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            with replacing(folder / f"{MODEL}{INDEX}") as out:
-                out.write(json.dumps(index, indent=2).encode())
-            names = [*names, f"{MODEL}{INDEX}"]
-    return total, names
+                write_dense(file, by_alignment(shard), out, size, advance)
+            total += size
+        index = write_index(folder, {p.name: name for name, shard in files.items() for p in shard}, total)
+    return total, [*files, *index]
 
 
-def split(planned, most):
+def names(count):
+    """Of so many shards, or of the only file."""
+    return [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)] if count > 1 else [MODEL]
+
+
+def write_index(folder, weight_map, total):
+    """Writes the index of tensor -> file, unless there is one file alone; the names of what was written."""
+    if len({*weight_map.values()}) == 1:
+        return []
+    with replacing(folder / f"{MODEL}{INDEX}") as out:
+        out.write(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2).encode())
+    return [f"{MODEL}{INDEX}"]
+
+
+def split(planned, most, size_of):
     """Consecutive lists of tensors, of at most so many bytes each, or one larger tensor."""
     shards, size = [[]], 0
     for p in planned:
-        size += nbytes([p])
+        size += size_of(p)
         if shards[-1] and size > most:
             shards.append([])
-            size = nbytes([p])
+            size = size_of(p)
         shards[-1].append(p)
     return shards
 
 
 def nbytes(planned):
-    return sum(math.prod(p.shape) * p.dtype.itemsize for p in planned)
+    return math.prod(planned.shape) * planned.dtype.itemsize
 
 
 @contextlib.contextmanager

@@ -6,9 +6,10 @@ import math
 from ..files.checkpoint import CheckpointError
 from ..files.clustered import Form
 from ..files.saving import smallest
-from .compress import cluster, size_text, too_small
+from .compress import cluster, too_small
 from .console import count, table
 from .report import unread_lines
+from .results import size_text
 
 BITS = (4, 2, 1)
 KINDS = ("packed", "huffman", "entropy")

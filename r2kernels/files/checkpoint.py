@@ -4,6 +4,7 @@ A large file is mapped into memory, never loaded whole; the exceptions are one i
 whose archive was compressed anew, which can only be loaded at once. No code from a file is ever run.
 """
 
+import json
 import math
 import re
 import warnings
@@ -68,6 +69,8 @@ class Checkpoint:
     the usual format "pt".
     """
 
+    key, _part = None, None
+
     def __init__(self, path, key=None):
         self.path = Path(path)
         opener = _OPENERS.get(self.path.suffix.lower())
@@ -77,7 +80,7 @@ class Checkpoint:
                 f"allowed are {', '.join(SUFFIXES)}, a folder with one of these, and its .index.json"
             )
         _check_file(self.path)
-        self.aliases, self.unread, self.metadata = {}, {}, {}
+        self.key, self.aliases, self.unread, self.metadata = key, {}, {}, {}
         opener(self, key)
 
     @property
@@ -110,6 +113,24 @@ class Checkpoint:
     def tensor(self, name):
         return self._get(name)
 
+    def part(self, name, begin=0, end=None):
+        """Those indices of a tensor's first dimension. What was read of a .safetensors file takes memory only as long
+        as it is used, unlike `tensor`, whose file is mapped."""
+        if self._part:
+            return self._part(name, begin, end)
+        whole = self.tensor(name)
+        return whole if end is None else whole[begin:end]
+
+    def files(self):
+        """Paths of the files that it is read from."""
+        return [self.path]
+
+    def identity(self):
+        """[(name, bytes, time of the last change in ns)] of its files, and how it was read: it is another one where
+        these differ."""
+        found = [(path.name, path.stat()) for path in self.files()]
+        return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in found] + [self.key]
+
 
 def _check_file(path):
     try:
@@ -133,11 +154,36 @@ def _open_safetensors(checkpoint, key):
     try:
         file = safe_open(path, framework="pt")
         checkpoint.entries = [_safetensors_entry(path, file, name) for name in sorted(file.keys(), key=natural)]
-        checkpoint._get, metadata = file.get_tensor, sorted((file.metadata() or {}).items())
+        checkpoint._get, checkpoint._part = file.get_tensor, _safetensors_parts(path, checkpoint.entries)
+        metadata = sorted((file.metadata() or {}).items())
         checkpoint.metadata = dict(pair for pair in metadata if pair != ("format", "pt"))
     except (SafetensorError, OSError) as error:
         reason = f"is truncated, corrupt or not a safetensors file ({_first_line(error)})"
         raise CheckpointError(f"{path}: {reason}") from error
+
+
+def _safetensors_parts(path, entries):
+    """(name, begin, end) -> those indices of a tensor's first dimension, read from an intact file."""
+    known = {entry.name: entry for entry in entries}
+    with open_regular(path) as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        start = file.tell()
+
+    def part(name, begin, end):
+        entry = known[name]
+        inner, count = entry.shape[1:], 1
+        if entry.shape:
+            begin, end, _ = slice(begin, end).indices(entry.shape[0])
+            inner, count = (end - begin, *inner), end - begin
+        each = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+        data = torch.empty(count * each, dtype=torch.uint8, device="cpu")
+        with open_regular(path) as file:
+            file.seek(start + header[name]["data_offsets"][0] + begin * each)
+            if file.readinto(memoryview(data.numpy())) < len(data):
+                raise CheckpointError(f"{path}: {name} is truncated")
+        return data.view(entry.dtype).reshape(inner)
+
+    return part
 
 
 def refuse_key(path, key):

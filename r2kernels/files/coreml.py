@@ -1,7 +1,7 @@
 """Clustered weights as coremltools has them in a state_dict: the hard weight, and beside it what its converter reads.
 
 For a parameter `fc.weight`: `fc._COREML_/weight/lut`, (groups, 1, ..., K, d) of two more dimensions than the weight,
-the groups in the dimension of its output channels;
+the groups in the dimension of its output channels, of tiles of single weights (groups, groups of inputs, 1, ..., K, 1);
 for d > 1 `.../vector_axis`, along which its rows lie; for divided channels `.../palettization_scale`, (C, 1, ...);
 `.../compression_type`.
 """
@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from .clustered import Clustered, Form, is_turned
+from .clustered import Clustered, Form, assembled, is_turned
 
 PREFIX, PALETTIZATION = "_COREML_", 2
 
@@ -23,7 +23,7 @@ def to_coreml(name, clustered):
     axis = vector_axis(name, clustered)
     ones, d = [1] * (len(clustered.shape) - 1), clustered.form.cluster_dim
     found = {
-        "lut": turned(clustered.luts().reshape(-1, *ones, 2**clustered.form.bits, d), clustered.form),
+        "lut": turned(clustered.luts().reshape(*_blocks(name, clustered), 2**clustered.form.bits, d), clustered.form),
         "compression_type": torch.tensor([PALETTIZATION], device="cpu"),
     }
     if d > 1:
@@ -39,12 +39,26 @@ def indices(name, clustered):
     Shaped like the weight, but along the vector axis one for each row.
     """
     form, d = clustered.form, clustered.form.cluster_dim
-    shape = list(form.channels_first(clustered.shape))
-    codes, groups = clustered.unpacked().codes, clustered.geometry.groups
-    shape[_swapped(vector_axis(name, clustered), form)] //= d
+    codes, axis = clustered.unpacked().codes, _swapped(vector_axis(name, clustered), form)
+    if d == 1:
+        return turned(assembled(codes, clustered.leftovers, clustered.shape, form), form)
+    shape, groups = list(form.channels_first(clustered.shape)), clustered.geometry.groups
+    shape[axis] //= d
     if is_turned(shape, d, form.layout):
         codes = codes.reshape(groups, shape[-1], *shape[1:-1], shape[0] // groups).transpose(1, -1)
     return turned(codes.reshape(shape), form)
+
+
+def _blocks(name, clustered):
+    """How many groups lie along each dimension of the weight with its output channels first."""
+    form, geometry = clustered.form, clustered.geometry
+    (*first, last), beyond = geometry.blocks[0].counts, geometry.shape[len(geometry.view) :]
+    if last > 1 and (form.cluster_dim > 1 or geometry.blocks[0].tile[-1] % math.prod(beyond)):
+        raise ValueError(
+            f"{name} has tiles {form.granularity} of rows of {form.cluster_dim}; coremltools' layout needs single "
+            f"weights, and tiles of whole inputs, {math.prod(beyond)} numbers each"
+        )
+    return [*first, last, *[1] * len(beyond)][: len(clustered.shape)]
 
 
 def turned(tensor, form):
@@ -61,8 +75,9 @@ def vector_axis(name, clustered):
     """The dimension along which rows lie."""
     form, shape = clustered.form, clustered.form.channels_first(clustered.shape)
     axis = 0 if form.cluster_dim == 1 or is_turned(shape, form.cluster_dim, form.layout) else len(shape) - 1
-    length = min(form.group_size or shape[0], shape[0]) if axis == 0 else shape[axis]
-    if clustered.geometry.last or length % form.cluster_dim:
+    blocks = clustered.geometry.blocks
+    length = blocks[0].tile[0] if axis == 0 else shape[axis]
+    if len(blocks) > 1 or length % form.cluster_dim:
         raise ValueError(
             f"{name} has shape {clustered.shape}; "
             "coremltools' layout needs groups of equal size, and rows that end with a group or dimension"
@@ -80,11 +95,18 @@ def _clustered(name, state):
     weight, lut, axis, scale = (state.get(key) for key in (name, *beside))
     whole, side = weight, Form(1, axis=int(any(t is not None and t.shape[0] == 1 < t.shape[1] for t in (lut, scale))))
     weight, lut = turned(weight, side), turned(lut, side)
-    groups, (entries, d) = len(lut), lut.shape[-2:]
-    if math.prod(lut.shape) != groups * entries * d or len(weight) % groups or entries > 256:
+    counts, (entries, d) = lut.shape[:2], lut.shape[-2:]
+    groups, inner = math.prod(lut.shape[:-2]), weight[0].numel()
+    across = groups // counts[0]  # groups of inputs
+    if (
+        math.prod(counts) != groups
+        or len(weight) % counts[0]
+        or (across > 1 and (weight.shape[1] % across or d > 1))
+        or entries > 256
+    ):
         raise ValueError(
             f"{name} has tables of shape {tuple(lut.shape)}; "
-            "allowed are at most 256 entries, and groups of output channels"
+            "allowed are at most 256 entries, and groups of output channels, or of single weights of inputs too"
         )
     axis = 0 if axis is None else _swapped(int(axis) % weight.dim(), side)
     if axis not in (0, weight.dim() - 1):
@@ -92,8 +114,9 @@ def _clustered(name, state):
     bits = max((entries - 1).bit_length(), 1)
     tables = lut.reshape(groups, entries, d)
     tables = torch.cat([tables, tables[:, -1:].expand(-1, 2**bits - entries, -1)], 1)
-    group_size = None if groups == 1 else len(weight) // groups
-    form = Form(bits, d, "contiguous" if axis else "output", group_size, scale is not None, axis=side.axis)
+    size = None if counts[0] == 1 else len(weight) // counts[0]
+    form = Form(bits, d, "contiguous" if axis else "output", None, scale is not None, axis=side.axis)
+    form = form._replace(granularity=(size, inner // across)) if across > 1 else form._replace(group_size=size)
     return Clustered.of(whole, tables, form, None if scale is None else scale.reshape(-1))
 
 

@@ -139,11 +139,25 @@ class Sharded(Checkpoint):
     def _opened(self, name):
         if self._shard is None or self._shard.path.name != name:
             self._shard = None  # memory of the one before is free before the next takes its own
-            self._shard = Checkpoint(self.path.parent / name)
+            self._shard = self._open(self.path.parent / name)
         return self._shard
+
+    def _open(self, path):
+        return Checkpoint(path)
 
     def tensor(self, name):
         return self._opened(self._shard_of[name]).tensor(name)
+
+    def part(self, name, begin=0, end=None):
+        return self._opened(self._shard_of[name]).part(name, begin, end)
+
+    def files(self):
+        return [self.path, *[self.path.parent / name for name in sorted({*self._shard_of.values()}, key=natural)]]
+
+
+def first_shard(path):
+    """The path of the first shard that an index names."""
+    return path.parent / next(iter(_tensors_of_shards(path)))
 
 
 def _tensors_of_shards(path):

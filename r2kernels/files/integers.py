@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..reference.columns import accumulator
+from .clustered import assembled
 from .uniform import Grid
 
 
@@ -86,9 +87,13 @@ class PaletteWeight(NamedTuple):
 
     codes: uint8; with cluster_dim = 1 in the weight's shape, else (rows,) in the order of the layout, one group after
         the other, of the weight with its output channels first.
-    lut: (groups, 2^bits, cluster_dim), as stored: float32, float16, or int8 times `lut_scale` (groups, 1, 1).
+    lut: (groups, 2^bits, cluster_dim), as stored: float32, float16, bfloat16, int8 times `lut_scale` (groups, 1, 1), or
+        float8_e4m3fn times `lut_scale` (1, 1, 1).
     scale: (C,) or None. leftovers: the weights that no row holds, or empty.
     axis: the dimension of the output channels. group_size: how many of them share a table, or None.
+    granularity: of tiles with a table each, their (rows, columns) in the matrix (output channels, all else), None for
+        all; for experts (experts, rows, columns). Tables of full tiles come first, row of tiles by row of tiles, then
+        those of the smaller tiles at the end of the columns, of the rows, and of both.
     """
 
     codes: Tensor
@@ -98,6 +103,7 @@ class PaletteWeight(NamedTuple):
     leftovers: Tensor
     axis: int
     group_size: int | None
+    granularity: tuple | None = None
 
 
 class Integers(NamedTuple):
@@ -127,5 +133,6 @@ def palette_weight(clustered):
     c, axis = clustered.unpacked(), clustered.form.axis
     codes = c.codes
     if c.form.cluster_dim == 1:
-        codes = codes.reshape(c.form.channels_first(c.shape)).transpose(0, axis).contiguous()
-    return PaletteWeight(codes, c.entries, c.lut_scales, c.scales, c.leftovers, axis, c.form.group_size)
+        codes = assembled(codes, c.leftovers, c.shape, c.form).transpose(0, axis).contiguous()
+    beside = c.entries, c.lut_scales, c.scales, c.leftovers
+    return PaletteWeight(codes, *beside, axis, c.form.group_size, c.form.granularity)

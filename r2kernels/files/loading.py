@@ -3,7 +3,7 @@
 from ..reference.checks import DTYPES
 from . import container, huffman
 from .checkpoint import Checkpoint, CheckpointError, Entry, natural, refuse_key
-from .folders import INDEX, Sharded, chosen
+from .folders import INDEX, Sharded, chosen, first_shard
 from .format import (
     ENTROPIES,
     FORMAT,
@@ -27,7 +27,7 @@ def load_palettized(path):
     of a size that does not agree with its bytes. Several names of a tensor are one tensor; were each a copy, all would
     take at most 64 times the bytes of those without, or 64 MiB. No code from a file is ever run.
     """
-    with Palettized(path) as file:
+    with palettized(path) as file:
         tensors = {entry.name: tensor for entry, tensor in file.read(file.own)}
     return {entry.name: tensors[file.aliases.get(entry.name, entry.name)] for entry in file.entries}
 
@@ -38,7 +38,7 @@ def load_ranges(path):
     Bits, scale, zero point, whether signed, and for EWGS an offset; empty for a file without. Checks the header alone;
     ValueError names what is wrong.
     """
-    with Palettized(path) as file:
+    with palettized(path) as file:
         return file.inputs
 
 
@@ -48,6 +48,8 @@ class Palettized(Checkpoint):
     A context manager. The checksum of the header and all sizes are checked when the file is opened, before anything of
     their size is made; the checksum of a tensor, and its contents, when it is read.
     """
+
+    _decoded = None, None  # name and tensor of the last `part`
 
     def __init__(self, path):
         self.reader = container.Reader(path)
@@ -127,7 +129,7 @@ class Palettized(Checkpoint):
             raise self.error(f"{name} is not described as a clustered or quantized weight is")
         shape, fields = self.reader.shape(name, fields["shape"]), usual_fields(kind) | fields
         dtype = container.DTYPES.get(fields["dtype"]) if isinstance(fields["dtype"], str) else None
-        entropy, form = fields["entropy"], form_of(*[fields[field] for field in form_of._fields])
+        entropy, form = fields["entropy"], form_of(*[_tuple(fields[field]) for field in form_of._fields])
         right = {"shape": len(shape) > 0 and min(shape) > 0, "dtype": dtype in DTYPES, "entropy": entropy in ENTROPIES}
         for field, fine in right.items():
             if not fine:
@@ -160,7 +162,7 @@ class Palettized(Checkpoint):
     def clustered(self, name):
         """A clustered weight as it is stored, with its codes packed or a byte each."""
         shape, dtype, form, entropy = self._weights[name]
-        parts = {part: self._part(f"{name}:{part}") for part in parts_of(shape, dtype, form, entropy)}
+        parts = {part: self._stored(f"{name}:{part}") for part in parts_of(shape, dtype, form, entropy)}
         groups, codes = form.groups(shape, form.bits), parts["codes"]
         if entropy:
             try:
@@ -172,13 +174,19 @@ class Palettized(Checkpoint):
             codes = codes[: groups.nbytes]
         return form.restored(shape, dtype, codes, 8 if entropy else form.bits, parts)
 
-    def _part(self, name):
+    def _stored(self, name):
         """A stored tensor, whose checksum the reader compares."""
         return self.reader.read(name, self._checksums[name])
 
     def tensor(self, name):
         name = self.aliases.get(name, name)
-        return self.clustered(name).decoded() if name in self._weights else self._part(name)
+        return self.clustered(name).decoded() if name in self._weights else self._stored(name)
+
+    def part(self, name, begin=0, end=None):
+        if self._decoded[0] != name:
+            self._decoded = name, self.tensor(name)
+        whole = self._decoded[1]
+        return whole if end is None else whole[begin:end]
 
     def close(self):
         self.reader.close()
@@ -188,6 +196,41 @@ class Palettized(Checkpoint):
 
     def __exit__(self, *error):
         self.close()
+
+
+class PalettizedShards(Sharded):
+    """The same of a folder of palettized files and the index at `path` that names them."""
+
+    def _open(self, path):
+        return Palettized(path)
+
+    @property
+    def own(self):
+        return [entry for entry in self.entries if entry.name not in self.aliases]
+
+    @property
+    def inputs(self):
+        return {name: levels for shard in self.files()[1:] for name, levels in self._opened(shard.name).inputs.items()}
+
+    def clustered(self, name):
+        return self._opened(self._shard_of[name]).clustered(name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._shard = None
+
+
+def palettized(path):
+    """A `Palettized` file, or of a folder or an index its `PalettizedShards`."""
+    path = chosen(path)
+    return PalettizedShards(path) if path.name.endswith(INDEX) else Palettized(path)
+
+
+def _tuple(value):
+    """A list of JSON as it was written."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _unpadded(stream, sizes):
@@ -215,7 +258,8 @@ def opened(path, key=None):
     path = chosen(path)
     if path.name.endswith(INDEX):
         refuse_key(path, key)
-        return Sharded(path)
+        first = first_shard(path)
+        return (PalettizedShards if first.exists() and is_palettized(first) else Sharded)(path)
     if not is_palettized(path):
         return Checkpoint(path, key)
     refuse_key(path, key)

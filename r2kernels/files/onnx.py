@@ -6,7 +6,7 @@ and `expand` makes standard operators of them.
 
 import torch
 
-from .clustered import along_channels, is_turned
+from .clustered import along_channels, assembled, is_turned
 from .integers import integer_weight
 from .uniform import Uniform
 
@@ -181,8 +181,10 @@ class _Maker:
         """Codes and Gather: of one table of all groups, so the codes of a group come after those before it."""
         shape, axis = clustered.form.channels_first(clustered.shape), clustered.form.axis
         c = clustered.unpacked()._replace(shape=shape, form=clustered.form._replace(axis=0))
+        single = c.form.cluster_dim == 1
+        c = _by_rows(c) if single and len(c.geometry.blocks) > 1 else c
         table = self._table(c)
-        w = self._gathered(c, table) if c.form.cluster_dim == 1 else self._rows(c, table)
+        w = self._gathered(c, table) if single else self._rows(c, table)
         if c.scales is not None:
             w = self.op("Mul", w, self.constant("scale", along_channels(c.scales, len(c.shape))))
         return self.op("Transpose", w, perm=[1, 0, *range(2, len(shape))]) if axis else w
@@ -190,9 +192,9 @@ class _Maker:
     def _table(self, c):
         """(groups K,) numbers of the weight's dtype, or (groups K, d)."""
         shape = [-1] if c.form.cluster_dim == 1 else [-1, c.form.cluster_dim]
-        if c.lut_scales is None:
-            table = self.constant("lut", c.entries.reshape(shape))
-            return self.cast(table, c.entries.dtype, c.dtype)
+        if c.entries.dtype != torch.int8:
+            entries = c.entries if c.lut_scales is None else c.luts()
+            return self.cast(self.constant("lut", entries.reshape(shape)), entries.dtype, c.dtype)
         lut, scale = (
             self.constant("lut", c.entries.flatten(1)),
             self.constant("lut_scale", c.lut_scales.float().flatten()),
@@ -203,35 +205,60 @@ class _Maker:
     def _shape(self, part, shape):
         return self.constant(part, torch.tensor(shape, device="cpu"))
 
-    def _index(self, part, codes, groups):
-        """Indices into the table of all groups: of codes, and of what group they are, a tensor or None."""
+    def _index(self, part, codes, firsts):
+        """Indices into the table of all groups: of codes, and what the groups that they are in add to these."""
         index = self.op("Cast", self.constant(part, codes, self.small(codes)), to=self.ir.DataType.INT32)
-        return index if groups is None else self.op("Add", index, self.constant(f"{part}_first", groups.int()))
+        for j, first in enumerate(firsts):
+            index = self.op("Add", index, self.constant(f"{part}_first{j or ''}", first.int()))
+        return index
 
     def _gathered(self, c, table):
-        groups, g = None, c.geometry
-        if g.groups > 1:
-            groups = torch.arange(c.shape[0], device=c.codes.device) // g.size * 2**c.form.bits
-            groups = groups.reshape(-1, *[1] * (len(c.shape) - 1))
-        return self.op("Gather", table, self._index("codes", c.codes.reshape(c.shape), groups), axis=0)
+        """The numbers of a weight of single weights, of which each adds what its tile says to its code."""
+        g, firsts, step = c.geometry, [], 2**c.form.bits
+        view = g.view if g.blocks[0].counts[0] < g.groups else c.shape
+        for i in reversed(range(len(g.view))):
+            tile = g.blocks[0].tile[i]
+            if g.view[i] > tile:
+                first = torch.arange(g.view[i], device=c.codes.device) // tile * step
+                firsts.append(along_channels(first, len(view), i))
+            step *= -(-g.view[i] // tile)
+        codes = assembled(c.codes, c.leftovers, c.shape, c.form).reshape(view)
+        w = self.op("Gather", table, self._index("codes", codes, firsts), axis=0)
+        return w if view == c.shape else self.op("Reshape", w, self._shape("shape", list(c.shape)))
 
     def _rows(self, c, table):
-        parts, first, done, over = [], 0, 0, 0
-        for j, (count, channels, each, left) in enumerate(c.geometry.blocks()):
-            groups = None
+        parts, done, over = [], 0, 0
+        for j, b in enumerate(c.geometry.blocks):
+            firsts, count, size = [], b.count, b.each * c.form.cluster_dim
+            if b.counts[0] < count:
+                raise ValueError(
+                    f"{self.name} has tiles {c.form.granularity} of rows of {c.form.cluster_dim}; "
+                    "an ONNX file holds tiles of single weights alone"
+                )
             if c.geometry.groups > 1:
-                groups = (first + torch.arange(count, device=c.codes.device)[:, None]) * 2**c.form.bits
-            codes = c.codes[done : done + count * each].reshape(count, each)
-            rows = self.op("Gather", table, self._index(f"codes{j}", codes, groups), axis=0)
-            w = self.op("Reshape", rows, self._shape(f"flat{j}", [count, each * c.form.cluster_dim]))
-            if left:
-                beside = self.constant(f"leftovers{j}", c.leftovers[over : over + count * left].reshape(count, left))
-                w = self.op("Concat", w, beside, axis=1)
+                firsts = [(b.first + torch.arange(count, device=c.codes.device)[:, None]) * 2**c.form.bits]
+            codes = c.codes[done : done + count * b.each].reshape(count, b.each)
+            rows = self.op("Gather", table, self._index(f"codes{j}", codes, firsts), axis=0)
+            w = self.op("Reshape", rows, self._shape(f"flat{j}", [count, size]))
+            if b.left:
+                left = c.leftovers[over : over + count * b.left].reshape(count, b.left)
+                w = self.op("Concat", w, self.constant(f"leftovers{j}", left), axis=1)
             if is_turned(c.shape, c.form.cluster_dim, c.form.layout):
-                turned = [count, c.shape[-1], *c.shape[1:-1], channels]
+                turned = [count, c.shape[-1], *c.shape[1:-1], b.tile[0]]
                 order = list(range(len(turned)))
                 order[1], order[-1] = order[-1], order[1]
                 w = self.op("Transpose", self.op("Reshape", w, self._shape(f"turned{j}", turned)), perm=order)
-            parts.append(self.op("Reshape", w, self._shape(f"shape{j}", [count * channels, *c.shape[1:]])))
-            first, done, over = first + count, done + count * each, over + count * left
+            parts.append(self.op("Reshape", w, self._shape(f"shape{j}", [count * b.tile[0], *c.shape[1:]])))
+            done, over = done + count * b.each, over + count * b.left
         return parts[0] if len(parts) == 1 else self.op("Concat", *parts, axis=0)
+
+
+def _by_rows(c):
+    """With the tables of tiles in the order of their rows and, in these, columns."""
+    g = c.geometry
+    numbers = torch.arange(g.groups, device=c.codes.device)
+    sizes = [torch.full((b.count,), b.each, device=c.codes.device) for b in g.blocks]
+    placed = assembled(numbers.repeat_interleave(torch.cat(sizes)), c.leftovers.long(), c.shape, c.form)
+    order = placed.reshape(g.view)[tuple(slice(None, None, tile) for tile in g.blocks[0].tile)].flatten()
+    scales = c.lut_scales if c.lut_scales is None or len(c.lut_scales) == 1 else c.lut_scales[order]
+    return c._replace(entries=c.entries[order], lut_scales=scales)

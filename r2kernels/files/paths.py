@@ -53,15 +53,25 @@ def replacing(path, overwrite=True):
             if before is not None:
                 os.chmod(temporary, before)
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if overwrite:
-            os.replace(temporary, path)
-        else:
-            _put(temporary, path)
+            sync(file)
+        put(temporary, path, overwrite)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def sync(file):
+    """Has all that was written reach the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def put(temporary, path, overwrite):
+    """Gives a file its name; unless `overwrite`, FileExistsError where there is one of that name."""
+    if overwrite:
+        os.replace(temporary, path)
+    else:
+        _put(temporary, path)
 
 
 def _put(temporary, path):

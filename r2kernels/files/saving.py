@@ -5,6 +5,7 @@ by `container.Writer.finish`.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import warnings
@@ -124,11 +125,12 @@ class Saver:
                 raise CheckpointError(
                     f"{p.name} has cluster_dim {p.form.cluster_dim}; at most {MOST_DIM} can be stored"
                 )
-        self.writer = container.Writer(file, self._room(planned))
+        self.file, self.writer = file, container.Writer(file, self._room(planned))
+        self.last = None  # what `restore` takes of the tensor that was added last
 
     def _room(self, planned):
         """What the header needs at most, where some weights with a form may be stored dense."""
-        most, entries, weights = sum(_most_bytes(p, self.entropy) for p in planned), {}, {}
+        most, entries, weights = sum(most_bytes(p, self.entropy) for p in planned), {}, {}
         for p in planned:
             parts = parts_of_planned(p, self.entropy) or {p.name: (p.dtype, p.shape)}
             if p.form:
@@ -153,22 +155,37 @@ class Saver:
 
     def add(self, name, value):
         """Writes a tensor, a `Clustered` or a `Uniform`, and keeps its checksums; the bytes that it takes."""
+        before, known = self.writer.size, len(self.checksums)
         if isinstance(value, torch.Tensor):
             self.checksums.append(self.writer.add(name, value))
-            return value.nbytes
+        else:
+            self._add_coded(name, value)
+        self.last = {
+            "entries": dict(itertools.islice(self.writer.entries.items(), known, None)),
+            "checksums": self.checksums[known:],
+            "weights": {name: self.weights[name]} if name in self.weights else {},
+        }
+        return self.writer.size - before
+
+    def restore(self, added):
+        """Goes on behind the tensors of which `last` was kept; CheckpointError where the file has others."""
+        entries = {name: fields for one in added for name, fields in one["entries"].items()}
+        self.checksums = [checksum for one in added for checksum in one["checksums"]]
+        self.weights = {name: described for one in added for name, described in one["weights"].items()}
+        self.writer.restore(entries, self.checksums)
+
+    def _add_coded(self, name, value):
         entropy, parts = smallest(value, self.entropy, self._described_in(name, value))
         self.weights[name] = describe(value.shape, value.dtype, value.form, entropy)
-        before = self.writer.size
         for part, tensor in sorted(parts.items(), key=lambda pair: (-pair[1].itemsize, pair[0] == "codes")):
             if part == "codes":
                 tensor = torch.nn.functional.pad(tensor, (0, -(self.writer.size + len(tensor)) % 8))
             self.checksums.append(self.writer.add(f"{name}:{part}", tensor))
-        return self.writer.size - before
 
     def _described_in(self, name, value):
         """Bytes of the header that describe the parts of an entropy code, at most."""
         planned = Planned(name, value.shape, value.dtype, value.form)
-        here, most = self.writer.size, self.writer.size + _most_bytes(planned, self.entropy)
+        here, most = self.writer.size, self.writer.size + most_bytes(planned, self.entropy)
 
         def size(entropy):
             entries = {
@@ -192,8 +209,8 @@ def parts_of_planned(planned, entropy):
     return {f"{planned.name}:{part}": how for part, how in parts.items()}
 
 
-def _most_bytes(planned, entropy):
-    """What a tensor takes at most."""
+def most_bytes(planned, entropy):
+    """What a tensor takes in the data at most."""
     dense = math.prod(planned.shape) * planned.dtype.itemsize
     if planned.form is None:
         return dense

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..reference.columns import accumulator
-from .clustered import Size, entropy
+from .clustered import Size, entropy, squares
 from .packing import Groups, pack, unpack
 
 
@@ -128,14 +128,20 @@ class Uniform(NamedTuple):
         scale, zero = (self.form.over(values, self.shape) for values in (self.scale, self.zero))
         return (scale * (codes.to(scale.dtype) - zero.to(scale.dtype) / 2)).to(self.dtype)
 
+    def errors(self, w):
+        """((||w||^2, ||w - W_hat||^2), `counts`) of the weight w that is quantized."""
+        return squares(w, self.decoded()), self.counts()
+
     def counts(self):
         """(2**bits,) how often each code occurs."""
         return torch.bincount(self.unpacked().codes, minlength=2**self.form.bits)
 
-    def size(self):
+    def size(self, counts=None):
+        """counts: those of `counts`, where they are known."""
         dense = math.prod(self.shape) * self.dtype.itemsize
         codes = self.form.groups(self.shape, self.form.bits).nbytes
-        return Size(dense, codes, self.scale.nbytes + self.zero.nbytes, 0, entropy(self.counts()))
+        counts = self.counts() if counts is None else counts
+        return Size(dense, codes, self.scale.nbytes + self.zero.nbytes, 0, entropy(counts))
 
 
 def _inputs(shape, axis):

@@ -4,6 +4,7 @@
 places while the model runs (`attach`), and `calibrate` makes a quantizer without training.
 """
 
+from .allocation import allocate
 from .attach import attached
 from .batchnorm import reestimate_batchnorm
 from .calibrate import calibrate
@@ -14,16 +15,19 @@ from .palettizer import Palettizer
 from .quantizer import Quantizer
 from .regularizer import RangeRegularizer
 from .select import select_weights
+from .sensitivity import sensitivity
 
 __all__ = [
     "LearnableCoefficient",
     "Palettizer",
     "Quantizer",
     "RangeRegularizer",
+    "allocate",
     "attached",
     "calibrate",
     "copy_attached",
     "export",
     "reestimate_batchnorm",
     "select_weights",
+    "sensitivity",
 ]

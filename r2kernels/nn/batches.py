@@ -36,7 +36,7 @@ def run(model, loader, device, *, batches=None, forward=None, title=""):
     way. Tensors, in containers too, are moved to the device. Where stderr is a terminal, tqdm, if it is installed,
     shows a bar.
     """
-    forward, count = forward or _call, 0
+    forward, count = forward or call, 0
     for batch in _shown(islice(loader, batches), _length(loader, batches), title):
         forward(model, moved(batch, device))
         count += 1
@@ -88,7 +88,8 @@ def moved(batch, device):
     return batch
 
 
-def _call(model, batch):
+def call(model, batch):
+    """The model on a batch, as `run` says."""
     parameters = inspect.signature(model.forward).parameters.values()
     if isinstance(batch, (tuple, list)):
         if not batch:

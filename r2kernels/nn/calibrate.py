@@ -10,6 +10,7 @@ from ..reference.columns import accumulator
 from ..sharding.shards import whole
 from .batches import check_loader, evaluating, run
 from .clipping import METHODS, PERCENTILE, Histogram, histogram_qparams, weight_qparams
+from .importance import importances_of
 from .input_scales import FrozenInput
 from .inputs import InputHook, input_places
 from .layers import layers_of
@@ -59,6 +60,7 @@ def calibrate(
     group_size=None,
     symmetric=True,
     percentile=PERCENTILE,
+    weight=None,
     batches=None,
     forward=None,
     include=None,
@@ -87,6 +89,8 @@ def calibrate(
     group_size: how many numbers of a channel, one after the other, share a step, as in `Quantizer`; found by trying.
     symmetric: LSQ's levels step * code, for activations without negative values unsigned; else 2**bits levels
         step * (code - zero) with an integer zero.
+    weight: name -> importances of a weight, as `sensitivity` gives them, by which "mse" counts the squared errors of
+        weights. Those without are not weighted.
     include, exclude: as in `select_weights`; overrides: name pattern (of the parameter or its module) -> dict of these
         options, or "skip"; of several that match the last one counts.
     replace: whether to remove what is attached to the layers already, before the first batch; else that is an error.
@@ -111,7 +115,8 @@ def calibrate(
     if places:
         check_loader(loader, batches, forward)
     held = [layer._replace(options=layer.options.held()) for layer in layers]
-    weights = {layer.key: _frozen_weight(layer) for layer in layers if layer.options.weight_bits is not None}
+    importance = importances_of({layer.name: layer.weight().shape for layer in layers}, weight)
+    weights = {layer.key: _frozen_weight(layer, importance) for layer in layers if layer.options.weight_bits}
     inputs = {}
     if places:
         quantizer = Quantizer._frozen(model, held, weights, {}, replace=replace, process_group=process_group)
@@ -136,9 +141,10 @@ def _layers(model, usual, overrides, include, exclude):
     return layers
 
 
-def _frozen_weight(layer):
-    w, o = layer.gathered().weight(), layer.options
-    found = weight_qparams(w, o.weight_bits, o.axis, o.method, o.symmetric, o.group_size, o.percentile)
+def _frozen_weight(layer, importance):
+    w, o, h = layer.gathered().weight(), layer.options, importance.get(layer.name)
+    h = None if h is None else h.to(w.device)
+    found = weight_qparams(w, o.weight_bits, o.axis, o.method, o.symmetric, o.group_size, o.percentile, h)
     if found is None:
         raise ValueError(f"{layer.name} has a NaN or an infinity; it cannot be quantized")
     return FrozenWeight(w, o.weight_bits, o.axis, *found, o.group_size)

@@ -35,9 +35,10 @@ class Histogram:
         self.low = torch.full((rows,), torch.inf, dtype=torch.float64, device=device)
         self.high = -self.low
 
-    def add(self, x):
-        """x: (rows, N)."""
-        for part in x.split(max(PART // len(x), 1), 1):
+    def add(self, x, masses=None):
+        """x: (rows, N); masses: integers as which these count, by default 1."""
+        size = max(PART // len(x), 1)
+        for i, part in enumerate(x.split(size, 1)):
             finite = part.isfinite()
             self.strange += (~finite).sum(1)
             part = torch.where(finite, part, 0).double()
@@ -46,7 +47,10 @@ class Histogram:
             top = torch.maximum(high, -low)
             self.widen(torch.where(top > 0, top.frexp().exponent, LEAST))
             place = (part / self._width()).floor_().short() + BINS
-            self.count += counted(place, 2 * BINS, x.device.type == "cpu")
+            if masses is None:
+                self.count += counted(place, 2 * BINS, x.device.type == "cpu")
+            else:
+                self.count.scatter_add_(1, place.long(), masses[:, i * size : (i + 1) * size])
 
     def widen(self, exponent):
         """Has the bins reach to 2**exponent, (rows,), or as far as they do."""
@@ -173,25 +177,38 @@ def _affine(low, high, n):
     return step, (-low / step).round().clamp(0, n)
 
 
-def weight_qparams(w, bits, axis, method, symmetric, group_size=None, percentile=PERCENTILE):
+def weight_qparams(w, bits, axis, method, symmetric, group_size=None, percentile=PERCENTILE, weight=None):
     """(step, zero point) of a weight: 0-dim, or (C,) for the channels along an axis, or one for each group of their
     numbers, in the accumulator's dtype.
 
-    With `symmetric` the zero point is None. Instead of both None where the weight is not finite.
+    With `symmetric` the zero point is None. Instead of both None where the weight is not finite. weight: what the
+    squared error of each number counts, for the method "mse".
     """
+    weight = weight if method == "mse" else None
     if group_size is not None:
-        return group_qparams(w, Grid(bits, axis % w.dim(), group_size), method, symmetric)
-    rows = w.detach().reshape(1, -1) if axis is None else w.detach().movedim(axis, 0).reshape(w.shape[axis], -1)
+        return group_qparams(w, Grid(bits, axis % w.dim(), group_size), method, symmetric, weight=weight)
+
+    def rows_of(t):
+        return t.detach().reshape(1, -1) if axis is None else t.detach().movedim(axis, 0).reshape(t.shape[axis], -1)
+
+    rows, masses = rows_of(w), None if weight is None else _masses(rows_of(weight))
     if not rows.isfinite().all():
         return None
     found = []
-    for some in rows.split(ROWS):
+    for i, some in enumerate(rows.split(ROWS)):
         histogram = Histogram(len(some), w.device)
-        histogram.add(some)
+        histogram.add(some, None if masses is None else masses[i * ROWS : (i + 1) * ROWS])
         found.append(histogram_qparams(histogram, bits, method, symmetric, percentile=percentile))
     step, zero = (None if parts[0] is None else torch.cat(parts) for parts in zip(*found, strict=True))
     step, zero = step.to(accumulator(w.dtype)), None if zero is None else zero.to(accumulator(w.dtype))
     return (step, zero) if axis is not None else (step[0], None if zero is None else zero[0])
+
+
+def _masses(rows):
+    """Importances as integers in units of a row's greatest / 2**20, whose sums are the same in any order; 1 where all
+    of a row are 0."""
+    most = rows.amax(1, keepdim=True)
+    return torch.where(most > 0, (rows.double() / most * 2**20).round(), 1).long()
 
 
 def histogram_qparams(histogram, bits, method, symmetric, signed=True, percentile=PERCENTILE):

@@ -6,11 +6,16 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..files.clustered import LUT_DTYPES, Form, Geometry, divided, nearest_codes, values_lost
-from ..functional.kmeans import kmeans
+from ..files.clustered import Clustered, Form, along_channels, channel_scales, divided, nearest_codes, rows_of, scaled
+from ..files.tables import LUT_DTYPES, quantized_lut, values_lost
+from ..files.tiles import Geometry, check_granularity
+from ..functional.kmeans import grouped, kmeans
 from ..reference import checks
-from ..reference.columns import columns
+from ..reference.columns import accumulator, columns
 from ..reference.zeros import zeros_of
+from ..sharding.shards import like, local
+from .layers import layers_of
+from .sharded import refuse_options
 
 # tau="auto": this part of the distance of neighbouring centroids (for "sqeuclidean" squared). In the demo's five
 # palettes and four trainings 0.25 leaves a soft-to-hard gap of 25 % and loses up to 40 points, 0.02 hardly lets a
@@ -32,6 +37,7 @@ class ClusteringOptions(NamedTuple):
     per_channel_scale: bool = False
     lut_dtype: str = "fp32"
     preserve_zeros: bool = False
+    granularity: str | tuple | None = None
 
     def checked(self, name):
         """These options, or an error that says which of them is not allowed for layer `name`."""
@@ -48,6 +54,7 @@ class ClusteringOptions(NamedTuple):
                 raise ValueError(
                     f"{option} of {name} must be an int {f'in {least}..{most}' if most else f'>= {least}'}, got {value}"
                 )
+        check_granularity(self.granularity, self.group_size, name)
         if self.layout not in checks.LAYOUTS:
             raise ValueError(f"layout of {name} must be one of {checks.LAYOUTS}, got {self.layout!r}")
         if self.lut_dtype not in LUT_DTYPES:
@@ -93,23 +100,113 @@ class ClusteringOptions(NamedTuple):
 
 
 def form_of(layer):
-    """How a layer's weight is stored. Each expert of a mixture is a group, unless `group_size` says otherwise."""
-    form = Form.of(layer.options)
-    return form._replace(group_size=form.group_size or 1) if layer.experts else form._replace(axis=layer.output_axis)
+    """How a layer's weight is stored. Each expert of a mixture is a group, unless `group_size` says otherwise; rows and
+    tiles are those of each expert."""
+    form, granularity = Form.of(layer.options), layer.options.granularity
+    if not layer.experts:
+        return form._replace(axis=layer.output_axis)
+    if granularity == "row" or isinstance(granularity, (tuple, list)):
+        rows = (1, None) if granularity == "row" else granularity
+        return form._replace(granularity=(1, *rows), group_size=None)
+    return form._replace(group_size=form.group_size or 1)
 
 
-def fitted(pieces, form, preserve_zeros=False):
-    """(groups, K, d) centroids of k-means of the groups of a weight; NaN where one has a NaN or an infinity."""
+def fitted(pieces, form, preserve_zeros=False, weight=None):
+    """(groups, K, d) centroids of k-means of the groups of a weight; NaN where one has a NaN or an infinity.
+
+    weight: tensors of numbers >= 0 shaped like the groups, or None: what an error there counts; of a row the mean. In
+    a group where all are 0 all count alike.
+    """
     options = {"cluster_dim": form.cluster_dim, "layout": form.layout, "preserve_zeros": preserve_zeros}
+    if weight is not None:
+        masses = [columns(v, form.cluster_dim, form.layout).mean(0) for v in weight]
+        options["weight"] = [torch.where(m.any(), m, 1) for m in masses]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "kmeans: .* centroids will be repeated")
         return torch.stack(kmeans(pieces, 2**form.bits, **options)).reshape(len(pieces), -1, form.cluster_dim)
 
 
+def importances(w, form, scales, weight=None):
+    """What an error of each number of w / scales counts, the output channels first: the squared scale of its channel
+    times that of `weight`, shaped like w, where there is one. None where all count alike."""
+    if scales is None and weight is None:
+        return None
+    wide = torch.ones_like(w, dtype=accumulator(w.dtype)) if weight is None else weight.to(accumulator(w.dtype))
+    if scales is not None:
+        squares = (scales.to(wide.dtype) / scales.max()).square().nan_to_num(1, 1)  # of a NaN k-means tells itself
+        wide = wide * along_channels(squares, w.dim(), form.axis)
+    return scaled(wide, form._replace(per_channel_scale=False))[0]
+
+
+def centroids_of(w, form, preserve_zeros=False, weight=None, scales=None, groups=None):
+    """(groups, K, d) centroids of k-means of a weight, of which `weight`, shaped like it, says what an error counts.
+
+    scales: of the channels, by default `channel_scales`. groups: which of them, by default all. NaN in a group with a
+    NaN or an infinity.
+    """
+    first, scales = scaled(w, form, scales)
+    counts, geometry = importances(w, form, scales, weight), Geometry(w.shape, form)
+    if form.cluster_dim == 1 and groups is None:
+        masses = [None] * len(geometry.blocks) if counts is None else geometry.cut(counts)
+        stacks = zip(geometry.cut(first), masses, strict=True)
+        return torch.cat([_of_stack(stack, 2**form.bits, mass, preserve_zeros) for stack, mass in stacks])
+    pieces, counts = geometry.pieces(first), None if counts is None else geometry.pieces(counts)
+    if groups is not None:
+        pieces, counts = [pieces[g] for g in groups], counts and [counts[g] for g in groups]
+    return fitted(pieces, form, preserve_zeros, counts)
+
+
+def _of_stack(stack, clusters, mass, preserve_zeros):
+    """`fitted` of the single numbers of a stack of groups."""
+    rows = stack.reshape(len(stack), -1)
+    if mass is not None:
+        mass = mass.reshape(rows.shape)
+        mass = torch.where(mass.any(1, keepdim=True), mass, 1)
+    return grouped(rows, clusters, weight=mass, preserve_zeros=preserve_zeros).unsqueeze(-1)
+
+
+def clustered_weight(w, form, preserve_zeros=False, weight=None):
+    """(centroids of k-means, `Clustered`); None for the latter where w is not finite.
+
+    With `per_channel_scale` channels are divided by their `channel_scales` or by 1, whichever errs less.
+    """
+    scales, found, least = channel_scales(w, form.axis) if form.per_channel_scale else None, None, torch.inf
+    for some in (scales,) if scales is None else (scales, (scales != 0).to(w.dtype)):
+        centroids = centroids_of(w, form, preserve_zeros, weight, some)
+        if not centroids.isfinite().all():
+            return centroids, None
+        made = Clustered.of(w, centroids, form, some)
+        error = 0 if scales is None else _error(w, made, weight)
+        if found is None or error < least:
+            found, least = (centroids, made), error
+    return found
+
+
+def _error(w, clustered, weight):
+    error = (clustered.decoded() - w).double().square()
+    return (error if weight is None else error * weight).sum().item()
+
+
+def rounding(w, centroids, form, scales):
+    """What the entry nearest to each weight changes by when the tables (groups, K, d) are stored, like w but for the
+    scales of its channels; None for tables that are stored as they are."""
+    whole = local(w).detach()
+    if form.lut_dtype == "fp32" or not whole.numel():
+        return None
+    with torch.no_grad():
+        first, geometry = scaled(whole, form, scales)[0], Geometry(whole.shape, form)
+        codes = nearest_codes(first, geometry, centroids, form)
+        errors = quantized_lut(centroids, form.lut_dtype) - centroids
+        form = form._replace(lut_dtype="fp32", per_channel_scale=False)
+        leftovers = whole.new_zeros(geometry.leftovers)
+        coded = Clustered(tuple(whole.shape), whole.dtype, form, codes, 8, errors, None, None, leftovers)
+        return like(coded.decoded(), w)
+
+
 def few_rows(shape, form):
     """The fewest rows that a group of a weight of this shape has, where these are fewer than its centroids."""
-    geometry = Geometry(shape, form)
-    rows = min(geometry.each, geometry.each_of_last) if geometry.last and not geometry.each_of_last else geometry.each
+    rows = [block.each for block in Geometry(shape, form).blocks]
+    rows = rows[0] if min(rows) else 0
     return rows if rows < 2**form.bits else None
 
 
@@ -140,6 +237,7 @@ def lost(w, form, centroids, preserve_zeros):
 
 # a centroid this near to another, in units of the largest error, is no other one
 SAME = 1e-3
+AT_ONCE = 2**22  # differences of centroids of some groups
 
 
 def spare_and_error(problems, device):
@@ -150,12 +248,46 @@ def spare_and_error(problems, device):
     """
     found, counts = [], []
     for w, form, centroids, wide in problems:
-        d, pieces = form.cluster_dim, divided(w, form)[0]
-        counts.append(len(pieces))
-        for piece, codes, c in zip(pieces, nearest_codes(pieces, centroids, form, wide), centroids, strict=True):
-            error = (columns(piece, d, form.layout).t() - c[codes.long()]).abs().amax()
-            near = (c[:, None] - c).abs().amax(-1).le(SAME * error).tril(-1).any(1)
-            used = torch.zeros_like(near).index_fill_(0, codes.long(), True)
-            found.append(torch.stack([(near | ~used).sum().double(), error.double()]).to(device))
-    values = iter(torch.stack(found).tolist())
+        first, geometry = scaled(w, form)[0], Geometry(w.shape, form)
+        counts.append(geometry.groups)
+        codes = nearest_codes(first, geometry, centroids, form, wide)
+        codes = codes.split([block.count * block.each for block in geometry.blocks])
+        most = max(AT_ONCE // centroids[0].numel() // centroids.shape[1], 1)
+        for parts in zip(geometry.blocks, geometry.cut(first), codes, geometry.split(centroids), strict=True):
+            block, stack, index, tables = parts
+            some = stack.split(most), index.view(block.count, block.each).split(most), tables.split(most)
+            for stack, index, c in zip(*some, strict=True):
+                rows, index = rows_of(stack, form), index.long()
+                nearest = c.gather(1, index[..., None].expand(-1, -1, form.cluster_dim))
+                error = (rows - nearest).abs().amax((1, 2))
+                near = (c[:, :, None] - c[:, None]).abs().amax(-1).le(SAME * error[:, None, None]).tril(-1).any(2)
+                used = torch.zeros_like(near).scatter_(1, index, True)
+                found.append(torch.stack([(near | ~used).sum(1).double(), error.double()], 1).to(device))
+    values = iter(torch.cat(found).tolist())
     return [[next(values) for _ in range(count)] for count in counts]
+
+
+def refuse_parts(layer):
+    """An error for a weight that tensor parallelism has divided, where its options need it whole."""
+    form = form_of(layer)
+    refuse_options(
+        layer.name,
+        group_size=form.group_size,
+        granularity=form.granularity,
+        per_channel_scale=form.per_channel_scale or None,
+    )
+
+
+def clustered_layers(model, usual, overrides, include, exclude):
+    """The layers to cluster, with their options."""
+    layers = []
+    for layer in layers_of(model, usual, overrides, include, exclude, embeddings=True, stacklevel=5):
+        rows, options = few_rows(layer.weight().shape, form_of(layer)), layer.options
+        if rows is None:
+            layers.append(with_zeros_kept(layer))
+        else:
+            few = f"{rows} rows of {options.cluster_dim} for {2**options.bits} centroids"
+            warnings.warn(f"{layer.name} stays dense: it has {few}", stacklevel=3)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no weight left to cluster")
+    return layers

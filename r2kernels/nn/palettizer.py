@@ -7,9 +7,10 @@ from collections import defaultdict
 import torch
 from torch import nn
 
-from ..files.clustered import Clustered, Form, assembled, different, divided, joined, quantized_lut
+from ..files.clustered import Clustered, divided, joined
 from ..files.integers import Integers, palette_weight
-from ..functional.dkm import assign, dkm
+from ..files.tables import different
+from ..functional.dkm import dkm
 from ..lists import resident
 from ..ops import settled
 from ..reference.checks import is_dtensor
@@ -18,9 +19,17 @@ from ..reference.dkm import spacing
 from ..reference.zeros import with_zero, zeros_of
 from ..sharding.shards import like, local
 from .attach import Attached
-from .clustering import ClusteringOptions, few_rows, fitted, form_of, lost, spare_and_error, with_zeros_kept
-from .layers import layers_of
-from .sharded import refuse_options
+from .clustering import (
+    ClusteringOptions,
+    centroids_of,
+    clustered_layers,
+    form_of,
+    lost,
+    refuse_parts,
+    rounding,
+    spare_and_error,
+)
+from .importance import importances_of
 
 CHECKED = 64  # steps between two searches for spare centroids; before these at every power of two
 SPARE = 16  # centroids for each spare one from which on a group starts anew
@@ -49,12 +58,19 @@ class Palettizer(Attached):
     tau: a number; (start, end, steps), geometric from soft to hard; a function of the step; or "auto": a tenth of the
         mean distance of neighbouring centroids (for "sqeuclidean" squared), followed as they move.
     group_size: output channels that share centroids (None: all).
-    per_channel_scale: each output channel is divided by its max|W| first; a channel of zeros stays zero.
-    lut_dtype: "fp32", "fp16" or "int8" (with one scale per group): how centroids are stored; training sees the rounding
-        of the nearest centroid (straight-through). Warns where a quarter of the values of a table is lost.
+    granularity: what has centroids of its own: the "tensor" (usual), each output "channel", each "group" of
+        `group_size` of them, or each tile (rows, columns) of the matrix (output channels, all else), None for all of
+        them: (None, 64) are groups of 64 inputs. Tiles at the ends may be smaller. A "row" of that matrix is a channel;
+        but of a mixture of experts rows and tiles are those of each expert's matrix, and a channel is an expert.
+    per_channel_scale: each output channel is divided by its mean |W| first; a channel of zeros stays zero.
+    lut_dtype: "fp32", "fp16", "bf16", "int8" (with one scale per table) or "fp8" (e4m3, with a power of two for all
+        tables of a weight): how centroids are stored; training sees the rounding of the nearest centroid
+        (straight-through). Warns where a quarter of the values of a table is lost.
     preserve_zeros: zeros of a weight stay 0, soft and hard, and have no gradient; one centroid is always exactly 0, and
         other weights may take it too. Of rows of `cluster_dim` those stay that are 0 as a whole; a warning counts the
         other zeros. On by itself for pruned weights and for embeddings whose padding row is 0.
+    weight: name -> importances of a weight, as `sensitivity` gives them: k-means, where groups start, counts errors by
+        them. Those without are not weighted.
     include, exclude: as in `select_weights`; embeddings and recurrent weights are there without.
     overrides: name pattern (of the parameter or its module) -> dict of options, or "skip"; of several that match the
         last one counts.
@@ -92,6 +108,8 @@ class Palettizer(Attached):
         per_channel_scale=False,
         lut_dtype="fp32",
         preserve_zeros=False,
+        granularity=None,
+        weight=None,
         include=None,
         exclude=None,
         overrides=None,
@@ -110,16 +128,18 @@ class Palettizer(Attached):
             per_channel_scale,
             lut_dtype,
             preserve_zeros,
+            granularity,
         ).checked("the model")
-        layers = _layers(model, usual, overrides, include, exclude)
+        layers = clustered_layers(model, usual, overrides, include, exclude)
+        self._importance = importances_of({layer.name: layer.weight().shape for layer in layers}, weight)
         self.centroids, self.taus = nn.Module(), nn.Module()
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=layers[0].weight().device))
         self._count = 0
         with torch.no_grad():
             for layer in layers:
                 o = layer.options
-                form = form_of(layer)
-                centroids = fitted(divided(layer.gathered().weight(), form)[0], form, o.preserve_zeros)
+                form, w = form_of(layer), layer.gathered().weight()
+                centroids = centroids_of(w, form, o.preserve_zeros, self._weight(layer, w))
                 if not centroids.isfinite().all():
                     raise ValueError(f"{layer.name} has a NaN or an infinity; only finite weights can be clustered")
                 self.centroids.register_buffer(layer.key, centroids)
@@ -131,6 +151,11 @@ class Palettizer(Attached):
         self._read(layers)
         self._attach(model, layers, replace=replace)
         self.register_load_state_dict_post_hook(_loaded)
+
+    def _weight(self, layer, w):
+        """The importances of a layer with the weight w, or None."""
+        h = self._importance.get(layer.name)
+        return None if h is None else h.to(w.device)
 
     @torch.no_grad()
     def _read(self, layers):
@@ -163,35 +188,34 @@ class Palettizer(Attached):
         for layer in layers:
             w, o, wide = layer.weight(), layer.options, self._wide[layer.key]
             if is_dtensor(w):
-                _refuse_parts(layer)
+                refuse_parts(layer)
             same = o.cluster_dim, o.layout, o.iterations, o.metric, o.gradient, o.preserve_zeros
             batches[w.dtype, w.device, wide, same].append((layer, w, *divided(w, form_of(layer))))
         for some in batches.values():
-            for (layer, w, pieces, scales), (hats, c) in zip(some, self._mixtures(some), strict=True):
-                if layer.options.lut_dtype != "fp32":
-                    hats = [self._rounded(h, p, c_, layer.options) for h, p, c_ in zip(hats, pieces, c, strict=True)]
+            for (layer, w, _, scales), (hats, c) in zip(some, self._mixtures(some), strict=True):
                 own = w.detach() if layer.options.preserve_zeros else w  # of channels of zeros
-                c = c[0].unsqueeze(0) if len(c) == 1 else torch.stack(c)
-                results[layer.name] = joined(hats, own, form_of(layer), scales), c.detach()
+                form = form_of(layer)
+                results[layer.name] = joined(hats, own, form, scales, rounding(w, c, form, scales)), c.detach()
         return [results[layer.name] for layer in layers]
 
     def _mixtures(self, some):
-        """([W_hat], [new centroids]) of the groups of each (layer, weight, groups, scales), all of the same options."""
+        """[([W_hat] of the groups, new centroids)] of (layer, weight, groups, scales), all of the same options."""
         o, d = some[0][0].options, some[0][0].options.cluster_dim
-        found, flat, starts, taus, places = [], [], [], [], []
+        flat, starts, taus, places = [], [], [], []
         for layer, _, pieces, _ in some:
-            centroids, waiting = self._centroids(layer).unbind(), self._waiting[layer.key]
+            centroids, waiting = self._centroids(layer), self._waiting[layer.key]
             live = [g for g in range(len(pieces)) if g not in waiting]
             if waiting and o.preserve_zeros:
                 pieces = [p.masked_fill(zeros_of(p.detach(), d, o.layout), 0) for p in pieces]
-            found.append((list(pieces), list(centroids)))
-            flat += [pieces[g] for g in live]
-            starts += [centroids[g].squeeze(-1) if d == 1 else centroids[g] for g in live]
             tau = self.taus._buffers[layer.key]
-            taus.append(tau.index_select(0, resident(tuple(live), torch.int64, tau.device)) if waiting else tau)
-            places += [(found[-1], g) for g in live]
-        if not places:
-            return found
+            index = resident(tuple(live), torch.int64, tau.device) if waiting else None
+            first = (centroids if d > 1 else centroids[..., 0]).unbind()
+            flat += [pieces[g] for g in live]
+            starts += [first[g] for g in live]
+            taus.append(tau if index is None else tau.index_select(0, index))
+            places.append((list(pieces), centroids, live, index))
+        if not flat:
+            return [(pieces, centroids) for pieces, centroids, _, _ in places]
         if self._wide[some[0][0].key]:
             flat, starts = [p.double() for p in flat], [c.double() for c in starts]
         hats, moved = dkm(
@@ -205,20 +229,17 @@ class Palettizer(Attached):
             layout=o.layout,
             preserve_zeros=o.preserve_zeros,
         )
-        for ((weights, centroids), g), hat, c in zip(places, hats, moved, strict=True):
-            weights[g], centroids[g] = hat.to(weights[g].dtype), c.reshape(-1, d).to(centroids[g].dtype)
+        found, hats, moved = [], iter(hats), iter(moved)
+        for (pieces, centroids, live, index), (_, w, _, _) in zip(places, some, strict=True):
+            for g in live:
+                pieces[g] = next(hats).to(w.dtype)
+            if live:
+                new = [next(moved) for _ in live]
+                new = new[0].unsqueeze(0) if len(new) == 1 else torch.stack(new)
+                new = new.view(-1, *centroids.shape[1:]).to(centroids.dtype)
+                centroids = new if index is None else centroids.index_copy(0, index, new.detach())
+            found.append((pieces, centroids))
         return found
-
-    @staticmethod
-    def _rounded(hat, w, c, o):
-        """W_hat as if the nearest centroid's entry of the table were rounded; the gradient passes through."""
-        with torch.no_grad():
-            table = c[:, 0].contiguous() if o.cluster_dim == 1 else c
-            shard, form = local(w), Form(o.bits, o.cluster_dim, o.layout)
-            (codes,) = assign([shard], [table], cluster_dim=o.cluster_dim, layout=o.layout)
-            error = (quantized_lut(c, o.lut_dtype) - c)[codes.long()].to(w.dtype)
-            error = assembled(error, shard.new_zeros(shard.numel() % o.cluster_dim), shard.shape, form)
-        return hat + like(error, w)
 
     @torch.no_grad()
     def clustered(self):
@@ -238,7 +259,7 @@ class Palettizer(Attached):
         for layer in layers:
             w = layer.weight()
             if is_dtensor(w):  # a code is of its own row alone
-                _refuse_parts(layer)
+                refuse_parts(layer)
                 shard = local(w)
                 hard = self._clustered(layer.holding(shard)).decoded() if shard.numel() else shard
                 hards.append(like(hard, w))
@@ -326,8 +347,9 @@ class Palettizer(Attached):
         ]
         waiting = {g for g, (spare, error) in enumerate(found) if error == 0 and spare}
         if anew:
-            pieces = divided(layer.gathered().weight(), form)[0]
-            c[anew] = fitted([pieces[g] for g in anew], form, layer.options.preserve_zeros).to(c.dtype)
+            w = layer.gathered().weight()
+            given = self._weight(layer, w)
+            c[anew] = centroids_of(w, form, layer.options.preserve_zeros, given, groups=anew).to(c.dtype)
             waiting |= {anew[i] for i in (different(c[anew]) < c.shape[1]).nonzero()[:, 0].tolist()}
         self._waiting[key] = frozenset(waiting)
 
@@ -369,11 +391,6 @@ class Palettizer(Attached):
         return f"layers={len(self.layers)}, steps={self._count}"
 
 
-def _refuse_parts(layer):
-    form = form_of(layer)
-    refuse_options(layer.name, group_size=form.group_size, per_channel_scale=form.per_channel_scale or None)
-
-
 def _loaded(palettizer, _):
     """After `load_state_dict`."""
     for layer in palettizer.layers:
@@ -381,18 +398,3 @@ def _loaded(palettizer, _):
             c = palettizer.centroids._buffers[layer.key]
             c.copy_(with_zero(c))
     palettizer._read(palettizer.layers)
-
-
-def _layers(model, usual, overrides, include, exclude):
-    """The layers to cluster, with their options."""
-    layers = []
-    for layer in layers_of(model, usual, overrides, include, exclude, embeddings=True, stacklevel=5):
-        rows, options = few_rows(layer.weight().shape, form_of(layer)), layer.options
-        if rows is None:
-            layers.append(with_zeros_kept(layer))
-        else:
-            few = f"{rows} rows of {options.cluster_dim} for {2**options.bits} centroids"
-            warnings.warn(f"{layer.name} stays dense: it has {few}", stacklevel=3)
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no weight left to cluster")
-    return layers

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 
 import r2kernels
 from r2kernels import cli
-from r2kernels.cli import compress, sizes
+from r2kernels.cli import compress, results, sizes
+from r2kernels.cli.expand import expand
 from r2kernels.files.checkpoint import Checkpoint
-from r2kernels.files.clustered import Form
+from r2kernels.files.clustered import Clustered, Form
 from r2kernels.files.loading import Palettized, load_palettized, opened
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -94,6 +95,9 @@ def test_json(capsys, tmp_path, model):
         (["--cluster-dim", 3, "--layout", "contiguous"], Form(2, 3, "contiguous")),
         (["--group-size", 4, "--per-channel-scale", "--lut-dtype", "int8"], Form(2, 1, "output", 4, True, "int8")),
         (["--lut-dtype", "fp16", "--entropy", "huffman"], Form(2, lut_dtype="fp16")),
+        (["--granularity", "4x3", "--lut-dtype", "fp8"], Form(2, lut_dtype="fp8", granularity=(4, 3))),
+        (["--granularity", "channel", "--lut-dtype", "bf16"], Form(2, 1, "output", 1, False, "bf16")),
+        (["--granularity", "group", "--group-size", 2], Form(2, 1, "output", 2)),
     ],
     ids=str,
 )
@@ -185,7 +189,7 @@ def test_plot(capsys, tmp_path, model):
     assert code == 0 and out.splitlines()[-1] == f"histograms: {tmp_path / 'a.png'}"
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
     result = compress.compress(Checkpoint(model), tmp_path / "b.safetensors", Form(2), plot=True)
-    assert [len(axes.patches) for axes in compress.result_figure(result, "x").axes] == [2] * 4
+    assert [len(axes.patches) for axes in results.result_figure(result, "x").axes] == [2] * 4
     low, high = STATE["conv.weight"].aminmax()
     assert (
         result.rows[0].panel[0] == (low, high) and sum(result.rows[0].panel[1]) == sum(result.rows[0].panel[2]) == 432
@@ -203,13 +207,23 @@ def test_bad_input(capsys, tmp_path, model):
     before, new = sorted(os.listdir(tmp_path)), tmp_path / "new.safetensors"
     for args, message in [
         (["compress", model, "--bits", 2], "required: -o/--out"),
-        (["compress", model, "-o", new], "required: --bits"),
+        (["compress", model, "-o", new], "arguments --bits --budget is required"),
         (["compress", model, "-o", new, "--bits", 0], "--bits: must be 1 to 8, got 0"),
         (["compress", model, "-o", new, "--bits", 9], "--bits: must be 1 to 8, got 9"),
         (["compress", model, "-o", new, "--bits", "two"], "--bits: invalid"),
         (["compress", model, "-o", new, "--bits", 2, "--cluster-dim", 0], "--cluster-dim: must be at least 1"),
         (["compress", model, "-o", new, "--bits", 2, "--cluster-dim", 65], "cluster_dim 65; at most 64"),
         (["compress", model, "-o", new, "--bits", 2, "--layout", "input"], "--layout: invalid choice"),
+        (
+            ["compress", model, "-o", new, "--bits", 2, "--granularity", "8x"],
+            "channel, group, row or ROWSxCOLUMNS, got 8x",
+        ),
+        (["compress", model, "-o", new, "--bits", 2, "--granularity", "0x8"], "ROWSxCOLUMNS, got 0x8"),
+        (["compress", model, "-o", new, "--bits", 2, "--granularity", "group"], "needs group_size"),
+        (
+            ["compress", model, "-o", new, "--bits", 2, "--granularity", "4x4", "--group-size", 2],
+            "cannot be given with granularity=(4, 4)",
+        ),
         (
             ["compress", model, "-o", new, "--bits", 2, "--skip", "none.*"],
             "--skip none.* matches none of its 10 tensors",
@@ -244,7 +258,7 @@ def test_bad_input(capsys, tmp_path, model):
         ),
         (["expand", tmp_path / "good.safetensors", "-o", model], "exists already"),
         (["expand", tmp_path / "none", "-o", new], "No such file"),
-        (["expand", tmp_path, "-o", new], "directory"),
+        (["expand", tmp_path, "-o", new], "holds several checkpoints"),
         (["expand", tmp_path / "plain.safetensors", "-o", new], "is not a palettized file"),
         (["expand", tmp_path / "broken.safetensors", "-o", new], "not a safetensors file"),
         (["expand", tmp_path / "changed.safetensors", "-o", new], "is corrupt (its checksum differs)"),
@@ -293,16 +307,16 @@ def test_one_tensor_at_a_time(tmp_path, monkeypatch):
         tmp_path / "a.safetensors",
     )
     checkpoint = Checkpoint(tmp_path / "a.safetensors")
-    checkpoint._get = read = Living(checkpoint._get)
-    decoded = Living(compress.Clustered.decoded)
-    monkeypatch.setattr(compress.Clustered, "decoded", lambda self: decoded(self))
-    compress.compress(checkpoint, tmp_path / "b.safetensors", Form(2))
+    checkpoint._part = read = Living(checkpoint._part)
+    decoded = Living(Clustered.decoded)
+    monkeypatch.setattr(Clustered, "decoded", lambda self: decoded(self))
+    compress.compress(checkpoint, tmp_path / "b.safetensors", Form(2), jobs=1)
     assert read.most <= 2 and decoded.most <= 2
     for name in ("c.safetensors", "c.pt"):
         with Palettized(tmp_path / "b.safetensors") as file:
-            compress.expand(file, tmp_path / name)
+            expand(file, tmp_path / name)
     assert decoded.most <= 2
-    read.most = 0
+    checkpoint._get = read = Living(checkpoint._get)
     sizes.measure(checkpoint)
     assert read.most <= 2
 
@@ -310,12 +324,12 @@ def test_one_tensor_at_a_time(tmp_path, monkeypatch):
 def test_progress(tmp_path, model):
     done = []
     compress.compress(Checkpoint(model), tmp_path / "a.safetensors", Form(2), advance=done.append)
-    assert sum(done) == sum(entry.numel for entry in Checkpoint(model).weights)
+    assert sum(done) == sum(t.nbytes for t in STATE.values())
     for suffix in ("safetensors", "pt"):
         done.clear()
         with Palettized(tmp_path / "a.safetensors") as file:
-            compress.expand(file, tmp_path / f"b.{suffix}", advance=done.append)
-        assert sum(done) == sum(t.numel() for t in STATE.values())
+            expand(file, tmp_path / f"b.{suffix}", advance=done.append)
+        assert sum(done) == sum(t.nbytes for t in STATE.values())
     shown = on_a_terminal("compress", model, "-o", tmp_path / "c.safetensors", "--bits", 2, columns=80)
     assert "clustering weights" in shown and "smaller" in shown
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from cli.commandline import command
 
-from r2kernels.cli import compress
+from r2kernels.cli import results
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -46,4 +46,4 @@ def test_sizes(capsys, tmp_path):
     ],
 )
 def test_size_text(size, text):
-    assert compress.size_text(size) == text
+    assert results.size_text(size) == text

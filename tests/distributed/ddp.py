@@ -19,7 +19,7 @@ import ranks
 from nn.attached import images
 from nn.replicas import assert_equal_on_all_ranks, counted, flat
 
-from r2kernels import Palettizer, Quantizer, RangeRegularizer, calibrate
+from r2kernels import Palettizer, Quantizer, RangeRegularizer, calibrate, sensitivity
 
 ROWS = 4  # of each rank's batch
 
@@ -247,6 +247,24 @@ def check_palettizer(mesh):
             loss_of(model, step).backward()
         assert not calls
     assert_equal_on_all_ranks(model, palettizer)
+
+
+def check_sensitivity_is_the_mean_over_all_ranks(mesh):
+    def loss(model, batch):
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    model, rank, world = net(), rank_of(mesh), distributed.get_world_size()
+    own = [batch(step, rank) for step in range(1 + (rank == 0))]
+    found = sensitivity(model, own, loss=loss)
+    every = [batch(step, r) for r in range(world) for step in range(1 + (r == 0))]
+    for name, h in found.items():
+        grads = [torch.autograd.grad(loss(model, b), model.get_parameter(name))[0] for b in every]
+        torch.testing.assert_close(h, torch.stack(grads).square().mean(0).float())
+    moments = torch.cat([x for x, _ in every]).square().mean((0, 2, 3)).float()
+    found = sensitivity(model, [x for x, _ in own], kind="inputs")["0.weight"]
+    torch.testing.assert_close(found, moments[:, None, None].expand(8, 2, 3, 3))
+    with pytest.raises(TypeError, match="sensitivity takes plain modules"):
+        sensitivity(DistributedDataParallel(net()), own, loss=loss)
 
 
 def check_calibrate_in_a_group(mesh):

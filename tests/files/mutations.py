@@ -28,6 +28,8 @@ SMALL = [
     ((7, 10, 3), Form(1, 4, "output", 4, True, "fp32", 1), Grid(3, 1), torch.float16, None),
     ((9, 20, 5), Form(4, 2, "contiguous", None, False, "fp16"), Grid(5, 0, 20), torch.float64, "huffman"),
     ((30, 30), Form(3, 1, "output", 7, True), Grid(8), torch.float32, "huffman"),
+    ((10, 7, 3), Form(2, 3, granularity=(4, 6), lut_dtype="fp8"), Grid(2), torch.float32, None),
+    ((4, 9, 6), Form(2, granularity=(1, 3, 4), lut_dtype="bf16"), Grid(6), torch.bfloat16, "huffman"),
 ]
 BLOCKS = ((4, 16386), Form(3), Grid(2), torch.float32, "huffman")  # two of a Huffman stream, the last of 8 codes
 
@@ -62,7 +64,9 @@ def changed(value, rng):
         if what < 0.05:
             del copy[key]
         elif what < 0.1 and isinstance(copy, dict):
-            copy[rng.choice(("a:lut", "a", "__metadata__", "x", "axis", "group_size", "kind"))] = copy[key]
+            copy[rng.choice(("a:lut", "a", "__metadata__", "x", "axis", "group_size", "granularity", "kind"))] = copy[
+                key
+            ]
         else:
             copy[key] = changed(copy[key], rng)
         return copy

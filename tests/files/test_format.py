@@ -17,10 +17,11 @@ from torch import nn
 import r2kernels
 from r2kernels.files import container
 from r2kernels.files.checkpoint import Checkpoint
-from r2kernels.files.clustered import Clustered, Form, Size, channel_scales, quantized_lut
+from r2kernels.files.clustered import Clustered, Form, Size, channel_scales
 from r2kernels.files.format import ENTROPIES, Planned
 from r2kernels.files.loading import Palettized, load_palettized
 from r2kernels.files.saving import save_clustered, save_palettized, saving
+from r2kernels.files.tables import quantized_lut
 from r2kernels.nn.palettizer import Palettizer
 
 pytestmark = [

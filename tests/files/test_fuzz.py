@@ -9,7 +9,7 @@ from files.mutations import BLOCKS, SMALL, checked_outcome, mutated, seed
 from files.stored import raw
 from safetensors.torch import load_file
 
-from r2kernels.cli.compress import expand
+from r2kernels.cli.expand import expand
 from r2kernels.files.loading import Palettized
 
 pytestmark = pytest.mark.usefixtures("one_thread")

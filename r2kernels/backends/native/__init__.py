@@ -5,8 +5,9 @@ from .extension import on_codes
 from .kmeans import fit_block, fit_lines, partition
 from .kmeans_lines import NativeLines
 from .kmeans_rows import fit_rows
+from .tables import errors, nearest
 
-__all__ = ["Native", "fit_block", "fit_lines", "fit_rows", "load", "on_codes", "partition"]
+__all__ = ["Native", "errors", "fit_block", "fit_lines", "fit_rows", "load", "nearest", "on_codes", "partition"]
 
 
 class Native(

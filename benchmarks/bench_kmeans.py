@@ -28,18 +28,18 @@ from kmeans_contenders import (
 from measure import Clock
 
 PEERS = ("scikit-learn", "coremltools", "flash-kmeans' formula", "faiss")
-ALL = (("scikit-learn, 10 restarts", 4), *((name, 16) for name in PEERS))
-QUICK = tuple((name, 4) for name in PEERS)
+ALL = (("scikit-learn, 10 restarts", 2), *((name, 8) for name in PEERS))
+QUICK = tuple((name, 2) for name in PEERS)
 CASES = (
     *(GroupsCase(CUT, groups, 2**21 // groups, 16) for groups in (1, 128, 4096)),
     *(GroupsCase(ROWS, 512, 4096, 16, dtype, ALL) for dtype in (torch.float32, torch.bfloat16)),
     GroupsCase(TILES, 4096, 512, 8, peers=ALL),
     GroupsCase(TILES, 4096, 512, 8, torch.bfloat16),
-    *(GroupsCase(AGAINST_N, 1, 2**n, 16, peers=QUICK if n < 20 else ()) for n in (10, 12, 14, 16, 18, 20, 22)),
-    *(GroupsCase(AGAINST_K, 64, 4096, k, peers=QUICK) for k in (2, 4, 8, 16, 32, 64, 128, 256)),
-    *(GroupsCase(AGAINST_GROUPS, 4**n, 512, 8, peers=((PEERS[2], min(4**n, 1024)),)) for n in range(8)),
     GroupsCase(MEMORY, 1, 50_000_000, 16),
     GroupsCase(MEMORY, 12_208, 4096, 16, torch.bfloat16),
+    *(GroupsCase(AGAINST_N, 1, 2**n, 16, peers=QUICK if n < 18 else ()) for n in (10, 12, 14, 16, 18, 20, 22)),
+    *(GroupsCase(AGAINST_K, 64, 4096, k, peers=QUICK) for k in (2, 4, 16, 64, 256)),
+    *(GroupsCase(AGAINST_GROUPS, 4**n, 512, 8, peers=((PEERS[2], min(4**n, 256)),)) for n in range(8)),
 )
 LEAST, MOST = 3, 15  # rounds
 

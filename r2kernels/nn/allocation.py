@@ -18,7 +18,7 @@ CHOICES = tuple(
     for bits, some in ((1, TABLES), (2, TABLES), (3, TABLES), (4, TABLES), (6, TABLES[:1]), (8, ()))
     for tables in ({"group_size": None}, *some)
 )
-CELLS = 2**15  # of the budget: what costs are rounded up to
+CELLS = 2**16  # of the budget: what costs are rounded up to
 
 
 def choose(options, budget):
@@ -41,7 +41,7 @@ def choose(options, budget):
             cost = -(-(size - base) // unit)
             if cost <= room:
                 totals[i, cost:] = best[: room + 1 - cost] + error
-        taken.append(totals.argmin(0))
+        taken.append(totals.argmin(0).astype(np.int32))
         best = totals.min(0)
     chosen = []
     for some, base, choice in zip(reversed(options), reversed(least), reversed(taken), strict=True):
@@ -117,12 +117,13 @@ def allocate(
 
     Every weight is clustered in every way of `choices`, by k-means weighted with its importances h. Of each one is
     taken, such that the sum over all layers of sum_i h_i (w_i - w_hat_i)^2 is the least whose bytes, of codes, tables
-    and scales, are within the budget: an exact knapsack, but that bytes are counted in 32,768ths of the largest choice.
+    and scales, are within the budget: an exact knapsack, but that bytes are counted in 65,536ths of the largest choice.
     With h = F, the Fisher diagonal, half that sum is how much the loss is predicted to rise, as in HAWQ-V2 (Dong et al.
     2020) and SqueezeLLM. Without importances each layer counts by its relative error ||w - w_hat||^2 / ||w||^2, however
     many weights it has.
 
-    budget: bits per weight over all weights that are clustered, a number > 0.
+    budget: bits per weight over all weights that are clustered, a number > 0. A list of them gives a list of overrides,
+        and clusters once.
     weight: importances by name, as `sensitivity` gives; or loader, loss, batches and forward, which are passed to it. A
         weight without an entry counts by its relative error times the mean sum_i h_i w_i^2 of those with one.
     choices: dicts of options of `Palettizer`; by default 1, 2, 3, 4, 6 and 8 bits with one table of float16, to 6 bits
@@ -132,7 +133,9 @@ def allocate(
     The same overrides in every run. Weights that have fewer rows than any choice has centroids are left out. ValueError
     where nothing fits the budget.
     """
-    budget = checks.number("budget", budget, "a finite number > 0", lambda v: 0 < v < math.inf)
+    budgets = budget if isinstance(budget, (list, tuple)) else [budget]
+    for bits in budgets:
+        checks.number("budget", bits, "a finite number > 0", lambda v: 0 < v < math.inf)
     choices = CHOICES if choices is None else _checked(choices)
     usual = ClusteringOptions(8)
     options = [usual._replace(**choice).checked("choices") for choice in choices]
@@ -159,7 +162,11 @@ def allocate(
             given[layer.name] = list(ways.values())
     if not given:
         raise ValueError(f"{type(model).__name__} has no weight with enough rows for any of the choices")
-    return {name: dict(ways[i]) for (name, ways), i in zip(given.items(), spending.spend(budget), strict=True)}
+    found = [
+        {name: dict(ways[i]) for (name, ways), i in zip(given.items(), spending.spend(bits), strict=True)}
+        for bits in budgets
+    ]
+    return found if budgets is budget else found[0]
 
 
 def _checked(choices):

@@ -9,7 +9,7 @@ namespace r2::cpu {
   const Regularizers regularizers = {}; \
   const Quantizers quantizers = {};     \
   const Dkm dkm = {};                   \
-  const Kmeans kmeans = {};             \
+  const KMeans kmeans = {};             \
   const TablePasses tables = {};        \
   }
 R2_ABSENT(portable)

@@ -10,7 +10,10 @@ from r2kernels.files import scalars
 from r2kernels.files.clustered import Clustered, Form, divided, squares
 from r2kernels.files.packing import launchers
 
-pytestmark = pytest.mark.skipif(launchers() is None, reason="the extension was not built")
+pytestmark = [
+    pytest.mark.skipif(launchers() is None, reason="the extension was not built"),
+    pytest.mark.filterwarnings("ignore:centroids.* clusters for"),
+]
 
 FORMS = {
     "tensor": Form(8),

@@ -69,8 +69,8 @@ def test_allocation_meets_the_budget_is_better_with_more_and_beats_uniform_bits(
     model = network()
     importance = sensitivity(model, data(), loss=entropy)
     errors = []
-    for budget in (1.6, 2.4, 3.3, 4.5):
-        overrides = allocate(model, budget, weight=importance, choices=CHOICES)
+    budgets = [1.6, 2.4, 3.3, 4.5]
+    for budget, overrides in zip(budgets, allocate(model, budgets, weight=importance, choices=CHOICES), strict=True):
         bits, error = predicted(model, importance, overrides)
         assert bits <= budget
         errors.append(error)
@@ -85,7 +85,7 @@ def test_allocation_meets_the_budget_is_better_with_more_and_beats_uniform_bits(
 
 def test_a_loader_is_a_sensitivity():
     model = network()
-    a = allocate(model, 3, loader=data(), loss=entropy, choices=CHOICES)
+    (a,) = allocate(model, [3], loader=data(), loss=entropy, choices=CHOICES)
     assert a == allocate(model, 3, weight=sensitivity(model, data(), loss=entropy), choices=CHOICES)
 
 
@@ -122,6 +122,7 @@ def test_what_is_not_finite_has_no_costs():
     [
         (ValueError, "budget must be at least 1.* bits per weight", {"budget": 0.5}),
         (ValueError, "budget must be a finite number > 0", {"budget": -1}),
+        (ValueError, "budget must be a finite number > 0", {"budget": [3, 0]}),
         (TypeError, "choices must be a list of dicts", {"choices": 3}),
         (ValueError, "choices must have bits", {"choices": [{"group_size": 4}]}),
         (ValueError, "bits of choices must be an int in 1..8", {"choices": [{"bits": 9}]}),

@@ -2,8 +2,7 @@
 
 import torch
 
-from .extension import half, library, pointer
-from .kmeans import DTYPES
+from .extension import dtype_of, half, library, pointer
 
 
 def nearest(rows, tables):
@@ -31,7 +30,7 @@ def _call(name, rows, tables, codes, sums=None, counts=None):
         groups=rows.shape[0],
         n=rows.shape[1],
         entries=tables.shape[1],
-        dtype=getattr(library().Dtype, DTYPES[rows.dtype]),
+        dtype=dtype_of(library(), rows.dtype),
         codes=codes.data_ptr(),
         sums=pointer(sums),
         counts=pointer(counts),

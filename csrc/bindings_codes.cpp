@@ -1,15 +1,15 @@
-// Part of bindings.cpp: codes in files.
-#pragma once
+// Codes in files, for Python.
+#include "bindings.h"
 #include "huffman.h"
 #include "packing.h"
 
-namespace {
+namespace r2 {
 
 template <>
 constexpr auto fields_of<codes::Groups> =
     std::make_tuple(R2_FIELD(codes::Groups, rows), R2_FIELD(codes::Groups, each), R2_FIELD(codes::Groups, bits));
 
-// Those that can fail return an r2::codes::Status.
+// Codes in files. Those that can fail return an r2::codes::Status.
 void def_codes(py::module_ m) {
   using namespace r2::codes;
   def_struct<Groups>(m, "Groups");
@@ -51,4 +51,4 @@ void def_codes(py::module_ m) {
       "stream"_a, "bytes"_a, "offsets"_a, "rows"_a, "block"_a, "table"_a, "out"_a, "threads"_a, Release());
 }
 
-}  // namespace
+}  // namespace r2

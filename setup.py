@@ -156,7 +156,8 @@ class NinjaBuild(build_ext):
         for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
             for isa, flags in INSTRUCTION_SETS.items():
                 compile_one("cxx", source, f"cpu_{source.stem}_{isa}", f"{flags} -DR2_ISA={isa}")
-        compile_one("cxx", ROOT / "csrc/bindings.cpp", "bindings", f"{include} {defines}")
+        for source in sorted((ROOT / "csrc").glob("bindings*.cpp")):
+            compile_one("cxx", source, source.stem, f"{include} {defines}")
         lines += [
             f"build {escape(target)}: link {' '.join(objects)}",
             f"  libs = {libraries}",

@@ -1,59 +1,19 @@
-// The only file that knows pybind11: submodules `cpu` and `cuda` with the same names, and the structs of
-// csrc/contract.h. Addresses come as integers, and nothing is checked here that r2kernels/backends/native, the only
+// The submodules `cpu` and `cuda` with the same names. Nothing is checked here that r2kernels/backends/native, the only
 // caller, has not checked.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include "bindings.h"
 
 #include <stdexcept>
 #include <string>
-#include <tuple>
-#include <type_traits>
 #include <vector>
 
 #include "cpu/kernels.h"
-#include "huffman.h"
-#include "packing.h"
 #if defined(R2_WITH_CUDA)
 #include "cuda/kernels.h"
 #endif
 
-namespace py = pybind11;
-using namespace pybind11::literals;
 using namespace r2;
 
-namespace {
-
-using Address = uintptr_t;
-using Release = py::call_guard<py::gil_scoped_release>;
-
-struct to {
-  Address address;
-  template <class T>
-  operator T*() const {
-    return reinterpret_cast<T*>(address);
-  }
-};
-
-template <class S, class M>
-struct Field {
-  using Given = std::conditional_t<std::is_pointer_v<M>, Address, M>;
-  const char* name;
-  M S::* member;
-
-  void set(S& made, Given given) const {
-    if constexpr (std::is_pointer_v<M>) {
-      made.*member = to{given};
-    } else {
-      made.*member = given;
-    }
-  }
-};
-#define R2_FIELD(S, field) \
-  Field<S, decltype(S::field)> { #field, &S::field }
-
-// The fields of a struct of csrc/contract.h that Python gives, by their names.
-template <class S>
-constexpr auto fields_of = std::make_tuple();
+namespace r2 {
 // `pointers`, where the tensors lie, comes with every call
 template <>
 constexpr auto fields_of<List> =
@@ -87,32 +47,34 @@ constexpr auto fields_of<Values> =
                     R2_FIELD(Values, sizes), R2_FIELD(Values, grads), R2_FIELD(Values, sums), R2_FIELD(Values, shift),
                     R2_FIELD(Values, factor), R2_FIELD(Values, targets));
 template <>
+constexpr auto fields_of<RowGroups> = std::make_tuple(
+    R2_FIELD(RowGroups, rows), R2_FIELD(RowGroups, weights), R2_FIELD(RowGroups, drawn), R2_FIELD(RowGroups, uniform),
+    R2_FIELD(RowGroups, out), R2_FIELD(RowGroups, sizes), R2_FIELD(RowGroups, clusters), R2_FIELD(RowGroups, seeds),
+    R2_FIELD(RowGroups, count), R2_FIELD(RowGroups, d), R2_FIELD(RowGroups, dtype), R2_FIELD(RowGroups, max_iter));
+template <>
+constexpr auto fields_of<Lines> =
+    std::make_tuple(R2_FIELD(Lines, values), R2_FIELD(Lines, weights), R2_FIELD(Lines, sizes),
+                    R2_FIELD(Lines, clusters), R2_FIELD(Lines, scratch), R2_FIELD(Lines, out), R2_FIELD(Lines, count),
+                    R2_FIELD(Lines, stride), R2_FIELD(Lines, most), R2_FIELD(Lines, dtype), R2_FIELD(Lines, max_iter));
+template <>
 constexpr auto fields_of<Quantizer> = std::make_tuple(
     R2_FIELD(Quantizer, first), R2_FIELD(Quantizer, second), R2_FIELD(Quantizer, third), R2_FIELD(Quantizer, bits),
     R2_FIELD(Quantizer, low), R2_FIELD(Quantizer, high), R2_FIELD(Quantizer, flag), R2_FIELD(Quantizer, sized),
     R2_FIELD(Quantizer, grads), R2_FIELD(Quantizer, partial), R2_FIELD(Quantizer, target),
     R2_FIELD(Quantizer, first_gradient), R2_FIELD(Quantizer, second_gradient));
 template <>
-constexpr auto fields_of<Lines> =
-    std::make_tuple(R2_FIELD(Lines, sizes), R2_FIELD(Lines, clusters), R2_FIELD(Lines, weights), R2_FIELD(Lines, out),
-                    R2_FIELD(Lines, count), R2_FIELD(Lines, dtype), R2_FIELD(Lines, rounds), R2_FIELD(Lines, zero));
+constexpr auto fields_of<LineGroups> =
+    std::make_tuple(R2_FIELD(LineGroups, sizes), R2_FIELD(LineGroups, clusters), R2_FIELD(LineGroups, weights),
+                    R2_FIELD(LineGroups, out), R2_FIELD(LineGroups, count), R2_FIELD(LineGroups, dtype),
+                    R2_FIELD(LineGroups, max_iter), R2_FIELD(LineGroups, zero));
 template <>
-constexpr auto fields_of<codes::Groups> =
-    std::make_tuple(R2_FIELD(codes::Groups, rows), R2_FIELD(codes::Groups, each), R2_FIELD(codes::Groups, bits));
+constexpr auto fields_of<Tables> =
+    std::make_tuple(R2_FIELD(Tables, weights), R2_FIELD(Tables, tables), R2_FIELD(Tables, groups), R2_FIELD(Tables, n),
+                    R2_FIELD(Tables, entries), R2_FIELD(Tables, dtype), R2_FIELD(Tables, codes), R2_FIELD(Tables, sums),
+                    R2_FIELD(Tables, counts));
+}  // namespace r2
 
-template <class S>
-void def_struct(py::module_& m, const char* name) {
-  std::apply(
-      [&](auto... fields) {
-        auto make = [fields...](typename decltype(fields)::Given... given) {
-          S made{};
-          (fields.set(made, given), ...);
-          return made;
-        };
-        py::class_<S>(m, name).def(py::init(make), py::kw_only(), py::arg(fields.name)...);
-      },
-      fields_of<S>);
-}
+namespace {
 
 void def_structs(py::module_& m) {
   py::enum_<Dtype>(m, "Dtype")
@@ -128,6 +90,9 @@ void def_structs(py::module_& m) {
   def_struct<Forward>(m, "Forward");
   def_struct<Backward>(m, "Backward");
   def_struct<Clusters>(m, "Clusters");
+  def_struct<RowGroups>(m, "RowGroups");
+  def_struct<LineGroups>(m, "LineGroups");
+  def_struct<Lines>(m, "Lines");
 }
 
 // What the extension says of the op contract, and of memory that its callers make for it.
@@ -150,10 +115,12 @@ struct InstructionSet {
   const cpu::Regularizers* regularizers;
   const cpu::Quantizers* quantizers;
   const cpu::Dkm* dkm;
-  const cpu::Kmeans* kmeans;
+  const cpu::KMeans* kmeans;
+  const cpu::TablePasses* tables;
 };
-#define R2_INSTRUCTION_SET(isa) \
-  {#isa, &cpu::isa::range_losses, &cpu::isa::regularizers, &cpu::isa::quantizers, &cpu::isa::dkm, &cpu::isa::kmeans}
+#define R2_INSTRUCTION_SET(isa)                                                             \
+  {#isa,           &cpu::isa::range_losses, &cpu::isa::regularizers, &cpu::isa::quantizers, \
+   &cpu::isa::dkm, &cpu::isa::kmeans,       &cpu::isa::tables}
 
 // Those that this processor runs, the widest last.
 std::vector<InstructionSet> usable() {
@@ -280,17 +247,31 @@ void def_terms(py::module_& m, const char* name, Run run) {
   def(assign)
 
 void def_kmeans(py::module_& m) {
-  def_struct<Lines>(m, "Lines");
   m.def(
       "fit_lines",
-      [](Address pointers, const Lines& lines, int threads) { chosen.kmeans->fit_lines(to{pointers}, lines, threads); },
-      "pointers"_a, "lines"_a, "threads"_a, Release());
+      [](Address pointers, const LineGroups& groups, int threads) {
+        chosen.kmeans->fit_lines(to{pointers}, groups, threads);
+      },
+      "pointers"_a, "groups"_a, "threads"_a, Release());
+  m.def(
+      "fit_rows", [](const RowGroups& groups, int threads) { chosen.kmeans->fit_rows(groups, threads); }, "groups"_a,
+      "threads"_a, Release());
   m.def(
       "partition",
       [](Address prefix, int64_t cells, int64_t clusters, Address starts) {
         chosen.kmeans->partition(to{prefix}, cells, clusters, to{starts});
       },
       "prefix"_a, "cells"_a, "clusters"_a, "starts"_a, Release());
+}
+
+void def_tables(py::module_& m) {
+  def_struct<Tables>(m, "Tables");
+  m.def(
+      "nearest", [](const Tables& tables, int threads) { chosen.tables->nearest(tables, threads); }, "tables"_a,
+      "threads"_a, Release());
+  m.def(
+      "errors", [](const Tables& tables, int threads) { chosen.tables->errors(tables, threads); }, "tables"_a,
+      "threads"_a, Release());
 }
 
 void def_cpu(py::module_ m) {
@@ -323,6 +304,7 @@ void def_cpu(py::module_ m) {
       },
       "chunks"_a, "tensors"_a, "most"_a, "d"_a, "metric"_a);
   def_kmeans(m);
+  def_tables(m);
 }
 
 #if defined(R2_WITH_CUDA)
@@ -342,50 +324,12 @@ void def_cuda(py::module_ m) {
 #undef R2_DEF
   m.def("dkm_scratch", &cuda::dkm_scratch, "chunks"_a, "tensors"_a, "most"_a, "d"_a, "metric"_a);
   m.def("rank_scratch", &cuda::rank_scratch, "count"_a);
+  m.def(
+      "fit_lines", [](const Lines& lines, int device, Address queue) { cuda::fit_lines(lines, device, queue); },
+      unnamed, unnamed, unnamed, Release());
+  m.def("lines_scratch", &cuda::lines_scratch, "stride"_a, "most"_a, "weighted"_a);
 }
 #endif
-
-// Codes in files. Those that can fail return an r2::codes::Status.
-void def_codes(py::module_ m) {
-  using namespace r2::codes;
-  def_struct<Groups>(m, "Groups");
-  m.def(
-      "pack",
-      [](Address codes, const Groups& groups, Address out, int threads) { pack(to{codes}, groups, to{out}, threads); },
-      "codes"_a, "groups"_a, "out"_a, "threads"_a, Release());
-  m.def(
-      "unpack",
-      [](Address packed, const Groups& groups, Address out, int threads) {
-        unpack(to{packed}, groups, to{out}, threads);
-      },
-      "packed"_a, "groups"_a, "out"_a, "threads"_a, Release());
-  m.def(
-      "look_up",
-      [](Address packed, const Groups& groups, Address tables, int index_bits, int64_t size, Address out, int threads) {
-        look_up(to{packed}, groups, to{tables}, index_bits, size, to{out}, threads);
-      },
-      "packed"_a, "groups"_a, "tables"_a, "index_bits"_a, "size"_a, "out"_a, "threads"_a, Release());
-  m.def(
-      "coded_sizes",
-      [](Address codes, int64_t rows, int64_t block, Address lengths, Address sizes, int threads) {
-        return coded_sizes(to{codes}, Blocks{rows, block}, to{lengths}, to{sizes}, threads);
-      },
-      "codes"_a, "rows"_a, "block"_a, "lengths"_a, "sizes"_a, "threads"_a, Release());
-  m.def(
-      "encode",
-      [](Address codes, int64_t rows, int64_t block, Address words, Address lengths, Address offsets, Address out,
-         int threads) {
-        return encode(to{codes}, Blocks{rows, block}, Words{to{words}, to{lengths}}, to{offsets}, to{out}, threads);
-      },
-      "codes"_a, "rows"_a, "block"_a, "words"_a, "lengths"_a, "offsets"_a, "out"_a, "threads"_a, Release());
-  m.def(
-      "decode",
-      [](Address stream, int64_t bytes, Address offsets, int64_t rows, int64_t block, Address table, Address out,
-         int threads) {
-        return decode(to{stream}, bytes, to{offsets}, Blocks{rows, block}, to{table}, to{out}, threads);
-      },
-      "stream"_a, "bytes"_a, "offsets"_a, "rows"_a, "block"_a, "table"_a, "out"_a, "threads"_a, Release());
-}
 
 }  // namespace
 

@@ -131,12 +131,50 @@ struct Values {
 
 // Hard k-means of single numbers, a group for each of `count` arrays of one dtype. `out`, and `weights` where there are
 // any: addresses, of clusters[i] numbers of the accumulator's type and of sizes[i] float64 (0: each weighs 1).
-struct Lines {
+struct LineGroups {
   const int64_t *sizes, *clusters, *weights, *out;
   int64_t count;
   Dtype dtype;
-  int64_t rounds;  // of Lloyd at most
-  bool zero;       // one centroid is at 0, and numbers that are 0 are left out of all others
+  int64_t max_iter;
+  bool zero;  // one centroid is at 0, and numbers that are 0 are left out of all others
+};
+
+// k-means of rows, on the CPU: `count` groups, of each sizes[g] rows of d and clusters[g] centroids. Those marked with
+// a star are tables of addresses, one for each group; 0 for what is not there.
+struct RowGroups {
+  const int64_t *rows, *weights;   // * (size, d); float64
+  const int64_t *drawn, *uniform;  // * the seeds[g] rows that k-means++ chooses from, 0: all; its numbers in [0, 1)
+  const int64_t* out;              // * (clusters, d) of the accumulator's type
+  const int64_t *sizes, *clusters, *seeds;
+  int64_t count;
+  int d;
+  Dtype dtype;
+  int64_t max_iter;
+};
+
+// k-means of scalars, on a GPU: the values of `count` groups in rows of `stride`, of which the first sizes[g] count;
+// they rise, and are of float32 or float64. Without a value the centroids are NaN.
+struct Lines {
+  const void* values;
+  const double* weights;            // (count, stride) above 0, or null: all 1
+  const int32_t *sizes, *clusters;  // (count)
+  void* scratch;                    // lines_scratch bytes for each group
+  double* out;                      // (count, most)
+  int64_t count;
+  int stride, most;
+  Dtype dtype;
+  int64_t max_iter;
+};
+
+// `groups` rows of n weights of one dtype, each with a table of at most 256 entries. `sums`: two for each row.
+struct Tables {
+  const void *weights, *tables;
+  int64_t groups, n;
+  int entries;
+  Dtype dtype;
+  uint8_t* codes;
+  double* sums;
+  int64_t* counts;  // added to
 };
 
 // A quantizer over a list of which every channel is a column (channel_plan). Parameters and their gradients are of the

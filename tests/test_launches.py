@@ -168,6 +168,7 @@ def palettizers():
         {"tau": (1.0, 0.1, 8)},
         {"preserve_zeros": True},
         {"per_channel_scale": True, "lut_dtype": "int8"},
+        {"granularity": (2, 5), "lut_dtype": "fp8"},
         {"gradient": "implicit"},
         {"overrides": {"1": {"bits": 3}}},
     ):

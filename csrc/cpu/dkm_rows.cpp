@@ -1,5 +1,5 @@
 // DKM's passes for any metric over rows of d numbers, and the assignment.
-#include "dkm_group.h"
+#include "nearest.h"
 #include "skeletons.h"
 
 #include "../dkm.h"
@@ -114,16 +114,6 @@ R2_HD void put_rows(const Tensor& tensor, const A* from, int d, int64_t row, int
   each_run_of(tensor, d, row, n, [&](int m, int first, int64_t at, int length) {
     for (int i = 0; i < length; ++i) to[at + i] = narrow<T>(from[m * kRows + first + i]);
   });
-}
-
-// Calls f(d), where d is small and float32 with d as a constant; 0 is any.
-template <class A, class F>
-R2_HD void with_width(int d, F f) {
-  if (sizeof(A) == 4 && d == 1) return f(std::integral_constant<int, 1>());
-  if (sizeof(A) == 4 && d == 2) return f(std::integral_constant<int, 2>());
-  if (sizeof(A) == 4 && d == 4) return f(std::integral_constant<int, 4>());
-  if (sizeof(A) == 4 && d == 8) return f(std::integral_constant<int, 8>());
-  f(std::integral_constant<int, 0>());
 }
 
 // The group of row i of a block; `g` where the pass has gradients.
@@ -261,23 +251,9 @@ void map_rows(const List& list, const Clusters& clusters, const Pass& pass, int 
   }
 }
 
-// The square of the distance, which for d = 1 is its size; a vector of rows side by side
-template <class A>
-R2_HD Vec<A> distance(const A* x, const A* c, int d) {
-  using V = Vec<A>;
-  if (d == 1) return abs_(load<V>(x) - c[0]);
-  V D = {};
-  for (int m = 0; m < d; ++m) {
-    const V difference = load<V>(x + m * kRows) - c[m];
-    D += difference * difference;
-  }
-  return D;
-}
-
 template <class T>
 void assign_rows(const List& list, const Clusters& clusters, const Pass& pass, int threads) {
   using A = Acc<T>;
-  using V = Vec<A>;
   const int d = list.d;
   threads = threads_for(list, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -295,23 +271,18 @@ void assign_rows(const List& list, const Clusters& clusters, const Pass& pass, i
       void* codes = address<void>(static_cast<const int64_t*>(pass.target), c.tensor);
       for (int64_t row = c.row; row < c.row + c.n; row += kRows) {
         const int n = c.row + c.n - row < kRows ? int(c.row + c.n - row) : kRows;
-        with_width<A>(d, [&](auto kD) { take_rows<kD>(tensor_of(list, c.tensor), w, d, row, n, x); });
-        in_units(x, kRows * d, unit, x);
-        for (int i = 0; i < n; i += lanes<V>) {
-          V best = splat<V>(A(INFINITY));
-          Indices<A> code = {};
-          for (int j = 0; j < K; ++j) {
-            const V D = distance(x + i, centroids + int64_t(j) * d, d);
-            const Indices<A> nearer = D < best;  // a NaN never is
-            best = nearer ? D : best, code = nearer ? Indices<A>{} + Index<A>(j) : code;
-          }
-          for (int l = 0; l < lanes<V> && i + l < n; ++l) {
-            if (K <= 256)
-              static_cast<uint8_t*>(codes)[row + i + l] = uint8_t(code[l]);
-            else
-              static_cast<int32_t*>(codes)[row + i + l] = int32_t(code[l]);
-          }
-        }
+        with_width<A>(d, [&](auto kD) {
+          take_rows<kD>(tensor_of(list, c.tensor), w, d, row, n, x);
+          in_units(x, kRows * d, unit, x);
+          Indices<A> code[kRows / lanes<Vec<A>>];
+          for (int i = 0; i < n; i += RowGroup<A>::rows) nearest<kD>(x + i, centroids, K, d, code + i / lanes<Vec<A>>);
+          const auto put = [&](auto* to) {
+            Index<A> found[kRows];
+            std::memcpy(found, code, sizeof(found));
+            for (int i = 0; i < n; ++i) to[row + i] = std::remove_reference_t<decltype(*to)>(found[i]);
+          };
+          K <= 256 ? put(static_cast<uint8_t*>(codes)) : put(static_cast<int32_t*>(codes));
+        });
       }
     }
   }

@@ -33,9 +33,15 @@ struct Dkm {
   Function<Values> collect, sum_by_value, look_up;
 };
 
-struct Kmeans {
-  void (*fit_lines)(const int64_t* pointers, const Lines& lines, int threads);
+struct KMeans {
+  void (*fit_lines)(const int64_t* pointers, const LineGroups& lines, int threads);
   void (*partition)(const double* prefix, int64_t cells, int64_t clusters, int64_t* starts);
+  void (*fit_rows)(const RowGroups&, int threads);
+};
+
+struct TablePasses {
+  void (*nearest)(const Tables&, int threads);  // codes, of tables in the accumulator's type
+  void (*errors)(const Tables&, int threads);   // sums and counts, of tables in the weights' type
 };
 
 #define R2_KERNELS(isa)                   \
@@ -44,7 +50,8 @@ struct Kmeans {
   extern const Regularizers regularizers; \
   extern const Quantizers quantizers;     \
   extern const Dkm dkm;                   \
-  extern const Kmeans kmeans;             \
+  extern const KMeans kmeans;             \
+  extern const TablePasses tables;        \
   }
 R2_KERNELS(portable)
 #if defined(__x86_64__)

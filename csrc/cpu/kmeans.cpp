@@ -9,7 +9,7 @@ inline namespace R2_ISA {
 
 // The centroids of one group.
 template <class T>
-void fit_line(const T* w, const double* weight, const Lines& lines, int64_t i, LineFit<Acc<T>>& fit) {
+void fit_line(const T* w, const double* weight, const LineGroups& lines, int64_t i, LineFit<Acc<T>>& fit) {
   using A = Acc<T>;
   int64_t n = lines.sizes[i], clusters = lines.clusters[i];
   A* out = reinterpret_cast<A*>(lines.out[i]);
@@ -23,12 +23,12 @@ void fit_line(const T* w, const double* weight, const Lines& lines, int64_t i, L
   if (!finite) return void(std::fill(out, out + clusters, A(NAN)));
   double unit = sizeof(T) == 8 ? power_above(largest, 1000) : 1;  // squares of float32 fit float64
   fit.centroids.resize(clusters);
-  fit.fit(line_of(w, weight, n, 1 / unit, lines.zero, fit.scratch), clusters, lines.rounds, fit.centroids.data());
+  fit.fit(line_of(w, weight, n, 1 / unit, lines.zero, fit.scratch), clusters, lines.max_iter, fit.centroids.data());
   for (int64_t k = 0; k < clusters; ++k) out[k] = A(fit.centroids[k] * unit);
 }
 
 // A group is the work of one thread.
-inline void fit_lines(const int64_t* pointers, const Lines& lines, int threads) {
+inline void fit_lines(const int64_t* pointers, const LineGroups& lines, int threads) {
   with_type(lines.dtype, [&](auto like) {
     using T = decltype(like);
 #pragma omp parallel num_threads(threads) if (threads > 1 && lines.count > 1)
@@ -41,6 +41,8 @@ inline void fit_lines(const int64_t* pointers, const Lines& lines, int threads) 
     }
   });
 }
+
+void fit_rows(const RowGroups& groups, int threads);  // kmeans_rows.cpp
 
 // Where clusters begin; `prefix`: three rows of cells + 1 sums each.
 inline void partition_cells(const double* prefix, int64_t cells, int64_t clusters, int64_t* starts) {
@@ -56,6 +58,6 @@ inline void partition_cells(const double* prefix, int64_t cells, int64_t cluster
 
 }  // namespace R2_ISA
 namespace cpu::R2_ISA {
-const Kmeans kmeans = {.fit_lines = fit_lines, .partition = partition_cells};
+const KMeans kmeans = {.fit_lines = fit_lines, .partition = partition_cells, .fit_rows = fit_rows};
 }  // namespace cpu::R2_ISA
 }  // namespace r2

@@ -52,13 +52,6 @@ E* sorted(E* items, E* spare, int64_t n, uint32_t differ) {
                                  : radix_sort<11, kBits>(items, spare, n, differ);
 }
 
-// The power of two next above x, within limits, as `_power` in algorithms/kmeans.py.
-inline double power_above(double x, int limit) {
-  int exponent;
-  std::frexp(x, &exponent);
-  return std::ldexp(1.0, std::min(std::max(exponent, -limit), limit));
-}
-
 // Numbers of one group in order, with their masses, or each with mass 1 where `mass` is null.
 template <class A>
 struct Line {

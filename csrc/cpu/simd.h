@@ -1,6 +1,7 @@
 // Vectors of the accumulator as GCC and Clang have them, one native register wide; 16-bit weights are widened as they
 // are loaded.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #if defined(__AVX2__)
@@ -65,6 +66,13 @@ R2_HD To bit_cast(From from) {
   To to;
   std::memcpy(&to, &from, sizeof(to));
   return to;
+}
+
+// 2^e next above x, within limits: divided by it, squares neither overflow nor vanish.
+inline double power_above(double x, int limit) {
+  int e;
+  std::frexp(x, &e);
+  return std::ldexp(1, e < -limit ? -limit : e > limit ? limit : e);
 }
 
 // float or double, or vectors of them, with signed and unsigned integers of the same shape

@@ -36,4 +36,8 @@ PassFunction dkm_update, dkm_output, dkm_upstream, dkm_recur, dkm_gradient, dkm_
 // bytes of Pass.scratch for so many chunks of so many tensors, which count once for each of Pass.steps
 int64_t dkm_scratch(int64_t chunks, int64_t tensors, int most, int d, Metric metric);
 
+// scalars, in groups of at most 512 clusters
+void fit_lines(const Lines& lines, int device, uintptr_t stream);
+int64_t lines_scratch(int stride, int most, bool weighted);
+
 }  // namespace r2::cuda

@@ -5,6 +5,7 @@ What decides a result is summed in float64 and in an order that depends on the n
 run, for any number of threads.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -156,30 +157,47 @@ def nearest(rows, centroids):
     return torch.cat([torch.cdist(b, centroids, compute_mode="donot_use_mm_for_euclid_dist").argmin(1) for b in blocks])
 
 
+def draws(n, clusters):
+    """What k-means++ draws for n rows, from a fixed seed: (the rows that it chooses from, None for all of them; numbers
+    in [0, 1), one for the first centroid and `_tries` for each other)."""
+    return _drawn(n if n > max(FEWEST_SEEDS, SEEDS * clusters) else 0, clusters)
+
+
+def _tries(clusters):
+    return 2 + int(math.log(clusters))
+
+
+@functools.lru_cache(maxsize=16)
+def _drawn(n, clusters):
+    generator = torch.Generator().manual_seed(0)
+    rows = None
+    if n:
+        rows = torch.randint(n, (max(FEWEST_SEEDS, SEEDS * clusters),), generator=generator, device="cpu")
+    tries = 1 + (clusters - 1) * _tries(clusters)
+    return rows, torch.rand(tries, generator=generator, dtype=torch.float64, device="cpu")
+
+
 def _seed(rows, weight, clusters):
     """k-means++, greedy, on the CPU: of some rows drawn in proportion to weight x squared distance from the centroids
     so far, the one that leaves the least."""
-    generator = torch.Generator().manual_seed(0)
-    n = max(FEWEST_SEEDS, SEEDS * clusters)
-    if len(rows) > n:
-        drawn = torch.randint(len(rows), (n,), generator=generator, device="cpu").to(rows.device)
+    drawn, uniform = draws(len(rows), clusters)
+    if drawn is not None:
+        drawn = drawn.to(rows.device)
         rows, weight = rows[drawn], None if weight is None else weight[drawn]
     rows = rows.cpu().double()
     weight = rows.new_ones(len(rows)) if weight is None else weight.cpu()
-    left, chosen, tries = torch.ones_like(weight), [], 1
-    while len(chosen) < clusters:
+    left, chosen = torch.ones_like(weight), []
+    for tries in uniform.split([1] + (clusters - 1) * [_tries(clusters)]):
         share = (left * weight).cumsum(0)
         if share[-1] == 0:
             chosen += chosen[-1:] * (clusters - len(chosen))
             break
-        drawn = torch.rand(tries, generator=generator, dtype=torch.float64, device="cpu") * share[-1]
-        drawn = torch.searchsorted(share, drawn, right=True).clamp_(max=len(rows) - 1)
+        drawn = torch.searchsorted(share, tries * share[-1], right=True).clamp_(max=len(rows) - 1)
         after = torch.cdist(rows[drawn], rows, compute_mode="donot_use_mm_for_euclid_dist").square()
         after = torch.minimum(after, left) if chosen else after
         best = (after * weight).sum(1).argmin()
         left = after[best]
         chosen.append(drawn[best].item())
-        tries = 2 + int(math.log(clusters))
     return rows[chosen]
 
 

@@ -13,7 +13,6 @@ from .report import histogram
 
 PART = 2**23  # bytes of a weight that are coded at once, or one larger group
 AT_ONCE = 2**27  # bytes of all parts that are read and not coded yet, or one larger part
-SUMMED = 2**15  # elements whose error is summed at once: they stay in the cache, on one thread
 
 
 class Part(NamedTuple):
@@ -75,20 +74,11 @@ def code(w, form, encode, *, packed, plot):
     weight = encode(w, form, tell=texts.append)
     if weight is None:
         return Coded(None)
-    hat = weight.decoded()
-    panel = None
+    (energies, counts), panel = weight.errors(w), None
     if plot:
-        low, high = (x.item() for x in w.aminmax())
+        hat, (low, high) = weight.decoded(), (x.item() for x in w.aminmax())
         panel = (low, high), histogram(w, low, high), histogram(hat.clamp(low, high), low, high)
-    return Coded(weight.packed() if packed else weight, weight.counts(), _energies(w, hat), tuple(texts), panel)
-
-
-def _energies(w, hat):
-    energy = noise = 0.0
-    for a, b in zip(w.reshape(-1).split(SUMMED), hat.reshape(-1).split(SUMMED), strict=True):
-        a = a.double()
-        energy, noise = energy + a.square().sum().item(), noise + (a - b).square().sum().item()
-    return energy, noise
+    return Coded(weight.packed() if packed else weight, counts, energies, tuple(texts), panel)
 
 
 def in_order(parts, read, work, jobs):

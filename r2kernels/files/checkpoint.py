@@ -154,7 +154,7 @@ def _open_safetensors(checkpoint, key):
     try:
         file = safe_open(path, framework="pt")
         checkpoint.entries = [_safetensors_entry(path, file, name) for name in sorted(file.keys(), key=natural)]
-        checkpoint._get, checkpoint._part = file.get_tensor, _safetensors_parts(checkpoint)
+        checkpoint._get, checkpoint._part = file.get_tensor, _safetensors_parts(path, checkpoint.entries)
         metadata = sorted((file.metadata() or {}).items())
         checkpoint.metadata = dict(pair for pair in metadata if pair != ("format", "pt"))
     except (SafetensorError, OSError) as error:
@@ -162,11 +162,12 @@ def _open_safetensors(checkpoint, key):
         raise CheckpointError(f"{path}: {reason}") from error
 
 
-def _safetensors_parts(checkpoint):
+def _safetensors_parts(path, entries):
     """(name, begin, end) -> those indices of a tensor's first dimension, read from an intact file."""
-    file, known = open_regular(checkpoint.path), {entry.name: entry for entry in checkpoint.entries}
-    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    start = file.tell()
+    known = {entry.name: entry for entry in entries}
+    with open_regular(path) as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        start = file.tell()
 
     def part(name, begin, end):
         entry = known[name]
@@ -176,9 +177,10 @@ def _safetensors_parts(checkpoint):
             inner, count = (end - begin, *inner), end - begin
         each = math.prod(entry.shape[1:]) * entry.dtype.itemsize
         data = torch.empty(count * each, dtype=torch.uint8, device="cpu")
-        file.seek(start + header[name]["data_offsets"][0] + begin * each)
-        if file.readinto(memoryview(data.numpy())) < len(data):
-            raise CheckpointError(f"{checkpoint.path}: {name} is truncated")
+        with open_regular(path) as file:
+            file.seek(start + header[name]["data_offsets"][0] + begin * each)
+            if file.readinto(memoryview(data.numpy())) < len(data):
+                raise CheckpointError(f"{path}: {name} is truncated")
         return data.view(entry.dtype).reshape(inner)
 
     return part

@@ -9,10 +9,12 @@ from torch import Tensor
 from ..functional.dkm import assign
 from ..reference.checks import LAYOUTS
 from ..reference.columns import accumulator
+from . import scalars
 from .packing import look_up, pack, unpack
 from .tables import LUT_DTYPES, restored_lut, scales_of_lut, stored_lut
 from .tiles import Geometry, canonical
 
+SUMMED = 2**15  # elements whose error is summed at once, on one thread
 MOST_DIM = 64  # of a row that is stored; with the bytes of the codes it bounds the size of a weight
 
 
@@ -98,8 +100,8 @@ def _is_int(value, most):
 
 def channel_scales(w, axis=0):
     """(C,) mean |W| of each output channel, which few outliers hardly change; 0 for a channel of zeros alone. No
-    gradient."""
-    means = w.detach().abs().movedim(axis, 0).flatten(1).mean(1, dtype=accumulator(w.dtype))
+    gradient. Summed in one order whatever the axis."""
+    means = w.detach().abs().movedim(axis, 0).flatten(1).contiguous().mean(1, dtype=accumulator(w.dtype))
     return torch.where(means == 0, means, means.clamp(min=torch.finfo(w.dtype).tiny)).to(w.dtype)
 
 
@@ -111,6 +113,13 @@ def along_channels(scales, dims, axis=0):
 def is_turned(shape, d, layout):
     """Whether rows lie along the output channels."""
     return layout == "output" and len(shape) > 1 and d > 1
+
+
+def rows_of(stack, form):
+    """(groups, rows, d) of groups of one size, (groups, *shape)."""
+    d = form.cluster_dim
+    flat = (stack.transpose(1, -1) if is_turned(stack.shape[1:], d, form.layout) else stack).reshape(len(stack), -1)
+    return flat[:, : flat.shape[1] // d * d].reshape(len(stack), -1, d)
 
 
 def leftovers_of(w, form):
@@ -156,19 +165,33 @@ class Size(NamedTuple):
         return math.ceil(self.entropy) + self.luts + self.leftovers
 
 
+def squares(w, hat):
+    """||w||^2 and ||w - hat||^2 in float64, of parts of which a copy stays in the cache."""
+    energy = noise = 0.0
+    for a, b in zip(w.reshape(-1).split(SUMMED), hat.reshape(-1).split(SUMMED), strict=True):
+        a = a.double()
+        energy, noise = energy + a.square().sum().item(), noise + (a - b).square().sum().item()
+    return energy, noise
+
+
 def entropy(counts):
     """Bytes of all symbols that occur so often, were each as long as its own entropy."""
     p = counts[counts > 0].double() / counts.sum()
     return (counts.sum() * -(p * p.log2()).sum()).item() / 8
 
 
-def nearest_codes(pieces, tables, form, wide=False):
-    """[(rows,)] codes of the nearest entry of each group's table; wide: in float64, for numbers whose squares float32
-    does not hold."""
+def nearest_codes(first, geometry, tables, form, wide=False):
+    """(rows,) codes of the nearest entry of its group's table, of a weight as `scaled` gives it; wide: in float64, for
+    numbers whose squares float32 does not hold."""
+    if form.cluster_dim == 1 and not wide:
+        codes = scalars.nearest(first, geometry, tables)
+        if codes is not None:
+            return codes
+    pieces = geometry.pieces(first)
     if wide:
         pieces, tables = [piece.double() for piece in pieces], tables.double()
     luts = tables[:, :, 0].contiguous() if form.cluster_dim == 1 else tables
-    return assign(pieces, luts.unbind(), cluster_dim=form.cluster_dim, layout=form.layout)
+    return torch.cat(assign(pieces, luts.unbind(), cluster_dim=form.cluster_dim, layout=form.layout))
 
 
 class Clustered(NamedTuple):
@@ -191,11 +214,12 @@ class Clustered(NamedTuple):
         scales: of the channels, by default `channel_scales`. wide: as for `nearest_codes`.
         """
         form = Form.of(options)
-        pieces, scales = divided(w, form, scales)
+        first, scales = scaled(w, form, scales)
         entries, lut_scales = stored_lut(centroids, form.lut_dtype)
-        luts = restored_lut(entries, lut_scales, centroids.dtype)
-        codes = torch.cat(nearest_codes(pieces, luts, form, wide))
-        leftovers = torch.cat([leftovers_of(piece, form) for piece in pieces])
+        geometry, luts = Geometry(w.shape, form), restored_lut(entries, lut_scales, centroids.dtype)
+        codes, leftovers = nearest_codes(first, geometry, luts, form, wide), first.new_empty(0)
+        if geometry.leftovers:
+            leftovers = torch.cat([leftovers_of(piece, form) for piece in geometry.pieces(first)])
         return cls(tuple(w.shape), w.dtype, form, codes, 8, entries, lut_scales, scales, leftovers)
 
     @property
@@ -240,6 +264,15 @@ class Clustered(NamedTuple):
         out = out if self.scales is None else out * along_channels(self.scales, len(self.shape))
         return out.transpose(0, 1).contiguous() if self.form.axis else out
 
+    def errors(self, w):
+        """((||w||^2, ||w - W_hat||^2), `counts`) of the weight w that is clustered."""
+        if self.form.cluster_dim == 1 and self.scales is None and self.width == 8:
+            first = w.transpose(0, 1) if self.form.axis else w
+            found = scalars.errors(first, self.geometry, self.codes, self.luts().to(self.dtype))
+            if found is not None:
+                return found
+        return squares(w, self.decoded()), self.counts()
+
     def counts(self):
         """(K,) how often each code occurs."""
         return torch.bincount(self.unpacked().codes, minlength=2**self.form.bits)
@@ -253,13 +286,19 @@ class Clustered(NamedTuple):
         return Size(dense, codes, luts, self.leftovers.nbytes, entropy(counts))
 
 
-def divided(w, form, scales=None):
-    """(the groups of a weight, divided by the scales of their channels, as they are clustered; the scales or None)"""
+def scaled(w, form, scales=None):
+    """(a weight as it is clustered: divided by the scales of its channels, and these first; the scales or None)"""
     if form.per_channel_scale:
         scales = channel_scales(w, form.axis) if scales is None else scales
         # by inf in a channel of zeros: they stay, without a gradient
         w = w / along_channels(torch.where(scales == 0, torch.inf, scales), w.dim(), form.axis)
-    return Geometry(w.shape, form).pieces(w.transpose(0, 1) if form.axis else w), scales
+    return w.transpose(0, 1) if form.axis else w, scales
+
+
+def divided(w, form, scales=None):
+    """(the groups of a weight, divided by the scales of their channels, as they are clustered; the scales or None)"""
+    first, scales = scaled(w, form, scales)
+    return Geometry(w.shape, form).pieces(first), scales
 
 
 def joined(pieces, w, form, scales, error=None):

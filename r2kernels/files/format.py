@@ -1,10 +1,10 @@
 """The format of palettized files: a model with its weights as codes and look-up tables, in a safetensors file.
 
-A clustered weight NAME is the tensors `NAME:lut` (groups, K, d), `NAME:codes` (bytes) and where it has them
-`NAME:lut_scale`, `NAME:scale` (of channels), `NAME:leftovers`; a weight on uniform levels is `NAME:codes`, `NAME:scale`
-and `NAME:zero` (twice the zero point), one for the tensor, or for each channel or group. Huffman-coded both also have
-`NAME:lengths` (of the code words) and `NAME:blocks` (bytes of each). Every other tensor is under its own name. The
-metadata holds
+A clustered weight NAME is the tensors `NAME:lut` (groups, K, d), `NAME:codes` (bytes, group by group in the order of
+`tiles.Geometry`) and where it has them `NAME:lut_scale` (of each table, or of all), `NAME:scale` (of channels),
+`NAME:leftovers`; a weight on uniform levels is `NAME:codes`, `NAME:scale` and `NAME:zero` (twice the zero point), one
+for the tensor, or for each channel or group. Huffman-coded both also have `NAME:lengths` (of the code words) and
+`NAME:blocks` (bytes of each). Every other tensor is under its own name. The metadata holds
 
     format, version     `FORMAT` and `VERSION`
     weights             what is known of the clustered and quantized weights (`describe`)

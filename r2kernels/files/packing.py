@@ -30,8 +30,8 @@ class Groups(NamedTuple):
         return [(count, n, -(-n * self.bits // 8)) for count, n in ((full, self.each), (1, rest)) if count and n]
 
 
-def extension():
-    """The function that calls the extension, or None."""
+def launchers():
+    """The launchers of the extension on the CPU, or None."""
     if chosen() == "reference":
         return None
     from ..backends import native
@@ -42,7 +42,13 @@ def extension():
         if chosen() == "cpu":
             raise
         return None
-    return native.on_codes
+    return native
+
+
+def extension():
+    """The function that calls the extension on codes, or None."""
+    native = launchers()
+    return native and native.on_codes
 
 
 def pack(codes, groups):

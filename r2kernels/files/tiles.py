@@ -45,7 +45,7 @@ class Block(NamedTuple):
     first: int  # how many groups are before these
     counts: tuple  # how many, along each dimension of the view
     tile: tuple  # how large, along the same
-    shape: tuple  # of each as it is clustered
+    shape: tuple  # of each as it is clustered: flat where rows are single weights, which costs launches less
     each: int  # rows of d in a group
     left: int  # weights that they leave over
 
@@ -90,7 +90,8 @@ class Geometry:
         for cut in cuts:
             counts, sizes = tuple(count for count, _ in cut), tuple(size for _, size in cut)
             tail = self.shape[last:] if sizes[-1] == self.view[-1] else sizes[-1:]
-            self.blocks.append(Block(self.groups, counts, sizes, (*sizes[:-1], *tail), *divmod(math.prod(sizes), d)))
+            shape = (*sizes[:-1], *tail) if d > 1 else (math.prod(sizes),)
+            self.blocks.append(Block(self.groups, counts, sizes, shape, *divmod(math.prod(sizes), d)))
             self.groups += self.blocks[-1].count
         self.rows = sum(b.count * b.each for b in self.blocks)
         self.leftovers = sum(b.count * b.left for b in self.blocks)
@@ -139,10 +140,3 @@ class Geometry:
     def split(self, groups):
         """Something of all groups, by blocks."""
         return [groups[b.first : b.first + b.count] for b in self.blocks]
-
-    def alike(self, most):
-        """Slices of the groups, each of at most so many (at least one) of one size."""
-        most = max(most, 1)
-        for b in self.blocks:
-            for at in range(0, b.count, most):
-                yield slice(b.first + at, b.first + min(at + most, b.count))

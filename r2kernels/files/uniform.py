@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..reference.columns import accumulator
-from .clustered import Size, entropy
+from .clustered import Size, entropy, squares
 from .packing import Groups, pack, unpack
 
 
@@ -127,6 +127,10 @@ class Uniform(NamedTuple):
         codes = self.unpacked().codes[: math.prod(self.shape)].reshape(self.shape)
         scale, zero = (self.form.over(values, self.shape) for values in (self.scale, self.zero))
         return (scale * (codes.to(scale.dtype) - zero.to(scale.dtype) / 2)).to(self.dtype)
+
+    def errors(self, w):
+        """((||w||^2, ||w - W_hat||^2), `counts`) of the weight w that is quantized."""
+        return squares(w, self.decoded()), self.counts()
 
     def counts(self):
         """(2**bits,) how often each code occurs."""

@@ -3,8 +3,8 @@
 import torch
 
 from .. import ops
-from ..algorithms.kmeans import fit
-from ..backends import serving
+from ..algorithms.kmeans import draws, fit
+from ..backends import select, serving
 from ..reference import checks, parameters
 from ..reference.columns import columns
 from ..reference.zeros import anchored, with_zero
@@ -30,10 +30,10 @@ def kmeans(W, clusters, *, cluster_dim=1, layout="output", weight=None, max_iter
     (1982) on all rows. Above 724 clusters there is one stage, of 2^22 / K cells, above 2048 one for each cluster. Of a
     list all tensors are clustered in one call, whose cost depends on their numbers alone; numbers of 16 bits (and of
     float8, which is taken here) are counted by value. On other devices than the CPU, and without the extension, there
-    is one stage, of 8192 cells. d > 1: greedy k-means++
-    (Arthur and Vassilvitskii 2007) from a fixed seed, on at most max(64 K, 16384) rows, then Lloyd; a cluster left
-    empty takes the row farthest from its centroid. Lloyd ends when no row changes its cluster, or after `max_iter`
-    rounds.
+    is one stage, of 8192 cells; in CUDA C++, which serves all tensors of at most 65536 numbers and 512 clusters in one
+    call, of 2048. d > 1: greedy k-means++ (Arthur and Vassilvitskii 2007) from a fixed seed, on at most max(64 K,
+    16384) rows, then Lloyd; a cluster left empty takes the row farthest from its centroid. Lloyd ends when no row
+    changes its cluster, or after `max_iter` rounds.
 
     preserve_zeros: one centroid is exactly 0 and the K - 1 others (K >= 2) fit the rows that are not, so that zeros of
     W (of rows of d: rows of d zeros) are zeros of what is looked up. Other rows to which 0 is nearest take it as well:
@@ -63,7 +63,7 @@ def kmeans(W, clusters, *, cluster_dim=1, layout="output", weight=None, max_iter
         how = [counts[i] for i, _ in some], [masses[i] for i, _ in some], max_iter, preserve_zeros
         if cluster_dim == 1 and _has_lines(wholes):
             return _lines(wholes, *how)
-        return _each([columns(w.detach(), cluster_dim, layout).t() for w in wholes], *how)
+        return _rows([columns(w.detach(), cluster_dim, layout).t() for w in wholes], *how)
 
     if is_sharded(ws):
         shapes = [(k,) if cluster_dim == 1 else (k, cluster_dim) for k in counts]
@@ -84,7 +84,7 @@ def grouped(W, clusters, *, weight=None, max_iter=100, preserve_zeros=False):
         return with_zero(c.unsqueeze(-1)).squeeze(-1) if preserve_zeros else c
     masses = [None] * len(W) if weight is None else list(weight.double().unbind())
     rows = [columns(w.detach()).t() for w in W.unbind()]
-    return torch.stack(_each(rows, [clusters] * len(W), masses, max_iter, preserve_zeros))
+    return torch.stack(_rows(rows, [clusters] * len(W), masses, max_iter, preserve_zeros))
 
 
 def _widened(W):
@@ -121,20 +121,39 @@ def _lines(ws, counts, masses, max_iter, preserve_zeros):
     return [with_zero(c[:, None])[:, 0] for c in found] if preserve_zeros else found
 
 
-def _each(rows, counts, masses, max_iter, preserve_zeros):
-    """Centroids of the rows (N, d) of tensors, one after the other."""
-    pieces, found = {} if serving(rows[0].device) == "reference" else _pieces(), []
-    for x, count, mass in zip(rows, counts, masses, strict=True):
-        x = x.contiguous().resolve_neg()
-        if preserve_zeros:
-            x, mass = anchored(x, mass)
-        c = fit(x, count, mass, max_iter, **pieces)
-        found.append(with_zero(c.reshape(count, -1)).reshape(c.shape) if preserve_zeros else c)
-    return found
+def _rows(rows, counts, masses, max_iter, preserve_zeros):
+    """Centroids of the rows (N, d) of tensors: what a kernel takes in one call, the others one after the other."""
+    rows = [x.contiguous().resolve_neg() for x in rows]
+    if preserve_zeros:
+        pairs = [anchored(x, mass) for x, mass in zip(rows, masses, strict=True)]
+        rows, masses = [x for x, _ in pairs], [mass for _, mass in pairs]
+    found = _fitted(rows, counts, masses, max_iter)
+    return [with_zero(c.reshape(len(c), -1)).reshape(c.shape) for c in found] if preserve_zeros else found
 
 
-def _pieces():
-    """The steps of `fit` that have faster versions."""
-    pieces = {"assign": lambda rows, c: ops.assign.fwd([rows], c[None], (len(c),), rows.shape[1], "contiguous")[0]}
-    native = _native()
-    return pieces if native is None else {**pieces, "partition": native.partition}
+def _assigned(x, c):
+    """The code of each row (N, d)."""
+    return ops.assign.fwd([x], c[None], (len(c),), x.shape[1], "contiguous")[0]
+
+
+def _fitted(rows, counts, masses, max_iter):
+    device, d = rows[0].device, rows[0].shape[1]
+    name = serving(device, scatters=True)
+    if name == "reference":
+        return [fit(x, k, mass, max_iter) for x, k, mass in zip(rows, counts, masses, strict=True)]
+    native, found = _native(), {}
+    if d > 1 and name == "cpu":
+        return native.fit_rows(rows, counts, masses, max_iter, draws)
+    if d == 1 and name == "cuda":
+        cuda = select(device, scatters=True)
+        some = [i for i, (x, k) in enumerate(zip(rows, counts, strict=True)) if cuda.serves_line(len(x), k)]
+        values, clusters, weights = ([of[i] for i in some] for of in (rows, counts, masses))
+        made = cuda.fit_lines([x[:, 0] for x in values], clusters, weights, max_iter) if some else []
+        found = dict(zip(some, made, strict=True))
+    pieces = {"assign": _assigned}
+    if native is not None:
+        pieces["partition"] = native.partition
+    return [
+        found[i] if i in found else fit(x, k, mass, max_iter, **pieces)
+        for i, (x, k, mass) in enumerate(zip(rows, counts, masses, strict=True))
+    ]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..files.clustered import Clustered, Form, along_channels, channel_scales, divided, nearest_codes
+from ..files.clustered import Clustered, Form, along_channels, channel_scales, divided, nearest_codes, rows_of, scaled
 from ..files.tables import LUT_DTYPES, quantized_lut, values_lost
 from ..files.tiles import Geometry, check_granularity
 from ..functional.kmeans import kmeans
@@ -15,6 +15,7 @@ from ..reference.columns import accumulator, columns
 from ..reference.zeros import zeros_of
 from ..sharding.shards import like, local
 from .layers import layers_of
+from .sharded import refuse_options
 
 # tau="auto": this part of the distance of neighbouring centroids (for "sqeuclidean" squared). In the demo's five
 # palettes and four trainings 0.25 leaves a soft-to-hard gap of 25 % and loses up to 40 points, 0.02 hardly lets a
@@ -172,16 +173,18 @@ def _error(w, clustered, weight):
     return (error if weight is None else error * weight).sum().item()
 
 
-def rounding(w, pieces, centroids, form):
-    """What the entry nearest to each weight changes by when the tables (groups, K, d) are stored, like w; or None."""
-    whole = local(w)
+def rounding(w, centroids, form, scales):
+    """What the entry nearest to each weight changes by when the tables (groups, K, d) are stored, like w but for the
+    scales of its channels; None for tables that are stored as they are."""
+    whole = local(w).detach()
     if form.lut_dtype == "fp32" or not whole.numel():
         return None
     with torch.no_grad():
-        codes = torch.cat(nearest_codes([local(piece) for piece in pieces], centroids, form))
+        first, geometry = scaled(whole, form, scales)[0], Geometry(whole.shape, form)
+        codes = nearest_codes(first, geometry, centroids, form)
         errors = quantized_lut(centroids, form.lut_dtype) - centroids
         form = form._replace(lut_dtype="fp32", per_channel_scale=False)
-        leftovers = whole.new_zeros(Geometry(whole.shape, form).leftovers)
+        leftovers = whole.new_zeros(geometry.leftovers)
         coded = Clustered(tuple(whole.shape), whole.dtype, form, codes, 8, errors, None, None, leftovers)
         return like(coded.decoded(), w)
 
@@ -231,19 +234,34 @@ def spare_and_error(problems, device):
     """
     found, counts = [], []
     for w, form, centroids, wide in problems:
-        pieces = divided(w, form)[0]
-        counts.append(len(pieces))
-        codes = nearest_codes(pieces, centroids, form, wide)
-        for some in Geometry(w.shape, form).alike(AT_ONCE // centroids[0].numel() // 2**form.bits):
-            rows = torch.stack([columns(piece, form.cluster_dim, form.layout).t() for piece in pieces[some]])
-            index, c = torch.stack(codes[some]).long(), centroids[some]
-            nearest = c.gather(1, index[..., None].expand(-1, -1, form.cluster_dim))
-            error = (rows - nearest).abs().amax((1, 2))
-            near = (c[:, :, None] - c[:, None]).abs().amax(-1).le(SAME * error[:, None, None]).tril(-1).any(2)
-            used = torch.zeros_like(near).scatter_(1, index, True)
-            found.append(torch.stack([(near | ~used).sum(1).double(), error.double()], 1).to(device))
+        first, geometry = scaled(w, form)[0], Geometry(w.shape, form)
+        counts.append(geometry.groups)
+        codes = nearest_codes(first, geometry, centroids, form, wide)
+        codes = codes.split([block.count * block.each for block in geometry.blocks])
+        most = max(AT_ONCE // centroids[0].numel() // centroids.shape[1], 1)
+        for parts in zip(geometry.blocks, geometry.cut(first), codes, geometry.split(centroids), strict=True):
+            block, stack, index, tables = parts
+            some = stack.split(most), index.view(block.count, block.each).split(most), tables.split(most)
+            for stack, index, c in zip(*some, strict=True):
+                rows, index = rows_of(stack, form), index.long()
+                nearest = c.gather(1, index[..., None].expand(-1, -1, form.cluster_dim))
+                error = (rows - nearest).abs().amax((1, 2))
+                near = (c[:, :, None] - c[:, None]).abs().amax(-1).le(SAME * error[:, None, None]).tril(-1).any(2)
+                used = torch.zeros_like(near).scatter_(1, index, True)
+                found.append(torch.stack([(near | ~used).sum(1).double(), error.double()], 1).to(device))
     values = iter(torch.cat(found).tolist())
     return [[next(values) for _ in range(count)] for count in counts]
+
+
+def refuse_parts(layer):
+    """An error for a weight that tensor parallelism has divided, where its options need it whole."""
+    form = form_of(layer)
+    refuse_options(
+        layer.name,
+        group_size=form.group_size,
+        granularity=form.granularity,
+        per_channel_scale=form.per_channel_scale or None,
+    )
 
 
 def clustered_layers(model, usual, overrides, include, exclude):

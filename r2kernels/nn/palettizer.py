@@ -19,9 +19,17 @@ from ..reference.dkm import spacing
 from ..reference.zeros import with_zero, zeros_of
 from ..sharding.shards import like, local
 from .attach import Attached
-from .clustering import ClusteringOptions, centroids_of, clustered_layers, form_of, lost, rounding, spare_and_error
+from .clustering import (
+    ClusteringOptions,
+    centroids_of,
+    clustered_layers,
+    form_of,
+    lost,
+    refuse_parts,
+    rounding,
+    spare_and_error,
+)
 from .importance import importances_of
-from .sharded import refuse_options
 
 CHECKED = 64  # steps between two searches for spare centroids; before these at every power of two
 SPARE = 16  # centroids for each spare one from which on a group starts anew
@@ -50,11 +58,10 @@ class Palettizer(Attached):
     tau: a number; (start, end, steps), geometric from soft to hard; a function of the step; or "auto": a tenth of the
         mean distance of neighbouring centroids (for "sqeuclidean" squared), followed as they move.
     group_size: output channels that share centroids (None: all).
-    granularity: what has centroids of its own: the "tensor" (None too, without group_size); each "channel" of the
-        output; each "group" of `group_size` of them; each tile (rows, columns) of the matrix (output channels, all
-        else), None for all of them: (None, 64) are groups of 64 inputs. Tiles at the ends may be smaller. Each "row" of
-        that matrix is a channel, too; but of a mixture of experts rows and tiles are those of each expert's matrix,
-        and "channel" is an expert.
+    granularity: what has centroids of its own: the "tensor" (usual), each output "channel", each "group" of
+        `group_size` of them, or each tile (rows, columns) of the matrix (output channels, all else), None for all of
+        them: (None, 64) are groups of 64 inputs. Tiles at the ends may be smaller. A "row" of that matrix is a channel;
+        but of a mixture of experts rows and tiles are those of each expert's matrix, and a channel is an expert.
     per_channel_scale: each output channel is divided by its mean |W| first; a channel of zeros stays zero.
     lut_dtype: "fp32", "fp16", "bf16", "int8" (with one scale per table) or "fp8" (e4m3, with a power of two for all
         tables of a weight): how centroids are stored; training sees the rounding of the nearest centroid
@@ -181,34 +188,34 @@ class Palettizer(Attached):
         for layer in layers:
             w, o, wide = layer.weight(), layer.options, self._wide[layer.key]
             if is_dtensor(w):
-                _refuse_parts(layer)
+                refuse_parts(layer)
             same = o.cluster_dim, o.layout, o.iterations, o.metric, o.gradient, o.preserve_zeros
             batches[w.dtype, w.device, wide, same].append((layer, w, *divided(w, form_of(layer))))
         for some in batches.values():
-            for (layer, w, pieces, scales), (hats, c) in zip(some, self._mixtures(some), strict=True):
+            for (layer, w, _, scales), (hats, c) in zip(some, self._mixtures(some), strict=True):
                 own = w.detach() if layer.options.preserve_zeros else w  # of channels of zeros
-                c = c[0].unsqueeze(0) if len(c) == 1 else torch.stack(c)
                 form = form_of(layer)
-                results[layer.name] = joined(hats, own, form, scales, rounding(w, pieces, c, form)), c.detach()
+                results[layer.name] = joined(hats, own, form, scales, rounding(w, c, form, scales)), c.detach()
         return [results[layer.name] for layer in layers]
 
     def _mixtures(self, some):
-        """([W_hat], [new centroids]) of the groups of each (layer, weight, groups, scales), all of the same options."""
+        """[([W_hat] of the groups, new centroids)] of (layer, weight, groups, scales), all of the same options."""
         o, d = some[0][0].options, some[0][0].options.cluster_dim
-        found, flat, starts, taus, places = [], [], [], [], []
+        flat, starts, taus, places = [], [], [], []
         for layer, _, pieces, _ in some:
-            centroids, waiting = self._centroids(layer).unbind(), self._waiting[layer.key]
+            centroids, waiting = self._centroids(layer), self._waiting[layer.key]
             live = [g for g in range(len(pieces)) if g not in waiting]
             if waiting and o.preserve_zeros:
                 pieces = [p.masked_fill(zeros_of(p.detach(), d, o.layout), 0) for p in pieces]
-            found.append((list(pieces), list(centroids)))
-            flat += [pieces[g] for g in live]
-            starts += [centroids[g].squeeze(-1) if d == 1 else centroids[g] for g in live]
             tau = self.taus._buffers[layer.key]
-            taus.append(tau.index_select(0, resident(tuple(live), torch.int64, tau.device)) if waiting else tau)
-            places += [(found[-1], g) for g in live]
-        if not places:
-            return found
+            index = resident(tuple(live), torch.int64, tau.device) if waiting else None
+            first = (centroids if d > 1 else centroids[..., 0]).unbind()
+            flat += [pieces[g] for g in live]
+            starts += [first[g] for g in live]
+            taus.append(tau if index is None else tau.index_select(0, index))
+            places.append((list(pieces), centroids, live, index))
+        if not flat:
+            return [(pieces, centroids) for pieces, centroids, _, _ in places]
         if self._wide[some[0][0].key]:
             flat, starts = [p.double() for p in flat], [c.double() for c in starts]
         hats, moved = dkm(
@@ -222,8 +229,16 @@ class Palettizer(Attached):
             layout=o.layout,
             preserve_zeros=o.preserve_zeros,
         )
-        for ((weights, centroids), g), hat, c in zip(places, hats, moved, strict=True):
-            weights[g], centroids[g] = hat.to(weights[g].dtype), c.reshape(-1, d).to(centroids[g].dtype)
+        found, hats, moved = [], iter(hats), iter(moved)
+        for (pieces, centroids, live, index), (_, w, _, _) in zip(places, some, strict=True):
+            for g in live:
+                pieces[g] = next(hats).to(w.dtype)
+            if live:
+                new = [next(moved) for _ in live]
+                new = new[0].unsqueeze(0) if len(new) == 1 else torch.stack(new)
+                new = new.view(-1, *centroids.shape[1:]).to(centroids.dtype)
+                centroids = new if index is None else centroids.index_copy(0, index, new.detach())
+            found.append((pieces, centroids))
         return found
 
     @torch.no_grad()
@@ -244,7 +259,7 @@ class Palettizer(Attached):
         for layer in layers:
             w = layer.weight()
             if is_dtensor(w):  # a code is of its own row alone
-                _refuse_parts(layer)
+                refuse_parts(layer)
                 shard = local(w)
                 hard = self._clustered(layer.holding(shard)).decoded() if shard.numel() else shard
                 hards.append(like(hard, w))
@@ -374,16 +389,6 @@ class Palettizer(Attached):
 
     def extra_repr(self):
         return f"layers={len(self.layers)}, steps={self._count}"
-
-
-def _refuse_parts(layer):
-    form = form_of(layer)
-    refuse_options(
-        layer.name,
-        group_size=form.group_size,
-        granularity=form.granularity,
-        per_channel_scale=form.per_channel_scale or None,
-    )
 
 
 def _loaded(palettizer, _):

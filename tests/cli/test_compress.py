@@ -95,6 +95,9 @@ def test_json(capsys, tmp_path, model):
         (["--cluster-dim", 3, "--layout", "contiguous"], Form(2, 3, "contiguous")),
         (["--group-size", 4, "--per-channel-scale", "--lut-dtype", "int8"], Form(2, 1, "output", 4, True, "int8")),
         (["--lut-dtype", "fp16", "--entropy", "huffman"], Form(2, lut_dtype="fp16")),
+        (["--granularity", "4x3", "--lut-dtype", "fp8"], Form(2, lut_dtype="fp8", granularity=(4, 3))),
+        (["--granularity", "channel", "--lut-dtype", "bf16"], Form(2, 1, "output", 1, False, "bf16")),
+        (["--granularity", "group", "--group-size", 2], Form(2, 1, "output", 2)),
     ],
     ids=str,
 )
@@ -211,6 +214,16 @@ def test_bad_input(capsys, tmp_path, model):
         (["compress", model, "-o", new, "--bits", 2, "--cluster-dim", 0], "--cluster-dim: must be at least 1"),
         (["compress", model, "-o", new, "--bits", 2, "--cluster-dim", 65], "cluster_dim 65; at most 64"),
         (["compress", model, "-o", new, "--bits", 2, "--layout", "input"], "--layout: invalid choice"),
+        (
+            ["compress", model, "-o", new, "--bits", 2, "--granularity", "8x"],
+            "channel, group, row or ROWSxCOLUMNS, got 8x",
+        ),
+        (["compress", model, "-o", new, "--bits", 2, "--granularity", "0x8"], "ROWSxCOLUMNS, got 0x8"),
+        (["compress", model, "-o", new, "--bits", 2, "--granularity", "group"], "needs group_size"),
+        (
+            ["compress", model, "-o", new, "--bits", 2, "--granularity", "4x4", "--group-size", 2],
+            "cannot be given with granularity=(4, 4)",
+        ),
         (
             ["compress", model, "-o", new, "--bits", 2, "--skip", "none.*"],
             "--skip none.* matches none of its 10 tensors",

@@ -213,6 +213,7 @@ def check_what_needs_whole_weights_is_refused(mesh):
     model = divided(Parallel(), next(parallel(mesh)))
     for attach, option in (
         (lambda: Palettizer(model, 2, group_size=4, replace=True), "group_size=4 of a.weight"),
+        (lambda: Palettizer(model, 1, granularity=(2, 2), replace=True), r"granularity=\(2, 2\) of a.weight"),
         (lambda: Palettizer(model, 2, per_channel_scale=True, replace=True), "per_channel_scale=True of a.weight"),
         (lambda: Quantizer(model, "lsq", 4, group_size=4, replace=True), "group_size=4 of a.weight"),
     ):

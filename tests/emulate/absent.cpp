@@ -9,6 +9,8 @@ namespace r2::cpu {
   const Regularizers regularizers = {}; \
   const Quantizers quantizers = {};     \
   const Dkm dkm = {};                   \
+  const KMeans kmeans = {};             \
+  const TablePasses tables = {};        \
   }
 R2_ABSENT(portable)
 #if defined(__x86_64__)

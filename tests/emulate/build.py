@@ -111,7 +111,7 @@ def extension():
         '-DR2_COMPILER="emulated" -DPYBIND11_BUILD_ABI="_emulated"'
     )
     kernels = [(path, DEVICE) for path in sources if path.suffix == ".cu"]
-    beside = [(SOURCES / "bindings.cpp", binding), (HERE / "absent.cpp", plain)]
+    beside = [*((source, binding) for source in sorted(SOURCES.glob("bindings*.cpp"))), (HERE / "absent.cpp", plain)]
     return linked(f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", [*kernels, *beside])
 
 

@@ -11,6 +11,7 @@ from r2kernels.files.clustered import Clustered, Form
 from r2kernels.files.coreml import from_coreml, indices, to_coreml, vector_axis
 from r2kernels.files.loading import load_palettized
 from r2kernels.files.saving import save_clustered
+from r2kernels.files.tiles import Geometry
 
 try:
     peers.load()
@@ -64,6 +65,10 @@ def test_a_state_dict_of_coremltools(tmp_path, options, form):
     assert loaded.keys() == state.keys() and all(torch.equal(loaded[name], state[name]) for name in state)
 
 
+# tile -> groups along the dimensions of the weights below
+BLOCKS = {(4, 3): (2, 4), (2, 4): (4, 3), (6, 2): (4, 2), (4, 18): (2, 2, 1, 1), (1, 3, 2): (4, 2, 4)}
+
+
 @pytest.mark.parametrize(
     ("shape", "form"),
     [
@@ -77,6 +82,11 @@ def test_a_state_dict_of_coremltools(tmp_path, options, form):
         ((10, 4), Form(2, group_size=20)),
         ((12, 8), Form(2, 2, "output", 4, axis=1)),
         ((4, 8, 3, 3), Form(3, 1, "output", 2, True, axis=1)),
+        ((8, 12), Form(3, granularity=(4, 3), lut_dtype="fp8")),
+        ((8, 12), Form(2, granularity=(2, 4), per_channel_scale=True, lut_dtype="bf16")),
+        ((8, 12), Form(2, axis=1, granularity=(6, 2))),
+        ((8, 4, 3, 3), Form(2, granularity=(4, 18))),
+        ((4, 6, 8), Form(2, granularity=(1, 3, 2))),
     ],
     ids=str,
 )
@@ -84,21 +94,24 @@ def test_constexpr_lut_to_dense(shape, form):
     """What Core ML computes from our codes and tables, and the codes that coremltools finds for our weights."""
     g = torch.Generator().manual_seed(0)
     w = torch.randn(shape, generator=g)
-    channels = shape[form.axis]
-    groups = channels // min(form.group_size or channels, channels)
+    groups = Geometry(shape, form).groups
     c = Clustered.of(w, torch.randn(groups, 2**form.bits, form.cluster_dim, generator=g), form)
     entries, codes, axis = to_coreml("fc.weight", c), indices("fc.weight", c).numpy(), vector_axis("fc.weight", c)
     lut = entries["fc._COREML_/weight/lut"].numpy()
     scale = entries.get("fc._COREML_/weight/palettization_scale", torch.ones(())).numpy()
-    blocks = [groups if i == form.axis else 1 for i in range(w.dim())]
+    blocks = BLOCKS.get(form.granularity) or [groups if i == form.axis else 1 for i in range(w.dim())]
     assert lut.shape == (*blocks, 2**form.bits, form.cluster_dim)
     dense = _utils.lut_to_dense(codes, lut, axis) * scale
     assert (dense == c.decoded().numpy()).all()
     if c.scales is None:
         found = _utils.find_indices_for_lut(dense, lut, axis)
         assert (_utils.lut_to_dense(found, lut, axis) == dense).all() and (found == codes).all()
+    if len(form.granularity or ()) == 3:
+        with pytest.raises(ValueError, match="groups of output channels, or of single weights of inputs too"):
+            from_coreml(entries)
+        return
     again = from_coreml(entries)["fc.weight"]
-    assert torch.equal(again.decoded(), c.decoded()) and torch.equal(again.codes, c.codes)
+    assert torch.equal(again.decoded(), c.decoded()) and (indices("fc.weight", again).numpy() == codes).all()
 
 
 @pytest.mark.parametrize(
@@ -109,14 +122,24 @@ def test_constexpr_lut_to_dense(shape, form):
         ((9, 4), Form(1, group_size=4)),
         ((6, 4), Form(1, 2, group_size=3)),
         ((5, 3), Form(1, 4)),
+        ((8, 10), Form(1, granularity=(4, 4))),
+        ((9, 8), Form(1, granularity=(4, 4))),
     ],
     ids=str,
 )
 def test_what_the_layout_cannot_express(shape, form):
     w = torch.randn(shape)
-    groups = -(-len(w) // (form.group_size or len(w)))
-    c = Clustered.of(w, torch.randn(groups, 2, form.cluster_dim), form)
+    c = Clustered.of(w, torch.randn(Geometry(shape, form).groups, 2, form.cluster_dim), form)
     with pytest.raises(ValueError, match=re.escape(f"w has shape {shape}; coremltools' layout needs")):
+        to_coreml("w", c)
+
+
+@pytest.mark.parametrize(
+    ("shape", "form"), [((8, 4, 3, 3), Form(1, granularity=(4, 4))), ((8, 8), Form(1, 2, granularity=(4, 4)))]
+)
+def test_tiles_that_the_layout_cannot_express(shape, form):
+    c = Clustered.of(torch.randn(shape), torch.randn(Geometry(shape, form).groups, 2, form.cluster_dim), form)
+    with pytest.raises(ValueError, match=r"w has tiles .* of whole inputs"):
         to_coreml("w", c)
 
 

@@ -164,6 +164,9 @@ CASES = {
     "asymmetric groups": (lambda m: calibrate(m, [images()[0]], 3, 4, symmetric=False, group_size=2), UINT4),
     "palettes": (lambda model: Palettizer(model, 2), UINT4),
     "groups": (lambda model: Palettizer(model, 5, group_size=3, lut_dtype="int8", per_channel_scale=True), UINT8),
+    "tiles": (lambda model: Palettizer(model, 2, granularity=(3, 7), lut_dtype="fp8", per_channel_scale=True), UINT4),
+    "tables of inputs": (lambda model: Palettizer(model, 5, granularity=(None, 9), lut_dtype="int8"), UINT8),
+    "channels": (lambda model: Palettizer(model, 3, granularity="channel", lut_dtype="bf16"), UINT4),
 }
 
 
@@ -248,6 +251,13 @@ def test_onnx_of_tied_weights_and_rows(tmp_path):
     assert [name for name in names if "codes0" in name and "first" not in name and "attention" not in name] == [
         "embed.weight:codes0"
     ]
+
+
+def test_onnx_of_tiles_of_rows(tmp_path):
+    model = net().eval()
+    palettizer = Palettizer(model, 1, cluster_dim=2, granularity=(4, 4))
+    with pytest.raises(ValueError, match=r"weight has tiles \(4, 4\) of rows of 2; an ONNX file holds tiles of single"):
+        r2kernels.export(palettizer, tmp_path / "m.onnx", "onnx", (tokens(),))
 
 
 def test_onnx_of_palettes_with_quantized_activations(tmp_path):

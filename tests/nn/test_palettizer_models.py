@@ -71,3 +71,27 @@ def test_each_expert_has_its_own_centroids():
     torch.testing.assert_close(palettizer.centroids._buffers[experts[0].key][2, :, 0], r2.kmeans(first[2], 4))
     shared = Palettizer(model, 2, group_size=2, replace=True)
     assert len(shared.centroids._buffers[experts[0].key]) == 2
+
+
+def test_rows_and_tiles_of_experts(tmp_path):
+    """Those of each expert's matrix; a channel is an expert."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4)
+    model = transformers.MixtralForCausalLM(config)
+    for granularity, place in (
+        ("channel", lambda w: w[1]),
+        ("row", lambda w: w[0, 1]),
+        ((8, 4), lambda w: w[0, :8, 4:8]),
+        ((8, None), lambda w: w[0, 8:16]),
+    ):
+        palettizer = Palettizer(
+            model, 2, granularity=granularity, lut_dtype="bf16", include=["*experts*"], replace=True
+        )
+        layer = next(layer for layer in palettizer.layers if layer.experts)
+        c = palettizer.centroids._buffers[layer.key]
+        torch.testing.assert_close(c[1, :, 0], r2.kmeans(place(layer.weight()), 4))
+        assert all(hat.shape == layer.weight().shape for hat in palettizer._soft_weights([layer]))
+        r2.save_palettized(palettizer, tmp_path / "f")
+        hard = palettizer.clustered()[layer.name].decoded()
+        assert torch.equal(load_palettized(tmp_path / "f")[layer.name], hard)
+        assert len(place(hard).unique()) <= 4

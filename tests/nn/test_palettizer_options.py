@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 import r2kernels as r2
 from r2kernels import Palettizer
+from r2kernels.files.loading import load_palettized
 from r2kernels.reference.dkm import spacing
 
 
@@ -26,6 +27,10 @@ from r2kernels.reference.dkm import spacing
         {"per_channel_scale": True},
         {"lut_dtype": "fp16"},
         {"lut_dtype": "int8", "per_channel_scale": True},
+        {"lut_dtype": "bf16", "granularity": "channel"},
+        {"granularity": (4, 8), "cluster_dim": 2},
+        {"granularity": (4, 6), "lut_dtype": "fp8", "per_channel_scale": True},
+        {"granularity": (None, 6), "lut_dtype": "int8"},
         {"tau": lambda step: 0.1 / (1 + step)},
         {"tau": 0.02},
     ],
@@ -50,7 +55,7 @@ def test_options(options):
     d = options.get("cluster_dim", 1)
     for count, p in zip(groups, (model[0].weight, model[3].weight), strict=True):
         rows = r2.reference.columns(p.detach(), d, options.get("layout", "output")).t()
-        if not options.get("per_channel_scale") and "group_size" not in options:
+        if not options.get("per_channel_scale") and not {"group_size", "granularity"} & options.keys():
             assert len(rows.unique(dim=0)) <= 4 * count
 
 
@@ -76,6 +81,73 @@ def test_rounding_of_the_table_is_seen_in_training():
     hat = palettizer._soft(palettizer.layers)[0][0]
     lut = palettizer._clustered(palettizer.layers[0]).luts().flatten()
     assert_close((hat.detach().flatten()[:, None] - lut).abs().amin(1), torch.zeros(hat.numel()), atol=1e-6, rtol=0)
+
+
+def test_tiles_with_tables_of_eight_bits(tmp_path):
+    """3 bits, and 8 entries of e4m3 for every 8 x 64 weights: trained, saved, loaded and baked."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 32), nn.ReLU(), nn.Linear(32, 16))
+    palettizer = Palettizer(
+        model, bits=3, granularity=(8, 64), lut_dtype="fp8", overrides={"2": {"granularity": (8, 32)}}
+    )
+    x, y = torch.randn(64, 128), torch.randn(64, 16)
+    opt, losses, before = torch.optim.Adam(model.parameters(), 1e-2), [], palettizer.clustered()["0.weight"].codes
+    for _ in range(8):
+        opt.zero_grad()
+        losses.append((model(x) - y).square().mean())
+        losses[-1].backward()
+        opt.step()
+        palettizer.step()
+    assert losses[-1] < 0.8 * losses[0]
+    size, clustered = palettizer.sizes()["0.weight"], palettizer.clustered()["0.weight"]
+    assert 8 * (size.packed - 4) == 3.125 * model[0].weight.numel()  # and one scale
+    assert clustered.entries.dtype == torch.float8_e4m3fn and not torch.equal(clustered.codes, before)
+    hard = model.eval()(x)
+    r2.save_palettized(palettizer, tmp_path / "f")
+    palettizer.remove(bake=True)
+    found = load_palettized(tmp_path / "f")
+    assert torch.equal(model(x), hard) and all(torch.equal(found[name], p) for name, p in model.state_dict().items())
+    tile = model[0].weight.detach()[8:16, 64:].unique()
+    grid = tile / clustered.lut_scales.flatten()
+    assert len(tile) <= 8 and torch.equal(grid.to(torch.float8_e4m3fn).float(), grid)
+
+
+@pytest.mark.parametrize("lut_dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("granularity", [None, (4, 5), (3, 7)])
+def test_rounding_of_every_tile_is_seen_in_training(granularity, lut_dtype):
+    """Sharp attention: W_hat are the entries of its own tile's rounded table. All channels are one, times powers of 2:
+    so their scales move no centroid."""
+    found = []
+    for kind in (lut_dtype, "fp32"):
+        model = nn.Sequential(nn.Linear(20, 16))
+        with torch.no_grad():
+            w = torch.randn(20, generator=torch.Generator().manual_seed(0)) * 2.0 ** (torch.arange(16)[:, None] % 5)
+            model[0].weight.copy_(w)
+        options = {"granularity": granularity, "per_channel_scale": True, "tau": 1e-7, "iterations": 1}
+        palettizer = Palettizer(model, 1, lut_dtype=kind, **options)
+        soft = palettizer._soft_weights(palettizer.layers)[0]
+        soft.square().sum().backward()
+        assert_close(soft, palettizer._hard(palettizer.layers)[0])
+        assert model[0].weight.grad.abs().min() > 0
+        found.append(soft.detach())
+    assert not torch.equal(*found)
+
+
+def test_scales_of_channels_with_outliers():
+    """A weight that is 188 times the others costs its channel nothing: no worse than without scales, soft and hard."""
+    w = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    w[::8, 3] *= 188 / w[::8, 3].abs()
+    w *= torch.logspace(-1, 1, 64)[:, None]
+    for bits in (2, 3, 4):
+        errors = []
+        for scaled in (False, True):
+            model = nn.Sequential(nn.Linear(256, 64))
+            with torch.no_grad():
+                model[0].weight.copy_(w)
+            palettizer = Palettizer(model, bits, per_channel_scale=scaled)
+            soft, hard = palettizer._soft_weights(palettizer.layers)[0], palettizer._hard(palettizer.layers)[0]
+            errors.append([(hat - w).norm().item() for hat in (soft, hard)])
+        assert errors[1][0] <= errors[0][0] and errors[1][1] <= errors[0][1]
 
 
 def test_temperatures():
@@ -147,6 +219,18 @@ BAD = [
     ({"bits": True}, TypeError, "got True"),
     ({"cluster_dim": 0}, ValueError, "cluster_dim of the model must be an int >= 1, got 0"),
     ({"group_size": 0}, ValueError, "group_size of the model must be an int >= 1, got 0"),
+    ({"granularity": "output"}, ValueError, "granularity of the model must be one of"),
+    ({"granularity": 8}, ValueError, "granularity of the model must be one of"),
+    (
+        {"granularity": (8, 0)},
+        ValueError,
+        r"granularity of the model must be \(rows, columns\), each >= 1 or None, got",
+    ),
+    ({"granularity": (8,)}, ValueError, r"granularity of the model must be \(rows, columns\)"),
+    ({"granularity": (8, True)}, TypeError, r"granularity of the model must be of ints or None, got \(8, True\)"),
+    ({"granularity": "group"}, ValueError, 'granularity="group" of the model needs group_size'),
+    ({"granularity": "row", "group_size": 2}, ValueError, "group_size=2 of the model cannot be given with granul"),
+    ({"overrides": {"0": {"granularity": (0, 8)}}}, ValueError, r"granularity of 0.weight must be \(rows, columns\)"),
     ({"layout": "rows"}, ValueError, "layout of the model must be one of"),
     ({"lut_dtype": "fp4"}, ValueError, "lut_dtype of the model must be one of"),
     ({"per_channel_scale": 1}, TypeError, "per_channel_scale of the model"),

@@ -3,12 +3,19 @@
 from . import dkm, quantizers, range_losses, regularizers
 from .extension import on_codes
 from .kmeans import fit_block, fit_lines, partition
+from .kmeans_lines import NativeLines
+from .kmeans_rows import fit_rows
+from .tables import errors, nearest
 
-__all__ = ["Native", "fit_block", "fit_lines", "load", "on_codes", "partition"]
+__all__ = ["Native", "errors", "fit_block", "fit_lines", "fit_rows", "load", "nearest", "on_codes", "partition"]
 
 
 class Native(
-    range_losses.NativeRangeLosses, regularizers.NativeRegularizers, quantizers.NativeQuantizers, dkm.NativeClusterings
+    range_losses.NativeRangeLosses,
+    regularizers.NativeRegularizers,
+    quantizers.NativeQuantizers,
+    dkm.NativeClusterings,
+    NativeLines,
 ):
     """The ops of one half of the extension."""
 

@@ -58,18 +58,21 @@ def pointer(tensor):
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def dtype_of(structs, dtype):
+    return {
+        torch.float64: structs.Dtype.f64,
+        torch.float32: structs.Dtype.f32,
+        torch.bfloat16: structs.Dtype.bf16,
+        torch.float16: structs.Dtype.f16,
+    }[dtype]
+
+
 def described(structs, plan, dtype):
     """The `List` of a plan, made once: it says of the tensors all but where they lie."""
     found = _lists.get((id(plan), dtype))
     if found is None:
         if len(_lists) >= MOST_LISTS:
             _lists.clear()
-        dtypes = {
-            torch.float64: structs.Dtype.f64,
-            torch.float32: structs.Dtype.f32,
-            torch.bfloat16: structs.Dtype.bf16,
-            torch.float16: structs.Dtype.f16,
-        }
         made = structs.List(
             tensors=pointer(plan.tensors),
             owner=pointer(plan.owner),
@@ -77,7 +80,7 @@ def described(structs, plan, dtype):
             chunks=plan.chunks,
             chunk=plan.chunk,
             d=plan.d,
-            dtype=dtypes[dtype],
+            dtype=dtype_of(structs, dtype),
             alone=structs.Tensor(*plan.alone),
         )
         found = _lists[id(plan), dtype] = plan, made

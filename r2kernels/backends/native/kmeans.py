@@ -4,9 +4,8 @@ from array import array
 
 import torch
 
-from .extension import half, library, pointer
-
-DTYPES = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+from ...contract import accumulator
+from .extension import dtype_of, half, library, pointer
 
 
 def fit_lines(groups, clusters, weights, max_iter, zero=False):
@@ -15,8 +14,7 @@ def fit_lines(groups, clusters, weights, max_iter, zero=False):
     clusters: an int for each. weights: for each float64 numbers, as many, or None. zero: as `preserve_zeros`, but for
     the last bits of the centroid at 0.
     """
-    dtype = torch.float64 if groups[0].dtype == torch.float64 else torch.float32
-    found = list(torch.empty(sum(clusters), dtype=dtype, device="cpu").split(clusters))
+    found = list(torch.empty(sum(clusters), dtype=accumulator(groups[0].dtype), device="cpu").split(clusters))
     given = [array("q", map(pointer, tensors)) for tensors in (groups, weights, found)]
     sizes = array("q", [g.numel() for g in groups])
     _fit(
@@ -35,7 +33,7 @@ def fit_lines(groups, clusters, weights, max_iter, zero=False):
 def fit_block(block, clusters, weights, max_iter, zero=False):
     """The same of the rows of a contiguous (groups, n) tensor, with (groups, n) weights or None: (groups, K)."""
     groups, n = block.shape
-    out = block.new_empty(groups, clusters, dtype=torch.float64 if block.dtype == torch.float64 else torch.float32)
+    out = block.new_empty(groups, clusters, dtype=accumulator(block.dtype))
 
     def rows(tensor):
         step = tensor.stride(0) * tensor.element_size()
@@ -47,18 +45,18 @@ def fit_block(block, clusters, weights, max_iter, zero=False):
 
 
 def _fit(pointers, sizes, clusters, weights, out, dtype, max_iter, zero):
-    structs, address = half("cpu"), lambda numbers: 0 if numbers is None else numbers.buffer_info()[0]
-    lines = structs.Lines(
+    cpu, address = half("cpu"), lambda numbers: 0 if numbers is None else numbers.buffer_info()[0]
+    lines = library().LineGroups(
         sizes=address(sizes),
         clusters=address(clusters),
         weights=address(weights),
         out=address(out),
         count=len(sizes),
-        dtype=getattr(library().Dtype, DTYPES[dtype]),
-        rounds=max_iter,
+        dtype=dtype_of(library(), dtype),
+        max_iter=max_iter,
         zero=zero,
     )
-    structs.fit_lines(address(pointers), lines, threads=torch.get_num_threads())
+    cpu.fit_lines(address(pointers), lines, threads=torch.get_num_threads())
 
 
 def partition(prefix, clusters):

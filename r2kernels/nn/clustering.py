@@ -9,7 +9,7 @@ from torch import nn
 from ..files.clustered import Clustered, Form, along_channels, channel_scales, divided, nearest_codes, rows_of, scaled
 from ..files.tables import LUT_DTYPES, quantized_lut, values_lost
 from ..files.tiles import Geometry, check_granularity
-from ..functional.kmeans import kmeans
+from ..functional.kmeans import grouped, kmeans
 from ..reference import checks
 from ..reference.columns import accumulator, columns
 from ..reference.zeros import zeros_of
@@ -127,15 +127,15 @@ def fitted(pieces, form, preserve_zeros=False, weight=None):
 
 
 def importances(w, form, scales, weight=None):
-    """What an error of each number in the groups of w / scales counts, as `fitted` takes it: the squared scale of its
-    channel times that of `weight`, shaped like w, where there is one. None where all count alike."""
+    """What an error of each number of w / scales counts, the output channels first: the squared scale of its channel
+    times that of `weight`, shaped like w, where there is one. None where all count alike."""
     if scales is None and weight is None:
         return None
     wide = torch.ones_like(w, dtype=accumulator(w.dtype)) if weight is None else weight.to(accumulator(w.dtype))
     if scales is not None:
         squares = (scales.to(wide.dtype) / scales.max()).square().nan_to_num(1, 1)  # of a NaN k-means tells itself
         wide = wide * along_channels(squares, w.dim(), form.axis)
-    return divided(wide, form._replace(per_channel_scale=False))[0]
+    return scaled(wide, form._replace(per_channel_scale=False))[0]
 
 
 def centroids_of(w, form, preserve_zeros=False, weight=None, scales=None, groups=None):
@@ -144,11 +144,25 @@ def centroids_of(w, form, preserve_zeros=False, weight=None, scales=None, groups
     scales: of the channels, by default `channel_scales`. groups: which of them, by default all. NaN in a group with a
     NaN or an infinity.
     """
-    pieces, scales = divided(w, form, scales)
-    counts = importances(w, form, scales, weight)
+    first, scales = scaled(w, form, scales)
+    counts, geometry = importances(w, form, scales, weight), Geometry(w.shape, form)
+    if form.cluster_dim == 1 and groups is None:
+        masses = [None] * len(geometry.blocks) if counts is None else geometry.cut(counts)
+        stacks = zip(geometry.cut(first), masses, strict=True)
+        return torch.cat([_of_stack(stack, 2**form.bits, mass, preserve_zeros) for stack, mass in stacks])
+    pieces, counts = geometry.pieces(first), None if counts is None else geometry.pieces(counts)
     if groups is not None:
         pieces, counts = [pieces[g] for g in groups], counts and [counts[g] for g in groups]
     return fitted(pieces, form, preserve_zeros, counts)
+
+
+def _of_stack(stack, clusters, mass, preserve_zeros):
+    """`fitted` of the single numbers of a stack of groups."""
+    rows = stack.reshape(len(stack), -1)
+    if mass is not None:
+        mass = mass.reshape(rows.shape)
+        mass = torch.where(mass.any(1, keepdim=True), mass, 1)
+    return grouped(rows, clusters, weight=mass, preserve_zeros=preserve_zeros).unsqueeze(-1)
 
 
 def clustered_weight(w, form, preserve_zeros=False, weight=None):

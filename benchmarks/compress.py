@@ -1,16 +1,16 @@
 """What `r2kernels compress` costs on a checkpoint of the shapes of a language model: `python benchmarks/compress.py`.
 
 Writes a synthetic bf16 checkpoint (layers of Llama-2-7B, an embedding, norms) to a temporary folder, compresses it in
-processes of their own, and prints MB of the checkpoint per second, CPU time per 4,096 weights and the peak of resident
-memory, with 1 and 2 threads and, once interrupted half-way, what going on adds. The last file is the same as the first.
+processes of their own, and writes to results/ the MB of the checkpoint per second, the CPU time per 4,096 weights and
+the peak of resident memory, with 1 and 2 threads and, once interrupted half-way, what going on adds. All files must be
+the same.
 """
 
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
-import platform
-import resource
 import signal
 import subprocess
 import sys
@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import report
 import torch
 
 from r2kernels.files import container
@@ -38,10 +39,13 @@ def shapes(layers):
     return ENDS | {f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in LAYER.items()}
 
 
+def sizes(layers):
+    return [2 * torch.Size(shape).numel() for shape in shapes(layers).values()]
+
+
 def generate(path, layers):
-    """Gaussian rows of different scales, with a few outliers; one tensor at a time. Bytes of the data."""
-    planned = shapes(layers)
-    total = sum(2 * torch.Size(shape).numel() for shape in planned.values())
+    """Gaussian rows of different scales, with a few outliers; one tensor at a time."""
+    planned, total = shapes(layers), sum(sizes(layers))
     entries = {name: container.entry(torch.bfloat16, shape, total, total) for name, shape in planned.items()}
     generator = torch.Generator().manual_seed(0)
     with open(path, "w+b") as file:
@@ -53,14 +57,15 @@ def generate(path, layers):
                 w.view(-1)[:: 2**16] *= 8
             writer.add(name, w.bfloat16())
         writer.finish({"format": "pt"})
-    return total
 
 
 def compressed(checkpoint, out, jobs, *more, stop_at=None):
     """(seconds, CPU seconds, peak bytes) of one process; with stop_at interrupted once so many bytes are written."""
     command = [sys.executable, "-m", "r2kernels", "compress", checkpoint, "-o", out, *OPTIONS, "--json"]
-    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    with subprocess.Popen([*map(str, command), "--jobs", str(jobs), *more], stdout=subprocess.DEVNULL) as running:
+    start = time.perf_counter()
+    environment = {**os.environ, "OMP_NUM_THREADS": str(jobs)}
+    command = [*map(str, command), "--jobs", str(jobs), *more]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) as running:
         while stop_at is not None and running.poll() is None:
             data = Path(f"{out}.partial") / "data"
             if data.exists() and data.stat().st_size >= stop_at:
@@ -71,7 +76,6 @@ def compressed(checkpoint, out, jobs, *more, stop_at=None):
         running.returncode = os.waitstatus_to_exitcode(status)
     if running.returncode != (0 if stop_at is None else 130):
         raise RuntimeError(f"the command ended with {running.returncode}")
-    del before
     return time.perf_counter() - start, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024
 
 
@@ -82,8 +86,11 @@ def digest(path):
 
 def measure(layers, rounds, folder):
     checkpoint, out = folder / "model.safetensors", folder / "small.safetensors"
-    size = generate(checkpoint, layers)
-    largest = max(2 * torch.Size(shape).numel() for shape in shapes(layers).values())
+    # in a process of its own: the memory of this one counts to the peak of those that it starts
+    writing = multiprocessing.get_context("spawn").Process(target=generate, args=(checkpoint, layers))
+    writing.start()
+    writing.join()
+    size, largest = sum(sizes(layers)), max(sizes(layers))
     rows, digests = [], set()
     for _ in range(rounds):
         for jobs in (1, 2):
@@ -106,28 +113,28 @@ def measure(layers, rounds, folder):
     if len(digests) != 1:
         raise RuntimeError("the files differ")
     for row in rows:
+        threads = 1 if row["case"] == "1 thread" else 2
+        row["MB/s at full speed"] = threads * size / 1e6 / row["cpu"]
         row |= {"MB/s": size / 1e6 / row["seconds"], "us of CPU per row": row["cpu"] * 1e6 / (size / 2 / 4096)}
     return {"bytes": size, "largest": largest, "stored": stored, "rows": rows}
 
 
-def text(found, machine):
+def markdown(data):
+    bar = (2 * data["largest"] + 3e8) / 1e6
     lines = [
-        f"# compress: {found['bytes'] / 1e9:.2f} GB of bf16 to 4-bit tables of channels",
+        f"# compress on {data['machine']['device']}, {data['date']}",
         "",
-        machine,
+        report.facts(data) + f"- {data['bytes'] / 1e9:.2f} GB of bf16 to 4-bit tables of channels in fp16 "
+        f"(`{' '.join(OPTIONS)}`), {data['stored'] / 1e9:.3f} GB, the same bytes in every row; a row is 4,096 weights",
+        f"- largest tensor: {data['largest'] / 1e6:.0f} MB; the peak may be twice that and 300 MB: {bar:.0f} MB",
+        "- *at full speed*: MB per second if each thread had had a core, from CPU time; the start of Python is in it",
         "",
-        f"Written: {found['stored'] / 1e9:.3f} GB, the same bytes in every row. Largest tensor: "
-        f"{found['largest'] / 1e6:.0f} MB; the bar for the peak is twice that and 300 MB, "
-        f"{(2 * found['largest'] + 3e8) / 1e6:.0f} MB. A row is 4,096 weights.",
-        "",
-        "| | s | MB/s | CPU s | CPU us per row | peak MB |",
-        "|---|---|---|---|---|---|",
+        "| | s | MB/s | CPU s | CPU us per row | MB/s at full speed | peak MB |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for row in found["rows"]:
-        lines.append(
-            f"| {row['case']} | {row['seconds']:.1f} | {row['MB/s']:.0f} | {row['cpu']:.1f} | "
-            f"{row['us of CPU per row']:.0f} | {row['peak'] / 1e6:.0f} |"
-        )
+    for row in data["rows"]:
+        cells = (row["MB/s"], row["cpu"], row["us of CPU per row"], row["MB/s at full speed"], row["peak"] / 1e6)
+        lines.append(f"| {row['case']} | {row['seconds']:.1f} | {' | '.join(f'{cell:.0f}' for cell in cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -136,16 +143,16 @@ def main():
     parser.add_argument("--layers", type=int, default=4, help="layers of Llama-2-7B (default 4: 2 GB)")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--folder", help="where the checkpoint is written (default: the folder for temporary files)")
-    parser.add_argument("--results", type=Path, help="a name without suffix, for .json and .md")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
+    data = report.header("cpu")
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        found = measure(args.layers, args.rounds, Path(folder))
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, Python "
-    machine += f"{platform.python_version()}, {time.strftime('%Y-%m-%d')}"
-    print(text(found, machine))
-    if args.results:
-        args.results.with_suffix(".json").write_text(json.dumps({"machine": machine, **found}, indent=1) + "\n")
-        args.results.with_suffix(".md").write_text(text(found, machine))
+        data |= measure(args.layers, args.rounds, Path(folder))
+    data["most load"] = max(data["most load"], report.load())
+    stem = args.results / f"compress-{report.file_stem(data)}"
+    report.replace(stem.with_name(f"{stem.name}.json"), json.dumps(data, indent=1))
+    report.replace(stem.with_name(f"{stem.name}.md"), markdown(data))
+    print(markdown(data))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import stat
+import warnings
 import zlib
 from pathlib import Path
 
@@ -126,8 +127,11 @@ def keeping(path, identity, **options):
     try:
         yield partial
     except BaseException as error:
-        if partial.resumed or (partial.records and not isinstance(error, Exception)):
+        interrupted = not isinstance(error, Exception)
+        if partial.resumed or (partial.records and interrupted):
             partial.journal.close()
+            if interrupted:
+                warnings.warn(f"{partial.folder}: keeps what is done; --resume goes on with it", stacklevel=2)
         else:
             partial.remove()
         raise

@@ -331,7 +331,7 @@ def test_progress(tmp_path, model):
             expand(file, tmp_path / f"b.{suffix}", advance=done.append)
         assert sum(done) == sum(t.nbytes for t in STATE.values())
     shown = on_a_terminal("compress", model, "-o", tmp_path / "c.safetensors", "--bits", 2, columns=80)
-    assert "clustering weights" in shown and "smaller" in shown
+    assert "clustering weights" in shown and "kB" in shown and "smaller" in shown
 
 
 def test_opened(tmp_path, model):

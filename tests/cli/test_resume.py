@@ -114,6 +114,7 @@ def test_interrupted_and_gone_on_with(capsys, tmp_path, model, number, folder):
     assert stopped.returncode == (-number if number == signal.SIGKILL else 130), stopped.stderr
     partial = tmp_path / f"{out.name}.partial"
     assert partial.is_dir() and not out.exists()
+    assert (number == signal.SIGKILL) == (b"--resume goes on with it" not in stopped.stderr)
     kept = files(partial)
     assert_refused(command(capsys, *options, "-o", out), "holds the work of an interrupted run; --resume goes on")
     differ = [arg if arg != 2 else 3 for arg in options]

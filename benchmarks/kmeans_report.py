@@ -121,7 +121,6 @@ def plot(data, path):
             ax.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colour, label=name, **style)
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
-        ax.xaxis.set_major_formatter("{x:g}")
         ax.set_xlabel(label)
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)

@@ -127,7 +127,7 @@ def markdown(data):
         found = [row["rank"][key] for row in rows]
         lines.append(f"- {key}: mean {statistics.fmean(found):.2f}, lowest {min(found):.2f}")
     return (
-        f"# Clustering digits networks with and without data, {data['date']}\n\n{report.facts(data)}\n"
+        f"# Clustering digits networks with and without data, {data['date']}\n\n{report.machine(data)}"
         f"- {SEEDS} seeds\n\n" + "\n".join(lines) + "\n"
     )
 
@@ -137,7 +137,8 @@ def main():
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    data = {**report.header("cpu"), "threads": 1, "rows": list(measure())}
+    data = report.header("cpu")
+    data["rows"] = list(measure())
     stem = f"digits-{report.file_stem(data)}"
     report.replace(args.results / f"{stem}.json", json.dumps(data, indent=1) + "\n")
     report.replace(args.results / f"{stem}.md", markdown(data))

@@ -162,7 +162,7 @@ def markdown(data):
         means = ", ".join(f"{part} {statistics.fmean(bits):.1f}" for part, bits in parts.items())
         lines.append(f"- {row['bits']} bits, importances {row['importances'] or 'none'}: {means}")
     return (
-        f"# Clustering all-MiniLM-L6-v2 with and without data, {data['date']}\n\n{report.facts(data)}\n"
+        f"# Clustering all-MiniLM-L6-v2 with and without data, {data['date']}\n\n{report.machine(data)}"
         f"- {JUDGED} sentences are judged, {CALIBRATE} others calibrate; cosine: the mean with full precision; same "
         "nearest: the share of sentences\n  whose nearest other one is the same\n\n" + "\n".join(lines) + "\n"
     )
@@ -175,7 +175,8 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = [row for row in ROWS if row[0].startswith(args.only or "")]
-    data = {**report.header("cpu"), "threads": 1, "rows": list(measure(rows))}
+    data = report.header("cpu")
+    data["rows"] = list(measure(rows))
     if args.only:
         return
     stem = f"minilm-{report.file_stem(data)}"

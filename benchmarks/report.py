@@ -104,6 +104,12 @@ def facts(data, threads=""):
     return "\n".join([*found, f"- threads: {data['threads']}{threads}", busy(data)]) + "\n"
 
 
+def machine(data):
+    """What a report without times begins with: the machine and the versions."""
+    found = {name: ", ".join(f"{k} {v}" for k, v in data[name].items()) for name in ("machine", "versions")}
+    return "".join(f"- {name}: {text}\n" for name, text in found.items())
+
+
 def busy(data):
     """Whether others worked on the machine: what calls many small parallel loops suffers most, as eager and the floor
     do on a list."""

@@ -90,7 +90,9 @@ def compress(parser):
         "output channels by 64 inputs",
     )
     parser.add_argument(
-        "--per-channel-scale", action="store_true", help="divide each output channel by its mean magnitude first"
+        "--per-channel-scale",
+        action="store_true",
+        help="divide each output channel by a scale of its own first, where that lowers the error",
     )
     parser.add_argument(
         "--preserve-zeros", action="store_true", help="keep zeros exactly 0: one centroid is 0, the others fit the rest"

@@ -277,6 +277,7 @@ class _Written:
             size.coded,
             energies,
             coded[0].panel,
+            p.form.bits,
         )
         self._note(file, saver, p, row=row._asdict())
 

@@ -28,6 +28,7 @@ class Row(NamedTuple):
     bound: int
     energies: tuple  # ||W||^2, ||W - W_hat||^2
     panel: tuple | None  # (low, high), counts of W and of W_hat in equal bins
+    bits: int  # of a code
 
     @classmethod
     def of(cls, fields):

@@ -23,7 +23,7 @@ def errors(w, geometry, codes, tables):
     native = _usable(w, tables, w.dtype)
     if native is None:
         return None
-    energies, counts, done = torch.zeros(2, dtype=torch.float64), 0, 0
+    energies, counts, done = torch.zeros(2, dtype=torch.float64, device="cpu"), 0, 0
     for rows, some in _blocks(w, geometry, tables):
         sums, seen = native.errors(rows, codes[done : done + rows.numel()], some)
         energies, counts, done = energies + sums.sum(0), counts + seen, done + rows.numel()

@@ -125,7 +125,8 @@ def allocate(
     budget: bits per weight over all weights that are clustered, a number > 0. A list of them gives a list of overrides,
         and clusters once.
     weight: importances by name, as `sensitivity` gives; or loader, loss, batches and forward, which are passed to it. A
-        weight without an entry counts by its relative error times the mean sum_i h_i w_i^2 of those with one.
+        weight without an entry, or with zeros alone, counts by its relative error times the mean of sum_i h_i w_i^2
+        over the others.
     choices: dicts of options of `Palettizer`; by default 1, 2, 3, 4, 6 and 8 bits with one table of float16, to 6 bits
         also one for each 16 output channels, to 4 bits for each 4, each one, and each column of the weight as a matrix.
     include, exclude: as for the `Palettizer` that shall have these overrides.

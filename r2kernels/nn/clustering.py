@@ -168,15 +168,19 @@ def _of_stack(stack, clusters, mass, preserve_zeros):
 def clustered_weight(w, form, preserve_zeros=False, weight=None):
     """(centroids of k-means, `Clustered`); None for the latter where w is not finite.
 
-    With `per_channel_scale` channels are divided by their `channel_scales` or by 1, whichever errs less.
+    With `per_channel_scale` channels are divided by their `channel_scales`, by their max |W| or by 1, whichever errs
+    least.
     """
-    scales, found, least = channel_scales(w, form.axis) if form.per_channel_scale else None, None, torch.inf
-    for some in (scales,) if scales is None else (scales, (scales != 0).to(w.dtype)):
+    choices, found, least = [None], None, torch.inf
+    if form.per_channel_scale:
+        scales = channel_scales(w, form.axis)
+        choices = [scales, w.detach().abs().movedim(form.axis, 0).flatten(1).amax(1), (scales != 0).to(w.dtype)]
+    for some in choices:
         centroids = centroids_of(w, form, preserve_zeros, weight, some)
         if not centroids.isfinite().all():
             return centroids, None
         made = Clustered.of(w, centroids, form, some)
-        error = 0 if scales is None else _error(w, made, weight)
+        error = 0 if some is None else _error(w, made, weight)
         if found is None or error < least:
             found, least = (centroids, made), error
     return found

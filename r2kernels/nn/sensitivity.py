@@ -75,7 +75,7 @@ def sensitivity(
         raise ValueError("loader is empty; sensitivity needs at least one batch")
     found = {}
     for place in kept:
-        if place.name in sums:
+        if place.name in sums and (kind == "fisher" or sums[place.name][0]):
             found[place.name] = _shaped(place, sums[place.name], count, kind)
             if not found[place.name].isfinite().all():
                 raise ValueError(f"the sensitivity of {place.name} has a NaN or an infinity")
@@ -93,7 +93,7 @@ def _shaped(place, total, count, kind):
         return mean
     if is_table:
         return ((total[1:] + 1) / (total[1:].sum() + len(w)))[:, None].expand(w.shape).contiguous()
-    mean = total[1:] / total[0].clamp(min=1)
+    mean = total[1:] / total[0]
     axis = output_axis(place.module)
     if axis == 0 and isinstance(place.module, nn.modules.conv._ConvNd):  # each output channel reads its group's
         mean = mean.view(place.module.groups, -1).repeat_interleave(len(w) // place.module.groups, 0)

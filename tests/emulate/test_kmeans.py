@@ -9,19 +9,20 @@ import torch
 from emulate import emulated
 from points import DRAWS, generator, inertia, normal, student
 
+import r2kernels as r2
 from r2kernels.algorithms import kmeans as tuned
 from r2kernels.backends import native
 
 public = importlib.import_module("r2kernels.functional.kmeans")
-pytestmark = [
-    pytest.mark.usefixtures("nan_filled", "one_thread"),
-    pytest.mark.skipif(emulated.why_not() is not None, reason=f"cannot be built: {emulated.why_not()}"),
-]
+pytestmark = pytest.mark.usefixtures("nan_filled", "one_thread")
+needs_emulation = pytest.mark.skipif(emulated.why_not() is not None, reason=f"cannot be built: {emulated.why_not()}")
 
 
 @pytest.fixture
 def fit_lines(device):
     """With `--device cuda` on the GPU, twice; else in both orders of blocks and threads: the same bits."""
+    if device != "cuda" and emulated.why_not() is not None:
+        pytest.skip(f"cannot be built: {emulated.why_not()}")
 
     def emulated_in(order, *given):
         with order.chosen():
@@ -106,6 +107,7 @@ def test_edges(fit_lines):
     assert inertia(student(3000), often) <= inertia(student(3000), once)
 
 
+@needs_emulation
 def test_what_kmeans_calls():
     """Groups that it serves; of others the same as ever."""
     rows = [normal(n)[:, None] for n in (300, 70_000, 20)]
@@ -114,6 +116,20 @@ def test_what_kmeans_calls():
         alone = emulated.backend().fit_lines([rows[0][:, 0], rows[2][:, 0]], [4, 2], [None, masses(20, True)], 100)
     assert torch.equal(found[0], alone[0]) and torch.equal(found[2], alone[1])
     assert torch.equal(found[1], tuned.fit(rows[1], 3, None, 100))
+
+
+@pytest.mark.parametrize("d", [1, 2])
+def test_lists_on_a_device(d, device):
+    """The public function, on the device that the tests are for, against group by group on the CPU."""
+    ws = [normal(n) for n in (600, 90, 4000)]
+    weight = [None, masses(90 // d, True), masses(4000 // d, False)]
+    given = [None if m is None else m.to(device) for m in weight]
+    found = r2.kmeans([w.to(device) for w in ws], [4, 16, 8], cluster_dim=d, layout="contiguous", weight=given)
+    for w, m, c in zip(ws, weight, found, strict=True):
+        rows, mass = w.reshape(-1, d), 1.0 if m is None else m
+        expected = tuned.fit(rows, len(c), m, 100)
+        assert c.device.type == device and c.shape == expected.shape
+        assert inertia(rows, c.cpu(), mass) <= 1.001 * inertia(rows, expected, mass)
 
 
 def test_what_it_serves():

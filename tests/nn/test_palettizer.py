@@ -134,9 +134,9 @@ def test_compiled_equals_eager(mode):
     results = []
     for compiled in (False, True):
         model = plain()
-        palettizer = Palettizer(
-            model, 2, overrides={"3": {"lut_dtype": "int8", "group_size": 5, "per_channel_scale": True}}
-        )
+        groups = {"lut_dtype": "int8", "group_size": 5, "per_channel_scale": True}
+        tiles = {"lut_dtype": "fp8", "granularity": (8, 10)}
+        palettizer = Palettizer(model, 2, overrides={"0": tiles, "3": groups})
         getattr(model, mode)()
         run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
         outs = []

@@ -99,6 +99,14 @@ def test_inputs_are_second_moments():
     )
 
 
+def test_a_weight_that_no_module_was_called_with_has_no_inputs():
+    """Attention reads the weights of its projections without calling them."""
+    attention, x = nn.MultiheadAttention(8, 2), torch.randn(5, 1, 8)
+    found = sensitivity(attention, [x], kind="inputs", forward=lambda model, x: model(x, x, x)[0])
+    assert found == {}
+    assert len(sensitivity(attention, [x], forward=lambda model, x: model(x, x, x)[0])) == 2
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()

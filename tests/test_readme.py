@@ -36,7 +36,7 @@ def test_examples_run():
 
 def test_examples_of_the_guide_run():
     blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 6
     scope = {}
     for block in blocks:
         exec(compile(block, "nn/README.md", "exec"), scope)

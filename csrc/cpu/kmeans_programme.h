@@ -4,6 +4,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "simd.h"
@@ -83,14 +84,19 @@ inline void add_cluster(const Moments& m, Window starts, Window ends, const doub
     }
 }
 
-// Memory that is kept between calls.
+// Memory that is kept from group to group; what is in it does not last.
 template <class T>
-struct Scratch {
-  std::vector<T> held;
+class Scratch {
+ public:
   T* get(int64_t n) {
-    if (int64_t(held.size()) < n) held.resize(n + n / 4);
-    return held.data();
+    if (size_ < n) size_ = n + n / 4, held_.reset(new T[size_]);
+    return held_.get();
   }
+  const T* data() const { return held_.get(); }
+
+ private:
+  std::unique_ptr<T[]> held_;
+  int64_t size_ = 0;
 };
 
 // Where each of `clusters` <= cells begins, of least inertia in all; the table of all cuts is clusters x cells.

@@ -83,7 +83,7 @@ int64_t merged(A* x, double* mass, int64_t n) {
   return last + 1;
 }
 
-constexpr int64_t kMerged = 1 << 16;  // up to so many numbers are merged where they are equal
+constexpr int64_t kMerged = 1 << 14;  // up to so many numbers are merged where they are equal
 constexpr int64_t kTabled = 1 << 15;  // 16-bit numbers that are counted by their bits, not sorted
 
 // 16-bit numbers by their bits: in time and memory that no longer depend on how many there are.

@@ -29,7 +29,7 @@ def kmeans(W, clusters, *, cluster_dim=1, layout="output", weight=None, max_iter
 
     d = 1: the exact programme (Wang and Song 2011, Ckmeans.1d.dp; by divide and conquer, Grønlund et al. 2017) on cells
     of about equal inertia that become finer around the best cuts until they are the distinct values of W; then Lloyd
-    (1982) on all rows. Above 836 clusters there is one stage, of 2^22 / K cells, above 2048 one for each cluster. Of a
+    (1982) on all rows. Above 724 clusters there is one stage, of 2^22 / K cells, above 2048 one for each cluster. Of a
     list all tensors are clustered in one call, whose cost depends on their numbers alone; numbers of 16 bits (and of
     float8, which is taken here) are counted by value. On other devices than the CPU, and without the extension, there
     is one stage, of 8192 cells; in CUDA C++, which serves all tensors of at most 65536 numbers and 512 clusters in one

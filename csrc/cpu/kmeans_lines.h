@@ -106,7 +106,7 @@ class LineFit {
     int64_t most = kTable / clusters;
     bool staged = kCoarse * clusters <= most;
     bound_ = 0;
-    if (line.n <= (staged ? 3 * kCoarse * clusters : most))
+    if (line.n <= (staged ? std::min(3 * kCoarse * clusters, most) : most))
       every(line, {0, line.n});
     else
       bound_ = divide(line, sums, staged ? kCoarse * clusters : std::max(clusters, most), clusters);

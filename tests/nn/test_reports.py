@@ -46,6 +46,9 @@ REPLAYED = {
     ),
     "vllm#38336, mlx-vlm#1464, AutoAWQ#47: shards in low memory": "files/test_found.py::test_shards_one_at_a_time",
     "vllm#38336, mlx-vlm#1464, AutoAWQ#47: shards are written": "cli/test_found.py::test_transformers_save_and_load",
+    "coremltools#2602, #2551, any4#3: many groups": "kmeans/test_lists.py::test_groups_of_a_list_are_as_they_are_alone",
+    "SqueezeLLM#67, Anemll#29: weights": "nn/test_sensitivity.py::test_a_weighted_start_has_less_weighted_error",
+    "coremltools#2090, #2546: finer tables": "files/test_tiles.py::test_three_bits_and_an_eighth",
     "coremltools#2316: activations": "nn/test_entries.py::test_palettes_with_quantized_activations",
 }
 

@@ -25,6 +25,7 @@ native.on_codes("unpack", packed, (2**16, 2**16, 8), codes)
 """
 NEEDS_COREMLTOOLS = ("test_coreml.py", "test_coremltools.py")
 FILES = sorted(str(p) for p in (ROOT / "tests/files").glob("test_*.py") if p.name not in NEEDS_COREMLTOOLS)
+FILES += [str(ROOT / "tests/kmeans" / name) for name in ("test_lists.py", "test_rows.py")]
 
 
 def library(name):
@@ -68,7 +69,7 @@ PARTS = {
     build: f"the extension with {SANITIZERS}",
     canary: "a read that is wrong is reported",
     ops: "every op, dtype and instruction set, with its gradient, against the reference",
-    files: f"{len(FILES)} files of tests of files",
+    files: f"{len(FILES)} files of tests of files and k-means",
 }
 
 

@@ -1,5 +1,6 @@
 """How the layers of a Palettizer are clustered: options, temperatures, where centroids start and which are spare."""
 
+import math
 import warnings
 from typing import NamedTuple
 
@@ -168,13 +169,14 @@ def _of_stack(stack, clusters, mass, preserve_zeros):
 def clustered_weight(w, form, preserve_zeros=False, weight=None):
     """(centroids of k-means, `Clustered`); None for the latter where w is not finite.
 
-    With `per_channel_scale` channels are divided by their `channel_scales`, by their max |W| or by 1, whichever errs
-    least.
+    With `per_channel_scale` channels are divided by their `channel_scales`, by their RMS or by 1, whichever errs least.
     """
     choices, found, least = [None], None, torch.inf
     if form.per_channel_scale:
         scales = channel_scales(w, form.axis)
-        choices = [scales, w.detach().abs().movedim(form.axis, 0).flatten(1).amax(1), (scales != 0).to(w.dtype)]
+        rows = w.detach().movedim(form.axis, 0).flatten(1)
+        rms = rows.to(accumulator(w.dtype)).norm(dim=1).div(math.sqrt(rows.shape[1])).to(w.dtype)
+        choices = [scales, torch.where(scales == 0, scales, torch.maximum(rms, scales)), (scales != 0).to(w.dtype)]
     for some in choices:
         centroids = centroids_of(w, form, preserve_zeros, weight, some)
         if not centroids.isfinite().all():

@@ -1,5 +1,6 @@
 """What the tests of Palettizer train."""
 
+import ranks
 import torch
 from nn.attached import images
 from torch import nn
@@ -42,4 +43,4 @@ def train_rank(rank, folder):
         opt.step()
         palettizer.step()
     torch.save({**model.state_dict(), **palettizer.state_dict()}, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    ranks.leave()

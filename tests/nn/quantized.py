@@ -1,5 +1,6 @@
 """What the tests of Quantizer train."""
 
+import ranks
 import torch
 from nn.attached import images
 from torch import nn
@@ -72,7 +73,7 @@ def train_rank(rank, folder):
         optimizer.step()
     result["end"] = values(quantizer) | values(model)
     torch.save(result, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    ranks.leave()
 
 
 class Branching(nn.Module):
@@ -108,4 +109,4 @@ def train_branching_rank(rank, folder):
             optimizer.step()
         result[own] = values(model) | values(quantizer)
     torch.save(result, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    ranks.leave()

@@ -7,8 +7,8 @@ namespace r2 {
 inline namespace R2_ISA {
 
 // Cells of a cluster in the first stage, and how much more inertia than the best cuts found may be left by cuts that a
-// finer stage could prefer, in units of what a cut that can only lie between cells costs. 40,000 draws of rough
-// distributions all end at the optimum; with 5 cells two in 36,000 do not, with a slack of 0.7 one in 24,000.
+// finer stage could prefer, in units of what a cut that can only lie between cells costs. Measured, not proven: 72,000
+// draws of nine rough distributions, up to 9,000 numbers, all end at the optimum; with 5 cells two in 36,000 do not.
 constexpr int64_t kCoarse = 8;
 constexpr double kSlack = 2;
 constexpr int64_t kFiner = 4;          // cells for one of the stage before

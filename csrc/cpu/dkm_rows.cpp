@@ -274,11 +274,9 @@ void assign_rows(const List& list, const Clusters& clusters, const Pass& pass, i
         with_width<A>(d, [&](auto kD) {
           take_rows<kD>(tensor_of(list, c.tensor), w, d, row, n, x);
           in_units(x, kRows * d, unit, x);
-          Indices<A> code[kRows / lanes<Vec<A>>];
-          for (int i = 0; i < n; i += RowGroup<A>::rows) nearest<kD>(x + i, centroids, K, d, code + i / lanes<Vec<A>>);
+          Index<A> found[kRows];
+          nearest_rows<kD>(x, centroids, K, d, n, found);
           const auto put = [&](auto* to) {
-            Index<A> found[kRows];
-            std::memcpy(found, code, sizeof(found));
             for (int i = 0; i < n; ++i) to[row + i] = std::remove_reference_t<decltype(*to)>(found[i]);
           };
           K <= 256 ? put(static_cast<uint8_t*>(codes)) : put(static_cast<int32_t*>(codes));

@@ -15,6 +15,7 @@ constexpr int64_t kFiner = 4;          // cells for one of the stage before
 constexpr int64_t kFew = 96;           // places for a cut that are tried one by one
 constexpr int64_t kTable = 1 << 22;    // cells x clusters; where that would be more there is one stage alone
 constexpr int kBlock = 6;              // 2^6 numbers of a partial sum, where there are many
+constexpr double kEvery = -1;          // as a bound of cells: one for every number that is different
 constexpr double kRounding = 0x1p-44;  // of sums of squares
 
 // Sums over the first numbers of a line: their mass, and around the number in the middle mass * value and
@@ -105,45 +106,45 @@ class LineFit {
     cuts_[0] = 0;
     int64_t most = kTable / clusters;
     bool staged = kCoarse * clusters <= most;
-    bound_ = 0;
-    if (line.n <= (staged ? std::min(3 * kCoarse * clusters, most) : most))
-      every(line, {0, line.n});
-    else
+    if (line.n <= (staged ? std::min(3 * kCoarse * clusters, most) : most)) {
+      reset();
+      append(line, sums, line.n, kEvery);
+    } else {
       bound_ = divide(line, sums, staged ? kCoarse * clusters : std::max(clusters, most), clusters);
+    }
     int64_t count = cells_.count();
     if (count <= clusters) {
       for (int64_t k = 0; k < clusters; ++k) cuts_[k] = cells_.edges[std::min(k, count)];
       return;
     }
-    double price = double(clusters) / count;
-    price *= kSlack * price;
     gather(sums);
-    if (!staged) {
+    if (staged)
+      cut_in_stages(line, sums, clusters);
+    else
       partition(moments(forward_), count, clusters, cuts_.data());
-      for (int64_t k = 0; k < clusters; ++k) cuts_[k] = cells_.edges[cuts_[k]];
-      return;
-    }
-    for (int64_t k = 1; k < clusters; ++k) windows_[k] = {k, count - (clusters - k)};
+    for (int64_t k = 0; k < clusters; ++k) cuts_[k] = cells_.edges[cuts_[k]];
+  }
+
+  // The same in numbers of edges, of cells that become finer around the best cuts.
+  void cut_in_stages(const Line<A>& line, const Sums<A>& sums, int64_t clusters) {
+    double price = double(clusters) / cells_.count();
+    price *= kSlack * price;
+    for (int64_t k = 1; k < clusters; ++k) windows_[k] = {k, cells_.count() - (clusters - k)};
     while (!cells_.single) {
       narrow(clusters, price);
       int64_t places = 0;
       for (int64_t k = 1; k < clusters; ++k) places += windows_[k].size();
       bound_ /= kFiner * kFiner * kFiner, price /= kFiner * kFiner;
-      if (places <= kFew * clusters) bound_ = -1;
+      if (places <= kFew * clusters) bound_ = kEvery;
       refine(line, sums, clusters);
       gather(sums);
     }
     programme_.forward(moments(forward_), cells_.count(), clusters, windows_.data());
     programme_.starts(cells_.count(), clusters, cuts_.data());
-    for (int64_t k = 0; k < clusters; ++k) cuts_[k] = cells_.edges[cuts_[k]];
   }
 
-  // Cells of equal numbers in a part of the line.
-  void every(const Line<A>& line, Window part) {
-    cells_.edges.assign(1, part.low);
-    for (int64_t i = part.low + 1; i < part.high; ++i)
-      if (line.x[i] != line.x[i - 1]) cells_.edges.push_back(i);
-    cells_.edges.push_back(part.high);
+  void reset() {
+    cells_.edges.assign(1, 0);
     cells_.single = true;
   }
 
@@ -175,13 +176,14 @@ class LineFit {
     return good;
   }
 
-  // Appends the edges of such cells up to `end`, at most so many cells in all.
-  bool append(const Line<A>& line, const Sums<A>& sums, int64_t end, double bound, int64_t most) {
+  // Appends the edges of such cells up to `end`, of all that are different for kEvery; false where that would be more
+  // than `most` cells in all.
+  bool append(const Line<A>& line, const Sums<A>& sums, int64_t end, double bound, int64_t most = INT64_MAX) {
     int64_t begin = cells_.edges.back(), length = 1;
     while (begin < end) {
       if (cells_.count() >= most) return false;
-      int64_t next = bound < 0 ? begin + 1 : cell_end(line, sums, begin, end, bound, length);
-      if (bound < 0)
+      int64_t next = bound == kEvery ? begin + 1 : cell_end(line, sums, begin, end, bound, length);
+      if (bound == kEvery)
         while (next < line.n && line.x[next] == line.x[begin]) ++next;
       cells_.single = cells_.single && line.x[next - 1] == line.x[begin];
       length = next - begin, begin = next;
@@ -201,8 +203,7 @@ class LineFit {
     }
     double bound = std::pow(roots / wanted, 3), less = 64;
     for (int64_t most = 2 * wanted;;) {
-      cells_.edges.assign(1, 0);
-      cells_.single = true;
+      reset();
       if (!append(line, sums, line.n, bound, most)) {
         bound *= 8, less = 2, most += wanted;
         continue;
@@ -240,33 +241,27 @@ class LineFit {
     double most = best + best * price + (second[count] - second[0]) * kRounding;
     for (int64_t k = 1; k < clusters; ++k) {
       const double *left = programme_.least(k), *right = mirrored_.least(clusters - k);
+      const auto all = [&](int64_t j) { return left[j] + right[count - j]; };
       Window in = windows_[k], found = {in.high, in.low};
-      double least = INFINITY;
+      int64_t at = in.low;  // where rounding leaves no other
       for (int64_t j = in.low; j <= in.high; ++j) {
-        double all = left[j] + right[count - j];
-        if (all < least && found.low > found.high) best_ = j;
-        least = std::min(least, all);
-        if (all <= most) found = {std::min(found.low, j), j};
+        if (all(j) < all(at)) at = j;
+        if (all(j) <= most) found = {std::min(found.low, j), j};
       }
-      if (found.low > found.high) found = {best_, best_};
-      Window outer = {cells_.edges[std::max(found.low - 1, in.low)], cells_.edges[std::min(found.high + 1, in.high)]};
-      windows_[k] = outer;
+      if (found.low > found.high) found = {at, at};
+      windows_[k] = {cells_.edges[std::max(found.low - 1, in.low)], cells_.edges[std::min(found.high + 1, in.high)]};
     }
   }
 
-  // Cells of the present bound (all numbers where that is below 0) in the windows, one for each gap between windows;
+  // Cells of the present bound in the windows, one for each gap between windows;
   // then windows_ counts edges again.
   void refine(const Line<A>& line, const Sums<A>& sums, int64_t clusters) {
-    cells_.edges.assign(1, 0);
-    bool single = true;
+    reset();
     for (int64_t k = 1; k < clusters; ++k) {
       if (windows_[k].low > cells_.edges.back()) cells_.edges.push_back(windows_[k].low);
-      cells_.single = true;
-      append(line, sums, windows_[k].high, bound_, INT64_MAX);
-      single = single && cells_.single;
+      append(line, sums, windows_[k].high, bound_);
     }
     if (cells_.edges.back() < line.n) cells_.edges.push_back(line.n);
-    cells_.single = single;
     int64_t count = cells_.count();
     auto edge = cells_.edges.begin();
     for (int64_t k = 1; k < clusters; ++k) {
@@ -308,8 +303,7 @@ class LineFit {
   Cells cells_;
   std::vector<Window> windows_;
   std::vector<int64_t> cuts_;
-  double bound_;  // of mass * width^2 of a cell, below 0: a cell for every number
-  int64_t best_;
+  double bound_;  // of mass * width^2 of a cell
 };
 
 }  // namespace R2_ISA

@@ -4,9 +4,9 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
-#include <memory>
 #include <vector>
 
+#include "scratch.h"
 #include "simd.h"
 
 namespace r2 {
@@ -83,21 +83,6 @@ inline void add_cluster(const Moments& m, Window starts, Window ends, const doub
       least[j] = best_start(m, fewer, j, std::min(low, high), high, cuts + j);
     }
 }
-
-// Memory that is kept from group to group; what is in it does not last.
-template <class T>
-class Scratch {
- public:
-  T* get(int64_t n) {
-    if (size_ < n) size_ = n + n / 4, held_.reset(new T[size_]);
-    return held_.get();
-  }
-  const T* data() const { return held_.get(); }
-
- private:
-  std::unique_ptr<T[]> held_;
-  int64_t size_ = 0;
-};
 
 // Where each of `clusters` <= cells begins, of least inertia in all; the table of all cuts is clusters x cells.
 inline void partition(const Moments& m, int64_t cells, int64_t clusters, int64_t* starts) {

@@ -1,21 +1,14 @@
 // k-means of rows of d numbers, for every group of a list: greedy k-means++ on some rows, then Lloyd on all. Sums are
 // of float64, over parts of a group that depend on its size alone, so the bits are the same for any number of threads.
 #include <algorithm>
-#include <vector>
 
 #include "nearest.h"
+#include "scratch.h"
 
 namespace r2 {
 inline namespace R2_ISA {
 
 constexpr int64_t kPart = 4096;  // rows that are summed up by one thread, more of them for more clusters
-
-// Room that is kept from group to group; what is in it does not last.
-template <class T>
-T* room(std::vector<T>& memory, int64_t size) {
-  if (int64_t(memory.size()) < size) memory.resize(size);
-  return memory.data();
-}
 
 template <class X>
 R2_HD X larger_bits(const X* x, int64_t n) {
@@ -40,7 +33,7 @@ class RowsKMeans {
       std::fill(out, out + K_ * d_, A(NAN));
       return;
     }
-    centroids_ = room(centroid_memory_, K_ * d_);
+    centroids_ = centroid_memory_.get(K_ * d_);
     const int64_t* drawn = address<const int64_t>(groups.drawn, group);
     seed(drawn, drawn ? groups.seeds[group] : n_, address<const double>(groups.uniform, group));
     with_width<A>(d_, [&](auto kD) { lloyd<kD>(groups.max_iter); });
@@ -60,7 +53,7 @@ class RowsKMeans {
   template <class T>
   bool take(const T* rows, const double* weight, int64_t n) {
     const int64_t parts = (n + kPart - 1) / kPart;
-    A* largest = room(largest_memory_, parts);
+    A* largest = largest_memory_.get(parts);
     over(parts, [&](int64_t p) {
       const int64_t first = p * kPart * d_, count = std::min(n, (p + 1) * kPart) * d_ - first;
       A block[kRows];
@@ -78,7 +71,7 @@ class RowsKMeans {
     const int64_t* used = nullptr;
     n_ = n;
     if (weight && std::any_of(weight, weight + n, [](double w) { return !(w > 0); })) {
-      int64_t* at = room(used_memory_, n);
+      int64_t* at = used_memory_.get(n);
       n_ = 0;
       for (int64_t i = 0; i < n; ++i)
         if (weight[i] > 0) at[n_++] = i;
@@ -90,8 +83,8 @@ class RowsKMeans {
     scale_ = power_above(most, sizeof(A) == 4 ? 100 : 1000);
     const A inverse = A(1 / scale_);
     const double lighter = weight ? 1 / power_above(larger_bits(weight, n), 1000) : 1;
-    A* x = room(x_memory_, blocks_of(n_) * d_ * kRows);
-    double* mass = weight ? room(weight_memory_, blocks_of(n_) * kRows) : nullptr;
+    A* x = x_memory_.get(blocks_of(n_) * d_ * kRows);
+    double* mass = weight ? weight_memory_.get(blocks_of(n_) * kRows) : nullptr;
     over(blocks_of(n_), [&](int64_t b) {
       for (int i = 0; i < kRows; ++i) {
         const int64_t row = b * kRows + i, from = row < n_ ? used ? used[row] : row : -1;
@@ -110,10 +103,10 @@ class RowsKMeans {
   void seed(const int64_t* drawn, int64_t n, const double* uniform) {
     using V = Vec<double>;
     const int64_t blocks = blocks_of(n), most = 2 + int64_t(std::log(double(K_)));
-    double *x = room(seed_memory_, blocks * kRows * (d_ + 2 + most)), *mass = x + blocks * kRows * d_,
+    double *x = seed_memory_.get(blocks * kRows * (d_ + 2 + most)), *mass = x + blocks * kRows * d_,
            *left = mass + blocks * kRows, *after = left + blocks * kRows;
-    double *share = room(share_memory_, blocks * (most + 1)), *shares = share + blocks;
-    double* tried = room(tried_memory_, most * d_);
+    double *share = share_memory_.get(blocks * (most + 1)), *shares = share + blocks;
+    double* tried = tried_memory_.get(most * d_);
     over(blocks, [&](int64_t b) {
       share[b] = 0;
       for (int i = 0; i < kRows; ++i) {
@@ -192,9 +185,9 @@ class RowsKMeans {
   void lloyd(int64_t max_iter) {
     const int64_t rows = blocks_of(n_) * kRows;
     part_ = blocks_of(std::max(kPart, 4 * K_)) * kRows, parts_ = (n_ + part_ - 1) / part_;
-    codes_ = room(code_memory_, rows), near_ = room(near_memory_, K_ * d_);
-    sums_ = room(sum_memory_, parts_ * K_ * width_);
-    char* changed = room(changed_memory_, parts_);
+    codes_ = code_memory_.get(rows), near_ = near_memory_.get(K_ * d_);
+    sums_ = sum_memory_.get(parts_ * K_ * width_);
+    char* changed = changed_memory_.get(parts_);
     std::fill(codes_, codes_ + rows, -1);
     for (int64_t iteration = 0; iteration < max_iter; ++iteration) {
       for (int64_t i = 0; i < K_ * d_; ++i) near_[i] = A(centroids_[i]);
@@ -229,11 +222,8 @@ class RowsKMeans {
   bool assign_part(int64_t part) {
     bool changed = false;
     each_block(part, [&](int64_t b, int n, double* sums) {
-      Indices<A> code[kRows / lanes<Vec<A>>];
-      for (int i = 0; i < n; i += RowGroup<A>::rows)
-        nearest<kD>(x_ + b * d_ * kRows + i, near_, K_, d_, code + i / lanes<Vec<A>>);
       Index<A> found[kRows];
-      std::memcpy(found, code, sizeof(found));
+      nearest_rows<kD>(x_ + b * d_ * kRows, near_, K_, d_, n, found);
       int32_t *codes = codes_ + b * kRows, differ = 0;
       for (int i = 0; i < n; ++i) differ |= codes[i] ^ int32_t(found[i]), codes[i] = int32_t(found[i]);
       changed |= differ != 0;
@@ -267,9 +257,9 @@ class RowsKMeans {
     int64_t empty = 0;
     for (int64_t k = 0; k < K_; ++k) empty += sums_[k * width_] == 0;
     if (empty == 0) return false;
-    filled_ = room(filled_memory_, blocks_of(n_) * kRows);
+    filled_ = filled_memory_.get(blocks_of(n_) * kRows);
     std::copy(codes_, codes_ + n_, filled_);
-    A* far = room(far_memory_, n_);
+    A* far = far_memory_.get(n_);
     for (int64_t i = 0; i < n_; ++i) far[i] = apart(i, [&](int m) { return near_[codes_[i] * d_ + m]; });
     for (int64_t k = 0; k < K_; ++k) {
       if (sums_[k * width_] != 0) continue;
@@ -296,11 +286,11 @@ class RowsKMeans {
   double *centroids_, *sums_;
   A* near_;
   int32_t *codes_, *filled_;
-  std::vector<A> x_memory_, near_memory_, far_memory_, largest_memory_;
-  std::vector<double> weight_memory_, seed_memory_, share_memory_, tried_memory_, centroid_memory_, sum_memory_;
-  std::vector<int64_t> used_memory_;
-  std::vector<int32_t> code_memory_, filled_memory_;
-  std::vector<char> changed_memory_;
+  Scratch<A> x_memory_, near_memory_, far_memory_, largest_memory_;
+  Scratch<double> weight_memory_, seed_memory_, share_memory_, tried_memory_, centroid_memory_, sum_memory_;
+  Scratch<int64_t> used_memory_;
+  Scratch<int32_t> code_memory_, filled_memory_;
+  Scratch<char> changed_memory_;
 };
 
 // Groups that are much of a thread's share have all threads, one after the other; each of the others has one.

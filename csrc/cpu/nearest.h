@@ -33,6 +33,14 @@ R2_HD void nearest(const A* x, const A* centroids, int64_t K, int d, Indices<A>*
   }
 }
 
+// The same of n rows of a block (d, kRows), into `found`, which has kRows places: codes leave as vectors.
+template <int kD, class A>
+R2_HD void nearest_rows(const A* x, const A* centroids, int64_t K, int d, int n, Index<A>* found) {
+  Indices<A> code[kRows / lanes<Vec<A>>];
+  for (int i = 0; i < n; i += RowGroup<A>::rows) nearest<kD>(x + i, centroids, K, d, code + i / lanes<Vec<A>>);
+  std::memcpy(found, code, sizeof(code));
+}
+
 // Calls f(d), where d is small and float32 with d as a constant; 0 is any.
 template <class A, class F>
 R2_HD void with_width(int d, F f) {

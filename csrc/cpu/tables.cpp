@@ -13,10 +13,8 @@ void nearest_of_row(const T* w, int64_t n, const Acc<T>* table, int entries, uin
   for (int64_t row = 0; row < n; row += kRows) {
     const int count = n - row < kRows ? int(n - row) : kRows;
     for (int i = 0; i < count; ++i) x[i] = widen(w[row + i]);
-    Indices<A> code[kRows / lanes<Vec<A>>];
-    for (int i = 0; i < count; i += RowGroup<A>::rows) nearest<1>(x + i, table, entries, 1, code + i / lanes<Vec<A>>);
     Index<A> found[kRows];
-    std::memcpy(found, code, sizeof(found));
+    nearest_rows<1>(x, table, entries, 1, count, found);
     for (int i = 0; i < count; ++i) codes[row + i] = uint8_t(found[i]);
   }
 }

@@ -1,5 +1,6 @@
-// k-means of sorted scalars on a GPU, a block for each group: the exact programme on cells (csrc/kmeans.h), then Lloyd
-// on all values. Sums are of float64, in an order that depends on the numbers alone.
+// k-means of sorted scalars on a GPU, a block for each group: the exact programme on cells (as in
+// csrc/cpu/kmeans_programme.h), then Lloyd on all values. Sums are of float64, in an order that depends on the numbers
+// alone.
 #pragma once
 #include "dkm_common.cuh"
 

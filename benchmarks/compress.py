@@ -8,7 +8,6 @@ the same.
 
 import argparse
 import hashlib
-import json
 import multiprocessing
 import os
 import signal
@@ -149,9 +148,7 @@ def main():
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         data |= measure(args.layers, args.rounds, Path(folder))
     data["most load"] = max(data["most load"], report.load())
-    stem = args.results / f"compress-{report.file_stem(data)}"
-    report.replace(stem.with_name(f"{stem.name}.json"), json.dumps(data, indent=1))
-    report.replace(stem.with_name(f"{stem.name}.md"), markdown(data))
+    report.write(data, args.results / f"compress-{report.file_stem(data)}", sys.modules[__name__])
     print(markdown(data))
 
 

@@ -8,8 +8,8 @@ training images, one image a batch. Allocation may spend what plain k-means with
 """
 
 import argparse
-import json
 import statistics
+import sys
 from pathlib import Path
 
 import report
@@ -139,9 +139,7 @@ def main():
     torch.set_num_threads(1)
     data = report.header("cpu")
     data["rows"] = list(measure())
-    stem = f"digits-{report.file_stem(data)}"
-    report.replace(args.results / f"{stem}.json", json.dumps(data, indent=1) + "\n")
-    report.replace(args.results / f"{stem}.md", markdown(data))
+    report.write(data, args.results / f"digits-{report.file_stem(data)}", sys.modules[__name__])
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def markdown(data):
         targets(data),
     ]
     for table in dict.fromkeys(row["table"] for row in data["rows"]):
-        parts += [f"## {table}", _table([row for row in data["rows"] if row["table"] == table and "absent" not in row])]
+        parts += [f"## {table}", _table(report.measured(data, table))]
     return "\n\n".join([*parts, "## Absent rows", report.absent_rows(data)]) + "\n"
 
 
@@ -86,7 +86,7 @@ def _table(rows):
 
 
 def find(data, table, case, contender=None):
-    rows = (row for row in data["rows"] if (row["table"], row["case"]) == (table, case) and "absent" not in row)
+    rows = (row for row in report.measured(data, table) if row["case"] == case)
     return next((row for row in rows if (row["contender"] == contender if contender else row["default"])), None)
 
 
@@ -114,11 +114,8 @@ def targets(data, plain=False):
 
 def plot(data, path):
     """Nanoseconds per weight against K: ours does not grow."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f"matplotlib is not installed: {path.name} is not drawn")
-        return
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 5), layout="constrained")
     ax = figure.subplots()
     shown = [
@@ -128,11 +125,7 @@ def plot(data, path):
     ]
     tables = list(dict.fromkeys(shown))
     for i, table in enumerate(tables):
-        rows = [
-            row
-            for row in data["rows"]
-            if row["table"] == table and "absent" not in row and row["weights"] != "ResNet-18"
-        ]
+        rows = [row for row in report.measured(data, table) if row["weights"] != "ResNet-18"]
         for name, marker in zip(dict.fromkeys(row["contender"] for row in rows), "osD^vP", strict=False):
             best = {
                 row["clusters"]: row["ns_per_weight"]

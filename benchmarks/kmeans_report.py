@@ -53,7 +53,7 @@ def markdown(data):
 
 def _table(data, table):
     lines = [COLUMNS, ["---"] * 2 + ["---:"] * 8]
-    for row in _rows(data, table):
+    for row in report.measured(data, table):
         best = find(data, table, row["case"])
         lines.append(
             (
@@ -69,12 +69,10 @@ def _table(data, table):
     return report.table(lines)
 
 
-def _rows(data, table):
-    return [row for row in data["rows"] if row["table"] == table and "absent" not in row]
-
-
 def find(data, table, case, contender="r2kernels"):
-    return next((row for row in _rows(data, table) if (row["case"], row["contender"]) == (case, contender)), None)
+    return next(
+        (row for row in report.measured(data, table) if (row["case"], row["contender"]) == (case, contender)), None
+    )
 
 
 def value_of(data, table, case, what):
@@ -98,11 +96,8 @@ def targets(data, plain=False):
 
 def plot(data, path):
     """CPU time per weight against the size of a group, clusters, and the number of groups."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f"matplotlib is not installed: {path.name} is not drawn")
-        return
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(13, 4.6), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     colours = {}
@@ -113,7 +108,7 @@ def plot(data, path):
         ("weights N of one group (K = 16)", "clusters K (rows of 4,096)", "groups (tiles of 512, K = 8)"),
         strict=True,
     ):
-        rows = _rows(data, table)
+        rows = report.measured(data, table)
         for name in dict.fromkeys(row["contender"] for row in rows):
             points = sorted((row[key], row["cpu_ns_per_weight"]) for row in rows if row["contender"] == name)
             ours, colour = name == "r2kernels", colours.setdefault(name, f"C{len(colours)}")

@@ -11,8 +11,8 @@ and bits per weight count all that a file holds of them: codes, tables and scale
 import argparse
 import ast
 import importlib.util
-import json
 import statistics
+import sys
 import sysconfig
 import time
 from pathlib import Path
@@ -179,9 +179,7 @@ def main():
     data["rows"] = list(measure(rows))
     if args.only:
         return
-    stem = f"minilm-{report.file_stem(data)}"
-    report.replace(args.results / f"{stem}.json", json.dumps(data, indent=1) + "\n")
-    report.replace(args.results / f"{stem}.md", markdown(data))
+    report.write(data, args.results / f"minilm-{report.file_stem(data)}", sys.modules[__name__])
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def markdown(data):
         targets(data),
     ]
     for table in dict.fromkeys(row["table"] for row in data["rows"]):
-        shown = [row for row in data["rows"] if row["table"] == table and "absent" not in row]
+        shown = report.measured(data, table)
         lines = [("op", "contender", "ms", "IQR", "rounds", "ns per number", "times ours"), ["---"] * 2 + ["---:"] * 5]
         for row in shown:
             name = f"**{row['contender']}**" if row["default"] else row["contender"]
@@ -67,11 +67,7 @@ def markdown(data):
 
 def rows_of(data, table, case):
     """contender -> row"""
-    return {
-        row["contender"]: row
-        for row in data["rows"]
-        if (row["table"], row["case"]) == (table, case) and "absent" not in row
-    }
+    return {row["contender"]: row for row in report.measured(data, table) if row["case"] == case}
 
 
 def ratio(data, table, case, what):
@@ -97,11 +93,8 @@ def targets(data, plain=False):
 
 def plot(data, path):
     """Of each op the time of every contender, in floors."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f"matplotlib is not installed: {path.name} is not drawn")
-        return
+    from matplotlib.figure import Figure
+
     ops = [case for table, case, _ in TARGETS if table == ONE and "floor" in rows_of(data, ONE, case)]
     shown = [
         name

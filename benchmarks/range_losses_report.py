@@ -129,13 +129,10 @@ def _verdict(measured, limit, fewer, quartiles):
 
 def plot(data, path):
     """How many times faster than eager, for every op, shape and work; torch.compile beside it."""
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.lines import Line2D
-        from matplotlib.patches import Patch
-    except ImportError:
-        print(f"matplotlib is not installed: {path.name} is not drawn")
-        return
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
     rows = {
         (r["op"], r["table"], r["work"]): r
         for r in data["rows"]

@@ -5,6 +5,7 @@ A family's module (range_losses_report.py, ...) has `markdown`, `plot` and `targ
 
 import argparse
 import datetime
+import importlib.util
 import json
 import math
 import os
@@ -71,13 +72,20 @@ def file_stem(data):
 
 
 def write(data, stem, module, figure=False):
-    """Writes the files whole or not at all. `module` has `markdown`, `plot` and `targets` for its kind of results."""
+    """Writes the files whole or not at all. `module` has `markdown`, and for a figure `plot`, for its kind of data."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     data = {**data, "rows": [{k: v for k, v in row.items() if k != "samples"} for row in data["rows"]]}
     replace(stem.with_name(stem.name + ".json"), json.dumps(data, indent=1))
     replace(stem.with_name(stem.name + ".md"), module.markdown(data))
-    if figure:
+    if figure and importlib.util.find_spec("matplotlib") is None:
+        print(f"matplotlib is not installed: {stem.name}.png is not drawn")
+    elif figure:
         module.plot(data, stem.with_name(stem.name + ".png"))
+
+
+def measured(data, table):
+    """The rows of a table that are not absent."""
+    return [row for row in data["rows"] if row["table"] == table and "absent" not in row]
 
 
 def replace(path, text):

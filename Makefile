@@ -17,9 +17,9 @@ demo: $(VENV)/.built
 test: $(VENV)/.built $(TRITON36)/.built
 	$(VENV)/bin/python -m pytest tests
 
-# AddressSanitizer and UndefinedBehaviorSanitizer over the extension on the CPU: every op, and the tests of files, on a
-# build of its own in build/sanitize, which takes most of some ten minutes on two cores. Ends at the first report. Needs
-# g++.
+# AddressSanitizer and UndefinedBehaviorSanitizer over the extension on the CPU: every op, and the tests of files and of
+# k-means, on a build of its own in build/sanitize, which takes most of some ten minutes on two cores. Ends at the first
+# report. Needs g++.
 sanitize: $(VENV)/.built
 	$(VENV)/bin/pip install --disable-pip-version-check -q -c constraints.txt setuptools pybind11 ninja
 	$(VENV)/bin/python tests/sanitize/run.py

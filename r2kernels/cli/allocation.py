@@ -7,7 +7,6 @@ from ..files.clustered import Form
 from ..nn.allocation import CHOICES, Budget
 from ..nn.clustering import ClusteringOptions, few_rows
 from ..nn.importance import checked_importance
-from .shards import nbytes
 
 
 class Importance:
@@ -56,7 +55,7 @@ def forms_within(checkpoint, planned, budget, *, preserve_zeros=False, importanc
             ways = [(form, preserve_zeros) for form in fitting]
             if spending.add(checkpoint.part(p.name), ways, importance and importance.of(p.name)):
                 given[p.name] = fitting
-        advance(nbytes(p))
+        advance(p.nbytes)
     try:
         chosen = spending.spend(budget) if given else []
     except ValueError as error:

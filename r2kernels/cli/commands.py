@@ -98,7 +98,7 @@ def _code(args, doing, work, form, options, entropy=None):
     plot = args.plot and figure_path(args.plot, args.force)
     _check_backend(torch.device("cpu"))
     checkpoint = opened(args.checkpoint, args.key)
-    total = sum(shards.nbytes(entry) for entry in checkpoint.entries if entry.name not in checkpoint.aliases)
+    total = sum(entry.nbytes for entry in checkpoint.entries if entry.name not in checkpoint.aliases)
     total *= 1 + (options.get("budget") is not None)
     with progress(doing, total, quiet=args.json, in_bytes=True) as advance, writable(out):
         result = work(
@@ -133,7 +133,7 @@ def run_expand(args):
     allowed = *expand.SUFFIXES, "FOLDER/"
     out = shards.folder_path(args.out) if folder else checkpoint_path(args.out, args.force, allowed)
     with palettized(args.file) as file:
-        total = sum(map(shards.nbytes, file.entries))
+        total = sum(entry.nbytes for entry in file.entries)
         with progress("decoding weights", total, quiet=args.json, in_bytes=True) as advance, writable(out):
             if folder:
                 size, files = shards.expand(file, out, args.shard_size or shards.MOST, advance=advance)

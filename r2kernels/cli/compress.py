@@ -22,7 +22,6 @@ from ..nn.clustering import clustered_weight, few_rows, lost
 from . import parts, shards
 from .allocation import Importance, forms_within
 from .results import Result, Row, relative_error
-from .shards import nbytes
 
 MOST_JOBS = 8
 FEW_ROWS, NOT_FINITE, SKIPPED = "fewer rows than centroids", "not finite", "skipped"
@@ -193,11 +192,11 @@ def write(
             stored = path.stat().st_size
         else:
             index = {tensor: file for shard in files for tensor, file in shard.files_of.items()}
-            shards.write_index(partial.folder, index, sum(map(nbytes, planned)))
+            shards.write_index(partial.folder, index, sum(p.nbytes for p in planned))
             partial.finish_folder()
             stored = sum(file.stat().st_size for file in path.iterdir())
     others = len(planned) - len(written.rows) - len(kept)
-    return Result(written.rows, kept, checkpoint.unread, others, sum(map(nbytes, planned)), stored)
+    return Result(written.rows, kept, checkpoint.unread, others, sum(p.nbytes for p in planned), stored)
 
 
 class _Written:
@@ -242,7 +241,7 @@ class _Written:
         planned = {p.name: p for p in file.planned}
         for name, record in before.items():
             self._tell_of(name, record)
-            self.advance(nbytes(planned[name]) if record["added"] else 0)
+            self.advance(planned[name].nbytes if record["added"] else 0)
         if file.name in self.finished:
             return
         with self.partial.file(file.name) as opened:
@@ -286,7 +285,7 @@ class _Written:
         if saver:
             saver.file.flush()
             added = saver.last
-            self.advance(nbytes(p))
+            self.advance(p.nbytes)
         record = {"name": p.name, "file": file.name, "added": added, **more}
         self._tell_of(p.name, record)
         self.partial.note(record)

@@ -22,7 +22,7 @@ def expand(file, path, *, overwrite=False, advance=lambda nbytes: None):
     """
     entries = file.entries if path.suffix.lower() == ".safetensors" else file.own
     planned = by_alignment([Planned(*entry) for entry in entries])
-    size = sum(math.prod(p.shape) * p.dtype.itemsize for p in planned)
+    size = sum(p.nbytes for p in planned)
     with replacing(path, overwrite) as out:
         if path.suffix.lower() == ".safetensors":
             write_dense(file, planned, out, size, advance)

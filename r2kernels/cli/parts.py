@@ -24,8 +24,7 @@ class Part(NamedTuple):
 
     @property
     def nbytes(self):
-        shape = self.planned.shape
-        return math.prod(shape) // shape[0] * (self.end - self.begin) * self.planned.dtype.itemsize
+        return self.planned.nbytes // self.planned.shape[0] * (self.end - self.begin)
 
 
 class Coded(NamedTuple):
@@ -43,7 +42,7 @@ def cut(p, whole=False):
     channels, step = p.shape[0], None if whole else _step(p.shape, p.form)
     if step is None:
         return [Part(p, 0, channels)]
-    most = PART * channels // (math.prod(p.shape) * p.dtype.itemsize)
+    most = PART * channels // p.nbytes
     each = max(most // step, 1) * step
     return [Part(p, i, min(i + each, channels)) for i in range(0, channels, each)]
 

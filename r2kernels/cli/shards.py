@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import shutil
 from pathlib import Path
@@ -37,11 +36,11 @@ def expand(file, path, most, *, advance=lambda nbytes: None):
     In shards of at most `most` bytes, or one larger tensor; where there is one shard alone, without an index. Gives
     the bytes of all tensors and the names of the files.
     """
-    shards = split([Planned(*entry) for entry in file.entries], most, nbytes)
+    shards = split([Planned(*entry) for entry in file.entries], most, lambda p: p.nbytes)
     total, files = 0, dict(zip(names(len(shards)), shards, strict=True))
     with _new_folder(path) as folder:
         for name, shard in files.items():
-            size = sum(map(nbytes, shard))
+            size = sum(p.nbytes for p in shard)
             with replacing(folder / name) as out:
                 write_dense(file, by_alignment(shard), out, size, advance)
             total += size
@@ -73,10 +72,6 @@ def split(planned, most, size_of):
             size = size_of(p)
         shards[-1].append(p)
     return shards
-
-
-def nbytes(planned):
-    return math.prod(planned.shape) * planned.dtype.itemsize
 
 
 @contextlib.contextmanager

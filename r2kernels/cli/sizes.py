@@ -1,7 +1,6 @@
 """What a checkpoint would take at 4, 2 and 1 bits: the paper's Table 2 for any model."""
 
 import fnmatch
-import math
 
 from ..files.checkpoint import CheckpointError
 from ..files.clustered import Form
@@ -27,7 +26,7 @@ def measure(checkpoint, *, ends=(), advance=lambda elements: None):
     outer = _ends(checkpoint, [entry.name for entry in weights], ends)
     inner = {entry.name for entry in weights} - {*outer}
     stored = [entry for entry in checkpoint.entries if entry.name not in checkpoint.aliases]
-    dense = sum(entry.numel * entry.dtype.itemsize for entry in stored)
+    dense = sum(entry.nbytes for entry in stored)
     found = {bits: {scope: dict.fromkeys(KINDS, dense) for scope in SCOPES} for bits in BITS}
     for entry, w in checkpoint.read(weights):
         for bits in BITS:
@@ -70,7 +69,7 @@ def size_table(sizes):
 
 def size_lines(checkpoint, sizes):
     weights = {entry.name for entry in checkpoint.weights}
-    others = sum(math.prod(e.shape) * e.dtype.itemsize for e in checkpoint.entries if e.name not in weights)
+    others = sum(e.nbytes for e in checkpoint.entries if e.name not in weights)
     return [
         f"first and last: {', '.join(sizes['ends'])}",
         f"{size_text(others)} that are no weights are counted everywhere, and all look-up tables",

@@ -46,6 +46,10 @@ class Entry(NamedTuple):
         return math.prod(self.shape)
 
     @property
+    def nbytes(self):
+        return self.numel * self.dtype.itemsize
+
+    @property
     def is_weight(self):
         """Whether it is a weight matrix or kernel: floating point, two or more dimensions, not empty."""
         return self.dtype in DTYPES and self.is_matrix
@@ -236,7 +240,7 @@ def _open_torch(checkpoint, key):
 
 def too_repeated(entries, held):
     """Why a file that holds so many bytes may not make tensors like these of them, or None."""
-    sizes = {entry.name: math.prod(entry.shape) * entry.dtype.itemsize for entry in entries}
+    sizes = {entry.name: entry.nbytes for entry in entries}
     total = sum(sizes.values())
     if total <= max(MOST_TIMES * held, ALWAYS_READ):
         return None

@@ -42,6 +42,10 @@ class Planned(NamedTuple):
     dtype: torch.dtype
     form: Form | Grid | None = None
 
+    @property
+    def nbytes(self):
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 def wrong_names(planned, aliases):
     """Why a file cannot hold tensors and other names of them like these, or None.
@@ -57,7 +61,7 @@ def wrong_names(planned, aliases):
         seen.add(name)
     known = {p.name: p for p in planned}
     copies = [known[other]._replace(name=name) for name, other in aliases.items() if other in known]
-    held = sum(math.prod(p.shape) * p.dtype.itemsize for p in planned)
+    held = sum(p.nbytes for p in planned)
     return too_repeated([*planned, *copies], held) if copies else None
 
 

@@ -23,10 +23,10 @@ def load_palettized(path):
     """name -> tensor, dense and on the CPU, ready for `load_state_dict`.
 
     Of a file that `save_palettized`, `save_quantized`, or `compress` and `quantize` on the command line wrote, or a
-    folder of such files and their index. The
-    whole file is checked. ValueError names the tensor that is wrong: truncated, changed, too long, of another version,
-    of a size that does not agree with its bytes. Several names of a tensor are one tensor; were each a copy, all would
-    take at most 64 times the bytes of those without, or 64 MiB. No code from a file is ever run.
+    folder of such files and their index. The whole file is checked. ValueError names the tensor that is wrong:
+    truncated, changed, too long, of another version, of a size that does not agree with its bytes. Several names of a
+    tensor are one tensor; were each a copy, all would take at most 64 times the bytes of those without, or 64 MiB. No
+    code from a file is ever run.
     """
     with palettized(path) as file:
         tensors = {entry.name: tensor for entry, tensor in file.read(file.own)}

@@ -211,13 +211,12 @@ def parts_of_planned(planned, entropy):
 
 def most_bytes(planned, entropy):
     """What a tensor takes in the data at most."""
-    dense = math.prod(planned.shape) * planned.dtype.itemsize
     if planned.form is None:
-        return dense
+        return planned.nbytes
     parts = parts_of(planned.shape, planned.dtype, planned.form, entropy)
     packed = planned.form.groups(planned.shape, planned.form.bits).nbytes + 8
     beside = sum(math.prod(shape) * dtype.itemsize for part, (dtype, shape) in parts.items() if part != "codes")
-    return max(dense, packed + beside)
+    return max(planned.nbytes, packed + beside)
 
 
 def _json(data):

@@ -98,7 +98,7 @@ def _widened(W):
 
 
 def _native():
-    """The launchers of the extension, or None where there is none: numpy's programme then finds the same optimum."""
+    """The launchers of the extension, or None where there is none."""
     from ..backends import native
 
     return native if _loads(native.load) else None

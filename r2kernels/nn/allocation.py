@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ..reference import checks
-from .clustering import ClusteringOptions, clustered_weight, few_rows, form_of, with_zeros_kept
+from .clustering import ClusteringOptions, clustered_weight, few_rows, form_of, weighted_error, with_zeros_kept
 from .importance import importances_of
 from .layers import layers_of
 from .sensitivity import sensitivity
@@ -67,8 +67,7 @@ class Budget:
         found = []
         for form, preserve_zeros in ways if math.isfinite(energy) else ():
             _, clustered = clustered_weight(w, form, preserve_zeros, weight)
-            error = clustered.decoded().sub_(w).double().square_()
-            error = error.mul_(1 if weight is None else weight).sum().item()
+            error = weighted_error(w, clustered, weight)
             if weight is None:
                 error = error / energy if energy else 0.0
             found.append((clustered.size().packed, error))

@@ -182,15 +182,16 @@ def clustered_weight(w, form, preserve_zeros=False, weight=None):
         if not centroids.isfinite().all():
             return centroids, None
         made = Clustered.of(w, centroids, form, some)
-        error = 0 if some is None else _error(w, made, weight)
+        error = 0 if some is None else weighted_error(w, made, weight)
         if found is None or error < least:
             found, least = (centroids, made), error
     return found
 
 
-def _error(w, clustered, weight):
-    error = (clustered.decoded() - w).double().square()
-    return (error if weight is None else error * weight).sum().item()
+def weighted_error(w, clustered, weight=None):
+    """sum_i h_i (w_i - w_hat_i)^2 with importances h of `weight`, by default 1."""
+    error = clustered.decoded().sub_(w).double().square_()
+    return (error if weight is None else error.mul_(weight)).sum().item()
 
 
 def rounding(w, centroids, form, scales):

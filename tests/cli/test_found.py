@@ -89,7 +89,7 @@ def test_expand_to_shards(capsys, tmp_path, small):
 
 def test_split():
     planned = [Planned(str(n), (n,), torch.uint8) for n in (2, 2, 1, 5, 0, 4)]
-    assert [[p.shape[0] for p in shard] for shard in shards.split(planned, 4, shards.nbytes)] == [
+    assert [[p.shape[0] for p in shard] for shard in shards.split(planned, 4, lambda p: p.nbytes)] == [
         [2, 2],
         [1],
         [5],

@@ -15,18 +15,10 @@ def fit_lines(groups, clusters, weights, max_iter, zero=False):
     the last bits of the centroid at 0.
     """
     found = list(torch.empty(sum(clusters), dtype=accumulator(groups[0].dtype), device="cpu").split(clusters))
-    given = [array("q", map(pointer, tensors)) for tensors in (groups, weights, found)]
+    values, masses, out = (array("q", map(pointer, tensors)) for tensors in (groups, weights, found))
     sizes = array("q", [g.numel() for g in groups])
-    _fit(
-        given[0],
-        sizes,
-        array("q", clusters),
-        given[1] if any(given[1]) else None,
-        given[2],
-        groups[0].dtype,
-        max_iter,
-        zero,
-    )
+    masses = masses if any(masses) else None
+    _fit(values, sizes, array("q", clusters), masses, out, groups[0].dtype, max_iter, zero)
     return found
 
 
